@@ -1,0 +1,5 @@
+"""Delta-parameter pruning for JAX: the public names, each loaded when it is first used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

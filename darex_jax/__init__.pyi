@@ -1,0 +1,9 @@
+from .checkpoint import load_params as load_params
+from .checkpoint import save_params as save_params
+from .delta import apply_delta as apply_delta
+from .delta import compute_delta as compute_delta
+from .delta import drop as drop
+from .delta import prune as prune
+from .delta import rescale as rescale
+from .mask import random_mask as random_mask
+from .models import load_model as load_model
