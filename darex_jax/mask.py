@@ -1,0 +1,116 @@
+"""The random mask: which entries of a leaf survive. Settled for good; golden digests pin it.
+
+The definition, with typed Threefry keys and `jax_threefry_partitionable=True`:
+
+    jax.random.bits(leaf_key(key, name), shape, jnp.uint32) < round((1 - drop_rate) * 2**32)
+
+How the bits are computed is free as long as they are the same bits. Accelerators run that line. On a
+CPU the same bits come several times faster from Threefry written out (see `threefry.py`).
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from darex_jax.threefry import keep_threshold, threefry2x32
+from darex_jax.tree import PyTree, leaf_key, map_named
+
+# Entries handled at a time on a CPU: small enough that a chunk and its mask stay in a core's cache.
+CHUNK = 1 << 18
+# The two lengths for which a stream's mask is compiled: tensors are covered with as few as possible.
+STREAM_CHUNKS = (1 << 20, 1 << 15)
+
+
+def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
+    """Boolean tree, True where the entry survives, independently with probability 1 - drop_rate.
+
+    Args:
+      key: scalar typed Threefry key.
+      tree: arrays or `jax.ShapeDtypeStruct`s; only names and shapes matter, the dtype does not.
+      drop_rate: Python float in [0, 1).
+    Returns: a tree of bool arrays of the same shapes, sharded like the leaves.
+    Raises: ValueError for a drop_rate out of range, TypeError for another kind of key.
+    Source: DARE, arXiv:2311.03099, section 3. Unlike published code, the rate is compared as a
+      32-bit integer, so that the share of survivors does not depend on the leaf's dtype.
+    """
+    threshold = traced_threshold(drop_rate)
+
+    def leaf_mask(name: str, leaf: Any) -> jax.Array:
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        return _compiled_mask(tuple(leaf.shape), sharding)(leaf_key(key, name), *threshold)
+
+    return map_named(leaf_mask, tree)
+
+
+def traced_threshold(drop_rate: float) -> tuple[np.uint32, np.bool_]:
+    """The threshold as two values a compiled function takes: 2**32 (keep all) does not fit in 32 bits."""
+    threshold = keep_threshold(drop_rate)
+    return np.uint32(threshold & 0xFFFFFFFF), np.bool_(threshold == 2**32)
+
+
+def survivors(
+    leaf_key: jax.Array, shape: tuple[int, ...], below: ArrayLike, all_kept: ArrayLike
+) -> jax.Array:
+    """The mask of one leaf, bool[shape], inside a compiled function; it partitions under any sharding."""
+    return (_bits(leaf_key, shape) < below) | all_kept
+
+
+def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: int) -> np.ndarray:
+    """Entries [start, start + length) of a leaf's flattened mask, on the host.
+
+    Args:
+      leaf_key_data: uint32[2], the data of the leaf's key.
+      length: at most `STREAM_CHUNKS[0]`.
+      threshold: from `keep_threshold`.
+    Returns: bool[length].
+    """
+    if threshold == 2**32:
+        return np.ones(length, bool)
+    pieces = []
+    while length > 0:
+        size = STREAM_CHUNKS[0] if length > 4 * STREAM_CHUNKS[1] else STREAM_CHUNKS[1]
+        counter = np.uint32(start >> 32), np.uint32(start & 0xFFFFFFFF)
+        piece = np.asarray(_mask_from(leaf_key_data, *counter, np.uint32(threshold), size))
+        pieces.append(piece[: min(size, length)])
+        start, length = start + size, length - size
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@partial(jax.jit, static_argnums=4)
+def _mask_from(key: jax.Array, high: jax.Array, low: jax.Array, below: jax.Array, size: int) -> jax.Array:
+    index = lax.iota(jnp.uint32, size)
+    wrapped = low + index
+    high = high + (wrapped < low).astype(jnp.uint32)
+    first, second = threefry2x32(key, high, wrapped)
+    return (first ^ second) < below
+
+
+@cache
+def _compiled_mask(shape: tuple[int, ...], sharding: Any) -> Callable[..., jax.Array]:
+    return jax.jit(lambda key, *threshold: survivors(key, shape, *threshold), out_shardings=sharding)
+
+
+def _bits(leaf_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    with jax.threefry_partitionable(True):  # part of the definition, whatever the caller's program says
+        if np.prod(shape, dtype=np.float64) >= 2**32:
+            return jax.random.bits(leaf_key, shape, jnp.uint32)
+        return lax.platform_dependent(
+            cpu=lambda: _written_out_bits(jax.random.key_data(leaf_key), shape),
+            default=lambda: jax.random.bits(leaf_key, shape, jnp.uint32),
+        )
+
+
+def _written_out_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):  # one iota per axis: sharded axes stay where they are
+        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride *= shape[axis]
+    first, second = threefry2x32(key, jnp.zeros(shape, jnp.uint32), index)
+    return first ^ second

@@ -1,0 +1,152 @@
+"""The delta algebra: exact identities, statistics, dtypes, and bits that do not depend on how it is run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import darex_jax as dx
+from darex_jax.delta import _COMPILED
+
+
+def model(seed, dtype=jnp.float32, scale=1.0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "dense": {"weight": (scale * jax.random.normal(keys[0], (600, 700))).astype(dtype)},
+        "norm": {"weight": (scale * jax.random.normal(keys[1], (700,))).astype(dtype)},
+        "scalar": (scale * jax.random.normal(keys[2], ())).astype(dtype),
+    }
+
+
+def numpy_prune(seed, name, delta, drop_rate, q):
+    """DARE / DAREx-q in a few lines of NumPy, the mask from the definition."""
+    mask = np.asarray(dx.random_mask(jax.random.key(seed), {name: delta}, drop_rate)[name])
+    scale = np.float32(1) / np.float32(q)
+    return np.where(mask, (np.asarray(delta, np.float32) * scale).astype(delta.dtype), delta.dtype.type(0))
+
+
+def assert_bits(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).tobytes(), np.asarray(b).tobytes())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("q", [None, 0.037, 1.0])
+def test_prune_is_the_published_rule(dtype, q):
+    delta = model(1, dtype)["dense"]["weight"]  # large enough for the chunked path in float32
+    expected = numpy_prune(0, "w", delta, 0.9, 1 - 0.9 if q is None else q)
+    assert_bits(dx.prune(jax.random.key(0), {"w": delta}, 0.9, q), {"w": expected})
+    jitted = jax.jit(lambda d: dx.prune(jax.random.key(0), {"w": d}, 0.9, q))
+    assert_bits(jitted(delta), {"w": expected})
+    assert_bits(dx.prune(jax.random.key(0), {"w": delta}, 0.9, q, donate=True), {"w": expected})
+    assert delta.is_deleted()
+
+
+@pytest.mark.parametrize("size", [1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (1 << 19) + 12345])
+def test_chunk_borders(size):
+    delta = jax.random.normal(jax.random.key(0), (size,))
+    assert_bits(
+        dx.prune(jax.random.key(1), {"w": delta}, 0.5, 0.3), {"w": numpy_prune(1, "w", delta, 0.5, 0.3)}
+    )
+
+
+def test_bfloat16_special_values_round_like_everyone():
+    values = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 3.4e38, -3.4e38, 1e-40], jnp.bfloat16)
+    got = dx.prune(jax.random.key(0), {"w": values}, 0.0, q=0.3)["w"]
+    expected = (values.astype(jnp.float32) * (np.float32(1) / np.float32(0.3))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+
+
+def test_rate_zero_is_the_identity():
+    delta = model(2)
+    assert_bits(dx.prune(jax.random.key(0), delta, 0.0), delta)
+    assert bool(jax.tree.all(jax.tree.map(jnp.all, dx.random_mask(jax.random.key(0), delta, 0.0))))
+
+
+@pytest.mark.parametrize("drop_rate", [0.1, 0.5, 0.9, 0.99, 0.999])
+def test_mean_is_preserved(drop_rate):
+    size = 1 << 20
+    pruned = dx.prune(jax.random.key(4), {"w": jnp.ones(size)}, drop_rate)["w"]
+    standard_error = np.sqrt(drop_rate / (1 - drop_rate) / size)
+    assert abs(float(np.asarray(pruned, np.float64).mean()) - 1.0) < 5 * standard_error
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip(dtype):
+    base, fine = model(0, dtype), model(1, dtype)
+    delta = dx.compute_delta(fine, base)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(delta))
+    restored = dx.apply_delta(base, delta)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(fine), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32),
+            np.asarray(b, np.float32),
+            rtol=0,
+            atol=1e-6 if dtype == jnp.float32 else 1e-2,
+        )
+
+
+def test_drop_then_rescale_is_prune():
+    delta, key = model(3), jax.random.key(0)
+    by_hand = dx.rescale(dx.drop(dx.random_mask(key, delta, 0.9), delta), 0.07)
+    pruned = dx.prune(key, delta, 0.9, 0.07)
+    for a, b in zip(jax.tree.leaves(by_hand), jax.tree.leaves(pruned), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_same_bits_when_everything_is_one_program():
+    """A fused multiply-add across prune and apply would round differently."""
+    base, delta, key = model(0), model(1, scale=0.1), jax.random.key(0)
+    apart = dx.apply_delta(base, dx.prune(key, delta, 0.5, 0.3))
+    together = jax.jit(lambda b, d, q: dx.apply_delta(b, dx.prune(key, d, 0.5, q)))(base, delta, 0.3)
+    assert_bits(apart, together)
+    kept = jax.jit(lambda b, d, q: dx.apply_delta(b, dx.prune(key, d, 0.0, q)))(base, delta, 0.3)
+    assert_bits(dx.apply_delta(base, dx.prune(key, delta, 0.0, 0.3)), kept)
+
+
+def test_base_bits_stay_where_nothing_changes():
+    base = {"w": jnp.array([-0.0, 1.0]), "ids": jnp.arange(3)}
+    out = dx.apply_delta(base, {"w": jnp.zeros(2), "ids": jnp.zeros(3)})
+    assert_bits(out, base)
+    assert dx.compute_delta(base, base)["ids"].dtype == jnp.float32
+
+
+def test_q_by_leaf():
+    delta, key = model(1), jax.random.key(0)
+    tree_q = {"dense": {"weight": 0.1}, "norm": {"weight": 0.2}, "scalar": 0.3}
+    named_q = {"dense.weight": 0.1, "norm.weight": 0.2, "scalar": 0.3}
+    by_tree = dx.prune(key, delta, 0.5, tree_q)
+    assert_bits(by_tree, dx.prune(key, delta, 0.5, named_q))
+    assert_bits(by_tree["norm"], dx.prune(key, delta, 0.5, 0.2)["norm"])
+    with pytest.raises(ValueError, match=r"no q for \['scalar'\]; no leaf for \['other'\]"):
+        dx.prune(key, delta, 0.5, {"dense.weight": 1.0, "norm.weight": 1.0, "other": 1.0})
+    with pytest.raises(ValueError, match="must be positive"):
+        dx.prune(key, delta, 0.5, 0.0)
+
+
+def test_another_key_rate_or_q_compiles_nothing():
+    delta = model(1)
+    dx.prune(jax.random.key(0), delta, 0.5)
+    sizes = [f._cache_size() for f in _COMPILED.values()]
+    dx.prune(jax.random.key(1), delta, 0.99, 0.02)
+    dx.prune(jax.random.key(1), delta, 0.0, 0.5)
+    assert [f._cache_size() for f in _COMPILED.values()] == sizes
+
+
+def test_mismatches_are_named():
+    with pytest.raises(ValueError, match=r"'b' is only in base; 'a' is .2,. in fine and .3,. in base"):
+        dx.compute_delta({"a": jnp.zeros(2)}, {"a": jnp.zeros(3), "b": jnp.zeros(1)})
+    with pytest.raises(ValueError, match=r"'ids' holds int32: only floating parameters are pruned"):
+        dx.prune(jax.random.key(0), {"ids": jnp.arange(3)}, 0.5)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.floats(0, 0.999), st.floats(0.001, 2))
+@settings(max_examples=30, deadline=None)
+def test_every_entry_is_zero_or_rescaled(seed, size, drop_rate, q):
+    delta = jax.random.normal(jax.random.key(0), (size,))
+    pruned = np.asarray(dx.prune(jax.random.key(seed), {"w": delta}, drop_rate, q)["w"])
+    rescaled = np.asarray(delta) * (np.float32(1) / np.float32(q))
+    assert np.all((pruned == 0) | (pruned == rescaled))
