@@ -1,0 +1,215 @@
+"""Hugging Face model directories: safetensors (one file or several with an index) and their companions.
+
+Neither transformers nor any deep-learning library is needed to read or write one.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from darex_jax.safetensors_io import FileError, SafetensorsFile, TensorInfo, write_tensors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One parameter of a checkpoint: which file holds it, under which name, and where."""
+
+    file: SafetensorsFile
+    stored_name: str
+    info: TensorInfo
+
+    def read(self) -> np.ndarray:
+        return self.file.read(self.stored_name)
+
+    @property
+    def floating(self) -> bool:
+        return self.info.dtype.kind in "fV"  # ml_dtypes' bfloat16 is of kind V
+
+
+class Checkpoint:
+    """A Hugging Face directory (or one safetensors file), opened lazily.
+
+    `tensors` maps names to where they lie; old names (`LayerNorm.gamma`/`beta`) appear under the new ones.
+    `config` is config.json as a dict, {} where there is none.
+    Raises: FileError if the directory holds no safetensors, or an index that does not fit its files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config = read_config(self.path) if self.path.is_dir() else {}
+        self.files: dict[str, SafetensorsFile] = {}
+        try:
+            for file_name in _file_names(self.path):
+                parent = self.path if self.path.is_dir() else self.path.parent
+                self.files[file_name] = SafetensorsFile(parent / file_name)
+            self.tensors = self._collect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self) -> dict[str, StoredTensor]:
+        tensors: dict[str, StoredTensor] = {}
+        for file in self.files.values():
+            for stored_name, info in file.tensors.items():
+                name = modern_name(stored_name)
+                if name in tensors:
+                    raise FileError(f"{self.path}: parameter '{name}' is stored twice.")
+                tensors[name] = StoredTensor(file, stored_name, info)
+        return tensors
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def modern_name(name: str) -> str:
+    """`...LayerNorm.gamma` and `.beta`, as old checkpoints have it, are `.weight` and `.bias`."""
+    return re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name)
+
+
+def _modern(match: re.Match[str]) -> str:
+    return "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match.group(1)]
+
+
+def _file_names(path: Path) -> list[str]:
+    if path.is_file():
+        return [path.name]
+    if not path.is_dir():
+        raise FileError(f"{path}: no such file or directory.")
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    if not (path / INDEX).is_file():
+        pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
+        hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
+        raise FileError(f"{path}: holds neither {SINGLE} nor {INDEX}.{hint}")
+    index = read_json(path / INDEX)
+    weight_map = index.get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map):
+        raise FileError(f"{path / INDEX}: has no weight_map.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise FileError(f"{path / INDEX}: '{name}' is not the name of a file in that directory.")
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: FileError if it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path}: {error}.") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: expected a JSON object.")
+    return content
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a Hugging Face directory, {} where there is none."""
+    file = Path(path) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def companion_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The configuration and tokenizer files that belong to a model directory, by name."""
+    return [Path(path) / name for name in COMPANIONS if (Path(path) / name).is_file()]
+
+
+def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, Any]:
+    """A Hugging Face directory as a nested dict of arrays, one tensor read at a time.
+
+    Args:
+      path: directory with safetensors, or one such file.
+      dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers stay as they are.
+    Raises: FileError for a missing or damaged file.
+    """
+    import jax.numpy as jnp
+
+    from darex_jax.tree import unflatten_names
+
+    with Checkpoint(path) as checkpoint:
+        named = {}
+        for name, tensor in checkpoint.tensors.items():
+            array = tensor.read()  # integer buffers stay NumPy's: without x64, jax would narrow them
+            named[name] = jnp.asarray(array, dtype=dtype) if tensor.floating else array
+    return unflatten_names(named)
+
+
+def save_params(
+    path: str | os.PathLike[str],
+    params: Any,
+    config: Mapping[str, Any] | None = None,
+    companions_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes a Hugging Face directory that `transformers` loads: model.safetensors and config.json.
+
+    Args:
+      path: directory, made if need be; it appears whole or not at all.
+      params: nested dict of arrays, Hugging Face names and layouts.
+      config: written as config.json.
+      companions_from: directory whose tokenizer and other companion files are carried along.
+    """
+    from darex_jax.tree import flatten_names
+
+    with atomic_directory(path) as folder:
+        for file in companion_files(companions_from) if companions_from else []:
+            shutil.copyfile(file, folder / file.name)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(params).items()}
+        write_tensors(folder / SINGLE, arrays, {"format": "pt"})
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory to fill; it appears under `path` whole, or not at all.
+
+    Raises: FileError if `path` holds something already and `overwrite` is not given.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+        os.replace(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

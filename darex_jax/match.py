@@ -1,0 +1,107 @@
+"""What belongs to what: the parameters of a fine-tuned model held against its base, from headers alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from darex_jax.checkpoint import Checkpoint
+from darex_jax.safetensors_io import FileError
+from darex_jax.scope import HEAD, OPTIONAL, Scope
+
+PREFIXES = ("bert.", "roberta.", "model.")
+
+
+@dataclass
+class Match:
+    """A fine-tuned model's parameters, by what becomes of them. Names are the fine-tuned model's.
+
+    `pruned` and `dense` hold floating parameters in and out of scope; `extra_rows` counts the rows that a
+    pruned parameter has beyond its base; `base_names` gives a parameter's name in the base.
+    """
+
+    pruned: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    extra_rows: dict[str, int] = field(default_factory=dict)
+    base_names: dict[str, str] = field(default_factory=dict)
+    base_only: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def raise_if_faulty(self) -> None:
+        """Raises: FileError listing every mismatch."""
+        if self.faults:
+            raise FileError("the models do not fit together:\n  " + "\n  ".join(self.faults))
+
+
+def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match:
+    """Pairs the parameters of two checkpoints by name and shape; reads no weight.
+
+    A base saved without its head model's prefix (`embeddings...`) matches a fine-tune that has it
+    (`bert.embeddings...`), and the other way round.
+    """
+    match = Match()
+    rename = _base_name(base, fine)
+    for name, tensor in fine.tensors.items():
+        base_name = rename(name)
+        stored = base.tensors.get(base_name)
+        if stored is not None:
+            match.base_names[name] = base_name
+        if not tensor.floating:
+            match.buffers.append(name)
+        elif stored is None:
+            if HEAD.search(name) or OPTIONAL.search(name):
+                match.dense.append(name)
+            else:
+                match.faults.append(f"'{name}' is in the fine-tuned model only.")
+        else:
+            _match_shapes(match, name, stored.info.shape, tensor.info.shape, scope(name))
+    paired = set(match.base_names.values())
+    for name, tensor in base.tensors.items():
+        if name not in paired:
+            match.base_only.append(name)
+            if tensor.floating and not (HEAD.search(name) or OPTIONAL.search(name)):
+                match.faults.append(f"'{name}' is in the base only.")
+    _match_configs(match, base, fine)
+    if not match.pruned and not match.faults:
+        match.faults.append("nothing would be pruned: no parameter of both models is in scope.")
+    return match
+
+
+def _match_shapes(
+    match: Match, name: str, base: tuple[int, ...], fine: tuple[int, ...], in_scope: bool
+) -> None:
+    more_rows = len(base) == len(fine) == 2 and base[1] == fine[1] and fine[0] > base[0]
+    if base != fine and HEAD.search(name):
+        match.dense.append(name)
+        del match.base_names[name]  # another head: nothing to subtract
+    elif base == fine or (more_rows and "embed" in name):
+        (match.pruned if in_scope else match.dense).append(name)
+        if base != fine:
+            match.extra_rows[name] = fine[0] - base[0]
+    else:
+        match.faults.append(f"'{name}' is {list(base)} in the base and {list(fine)} in the fine-tuned model.")
+
+
+def _base_name(base: Checkpoint, fine: Checkpoint) -> Callable[[str], str]:
+    """The map from a fine-tuned name to the base's: the one prefix that brings most names together."""
+    renames: list[Callable[[str], str]] = [lambda name: name]
+    for prefix in PREFIXES:
+        renames += [partial(_without, prefix), prefix.__add__]
+    return max(renames, key=lambda rename: sum(rename(name) in base.tensors for name in fine.tensors))
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _match_configs(match: Match, base: Checkpoint, fine: Checkpoint) -> None:
+    kinds = base.config.get("model_type"), fine.config.get("model_type")
+    if None not in kinds and kinds[0] != kinds[1]:
+        match.faults.append(f"the base is a {kinds[0]} model and the fine-tuned one a {kinds[1]} model.")
+    if fine.config.get("tie_word_embeddings") and "lm_head.weight" in fine.tensors:
+        match.warnings.append("the head is tied to the embeddings, yet stored: both copies are kept.")
+    for key in ("hidden_act", "layer_norm_eps", "rms_norm_eps", "rope_theta", "num_attention_heads"):
+        values = base.config.get(key), fine.config.get(key)
+        if None not in values and values[0] != values[1]:
+            match.warnings.append(f"config.json differs in {key}: {values[0]} and {values[1]}.")

@@ -1,0 +1,225 @@
+"""safetensors files read and written in pieces: only a chunk of a tensor is ever in memory.
+
+The format is the one of the `safetensors` library, which reads what this writes and the other way round.
+A header is not believed: every claim in it is checked against the file before a byte is allocated.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+
+class FileError(ValueError):
+    """A file that cannot be used as it is; the message is for the person who named it."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` counts from the start of the file, in bytes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return element_count(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+class SafetensorsFile:
+    """One open safetensors file: `tensors` by name, `metadata`, and reads of any stretch of a tensor.
+
+    Raises: FileError if the file is damaged, truncated, or its header does not hold together.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise FileError(f"{self.path}: {error.strerror or error}.") from error
+        try:
+            self.tensors, self.metadata = _read_header(self._file, self.path)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fills `out` (1-D, contiguous, the tensor's dtype) with elements [start, start + len(out))."""
+        view = as_bytes(out)
+        position = info.offset + start * info.dtype.itemsize
+        while len(view):
+            count = os.preadv(self._file, [view], position)
+            if count == 0:
+                raise FileError(f"{self.path}: the file became shorter while it was read.")
+            view, position = view[count:], position + count
+
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor, a fresh array."""
+        info = self.tensors[name]
+        out = np.empty(info.size, info.dtype)
+        self.read_into(info, 0, out)
+        return out.reshape(info.shape)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    file_size = os.fstat(file).st_size
+    prefix = os.pread(file, 8, 0)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER, file_size - 8):
+        raise FileError(f"{path}: not a safetensors file, or cut off inside its header.")
+    try:
+        header = json.loads(os.pread(file, length, 8).decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged header ({error}).") from error
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: damaged header (it is not a table of tensors).")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{path}: damaged header (__metadata__ is not text).")
+    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise FileError(f"{path}: tensor '{name}' overlaps another or leaves a gap.")
+        end += info.nbytes
+    if end != file_size:
+        kind = "cut off" if end > file_size else "longer than its header says"
+        raise FileError(f"{path}: the file is {kind}: {file_size} bytes where {end} are declared.")
+    return tensors, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)!r}")
+    return table
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def natural(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        raise FileError(f"{path}: damaged header (entry of tensor '{name}').")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and len(shape) <= 32 and all(map(natural, shape))):
+        raise FileError(f"{path}: damaged header (shape of tensor '{name}').")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(natural, offsets))):
+        raise FileError(f"{path}: damaged header (offsets of tensor '{name}').")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise FileError(f"{path}: tensor '{name}' has the unsupported dtype {entry['dtype']!r}.")
+    info = TensorInfo(DTYPES[entry["dtype"]], tuple(shape), data_start + offsets[0])
+    if info.nbytes != offsets[1] - offsets[0]:
+        raise FileError(f"{path}: damaged header (tensor '{name}' does not have the size of its shape).")
+    return info
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str], length: int = 0
+) -> bytes:
+    """The first bytes of a file whose tensors follow in this order. `length`: pad to so many bytes in all."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = element_count(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    padded = max(length - 8, -(-len(text) // 8) * 8)
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[int]:
+    """A file descriptor to write to; the file appears under `path` whole, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        try:
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+def write_at(file: int, data: bytes | memoryview | np.ndarray, position: int) -> int:
+    """Writes all of `data` at `position`; returns the position behind it."""
+    view = as_bytes(data) if isinstance(data, np.ndarray) else memoryview(data)
+    while len(view):
+        count = os.pwrite(file, view, position)
+        view, position = view[count:], position + count
+    return position
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named arrays, atomically. The widest dtypes come first, so that every tensor is aligned."""
+    ordered = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))}
+    header = encode_header({n: (a.dtype, a.shape) for n, a in ordered.items()}, metadata or {})
+    with atomic_file(path) as file:
+        position = write_at(file, header, 0)
+        for array in ordered.values():
+            position = write_at(file, np.ascontiguousarray(array), position)
