@@ -1,0 +1,173 @@
+"""Models that read Hugging Face directories and run as pure functions of a nested dict of arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from darex_jax.checkpoint import load_params, read_config
+from darex_jax.models.bert import ARCHITECTURES, BertConfig, EncoderOutput
+from darex_jax.tree import flatten_names, unflatten_names
+
+__all__ = ["BertConfig", "EncoderOutput", "Model", "classifier_from_pretrained", "init_model", "load_model"]
+
+Array = jax.Array
+Params = Mapping[str, Any]  # a Hugging Face state dict, nested
+
+CONFIGS = {"bert": BertConfig}  # by config.json's model_type
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model is apart from its weights: hashable, so `jax.jit(..., static_argnums=0)` takes it."""
+
+    config: BertConfig
+    graphdef: nnx.GraphDef
+
+    def __call__(
+        self,
+        params: Params,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> EncoderOutput:
+        """Runs the model: a pure function of its arguments, under jit and grad as well.
+
+        Args:
+          params: the nested Hugging Face state dict; its dtype is the dtype computed in.
+          input_ids: integers [B, T]; an id outside the vocabulary gives NaN.
+          attention_mask: [B, T], nonzero where a token is no padding; None is all ones.
+          token_type_ids: integers [B, T]; None is all zeros.
+          dropout_key: typed key (`jax.random.key`) that switches dropout on; None is evaluation.
+        Returns: hidden states [B, T, D], pooler output [B, D] and, with a head, logits [B, labels].
+        Raises: ValueError if a shape does not fit or the text is longer than the position table;
+          TypeError if `dropout_key` is no typed key.
+        """
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, positions].")
+        for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if value is not None and jnp.shape(value) != input_ids.shape:
+                raise ValueError(f"{name} has shape {jnp.shape(value)}, input_ids {input_ids.shape}.")
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} positions, the model {self.config.max_position_embeddings}; "
+                "truncate the text."
+            )
+        if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"dropout_key is an array of {dropout_key.dtype}, expected jax.random.key(seed).")
+        mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        # nnx.List counts its layers in ints, a state dict in digits.
+        module = nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
+        return module(input_ids, mask != 0, types, dropout_key)
+
+
+def load_model(path: str | PathLike[str], dtype: Any = None) -> tuple[Model, dict[str, Any]]:
+    """Reads a Hugging Face directory: the model that config.json names, and its weights.
+
+    Args:
+      path: folder with config.json and safetensors.
+      dtype: cast the weights to this floating dtype; None keeps the file's.
+    Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
+      Integer buffers such as `embeddings.position_ids` are left out; a `BertModel` saved without a pooler has none.
+    Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
+      every weight that is missing, left over, not floating or of another shape.
+    """
+    hf = read_config(path)
+    family = hf.get("model_type")
+    if family not in CONFIGS:
+        raise ValueError(f"{path}: model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
+    config = CONFIGS[family].from_hf(hf)
+    params = flatten_names(load_params(path, dtype))
+    headless = config.architectures == ("BertModel",)
+    no_pooler = headless and not any(name.startswith("pooler.") for name in params)
+    model, shapes = _build(config, **({"pooler": False} if no_pooler else {}))
+    floats = {name: x for name, x in params.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    wrong = [f"{name} is missing" for name in shapes.keys() - params.keys()]
+    wrong += [f"{name} is left over" for name in floats.keys() - shapes.keys()]
+    wrong += [
+        f"{name} is {params[name].dtype}, not floating"
+        for name in shapes.keys() & params.keys() - floats.keys()
+    ]
+    wrong += [
+        f"{name} has shape {list(floats[name].shape)}, expected {list(shapes[name])}"
+        for name in shapes.keys() & floats.keys()
+        if floats[name].shape != shapes[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its config.json ({config.architectures[0]}): {'; '.join(sorted(wrong))}."
+        )
+    return model, unflatten_names({name: floats[name] for name in shapes})
+
+
+def init_model(config: BertConfig, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
+    """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
+    model, shapes = _build(config)
+    return model, unflatten_names(_fresh(config, list(shapes), key, dtype))
+
+
+def classifier_from_pretrained(
+    model: Model, params: Params, num_labels: int, key: Array, problem_type: str | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """Makes a classifier out of a pretrained model, ready to be fine-tuned.
+
+    The body goes under `bert.`; the classifier, and a pooler where there is none, start at N(0, initializer_range)
+    with zero bias. A classifier with `num_labels` labels keeps its head and its labels' names.
+
+    Args:
+      model, params: from `load_model`; the arrays are shared, not copied.
+      num_labels: columns of `logits`; 1 for regression.
+      key: typed key for the fresh weights.
+      problem_type: transformers' word for the loss, written to the config; None keeps a kept head's.
+    Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification, and its params.
+    Raises: ValueError if `num_labels` or `problem_type` is not possible.
+    """
+    headless = model.config.architectures == ("BertModel",)
+    config = model.config.as_classifier(num_labels, problem_type)
+    kept = {f"bert.{name}" if headless else name: x for name, x in flatten_names(params).items()}
+    if not headless and model.config.num_labels == num_labels:
+        notes = {**model.config.notes, **({"problem_type": problem_type} if problem_type else {})}
+        config = dataclasses.replace(model.config, notes=notes)
+    else:
+        kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}
+    classifier, shapes = _build(config)
+    dtype = kept["bert.embeddings.word_embeddings.weight"].dtype
+    kept |= _fresh(config, [name for name in shapes if name not in kept], key, dtype)
+    return classifier, unflatten_names({name: kept[name] for name in shapes})
+
+
+def _build(config: BertConfig, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
+    """The model of a config and its weights' shapes by name, without making a weight."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: _module(config, jax.random.key(0), **options)))
+    return Model(config, graphdef), {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
+
+
+def _fresh(config: BertConfig, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
+    """Fresh weights by name; under jit, so those not asked for are never made."""
+
+    def init(key: Array) -> dict[str, Array]:
+        weights = flatten_names(_state_dict(nnx.state(_module(config, key))))
+        return {name: weights[name].astype(dtype) for name in names}
+
+    return jax.jit(init)(key)
+
+
+def _module(config: BertConfig, key: Array, **options: bool) -> nnx.Module:
+    return ARCHITECTURES[config.architectures[0]](config, rngs=nnx.Rngs(params=key), **options)
+
+
+def _state_dict(state: nnx.State) -> dict[str, Any]:
+    return _map_keys(str, nnx.to_pure_dict(state))
+
+
+def _map_keys(f: Callable[[Any], Any], tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {f(k): _map_keys(f, v) if isinstance(v, Mapping) else v for k, v in tree.items()}

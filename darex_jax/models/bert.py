@@ -1,0 +1,290 @@
+"""BERT (Devlin et al., arXiv:1810.04805) as transformers computes it, with or without a classifier.
+
+Field names are Hugging Face's, so the tree of parameters is the Hugging Face state dict, nested.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from darex_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split_key
+
+Array = jax.Array
+
+# Fields of config.json with one value that this model computes; any other value is refused.
+FIXED: dict[str, Any] = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+}
+
+# Fields that do not change what this model computes: carried along, never read (labels: see `num_labels`).
+INERT = frozenset(
+    """
+    _name_or_path _attn_implementation_autoset transformers_version torch_dtype dtype tokenizer_class
+    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    bos_token_id eos_token_id sep_token_id cls_token_id decoder_start_token_id
+    use_cache gradient_checkpointing chunk_size_feed_forward tie_word_embeddings tie_encoder_decoder
+    output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 tf_legacy_loss
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    """.split()
+)
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """What config.json says, under config.json's own names.
+
+    Two fields may be absent from old files and mean transformers' documented default there:
+    `classifier_dropout` (None: `hidden_dropout_prob`) and `pad_token_id` (0).
+    `notes` holds the fields that change no number; they are outside equality and hash, so two configs that
+    compute the same thing share one compiled program.
+    """
+
+    architectures: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    max_position_embeddings: int
+    type_vocab_size: int
+    initializer_range: float
+    layer_norm_eps: float
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    num_labels: int = 2
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if len(self.architectures) != 1 or self.architectures[0] not in ARCHITECTURES:
+            wrong.append(
+                f"architectures is {list(self.architectures)}, supported: {', '.join(ARCHITECTURES)} "
+                "(transformers.AutoModel.from_pretrained(...).save_pretrained(...) saves the body of any BERT as BertModel)"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            wrong.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                wrong.append(f"{name} is {rate}, it must be in [0, 1)")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            wrong.append(f"pad_token_id is {self.pad_token_id}, the vocabulary has {self.vocab_size} rows")
+        if wrong:
+            raise ValueError("BERT config: " + "; ".join(wrong) + ".")
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "BertConfig":
+        """Reads the content of a config.json.
+
+        Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
+        """
+        own = {f.name: f for f in dataclasses.fields(cls) if f.name not in ("num_labels", "notes")}
+        required = [name for name, f in own.items() if f.default is dataclasses.MISSING]
+        wrong = [f"{name} is missing" for name in required if hf.get(name) is None]
+        wrong += [
+            f"{name} is {hf[name]!r}, supported: {value!r}"
+            for name, value in FIXED.items()
+            if hf.get(name, value) != value
+        ]
+        wrong += [f"{name} is unknown" for name in hf if name not in own.keys() | FIXED.keys() | INERT]
+        labels = hf.get("id2label")
+        num_labels = hf.get("num_labels") or (len(labels) if labels else 2)  # transformers' default
+        if labels and len(labels) != num_labels:
+            wrong.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
+        if wrong:
+            raise ValueError("BERT config: " + "; ".join(wrong) + ".")
+        values = {name: hf[name] for name in own if name in hf} | {
+            "architectures": tuple(hf["architectures"])
+        }
+        notes = {name: value for name, value in hf.items() if name not in own}
+        return cls(**values, num_labels=num_labels, notes=notes)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a config.json: every field of the one that was read, with the same value."""
+        own = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("num_labels", "notes")
+        }
+        own |= {"model_type": "bert", "architectures": list(self.architectures)}
+        if self.num_labels != 2 and not self.notes.keys() & {"id2label", "num_labels"}:
+            own["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            own["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+        return {**self.notes, **own}
+
+    @property
+    def problem_type(self) -> str | None:
+        """ "regression", "single_label_classification", "multi_label_classification" or None: which loss to train."""
+        return self.notes.get("problem_type")
+
+    def as_classifier(self, num_labels: int, problem_type: str | None = None) -> "BertConfig":
+        """The config of a classifier with this body, its labels named LABEL_0 and so on."""
+        if problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}, a classifier needs at least 1.")
+        drop = {"id2label", "label2id", "num_labels", "problem_type"}
+        notes = {name: value for name, value in self.notes.items() if name not in drop}
+        if problem_type is not None:
+            notes["problem_type"] = problem_type
+        return dataclasses.replace(
+            self, architectures=("BertForSequenceClassification",), num_labels=num_labels, notes=notes
+        )
+
+
+class EncoderOutput(NamedTuple):
+    """`last_hidden_state` [B, T, D]; `pooler_output` [B, D] or None; `logits` [B, labels] or None."""
+
+    last_hidden_state: Array
+    pooler_output: Array | None = None
+    logits: Array | None = None
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        size, stddev = config.hidden_size, config.initializer_range
+        self.word_embeddings = Embedding(
+            config.vocab_size, size, stddev=stddev, padding_idx=config.pad_token_id, rngs=rngs
+        )
+        self.position_embeddings = Embedding(config.max_position_embeddings, size, stddev=stddev, rngs=rngs)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, size, stddev=stddev, rngs=rngs)
+        self.LayerNorm = LayerNorm(size, eps=config.layer_norm_eps)
+        self.rate = config.hidden_dropout_prob
+
+    def __call__(self, input_ids: Array, token_type_ids: Array, key: Array | None) -> Array:
+        positions = jnp.arange(input_ids.shape[1])[None]  # from 0, left padding included
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # B T -> B T D
+        return dropout(self.LayerNorm(x + self.position_embeddings(positions)), self.rate, key)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        size, stddev = config.hidden_size, config.initializer_range
+        self.query = Linear(size, size, stddev=stddev, rngs=rngs)
+        self.key = Linear(size, size, stddev=stddev, rngs=rngs)
+        self.value = Linear(size, size, stddev=stddev, rngs=rngs)
+        self.heads = config.num_attention_heads
+        self.rate = config.attention_probs_dropout_prob
+
+    def __call__(self, x: Array, mask: Array, key: Array | None) -> Array:
+        q, k, v = (
+            y.reshape(*y.shape[:2], self.heads, -1)  # B T D -> B T N H
+            for y in (self.query(x), self.key(x), self.value(x))
+        )
+        # Plain einsums: `jax.nn.dot_product_attention` has no dropout on the weights and is no faster on a CPU.
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+        # A finite floor: a sequence of nothing but padding attends evenly instead of giving NaN.
+        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+        y = jnp.einsum("BNTS,BSNH->BTNH", dropout(weights, self.rate, key), v)
+        return y.reshape(x.shape)  # B T N H -> B T D
+
+
+class Output(nnx.Module):
+    """The end of either half of a layer: project, add what came in, normalise."""
+
+    def __init__(self, config: BertConfig, in_features: int, *, rngs: nnx.Rngs):
+        self.dense = Linear(in_features, config.hidden_size, stddev=config.initializer_range, rngs=rngs)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rate = config.hidden_dropout_prob
+
+    def __call__(self, x: Array, residual: Array, key: Array | None) -> Array:
+        return self.LayerNorm(dropout(self.dense(x), self.rate, key) + residual)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.self = SelfAttention(config, rngs=rngs)
+        self.output = Output(config, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array, mask: Array, key: Array | None) -> Array:
+        weights_key, output_key = split_key(key, 2)
+        return self.output(self.self(x, mask, weights_key), x, output_key)
+
+
+class Dense(nnx.Module):
+    """A linear layer and an activation: a layer's `intermediate` and the `pooler`."""
+
+    def __init__(self, config: BertConfig, out_features: int, activation: str, *, rngs: nnx.Rngs):
+        self.dense = Linear(config.hidden_size, out_features, stddev=config.initializer_range, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        return ACTIVATIONS[self.activation](self.dense(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.intermediate = Dense(config, config.intermediate_size, config.hidden_act, rngs=rngs)
+        self.output = Output(config, config.intermediate_size, rngs=rngs)
+
+    def __call__(self, x: Array, mask: Array, key: Array | None) -> Array:
+        attention_key, output_key = split_key(key, 2)
+        x = self.attention(x, mask, attention_key)
+        return self.output(self.intermediate(x), x, output_key)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.layer = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x: Array, mask: Array, key: Array | None) -> Array:
+        for layer, layer_key in zip(self.layer, split_key(key, len(self.layer)), strict=True):
+            x = layer(x, mask, layer_key)
+        return x
+
+
+class BertModel(nnx.Module):
+    """The body; `pooler=False` is transformers' `add_pooling_layer=False`."""
+
+    def __init__(self, config: BertConfig, *, pooler: bool = True, rngs: nnx.Rngs):
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs)
+        self.pooler = Dense(config, config.hidden_size, "tanh", rngs=rngs) if pooler else None
+
+    def __call__(
+        self, input_ids: Array, mask: Array, token_type_ids: Array, key: Array | None = None
+    ) -> EncoderOutput:
+        embeddings_key, encoder_key = split_key(key, 2)
+        x = self.encoder(self.embeddings(input_ids, token_type_ids, embeddings_key), mask, encoder_key)
+        return EncoderOutput(x, None if self.pooler is None else self.pooler(x[:, 0]))  # B T D -> B D
+
+
+class BertForSequenceClassification(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.bert = BertModel(config, rngs=rngs)
+        self.classifier = Linear(
+            config.hidden_size, config.num_labels, stddev=config.initializer_range, rngs=rngs
+        )
+        rate = config.classifier_dropout
+        self.rate = config.hidden_dropout_prob if rate is None else rate
+
+    def __call__(
+        self, input_ids: Array, mask: Array, token_type_ids: Array, key: Array | None = None
+    ) -> EncoderOutput:
+        body_key, classifier_key = split_key(key, 2)
+        body = self.bert(input_ids, mask, token_type_ids, body_key)
+        return body._replace(logits=self.classifier(dropout(body.pooler_output, self.rate, classifier_key)))
+
+
+ARCHITECTURES = {"BertModel": BertModel, "BertForSequenceClassification": BertForSequenceClassification}

@@ -1,0 +1,85 @@
+"""Layers shared by the model families: Hugging Face's field names, Hugging Face's `[out, in]` weights.
+
+Arrays are written in einsum letters: B batch, T and S positions (query, key), D features in, O features out,
+N heads, H features per head. Ranks are matched by hand, so `jax_numpy_rank_promotion="raise"` is fine.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+# config.json's `hidden_act`; transformers' "gelu" is the exact one.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at zero."""
+
+    def __init__(self, in_features: int, out_features: int, *, stddev: float, rngs: nnx.Rngs):
+        self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), (out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum("...D,OD->...O", x, self.weight[...])
+        return y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight` [V, D]; an id outside the table gives NaN, never another row.
+
+    As in PyTorch, the row `padding_idx` starts at zero and gets no gradient.
+    """
+
+    def __init__(
+        self, rows: int, features: int, *, stddev: float, padding_idx: int | None = None, rngs: nnx.Rngs
+    ):
+        weight = stddev * jax.random.normal(rngs.params(), (rows, features))
+        self.weight = nnx.Param(weight if padding_idx is None else weight.at[padding_idx].set(0))
+        self.padding_idx = padding_idx
+
+    def __call__(self, ids: Array) -> Array:
+        ids = jnp.where(ids < 0, self.weight.shape[0], ids)  # a negative index would count from the end
+        x = jnp.take(self.weight[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
+        if self.padding_idx is None:
+            return x
+        return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis with `weight` and `bias` [D]; statistics in float32 at least."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * jnp.broadcast_to(self.weight[...], y.shape) + jnp.broadcast_to(self.bias[...], y.shape)
+        return y.astype(x.dtype)
+
+
+def split_key(key: Array | None, count: int) -> list[Array | None]:
+    """`count` independent keys; all None where there is no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes entries of `x` with probability `rate` and divides the others by `1 - rate`; no key, no dropout."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)
