@@ -1,0 +1,111 @@
+"""From texts to batches of NumPy arrays, in a handful of shapes so that a handful of programs is compiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darex_jax.tasks import Examples
+
+BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
+MAX_LENGTH = BUCKETS[-1]
+Batch = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, row by row and unpadded.
+
+    Attributes:
+      input_ids, token_type_ids: N lists of equal lengths, at most `MAX_LENGTH` each.
+      labels: [N], int32 classes or float32 scores.
+      pad_id: what padding is filled with.
+    """
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]]
+    labels: NDArray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The Hugging Face tokenizer saved at `path`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:
+    """Tokenises texts (or pairs of texts), truncated to `max_length` tokens, special tokens included."""
+    if not 0 < max_length <= MAX_LENGTH:
+        raise ValueError(f"max_length is between 1 and {MAX_LENGTH}, got {max_length}.")
+    if not len(examples):
+        raise ValueError("there are no examples to encode.")
+    rows = tokenizer(
+        list(examples.texts),
+        None if examples.pairs is None else list(examples.pairs),
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=True,
+        return_attention_mask=False,
+    )
+    return Encoded(rows["input_ids"], rows["token_type_ids"], examples.labels, tokenizer.pad_token_id or 0)
+
+
+def evaluation_batches(encoded: Encoded, batch_size: int = 64) -> list[Batch]:
+    """All rows, by rising length so that little is padded; `index` says which row is where. See `_batch`."""
+    order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
+    return [_batch(encoded, order[i : i + batch_size], batch_size) for i in range(0, len(order), batch_size)]
+
+
+def training_batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """One epoch in an order that is a function of (seed, epoch): every row once. See `_batch`.
+
+    Rows of similar length go together, within pools of 16 batches of the shuffled rows: little is padded,
+    and the mixture stays.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    shuffled = rng.permutation(len(encoded))
+    lengths = np.asarray([len(encoded.input_ids[i]) for i in shuffled])
+    pools = np.arange(len(encoded)) // (16 * batch_size)
+    order = shuffled[np.lexsort((lengths, pools))]  # lexsort is stable, its last key comes first
+    cuts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for i in rng.permutation(len(cuts)):
+        yield _batch(encoded, cuts[i], batch_size)
+
+
+def _batch(encoded: Encoded, rows: NDArray, batch_size: int) -> Batch:
+    """Arrays of exactly `batch_size` rows, padded to the shortest bucket that holds the longest row.
+
+    Returns: input_ids, attention_mask, token_type_ids: int32 [B, T]; labels [B]; weight: float32 [B], 1 for a
+      real row and 0 for one that fills up the last batch (a repeat of the batch's first row, so that nothing
+      in it is degenerate); index: int32 [B], the row's number in `encoded`.
+    """
+    real = len(rows)
+    rows = np.concatenate([rows, np.full(batch_size - real, rows[0])])
+    longest = max(len(encoded.input_ids[i]) for i in rows)
+    width = next(bucket for bucket in BUCKETS if longest <= bucket)
+    input_ids = np.full((batch_size, width), encoded.pad_id, np.int32)
+    attention_mask = np.zeros((batch_size, width), np.int32)
+    token_type_ids = np.zeros((batch_size, width), np.int32)
+    for b, i in enumerate(rows):
+        length = len(encoded.input_ids[i])
+        input_ids[b, :length] = encoded.input_ids[i]
+        attention_mask[b, :length] = 1
+        token_type_ids[b, :length] = encoded.token_type_ids[i]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "labels": encoded.labels[rows],
+        "weight": (np.arange(batch_size) < real).astype(np.float32),
+        "index": rows.astype(np.int32),
+    }

@@ -1,0 +1,103 @@
+"""Outputs of a model over batches: its metric on a task, and how far pruning moved its hidden states.
+
+Everything is compiled once per model and batch shape; parameters, hence q, are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from darex_jax.batching import Batch, Encoded, evaluation_batches
+from darex_jax.tasks import Task
+from darex_jax.tree import flatten_names, unflatten_names
+
+Params = Any  # nested dict of float arrays, as `load_params` returns it
+Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mask, token_type_ids)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
+    return model(params, **batch).logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
+    return model(params, **batch).last_hidden_state
+
+
+@jax.jit
+def _absolute_difference(a: jax.Array, b: jax.Array, real: jax.Array) -> jax.Array:
+    difference = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).mean(axis=-1)
+    return jnp.stack([jnp.sum(difference * real), jnp.sum(real)])
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray:
+    """The logits of every real row, [N, num_labels] float32, in the order of the data set."""
+    pending = [_logits(model, params, _inputs(batch)) for batch in batches]
+    rows = [batch["index"][batch["weight"] > 0] for batch in batches]
+    logits = [np.asarray(x, np.float32)[b["weight"] > 0] for x, b in zip(pending, batches, strict=True)]
+    return np.concatenate(logits)[np.argsort(np.concatenate(rows))]
+
+
+def evaluate(
+    model: Model, params: Params, examples: Encoded, task: Task, batch_size: int = 64
+) -> dict[str, Any]:
+    """The task's metric on `examples`.
+
+    Returns: {"metric": float, "metric_name": str, "n": int}.
+    Raises: ValueError if the model's output is not finite.
+    """
+    logits = predict(model, params, evaluation_batches(examples, batch_size))
+    metric = task.metric(logits, examples.labels)
+    return {"metric": metric, "metric_name": task.metric_name, "n": len(examples)}
+
+
+@jax.jit
+def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
+    """`params + masked_delta / q`: the pruned model, for a delta that was masked but not rescaled.
+
+    q is a traced argument: a search over q compiles this once, and the model not again.
+
+    Args:
+      params: full tree; the base's value where the delta is pruned, the fine-tune's where it is kept (head).
+      masked_delta: tree with a subset of the names of `params`, zero where the mask dropped.
+      q: a number, or a dict with one number per dotted name of `masked_delta`.
+    Returns: a tree like `params`; sums are taken in float32 and stored in the dtype of `params`.
+    """
+    leaves = dict(flatten_names(params))
+    for name, delta in flatten_names(masked_delta).items():
+        scale = 1.0 / jnp.asarray(q[name] if isinstance(q, dict) else q, jnp.float32)
+        base = leaves[name]
+        leaves[name] = (base.astype(jnp.float32) + delta.astype(jnp.float32) * scale).astype(base.dtype)
+    return unflatten_names(leaves)
+
+
+def hidden_states(model: Model, params: Params, batches: Sequence[Batch]) -> list[jax.Array]:
+    """The last hidden state [B, T, D] of every batch: the reference that `output_change` compares with."""
+    return [_hidden(model, params, _inputs(batch)) for batch in batches]
+
+
+def output_change(
+    model: Model, params: Params, batches: Sequence[Batch], reference: Sequence[jax.Array]
+) -> float:
+    """Mean absolute difference of the last hidden state from `reference`, over real tokens (no padding).
+
+    Source: the output change of DAREx for encoders (arXiv:2410.09344), which q_e minimises.
+    """
+    sums = [
+        _absolute_difference(here, there, batch["attention_mask"] * batch["weight"][:, None])
+        for here, there, batch in zip(hidden_states(model, params, batches), reference, batches, strict=True)
+    ]
+    total, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
+    return float(total / tokens)

@@ -1,0 +1,88 @@
+"""Tasks: texts with labels in three splits, and the metric that counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from darex_jax.metrics import METRICS
+
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb")
+TASKS = ("opinions", *GLUE_TASKS)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split, column by column.
+
+    Attributes:
+      texts: the sentences.
+      pairs: the second sentences, or None for a task of single sentences.
+      labels: [N]; int32 class numbers, or float32 scores for regression.
+    """
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: NDArray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: Sequence[int] | NDArray | slice) -> Examples:
+        """The given rows, in the given order; `slice(n)` is the first n."""
+        chosen = np.arange(len(self))[rows]
+        pairs = None if self.pairs is None else tuple(self.pairs[i] for i in chosen)
+        return Examples(tuple(self.texts[i] for i in chosen), pairs, self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. `train` trains, `validation` is what a search for q may see, `test` is what gets reported.
+
+    Attributes:
+      label_names: one name per class; empty for regression.
+      metric_name: one of `darex_jax.metrics.METRICS`; larger is better.
+    """
+
+    name: str
+    kind: Literal["classification", "regression"]
+    label_names: tuple[str, ...]
+    metric_name: str
+    train: Examples
+    validation: Examples
+    test: Examples
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the model's output: the number of classes, 1 for regression."""
+        return len(self.label_names) or 1
+
+    def metric(self, logits: ArrayLike, labels: ArrayLike) -> float:
+        """The task's headline metric of `logits` [N, num_labels] against `labels` [N]."""
+        return METRICS[self.metric_name](logits, labels)
+
+
+def load_task(name: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Task:
+    """Loads one of `TASKS`.
+
+    Args:
+      name: "opinions" (generated, needs no data) or a GLUE task: "cola", "sst2", "mrpc", "stsb".
+      data_dir: for GLUE, a folder with the task's parquet files, or one with a folder per task;
+        None asks the Hugging Face hub.
+      seed: of the generated task. GLUE's splits are fixed by the protocol and ignore it.
+    Raises: ValueError for an unknown name or unexpected columns; FileNotFoundError where there is no data.
+    """
+    if name == "opinions":
+        from darex_jax.tasks.opinions import opinions
+
+        return opinions(seed)
+    if name in GLUE_TASKS:
+        from darex_jax.tasks.glue import load_glue
+
+        return load_glue(name, data_dir)
+    raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}.")
