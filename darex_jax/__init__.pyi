@@ -1,3 +1,4 @@
+from .bound import output_error_bound as output_error_bound
 from .checkpoint import load_params as load_params
 from .checkpoint import save_params as save_params
 from .delta import apply_delta as apply_delta

@@ -170,6 +170,7 @@ def save_params(
     params: Any,
     config: Mapping[str, Any] | None = None,
     companions_from: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a Hugging Face directory that `transformers` loads: model.safetensors and config.json.
 
@@ -178,10 +179,12 @@ def save_params(
       params: nested dict of arrays, Hugging Face names and layouts.
       config: written as config.json.
       companions_from: directory whose tokenizer and other companion files are carried along.
+      overwrite: replace what `path` holds, all of it.
+    Raises: FileError if `path` holds something already and `overwrite` is not given.
     """
     from darex_jax.tree import flatten_names
 
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, overwrite) as folder:
         for file in companion_files(companions_from) if companions_from else []:
             shutil.copyfile(file, folder / file.name)
         if config is not None:

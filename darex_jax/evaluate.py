@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.batching import Batch, Encoded, evaluation_batches
+from darex_jax.delta import apply_delta, rescale
 from darex_jax.tasks import Task
 from darex_jax.tree import flatten_names, unflatten_names
 
@@ -75,12 +76,9 @@ def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
       q: a number, or a dict with one number per dotted name of `masked_delta`.
     Returns: a tree like `params`; sums are taken in float32 and stored in the dtype of `params`.
     """
-    leaves = dict(flatten_names(params))
-    for name, delta in flatten_names(masked_delta).items():
-        scale = 1.0 / jnp.asarray(q[name] if isinstance(q, dict) else q, jnp.float32)
-        base = leaves[name]
-        leaves[name] = (base.astype(jnp.float32) + delta.astype(jnp.float32) * scale).astype(base.dtype)
-    return unflatten_names(leaves)
+    leaves = flatten_names(params)
+    base = unflatten_names({name: leaves[name] for name in flatten_names(masked_delta)})
+    return unflatten_names(leaves | flatten_names(apply_delta(base, rescale(masked_delta, q))))
 
 
 def hidden_states(model: Model, params: Params, batches: Sequence[Batch]) -> list[jax.Array]:

@@ -119,7 +119,6 @@ def test_body_matches_transformers(tmp_path, case):
         {"hidden_act": "swish"},
         {"hidden_act": "tanh"},
         {"layer_norm_eps": 0.5, "num_attention_heads": 8, "type_vocab_size": 5, "pad_token_id": None},
-        {"num_hidden_layers": 0},
     ],
     ids=str,
 )
@@ -146,7 +145,9 @@ def test_gradients_match_torch(tmp_path):
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     assert ours.keys() == expected.keys()
     for name, grad in ours.items():
-        np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=1e-4 * np.abs(expected[name]).max())
+        # A key's bias has no gradient but rounding: softmax does not see it.
+        atol = max(2e-6, 1e-4 * np.abs(expected[name]).max())
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=atol)
     assert not ours["bert.embeddings.word_embeddings.weight"][0].any()
 
 
@@ -316,7 +317,6 @@ def test_config_round_trip(hf):
 def test_every_field_changes_something():
     """Other shapes, another output, another training step, or another start; inert fields: nothing."""
     args = batch()
-    key = jax.random.key(3)
 
     def behaviour(**changes):
         model, params = make(**changes)
@@ -330,7 +330,7 @@ def test_every_field_changes_something():
             table = jax.grad(ids_only)(standard)["bert"]["embeddings"]["word_embeddings"]["weight"]
             outs = [
                 run(standard, None),
-                run(standard, key),
+                run(standard, jax.random.key(3)),
                 table[0].sum(),
                 params["classifier"]["weight"].sum(),
             ]
@@ -413,7 +413,7 @@ def test_load_lists_everything_that_does_not_fit(tmp_path):
     weights["bert.extra.weight"] = jnp.ones(2)
     weights["classifier.bias"] = jnp.ones(2)
     weights["bert.pooler.dense.weight"] = jnp.ones((32, 32), jnp.int8)
-    save_params(tmp_path, unflatten_names(weights), TINY)
+    save_params(tmp_path, unflatten_names(weights), TINY, overwrite=True)
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
     assert str(error.value) == (
@@ -441,7 +441,7 @@ def test_load_old_names_buffers_and_dtype(tmp_path):
         for name, x in weights.items()
     }
     old["bert.embeddings.position_ids"] = jnp.arange(12)[None]
-    save_params(tmp_path, unflatten_names(old), TINY)
+    save_params(tmp_path, unflatten_names(old), TINY, overwrite=True)
     _, params = load_model(tmp_path)
     assert flatten_names(params).keys() == weights.keys()
     for name, x in flatten_names(params).items():

@@ -58,8 +58,8 @@ class Model:
                 raise ValueError(f"{name} has shape {jnp.shape(value)}, input_ids {input_ids.shape}.")
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} positions, the model {self.config.max_position_embeddings}; "
-                "truncate the text."
+                f"input_ids has {input_ids.shape[1]} positions, the model "
+                f"{self.config.max_position_embeddings}; truncate the text."
             )
         if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
             raise TypeError(f"dropout_key is an array of {dropout_key.dtype}, expected jax.random.key(seed).")
@@ -77,7 +77,8 @@ def load_model(path: str | PathLike[str], dtype: Any = None) -> tuple[Model, dic
       path: folder with config.json and safetensors.
       dtype: cast the weights to this floating dtype; None keeps the file's.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
-      Integer buffers such as `embeddings.position_ids` are left out; a `BertModel` saved without a pooler has none.
+      Integer buffers such as `embeddings.position_ids` are left out; a `BertModel` saved without a pooler
+      has none.
     Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
       every weight that is missing, left over, not floating or of another shape.
     """
@@ -120,15 +121,17 @@ def classifier_from_pretrained(
 ) -> tuple[Model, dict[str, Any]]:
     """Makes a classifier out of a pretrained model, ready to be fine-tuned.
 
-    The body goes under `bert.`; the classifier, and a pooler where there is none, start at N(0, initializer_range)
-    with zero bias. A classifier with `num_labels` labels keeps its head and its labels' names.
+    The body goes under `bert.`; the classifier, and a pooler where there is none, start at
+    N(0, initializer_range) with zero bias. A classifier with `num_labels` labels keeps its
+    head and its labels' names.
 
     Args:
       model, params: from `load_model`; the arrays are shared, not copied.
       num_labels: columns of `logits`; 1 for regression.
       key: typed key for the fresh weights.
       problem_type: transformers' word for the loss, written to the config; None keeps a kept head's.
-    Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification, and its params.
+    Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification,
+      and its params.
     Raises: ValueError if `num_labels` or `problem_type` is not possible.
     """
     headless = model.config.architectures == ("BertModel",)

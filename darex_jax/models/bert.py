@@ -34,8 +34,9 @@ INERT = frozenset(
     bos_token_id eos_token_id sep_token_id cls_token_id decoder_start_token_id
     use_cache gradient_checkpointing chunk_size_feed_forward tie_word_embeddings tie_encoder_decoder
     output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 tf_legacy_loss
-    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    """.split()
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type
+    """.split()  # noqa: SIM905
 )
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -74,13 +75,15 @@ class BertConfig:
         if len(self.architectures) != 1 or self.architectures[0] not in ARCHITECTURES:
             wrong.append(
                 f"architectures is {list(self.architectures)}, supported: {', '.join(ARCHITECTURES)} "
-                "(transformers.AutoModel.from_pretrained(...).save_pretrained(...) saves the body of any BERT as BertModel)"
+                "(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any BERT's "
+                "body as BertModel)"
             )
         if self.hidden_act not in ACTIVATIONS:
             wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             wrong.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
@@ -133,7 +136,7 @@ class BertConfig:
 
     @property
     def problem_type(self) -> str | None:
-        """ "regression", "single_label_classification", "multi_label_classification" or None: which loss to train."""
+        """The loss: "regression", "single_label_classification", "multi_label_classification", None."""
         return self.notes.get("problem_type")
 
     def as_classifier(self, num_labels: int, problem_type: str | None = None) -> "BertConfig":
@@ -190,7 +193,7 @@ class SelfAttention(nnx.Module):
             y.reshape(*y.shape[:2], self.heads, -1)  # B T D -> B T N H
             for y in (self.query(x), self.key(x), self.value(x))
         )
-        # Plain einsums: `jax.nn.dot_product_attention` has no dropout on the weights and is no faster on a CPU.
+        # Plain einsums: `jax.nn.dot_product_attention` has no dropout on the weights, nor is it faster here.
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
         # A finite floor: a sequence of nothing but padding attends evenly instead of giving NaN.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)

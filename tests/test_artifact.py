@@ -1,0 +1,404 @@
+"""Checkpoints and the artifact from end to end: bits, hostile files, killed writers, the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import darex_jax as dx
+from darex_jax.artifact import DeltaFile
+from darex_jax.checkpoint import INDEX, Checkpoint
+from darex_jax.cli import main
+from darex_jax.safetensors_io import FileError, SafetensorsFile, write_tensors
+from darex_jax.scope import choose_scope
+from darex_jax.stream import apply_artifact, prune_checkpoints
+from darex_jax.tree import flatten_names, unflatten_names
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def encoder(seed, dtype=np.float32, step=1e-3, prefix="bert.", head=True, rows=50):
+    """A toy encoder's state dict; `seed` 0 is the base, others are fine-tunes of it."""
+    shapes = {
+        "embeddings.word_embeddings.weight": (rows, 16),
+        "encoder.layer.0.output.dense.weight": (16, 64),
+        "encoder.layer.0.output.dense.bias": (16,),
+        "encoder.layer.0.output.LayerNorm.weight": (16,),
+        "pooler.dense.weight": (16, 16),
+    }
+    base, fine = np.random.default_rng(0), np.random.default_rng(seed + 1)
+    named = {}
+    for name, shape in shapes.items():
+        leaf = base.normal(size=(60, *shape[1:]) if "word" in name else shape)[: shape[0]]
+        named[prefix + name] = (leaf + (seed > 0) * step * fine.normal(size=shape)).astype(dtype)
+    named[prefix + "embeddings.position_ids"] = np.arange(8, dtype=np.int64)[None]
+    if head:
+        named["classifier.weight"] = fine.normal(size=(2, 16)).astype(dtype)
+    return named
+
+
+def write(path, named, config=None, shards=1):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "bert"} | (config or {})))
+    if shards == 1:
+        write_tensors(path / "model.safetensors", named)
+        return path
+    weight_map = {}
+    for i in range(shards):
+        part = {name: named[name] for name in sorted(named)[i::shards]}
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        write_tensors(path / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
+    return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
+
+
+def darex(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def prune(base, fine, out, drop_rate=0.9, **options):
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        scope = choose_scope("bert")
+        return prune_checkpoints(b, f, out, key=(0, 0), drop_rate=drop_rate, scope=scope, **options)
+
+
+def read_all(path):
+    with Checkpoint(path) as checkpoint:
+        return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("drop_rate", "q"), [(0.9, None), (0.9, 0.3), (0.0, None), (0.999, 0.004)])
+def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, drop_rate, q):
+    base, fine = encoder(0, dtype, prefix="", head=False), encoder(1, dtype)
+    write(tmp_path / "base", base, shards=shards)
+    write(tmp_path / "fine", fine, {"num_labels": 2})
+    summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", drop_rate, q=q)
+    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
+        apply_artifact(b, d, tmp_path / "out")
+        stored = {name: d.read(f"values/{name}") for name in d.recipe.parameters}
+    restored = read_all(tmp_path / "out")
+    assert restored.keys() == fine.keys()
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_labels"] == 2
+    np.testing.assert_array_equal(restored["classifier.weight"], fine["classifier.weight"])
+    np.testing.assert_array_equal(restored["bert.embeddings.position_ids"], np.arange(8)[None])
+    floats = {n: v for n, v in fine.items() if n.startswith("bert.") and v.dtype == dtype}
+    delta = dx.compute_delta(floats, {n: base[n.removeprefix("bert.")] for n in floats})
+    # What is stored is rounded to the fine-tune's dtype; in float32 that changes nothing.
+    delta = {name: leaf.astype(dtype).astype(jnp.float32) for name, leaf in delta.items()}
+    mask = dx.random_mask(jax.random.key(0), delta, drop_rate)
+    expected = dx.apply_delta(
+        {n: base[n.removeprefix("bert.")] for n in floats}, dx.prune(jax.random.key(0), delta, drop_rate, q)
+    )
+    for name in floats:
+        assert restored[name].dtype == dtype
+        assert restored[name].tobytes() == np.asarray(expected[name]).tobytes(), name
+        values = np.asarray(delta[name])[np.asarray(mask[name])].astype(dtype)
+        np.testing.assert_array_equal(stored[name], values)
+    assert summary.survivors == sum(int(m.sum()) for m in jax.tree.leaves(mask))
+
+
+def test_any_safetensors_reader_opens_it(tmp_path, pair):
+    safetensors_numpy = pytest.importorskip("safetensors.numpy")
+    prune(*pair, tmp_path / "d")
+    theirs = safetensors_numpy.load_file(tmp_path / "d")
+    with DeltaFile(tmp_path / "d") as d:
+        assert theirs.keys() == d.tensors.keys()
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(array, d.read(name))
+
+
+def test_same_command_same_bytes(tmp_path, pair):
+    prune(*pair, tmp_path / "a")
+    prune(*pair, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_inexact_values_are_counted(tmp_path):
+    write(tmp_path / "base", encoder(0, BF16, head=False))
+    write(tmp_path / "fine", encoder(1, BF16, step=0.3))
+    summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
+    base, fine = read_all(tmp_path / "base"), read_all(tmp_path / "fine")
+    inexact = 0
+    for name in summary.recipe.parameters:
+        difference = fine[name].astype(np.float64) - base[name].astype(np.float64)
+        inexact += np.count_nonzero(difference.astype(BF16).astype(np.float64) != difference)
+    assert summary.recipe.inexact == inexact > 0
+
+
+def test_extra_vocabulary_rows_and_old_names(tmp_path):
+    base = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): v for n, v in encoder(0, head=False).items()}
+    fine = encoder(1, rows=53)
+    write(tmp_path / "base", base)
+    write(tmp_path / "fine", fine)
+    summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d")
+    assert summary.match.extra_rows == {"bert.embeddings.word_embeddings.weight": 3}
+    darex("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    restored = read_all(tmp_path / "out")
+    name = "bert.embeddings.word_embeddings.weight"
+    assert restored[name].shape == (53, 16)
+    np.testing.assert_array_equal(restored[name][50:], fine[name][50:])
+    assert "bert.encoder.layer.0.output.LayerNorm.weight" in restored
+
+
+def test_decoder_scope(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (20, 8), "model.norm.weight": (8,), "lm_head.weight": (20, 8)}
+    shapes |= {"model.layers.0.mlp.up_proj.weight": (32, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
+    base = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    fine = {name: leaf + np.float32(0.01) for name, leaf in base.items()} | {
+        "model.norm.weight": base["model.norm.weight"]
+    }
+    for name, tensors in (("base", base), ("fine", fine)):
+        write(tmp_path / name, tensors, {"model_type": "llama"})
+    darex("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "d", "--drop-rate", 0.5)
+    with DeltaFile(tmp_path / "d") as d:
+        assert sorted(d.recipe.parameters) == [n for n in sorted(shapes) if "layers" in n]
+        assert sorted(d.names("dense")) == ["lm_head.weight", "model.embed_tokens.weight"]
+
+
+def test_command_line(tmp_path, pair):
+    base, fine = pair
+    out, restored = tmp_path / "delta.safetensors", tmp_path / "restored"
+    checked = json.loads(darex("check", base, fine, "--json").stdout)
+    assert checked["pruned"]["parameters"] == 5 and checked["dense_names"] == ["classifier.weight"]
+    pruned = json.loads(darex("prune", base, fine, out, "-p", 0.9, "--seed", 3, "--json").stdout)
+    assert pruned["bytes"] == out.stat().st_size
+    seen = json.loads(darex("inspect", out, "--json").stdout)
+    assert seen["key"] == [0, 3] and seen["survivors"] == pruned["survivors"]
+    assert "ok" in darex("verify", out, "--base", base).stdout
+    darex("apply", base, out, restored)
+    assert "already exists" in darex("apply", base, out, restored, code=1).stderr
+    darex("apply", base, out, restored, "--overwrite")
+    for command in ("check", "prune", "apply", "inspect", "verify", "train", "eval", "find-q", "demo"):
+        assert "--json" in darex(command, "--help").stdout
+    q_file = tmp_path / "q.json"
+    q_file.write_text('{"q": 0.25}')
+    darex("prune", base, fine, out, "-p", 0.9, "--q", q_file)
+    assert json.loads(darex("inspect", out, "--json").stdout)["q"] == [0.25]
+    assert (
+        "neither a number nor a file" in darex("prune", base, fine, out, "-p", 0.9, "--q", "x", code=2).stderr
+    )
+
+
+def test_commands_on_files_stay_light():
+    code = (
+        "import sys; from darex_jax.cli import main; import darex_jax.stream, darex_jax.artifact, "
+        "darex_jax.match; heavy = {'transformers', 'flax', 'datasets', 'torch'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys; import darex_jax, darex_jax.cli; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wrong_models_are_named(tmp_path, pair):
+    base, fine = pair
+    prune(base, fine, tmp_path / "d")
+    other = encoder(0, prefix="", head=False)
+    other["pooler.dense.weight"][3, 4] += 1
+    write(tmp_path / "other", other)
+    error = darex("apply", tmp_path / "other", tmp_path / "d", tmp_path / "x", code=1).stderr
+    assert "'pooler.dense.weight' holds other numbers" in error
+    assert (
+        "'pooler.dense.weight'"
+        in darex("verify", tmp_path / "d", "--base", tmp_path / "other", code=1).stderr
+    )
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*partial"))
+    wrong = encoder(1, rows=40)
+    wrong["bert.encoder.layer.1.x.weight"] = np.zeros(3, np.float32)
+    del wrong["bert.encoder.layer.0.output.dense.bias"]
+    write(tmp_path / "wrong", wrong)
+    error = darex("check", base, tmp_path / "wrong", code=1).stderr
+    assert "is [50, 16] in the base and [40, 16]" in error
+    assert "'bert.encoder.layer.1.x.weight' is in the fine-tuned model only" in error
+    assert "'encoder.layer.0.output.dense.bias' is in the base only" in error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_nan_and_infinity(tmp_path, value, dtype):
+    fine = encoder(1, dtype)
+    fine["bert.pooler.dense.weight"][0, 1] = value
+    write(tmp_path / "base", encoder(0, dtype, head=False))
+    write(tmp_path / "fine", fine)
+    arguments = ("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "d", "-p", 0.9)
+    assert "'bert.pooler.dense.weight' holds 1 NaN or infinite" in darex(*arguments, code=1).stderr
+    assert not (tmp_path / "d").exists()
+    report = json.loads(darex(*arguments, "--allow-nonfinite", "--json").stdout)
+    assert report["nonfinite"] == 1
+
+
+def header_of(data):
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header, body):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def refused(path, data):
+    path.write_bytes(data)
+    with pytest.raises(FileError), DeltaFile(path) as d:
+        from darex_jax.stream import verify_artifact
+
+        verify_artifact(d)
+
+
+def test_every_truncation_is_refused(tmp_path, pair):
+    prune(*pair, tmp_path / "d")
+    data = (tmp_path / "d").read_bytes()
+    cuts = [*range(0, 16), *range(16, len(data), len(data) // 40), len(data) - 1]
+    for cut in cuts:
+        refused(tmp_path / "cut", data[:cut])
+    refused(tmp_path / "long", data + b"\0")
+
+
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path, position, bit):
+    if not (tmp_path / "d").exists():
+        base = write(tmp_path / "base", encoder(0, prefix="", head=False))
+        prune(base, write(tmp_path / "fine", encoder(1)), tmp_path / "d")
+    data = bytearray((tmp_path / "d").read_bytes())
+    data[int(position * len(data))] ^= 1 << bit
+    (tmp_path / "flipped").write_bytes(data)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "flipped")])
+    assert result.exit_code in (0, 1) and (
+        result.exception is None or isinstance(result.exception, SystemExit)
+    )
+    if result.exit_code == 0:  # only white space of the padding can change nothing
+        assert header_of(bytes(data)) == header_of((tmp_path / "d").read_bytes())
+
+
+def test_lying_headers(tmp_path, pair):
+    prune(*pair, tmp_path / "d")
+    header, body = header_of((tmp_path / "d").read_bytes())
+    name = next(n for n in header if n.startswith("values/"))
+    start, end = header[name]["data_offsets"]
+    for entry in (
+        {"shape": [2**62]},
+        {"shape": [2**40, 2**40]},
+        {"shape": [-1]},
+        {"shape": [1.5]},
+        {"shape": "x"},
+        {"dtype": "F99"},
+        {"dtype": ["F32"]},
+        {"data_offsets": [start, end + 2**50]},
+        {"data_offsets": [end, start]},
+        {"data_offsets": [start + 4, end]},
+        {"data_offsets": []},
+    ):
+        refused(tmp_path / "lie", with_header(header | {name: header[name] | entry}, body))
+    refused(tmp_path / "lie", (2**63).to_bytes(8, "little") + b"{}")
+    refused(tmp_path / "lie", with_header([], b""))
+    refused(tmp_path / "lie", b"\x10" + b"\0" * 7 + b"[" * 16)
+    text = json.dumps(header)
+    twice = text[:-1] + "," + json.dumps({name: header[name]})[1:]
+    refused(tmp_path / "lie", len(twice).to_bytes(8, "little") + twice.encode() + body)
+    evil = {n.replace("file/config.json", "file/../../x"): entry for n, entry in header.items()}
+    refused(tmp_path / "lie", with_header(evil, body))
+    write_tensors(tmp_path / "plain", {"w": np.zeros(3, np.float32)})
+    with pytest.raises(FileError, match="not a delta made by darex"):
+        DeltaFile(tmp_path / "plain")
+
+
+def test_index_with_a_path_is_refused(tmp_path):
+    write(tmp_path / "base", encoder(0), shards=2)
+    (tmp_path / "base" / INDEX).write_text('{"weight_map": {"w": "../secret.safetensors"}}')
+    with pytest.raises(FileError, match="not the name of a file in that directory"):
+        Checkpoint(tmp_path / "base")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileError, match="a pickle, which is never read"):
+        Checkpoint(tmp_path / "pickled")
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path, pair, monkeypatch):
+    out = tmp_path / "d"
+    out.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert "No space left on device" in darex("prune", *pair, out, "-p", 0.9, code=1).stderr
+        assert out.read_bytes() == b"old" and not list(tmp_path.glob(".*partial"))
+
+
+def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("base", "fine"):
+        big = {f"bert.layer.{i}.weight": rng.normal(size=(2000, 1000)).astype(np.float32) for i in range(4)}
+        write(tmp_path / name, big)
+    command = [sys.executable, "-m", "darex_jax", "prune", "base", "fine", "d", "-p", "0.1"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".d.*partial")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "d").exists()
+
+
+def test_params_round_trip(tmp_path):
+    named = encoder(1, BF16)
+    dx.save_params(tmp_path / "m", unflatten_names(named), {"model_type": "bert"})
+    loaded = flatten_names(dx.load_params(tmp_path / "m"))
+    assert loaded.keys() == named.keys()
+    for name, leaf in named.items():
+        assert loaded[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(loaded[name], np.float32), np.asarray(leaf, np.float32))
+    cast = flatten_names(dx.load_params(tmp_path / "m", dtype=jnp.float32))
+    assert cast["classifier.weight"].dtype == jnp.float32
+    with pytest.raises(FileError, match="already exists"):
+        dx.save_params(tmp_path / "m", unflatten_names(named))
+
+
+def test_read_into_stops_at_a_shrunk_file(tmp_path):
+    write_tensors(tmp_path / "m", {"w": np.zeros(1000, np.float32)})
+    with SafetensorsFile(tmp_path / "m") as file:
+        os.truncate(tmp_path / "m", 500)
+        with pytest.raises(FileError, match="became shorter"):
+            file.read("w")
+
+
+def test_artifact_size_at_one_percent(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {f"bert.layer.{i}.weight": rng.normal(size=(1500, 1000)).astype(BF16) for i in range(2)}
+    fine = {n: (v.astype(np.float32) * 1.001).astype(BF16) for n, v in base.items()}
+    write(tmp_path / "base", base)
+    write(tmp_path / "fine", fine)
+    summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.99)
+    assert (tmp_path / "d").stat().st_size <= 2.05 * 0.01 * summary.pruned_size + 8000
+
+
+def test_help_names_every_command():
+    text = darex("--help").stdout
+    assert all(c in text for c in ("check", "prune", "apply", "inspect", "verify", "demo"))
+    assert Path(sys.executable).exists()
