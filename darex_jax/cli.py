@@ -519,11 +519,11 @@ def _print_demo(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"{results['task']}, test {results['metric']}: fine-tuned {results['fine_tuned']:.3f}"
-    table = Table(title=title, caption="mean +- standard deviation over 4 masks; size of the q_v artifact")
-    for heading in ("drop rate", "DARE", "DAREx-q (labels)", "DAREx-q (outputs)", "size", "restored"):
-        table.add_column(heading, justify="right")
+    table = Table(title=title, caption="mean ± standard deviation over 4 masks; size of the q_v artifact")
+    for heading in ("drop rate", "DARE", "q by labels", "q by outputs", "size", "restored"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results["rates"]:
-        cells = [f"{row[m]['mean']:.3f} +- {row[m]['std']:.3f}" for m in ("dare", "q_v", "q_e")]
+        cells = [f"{row[m]['mean']:.3f} ±{row[m]['std']:.3f}" for m in ("dare", "q_v", "q_e")]
         for i, method in ((1, "q_v"), (2, "q_e")):
             cells[i] += f"\nq {row[method]['q']:.4g}"
         ratio = results["fine_bytes"] / row["artifact_bytes"]
@@ -541,6 +541,8 @@ def _steps(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], None
         def on_step(record: Any) -> None:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             bar.update(1)
+            if bar.n >= total:  # what comes next prints below a finished bar
+                bar.close()
 
         yield on_step
 
