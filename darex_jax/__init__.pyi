@@ -1,3 +1,6 @@
+from .artifact import load_delta as load_delta
+from .artifact import load_kept as load_kept
+from .artifact import save_delta as save_delta
 from .bound import output_error_bound as output_error_bound
 from .checkpoint import load_params as load_params
 from .checkpoint import save_params as save_params

@@ -10,7 +10,10 @@ so the values' places need not be stored: see `darex_jax.mask` for its definitio
 """
 
 import json
+import os
+import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,8 +21,16 @@ import blake3
 import numpy as np
 
 from darex_jax.checkpoint import COMPANIONS
-from darex_jax.safetensors_io import DTYPES, FileError, SafetensorsFile, element_count
-from darex_jax.threefry import keep_threshold
+from darex_jax.safetensors_io import (
+    DTYPE_NAMES,
+    DTYPES,
+    FileError,
+    SafetensorsFile,
+    as_bytes,
+    element_count,
+    write_tensors,
+)
+from darex_jax.threefry import keep_threshold, numpy_leaf_key
 
 FORMAT = 1
 METADATA = "darex"
@@ -155,3 +166,126 @@ def resolve_q(q: float | Mapping[str, float] | None, drop_rate: float, names: li
         if not 0.0 < float(value) < float("inf"):
             raise ValueError(f"q of '{name}' must be a positive number, got {value}.")
     return {name: float(value) for name, value in by_name.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what a mask or a value could depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("darex_jax", "jax", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def save_delta(
+    path: str | os.PathLike[str],
+    key: Any,
+    delta: Any,
+    drop_rate: float,
+    q: Any = None,
+    *,
+    base: Any,
+) -> Recipe:
+    """Prunes a delta and writes the artifact, whole or not at all; `darex apply` and `load_delta` read it.
+
+    Args:
+      key: scalar typed Threefry key.
+      delta: tree of floating arrays, not yet pruned; values are stored in its leaves' dtypes.
+      drop_rate, q: as in `prune`; q a number, or one per leaf as a tree or a dict by name.
+      base: the tree the delta belongs to, fingerprinted; the names and shapes of `delta`, and maybe more.
+    Raises: ValueError for arguments out of range or a delta that does not fit its base.
+    """
+    import jax
+
+    from darex_jax.tree import check_key, flatten_names
+
+    check_key(key)
+    words = np.asarray(jax.random.key_data(key))
+    threshold = keep_threshold(drop_rate)
+    deltas = {name: np.asarray(leaf) for name, leaf in flatten_names(delta).items()}
+    bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
+    for name, leaf in deltas.items():
+        if name not in bases or bases[name].shape != leaf.shape:
+            raise ValueError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
+    by_name = flatten_names(q) if isinstance(q, Mapping) else q
+    q_by_name = resolve_q(by_name, drop_rate, list(deltas))
+    tensors = {}
+    for name in sorted(deltas, key=lambda n: (-deltas[n].dtype.itemsize, n)):
+        kept = survivor_indices(words, name, deltas[name].size, threshold)
+        tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
+    digest = blake3.blake3()
+    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
+        digest.update(as_bytes(tensors[name]))
+    recipe = Recipe(
+        format=FORMAT,
+        method="dare" if q is None else "darex-q",
+        drop_rate=float(drop_rate),
+        key=(int(words[0]), int(words[1])),
+        scope="the delta's own leaves",
+        parameters={name: {"shape": list(leaf.shape), "q": q_by_name[name]} for name, leaf in deltas.items()},
+        base={
+            name: {
+                "dtype": DTYPE_NAMES[leaf.dtype],
+                "shape": list(leaf.shape),
+                "blake3": blake3.blake3(as_bytes(np.ascontiguousarray(leaf))).hexdigest(),
+            }
+            for name, leaf in bases.items()
+        },
+        base_names={},
+        base_only=[],
+        inexact=0,
+        nonfinite=0,
+        versions=versions(),
+        data_blake3=digest.hexdigest(),
+    )
+    write_tensors(path, tensors, recipe.to_metadata())
+    return recipe
+
+
+def load_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The pruned, rescaled delta of an artifact: a nested dict of float32 arrays for `apply_delta`.
+
+    Only the pruned parameters; what the artifact keeps whole (a task head, say) is `load_kept`'s.
+    Raises: FileError for a damaged file, or one with extra vocabulary rows (`darex apply` restores those).
+    """
+    import jax.numpy as jnp
+
+    from darex_jax.tree import unflatten_names
+
+    named = {}
+    with DeltaFile(path) as file:
+        if file.names("rows"):
+            raise FileError(f"{path}: has extra rows for {file.names('rows')}; restore it with darex apply.")
+        for name, entry in file.recipe.parameters.items():
+            dense = np.zeros(element_count(tuple(entry["shape"])), np.float32)
+            kept = survivor_indices(np.array(file.recipe.key, np.uint32), name, dense.size, file.threshold())
+            values = file.read(f"values/{name}").astype(np.float32)
+            if len(values) != len(kept):
+                raise FileError(f"{path}: '{name}' stores {len(values)} values for {len(kept)} survivors.")
+            dense[kept] = values * (np.float32(1.0) / np.float32(entry["q"]))
+            named[name] = jnp.asarray(dense.reshape(entry["shape"]))
+    return unflatten_names(named)
+
+
+def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parameters an artifact keeps whole, as the fine-tune has them: a nested dict of NumPy arrays."""
+    from darex_jax.tree import unflatten_names
+
+    with DeltaFile(path) as file:
+        return unflatten_names({name: file.read(f"dense/{name}") for name in file.names("dense")})
+
+
+def survivor_indices(key_words: np.ndarray, name: str, size: int, threshold: int) -> np.ndarray:
+    """The indices of a parameter's survivors in its flattened layout, ascending."""
+    from darex_jax.mask import STREAM_CHUNKS, stream_mask
+    from darex_jax.tree import name_words
+
+    leaf_key = numpy_leaf_key(tuple(int(w) for w in key_words), name_words(name))
+    chunk = STREAM_CHUNKS[0]
+    pieces = [
+        start + np.flatnonzero(stream_mask(leaf_key, start, min(chunk, size - start), threshold))
+        for start in range(0, size, chunk)
+    ]
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)

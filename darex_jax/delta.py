@@ -39,20 +39,24 @@ def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
 def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
     """`base + delta` in float32, rounded once to the base's dtypes.
 
-    Where the delta is zero the base's own bits stay (also a -0.0). Integer leaves stay as they are.
+    Where the delta is zero the base's own bits stay (also a -0.0). So do integer leaves, and leaves that
+    the delta does not have.
 
-    Raises: ValueError naming every leaf that is in one tree only or has another shape.
+    Raises: ValueError naming every leaf that is in the delta only or has another shape.
     """
-    _check_same(base, delta, "base", "delta")
+    deltas = flatten_names(delta)
+    in_delta = {name: leaf for name, leaf in flatten_names(base).items() if name in deltas}
+    _check_same(in_delta, deltas, "base", "delta")
 
-    def add(b: jax.Array, d: jax.Array) -> jax.Array:
+    def add(name: str, b: jax.Array) -> jax.Array:
         b = jnp.asarray(b)
-        if not jnp.issubdtype(b.dtype, jnp.floating):
+        if name not in deltas or not jnp.issubdtype(b.dtype, jnp.floating):
             return b
+        d = deltas[name]
         total = (b.astype(jnp.float32) + jnp.asarray(d, jnp.float32)).astype(b.dtype)
         return jnp.where(d == 0, b, total)
 
-    return jax.tree.map(add, base, delta)
+    return map_named(add, base)
 
 
 def drop(mask: PyTree, delta: PyTree) -> PyTree:

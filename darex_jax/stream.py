@@ -5,11 +5,9 @@ Every byte of both models is read once. JAX computes the masks; nothing else of 
 
 import json
 import os
-import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,7 @@ from typing import Any, TypeVar
 import blake3
 import numpy as np
 
-from darex_jax.artifact import FORMAT, DeltaFile, Recipe, resolve_q
+from darex_jax.artifact import FORMAT, DeltaFile, Recipe, resolve_q, versions
 from darex_jax.checkpoint import INDEX, Checkpoint, StoredTensor, atomic_directory, companion_files
 from darex_jax.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.match import Match, match_checkpoints
@@ -143,7 +141,7 @@ def prune_checkpoints(
             base_only=base_only,
             inexact=inexact,
             nonfinite=nonfinite,
-            versions=_versions(),
+            versions=versions(),
             data_blake3=data_digest.hexdigest(),
         )
 
@@ -496,16 +494,6 @@ def _changed_companions(base: Path, fine: Path) -> dict[str, bytes]:
         if not (twin.is_file() and twin.read_bytes() == content):
             changed[file.name] = content
     return changed
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("darex_jax", "jax", "numpy"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _in_order(

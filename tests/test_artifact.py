@@ -402,3 +402,30 @@ def test_help_names_every_command():
     text = darex("--help").stdout
     assert all(c in text for c in ("check", "prune", "apply", "inspect", "verify", "demo"))
     assert Path(sys.executable).exists()
+
+
+def test_library_round_trip(tmp_path):
+    """`save_delta`, `load_delta` and `darex apply` agree with `prune` and `apply_delta`, bit for bit."""
+    named = {n: v for n, v in encoder(0, head=False).items() if v.dtype == np.float32}
+    fine = {n: encoder(1)[n] for n in named}
+    write(tmp_path / "base", named)
+    base, delta = unflatten_names(named), dx.compute_delta(unflatten_names(fine), unflatten_names(named))
+    dx.save_delta(tmp_path / "d", jax.random.key(5), delta, 0.9, 0.3, base=base)
+    pruned = dx.prune(jax.random.key(5), delta, 0.9, 0.3)
+    loaded = dx.load_delta(tmp_path / "d")
+    assert dx.load_kept(tmp_path / "d") == {}
+    expected = flatten_names(dx.apply_delta(base, pruned))
+    for name, leaf in flatten_names(dx.apply_delta(base, loaded)).items():
+        assert np.asarray(leaf).tobytes() == np.asarray(expected[name]).tobytes()
+    darex("verify", tmp_path / "d", "--base", tmp_path / "base")
+    darex("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    for name, leaf in read_all(tmp_path / "out").items():
+        assert leaf.tobytes() == np.asarray(expected[name]).tobytes()
+    with pytest.raises(ValueError, match="has no base of its shape"):
+        dx.save_delta(tmp_path / "e", jax.random.key(5), delta, 0.9, base={"w": jnp.zeros(3)})
+
+
+def test_load_delta_of_a_checkpoint_pair(tmp_path, pair):
+    prune(*pair, tmp_path / "d")
+    assert list(flatten_names(dx.load_kept(tmp_path / "d"))) == ["classifier.weight"]
+    assert "bert.pooler.dense.weight" in flatten_names(dx.load_delta(tmp_path / "d"))
