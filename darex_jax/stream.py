@@ -275,6 +275,8 @@ def apply_artifact(
 ) -> int:
     """`base + delta` as a complete Hugging Face directory, sharded like the base. Returns the bytes written.
 
+    The directory appears whole or not at all; it is not forced to the disk, since base and delta restore it.
+
     Raises: FileError if the base is not the one the delta was made from (the first tensor that differs is
       named), or if the artifact is damaged.
     """
@@ -303,7 +305,6 @@ def apply_artifact(
 
                 for _ in _in_order(pool, write, tensors):
                     pass
-                os.fsync(file)
             finally:
                 os.close(file)
             total += position
