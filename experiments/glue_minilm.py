@@ -58,24 +58,25 @@ def write_table() -> None:
     lines = [
         "# MiniLM-L6 on GLUE: DARE and DAREx-q",
         "",
-        "Mean ± standard deviation over four masks (seeds 0-3) on the official validation split (at most 1,500",
-        "rows); q by labels is searched on a tenth of the training split with one mask, q by outputs on 50",
-        "training sentences with four. Made by `python experiments/glue_minilm.py --data-dir DIR`.",
+        "Mean ± standard deviation over four masks (seeds 0-3) on the official validation split (at most",
+        "1,500 rows); q by labels is searched on a tenth of the training split with one mask, q by outputs",
+        "on 50 training sentences with four. Made by `python experiments/glue_minilm.py --data-dir DIR`.",
         "",
-        "| task, metric | steps x 32, rate | fine-tuned | drop rate | DARE | q by labels | q by outputs | size |",
+        "| task, metric | steps, rate | fine-tuned | drop rate | DARE | q by labels | q by outputs | size |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for file in sorted(RESULTS.glob("glue_minilm_*.json")):
         r = json.loads(file.read_text())
+        run = [
+            f"{r['task']}, {r['metric']}",
+            f"{r['steps']}, {r['learning_rate']:g}",
+            f"{r['fine_tuned']:.3f}",
+        ]
         for row in r["rates"]:
-            cells = [
-                f"{row[m]['mean']:.3f} ± {row[m]['std']:.3f} (q {row[m]['q']:.4g})"
-                for m in ("dare", "q_v", "q_e")
-            ]
-            lines.append(
-                f"| {r['task']}, {r['metric']} | {r['steps']}, {r['learning_rate']:g} | {r['fine_tuned']:.3f} "
-                f"| {row['drop_rate']} | {' | '.join(cells)} | 1/{r['fine_bytes'] / row['artifact_bytes']:.0f} |"
-            )
+            cells = [row[method] for method in ("dare", "q_v", "q_e")]
+            cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
+            size = f"1/{r['fine_bytes'] / row['artifact_bytes']:.0f}"
+            lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells, size])} |")
     lines += ["", "Machine and versions stand in the JSON files beside this one.", ""]
     (RESULTS / "glue_minilm.md").write_text("\n".join(lines))
 
