@@ -1,0 +1,50 @@
+"""The demo and the commands around a model, on MiniLM's real weights, in miniature."""
+
+import importlib.util
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from darex_jax.cli import main
+from darex_jax.demo import PACKAGE, demo_weights
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec(PACKAGE) is None, reason="the demo's weights are not installed"
+)
+
+
+def darex(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+@needs_weights
+def test_demo_in_miniature(tmp_path):
+    options = ("--out", tmp_path, "--steps", 2, "--limit", 32, "--json")
+    results = json.loads(darex("demo", *options))
+    assert [row["drop_rate"] for row in results["rates"]] == [0.9, 0.99, 0.999]
+    for row in results["rates"]:
+        assert row["restored_bit_identical"]
+        assert row["artifact_bytes"] < results["fine_bytes"] * 1.1 * (1 - row["drop_rate"]) + 100_000
+    assert (tmp_path / "metric_by_q.png").read_bytes().startswith(b"\x89PNG")
+    fine = tmp_path / "fine-tuned"
+    evaluated = json.loads(darex("eval", fine, "--limit", 32, "--json"))
+    assert evaluated["metric"] == results["fine_tuned"] and evaluated["n"] == 32
+    q_file = tmp_path / "q.json"
+    search = ("--drop-rate", 0.99, "--limit", 32, "--out", q_file, "--json")
+    found = json.loads(darex("find-q", demo_weights(), fine, *search))
+    assert found["q"] == next(r for r in results["rates"] if r["drop_rate"] == 0.99)["q_v"]["q"]
+    darex("prune", demo_weights(), fine, tmp_path / "d", "-p", 0.99, "--q", q_file)
+    assert json.loads(darex("inspect", tmp_path / "d", "--json"))["q"] == [found["q"]]
+
+
+@needs_weights
+def test_train_writes_what_transformers_loads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    report = json.loads(darex("train", demo_weights(), tmp_path / "m", "--steps", 2, "--limit", 64, "--json"))
+    assert report["steps"] == 2 and report["n"] == 1000
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert loaded.config.num_labels == 2
