@@ -27,7 +27,7 @@ DTYPES = {
 }
 
 
-def methods(size: int, dtype: str) -> dict[str, Callable[[], None]]:
+def methods(size: int, dtype: str) -> dict[str, Callable[[], object]]:
     jax_dtype, numpy_dtype, torch_dtype = DTYPES[dtype]
     key, q = jax.random.key(0), 0.01
     delta = jax.random.normal(jax.random.key(1), (size,)).astype(jax_dtype)
@@ -59,10 +59,10 @@ def methods(size: int, dtype: str) -> dict[str, Callable[[], None]]:
         torch.mul(tensor, keep).div_(q)
 
     return {
-        "mask": lambda: dx.random_mask(key, shape, 0.99)["w"].block_until_ready() and None,
+        "mask": lambda: jax.block_until_ready(dx.random_mask(key, shape, 0.99)),
         "drop + rescale, in place": drop_and_rescale,
         "whole prune, in place": whole,
-        "jax.random.bernoulli, mask": lambda: bernoulli(key).block_until_ready() and None,
+        "jax.random.bernoulli, mask": lambda: jax.block_until_ready(bernoulli(key)),
         "jax.random.bernoulli, prune": jax_bernoulli_prune,
         "torch.bernoulli, prune": torch_prune,
         "copy, buffer reused": lambda: np.copyto(target, source),
