@@ -112,8 +112,8 @@ def load_model(path: str | PathLike[str], dtype: Any = None) -> tuple[Model, dic
 
 def init_model(config: BertConfig, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
     """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
-    model, shapes = _build(config)
-    return model, unflatten_names(_fresh(config, list(shapes), key, dtype))
+    weights = _state_dict(nnx.state(_module(config, key)))
+    return _build(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
 def classifier_from_pretrained(
@@ -155,7 +155,7 @@ def _build(config: BertConfig, **options: bool) -> tuple[Model, dict[str, tuple[
 
 
 def _fresh(config: BertConfig, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
-    """Fresh weights by name; under jit, so those not asked for are never made."""
+    """The weights of `init_model` under these names; in one jit, so that the others are never made."""
 
     def init(key: Array) -> dict[str, Array]:
         weights = flatten_names(_state_dict(nnx.state(_module(config, key))))

@@ -286,8 +286,10 @@ class BertForSequenceClassification(nnx.Module):
         self, input_ids: Array, mask: Array, token_type_ids: Array, key: Array | None = None
     ) -> EncoderOutput:
         body_key, classifier_key = split_key(key, 2)
-        body = self.bert(input_ids, mask, token_type_ids, body_key)
-        return body._replace(logits=self.classifier(dropout(body.pooler_output, self.rate, classifier_key)))
+        hidden, pooled, _ = self.bert(input_ids, mask, token_type_ids, body_key)
+        assert pooled is not None  # a classifier's body is built with its pooler
+        logits = self.classifier(dropout(pooled, self.rate, classifier_key))  # B D -> B labels
+        return EncoderOutput(hidden, pooled, logits)
 
 
 ARCHITECTURES = {"BertModel": BertModel, "BertForSequenceClassification": BertForSequenceClassification}

@@ -78,9 +78,8 @@ def split_key(key: Array | None, count: int) -> list[Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def dropout(x: Array | None, rate: float, key: Array | None) -> Array:
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zeroes entries of `x` with probability `rate`, divides the rest by `1 - rate`; no key, no dropout."""
-    assert x is not None
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)
