@@ -413,7 +413,7 @@ def find_q_command(
     """Search the one q by which the survivors are divided (Algorithm 2) and write it to a file."""
     from darex_jax.batching import encode, load_tokenizer
     from darex_jax.checkpoint import read_config
-    from darex_jax.rescale import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+    from darex_jax.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
     from darex_jax.scope import choose_scope
     from darex_jax.tasks import load_task
 

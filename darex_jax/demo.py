@@ -15,7 +15,7 @@ from darex_jax.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.checkpoint import Checkpoint, save_params
 from darex_jax.evaluate import predict, pruned_params
 from darex_jax.models import classifier_from_pretrained, load_model
-from darex_jax.rescale import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+from darex_jax.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
 from darex_jax.scope import choose_scope
 from darex_jax.stream import apply_artifact, prune_checkpoints
 from darex_jax.tasks import load_task
