@@ -22,7 +22,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from darex_jax.safetensors_io import write_tensors
+from darex_jax.files.safetensors import write_tensors
 
 FLOOR = """
 import os, sys

@@ -13,7 +13,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from darex_jax.demo import demo_weights, run_demo
+from darex_jax.evaluation.demo import demo_weights, run_demo
 
 RESULTS = Path(__file__).parent / "results"
 # Steps of 32 examples and learning rate: about what 2 slow cores do in the better part of an hour each.

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
-from darex_jax.artifact import DeltaFile
-from darex_jax.checkpoint import INDEX, Checkpoint
 from darex_jax.cli import main
-from darex_jax.safetensors_io import FileError, SafetensorsFile, write_tensors
-from darex_jax.scope import choose_scope
-from darex_jax.stream import apply_artifact, prune_checkpoints
-from darex_jax.tree import flatten_names, unflatten_names
+from darex_jax.core.scope import choose_scope
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.checkpoint import INDEX, Checkpoint
+from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
+from darex_jax.files.stream import apply_artifact, prune_checkpoints
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -205,8 +205,8 @@ def test_command_line(tmp_path, pair):
 
 def test_commands_on_files_stay_light():
     code = (
-        "import sys; from darex_jax.cli import main; import darex_jax.stream, darex_jax.artifact, "
-        "darex_jax.match; heavy = {'transformers', 'flax', 'datasets', 'torch'} & set(sys.modules); "
+        "import sys; from darex_jax.cli import main; import darex_jax.files.stream; "
+        "heavy = {'transformers', 'flax', 'datasets', 'torch'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -264,7 +264,7 @@ def with_header(header, body):
 def refused(path, data):
     path.write_bytes(data)
     with pytest.raises(FileError), DeltaFile(path) as d:
-        from darex_jax.stream import verify_artifact
+        from darex_jax.files.stream import verify_artifact
 
         verify_artifact(d)
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darex_jax.checkpoint import load_params, save_params
-from darex_jax.models import BertConfig, classifier_from_pretrained, init_model, load_model
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.files.checkpoint import load_params, save_params
+from darex_jax.files.model import load_model
+from darex_jax.models import BertConfig, classifier_from_pretrained, init_model
 from darex_jax.models.bert import FIXED, INERT
-from darex_jax.tree import flatten_names, unflatten_names
 
 TINY = {
     "architectures": ["BertForSequenceClassification"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import darex_jax as dx
-from darex_jax.bound import phi
+from darex_jax.core.bound import phi
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.3, 0.4949, 0.4951, 0.499999, 0.5, 0.5049, 0.7, 0.99, 0.999])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
-from darex_jax.delta import _COMPILED
+from darex_jax.core.delta import _COMPILED
 
 
 def model(seed, dtype=jnp.float32, scale=1.0):

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from darex_jax.cli import main
-from darex_jax.demo import PACKAGE, demo_weights
+from darex_jax.evaluation.demo import PACKAGE, demo_weights
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None, reason="the demo's weights are not installed"

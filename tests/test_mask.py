@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import darex_jax as dx
-from darex_jax.mask import stream_mask
-from darex_jax.threefry import keep_threshold, numpy_leaf_key, numpy_mask
-from darex_jax.tree import flatten_names, leaf_key, name_words, unflatten_names
+from darex_jax.core.mask import stream_mask
+from darex_jax.core.threefry import keep_threshold, numpy_leaf_key, numpy_mask
+from darex_jax.core.tree import flatten_names, leaf_key, name_words, unflatten_names
 
 NAME = "encoder.layer.0.output.dense.weight"
 

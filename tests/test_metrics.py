@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from darex_jax.metrics import METRICS, accuracy, accuracy_and_f1, matthews, pearson_and_spearman
+from darex_jax.tasks.metrics import METRICS, accuracy, accuracy_and_f1, matthews, pearson_and_spearman
 
 
 def one_hot(classes):

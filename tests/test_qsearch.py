@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from darex_jax.qsearch import search_q, trimmed_mean
+from darex_jax.q.search import search_q, trimmed_mean
 
 
 def visited(objective, *args, **kwargs):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from darex_jax.batching import BUCKETS, Encoded, encode, evaluation_batches, training_batches
 from darex_jax.tasks import GLUE_TASKS, Examples, load_task
+from darex_jax.tasks.batching import BUCKETS, Encoded, encode, evaluation_batches, training_batches
 from darex_jax.tasks.opinions import BAD, GOOD
 
 
@@ -220,7 +220,7 @@ def tiny_tokenizer(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from darex_jax.batching import load_tokenizer
+    from darex_jax.tasks.batching import load_tokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import darex_jax.evaluate as evaluation
-from darex_jax.batching import Encoded, evaluation_batches
-from darex_jax.evaluate import evaluate, hidden_states, output_change, predict, pruned_params
+import darex_jax.evaluation.classification as evaluation
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.evaluation.classification import evaluate, hidden_states, output_change, predict, pruned_params
 from darex_jax.models import BertConfig, init_model
 from darex_jax.tasks import load_task
-from darex_jax.train import decay_mask, example_losses, fine_tune, warmup_linear
-from darex_jax.tree import flatten_names, unflatten_names
+from darex_jax.tasks.batching import Encoded, evaluation_batches
+from darex_jax.training.fine_tune import decay_mask, example_losses, fine_tune, warmup_linear
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CONFIG = {

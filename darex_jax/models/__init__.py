@@ -1,20 +1,26 @@
-"""Models that read Hugging Face directories and run as pure functions of a nested dict of arrays."""
+"""Models as pure functions of a nested dict of arrays, the Hugging Face state dict. No file is read here."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from darex_jax.checkpoint import load_params, read_config
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models.bert import ARCHITECTURES, BertConfig, EncoderOutput
-from darex_jax.tree import flatten_names, unflatten_names
 
-__all__ = ["BertConfig", "EncoderOutput", "Model", "classifier_from_pretrained", "init_model", "load_model"]
+__all__ = [
+    "BertConfig",
+    "EncoderOutput",
+    "Model",
+    "build_model",
+    "classifier_from_pretrained",
+    "init_model",
+    "read_model_config",
+]
 
 Array = jax.Array
 Params = Mapping[str, Any]  # a Hugging Face state dict, nested
@@ -70,50 +76,27 @@ class Model:
         return module(input_ids, mask != 0, types, dropout_key)
 
 
-def load_model(path: str | PathLike[str], dtype: Any = None) -> tuple[Model, dict[str, Any]]:
-    """Reads a Hugging Face directory: the model that config.json names, and its weights.
-
-    Args:
-      path: folder with config.json and safetensors.
-      dtype: cast the weights to this floating dtype; None keeps the file's.
-    Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
-      Integer buffers such as `embeddings.position_ids` are left out; a `BertModel` saved without a pooler
-      has none.
-    Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
-      every weight that is missing, left over, not floating or of another shape.
-    """
-    hf = read_config(path)
+def read_model_config(hf: Mapping[str, Any]) -> BertConfig:
+    """The config that a config.json describes. Raises: ValueError for an unsupported family or field."""
     family = hf.get("model_type")
     if family not in CONFIGS:
-        raise ValueError(f"{path}: model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
-    config = CONFIGS[family].from_hf(hf)
-    params = flatten_names(load_params(path, dtype))
-    headless = config.architectures == ("BertModel",)
-    no_pooler = headless and not any(name.startswith("pooler.") for name in params)
-    model, shapes = _build(config, **({"pooler": False} if no_pooler else {}))
-    floats = {name: x for name, x in params.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    wrong = [f"{name} is missing" for name in shapes.keys() - params.keys()]
-    wrong += [f"{name} is left over" for name in floats.keys() - shapes.keys()]
-    wrong += [
-        f"{name} is {params[name].dtype}, not floating"
-        for name in shapes.keys() & params.keys() - floats.keys()
-    ]
-    wrong += [
-        f"{name} has shape {list(floats[name].shape)}, expected {list(shapes[name])}"
-        for name in shapes.keys() & floats.keys()
-        if floats[name].shape != shapes[name]
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit its config.json ({config.architectures[0]}): {'; '.join(sorted(wrong))}."
-        )
-    return model, unflatten_names({name: floats[name] for name in shapes})
+        raise ValueError(f"model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
+    return CONFIGS[family].from_hf(hf)
+
+
+def build_model(config: BertConfig, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
+    """The model of a config and its weights' shapes by name, without making a weight.
+
+    Args: options: of the architecture; `pooler=False` for a BERT body without one.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: _module(config, jax.random.key(0), **options)))
+    return Model(config, graphdef), {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
 
 
 def init_model(config: BertConfig, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
     """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
     weights = _state_dict(nnx.state(_module(config, key)))
-    return _build(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
+    return build_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
 def classifier_from_pretrained(
@@ -142,16 +125,10 @@ def classifier_from_pretrained(
         config = dataclasses.replace(model.config, notes=notes)
     else:
         kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}
-    classifier, shapes = _build(config)
+    classifier, shapes = build_model(config)
     dtype = kept["bert.embeddings.word_embeddings.weight"].dtype
     kept |= _fresh(config, [name for name in shapes if name not in kept], key, dtype)
     return classifier, unflatten_names({name: kept[name] for name in shapes})
-
-
-def _build(config: BertConfig, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
-    """The model of a config and its weights' shapes by name, without making a weight."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: _module(config, jax.random.key(0), **options)))
-    return Model(config, graphdef), {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
 
 
 def _fresh(config: BertConfig, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:

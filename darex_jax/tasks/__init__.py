@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from darex_jax.metrics import METRICS
+from darex_jax.tasks.metrics import METRICS
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb")
 TASKS = ("opinions", *GLUE_TASKS)
@@ -46,7 +46,7 @@ class Task:
 
     Attributes:
       label_names: one name per class; empty for regression.
-      metric_name: one of `darex_jax.metrics.METRICS`; larger is better.
+      metric_name: one of `darex_jax.tasks.metrics.METRICS`; larger is better.
     """
 
     name: str

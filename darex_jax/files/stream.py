@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 import blake3
 import numpy as np
 
-from darex_jax.artifact import FORMAT, DeltaFile, Recipe, resolve_q, versions
-from darex_jax.checkpoint import INDEX, Checkpoint, StoredTensor, atomic_directory, companion_files
-from darex_jax.mask import STREAM_CHUNKS, stream_mask
-from darex_jax.match import Match, match_checkpoints
-from darex_jax.safetensors_io import (
+from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
+from darex_jax.core.scope import Scope
+from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
+from darex_jax.core.tree import name_words
+from darex_jax.files.artifact import FORMAT, DeltaFile, Recipe, resolve_q, versions
+from darex_jax.files.checkpoint import INDEX, Checkpoint, StoredTensor, atomic_directory, companion_files
+from darex_jax.files.match import Match, match_checkpoints
+from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     FileError,
     as_bytes,
@@ -28,9 +31,6 @@ from darex_jax.safetensors_io import (
     encode_header,
     write_at,
 )
-from darex_jax.scope import Scope
-from darex_jax.threefry import keep_threshold, numpy_leaf_key
-from darex_jax.tree import name_words
 
 CHUNK = STREAM_CHUNKS[0]
 Progress = Callable[[int], None]  # called with the number of bytes that are done

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from darex_jax.mask import CHUNK, survivors, traced_threshold
-from darex_jax.threefry import threefry2x32
-from darex_jax.tree import PyTree, check_key, flatten_names, leaf_key, map_named
+from darex_jax.core.mask import CHUNK, survivors, traced_threshold
+from darex_jax.core.threefry import threefry2x32
+from darex_jax.core.tree import PyTree, check_key, flatten_names, leaf_key, map_named
 
 Q = float | jax.Array | Mapping[str, Any] | None
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from darex_jax.safetensors_io import FileError, SafetensorsFile, TensorInfo, write_tensors
+from darex_jax.files.safetensors import FileError, SafetensorsFile, TensorInfo, write_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, An
     """
     import jax.numpy as jnp
 
-    from darex_jax.tree import unflatten_names
+    from darex_jax.core.tree import unflatten_names
 
     with Checkpoint(path) as checkpoint:
         named = {}
@@ -182,7 +182,7 @@ def save_params(
       overwrite: replace what `path` holds, all of it.
     Raises: FileError if `path` holds something already and `overwrite` is not given.
     """
-    from darex_jax.tree import flatten_names
+    from darex_jax.core.tree import flatten_names
 
     with atomic_directory(path, overwrite) as folder:
         for file in companion_files(companions_from) if companions_from else []:

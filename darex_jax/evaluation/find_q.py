@@ -10,17 +10,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from darex_jax.batching import Encoded, evaluation_batches
-from darex_jax.checkpoint import Checkpoint
-from darex_jax.delta import compute_delta, drop
-from darex_jax.evaluate import hidden_states, output_change, predict, pruned_params
-from darex_jax.mask import random_mask
-from darex_jax.match import match_checkpoints
-from darex_jax.models import Model, load_model
-from darex_jax.qsearch import SearchResult, search_q, trimmed_mean
-from darex_jax.scope import Scope, choose_scope
+from darex_jax.core.delta import compute_delta, drop
+from darex_jax.core.mask import random_mask
+from darex_jax.core.scope import Scope, choose_scope
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.evaluation.classification import hidden_states, output_change, predict, pruned_params
+from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.match import match_checkpoints
+from darex_jax.files.model import load_model
+from darex_jax.models import Model
+from darex_jax.q.search import SearchResult, search_q, trimmed_mean
 from darex_jax.tasks import Task
-from darex_jax.tree import flatten_names, unflatten_names
+from darex_jax.tasks.batching import Encoded, evaluation_batches
 
 Params = dict[str, Any]
 Objective = Literal["labels", "outputs"]

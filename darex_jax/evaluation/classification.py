@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.batching import Batch, Encoded, evaluation_batches
-from darex_jax.delta import apply_delta, rescale
+from darex_jax.core.delta import apply_delta, rescale
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks import Task
-from darex_jax.tree import flatten_names, unflatten_names
+from darex_jax.tasks.batching import Batch, Encoded, evaluation_batches
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mask, token_type_ids)

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from darex_jax.threefry import keep_threshold, threefry2x32
-from darex_jax.tree import PyTree, leaf_key, map_named
+from darex_jax.core.threefry import keep_threshold, threefry2x32
+from darex_jax.core.tree import PyTree, leaf_key, map_named
 
 # Entries handled at a time on a CPU: small enough that a chunk and its mask stay in a core's cache.
 CHUNK = 1 << 18

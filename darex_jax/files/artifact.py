@@ -6,7 +6,7 @@ Tensors, by the prefix of their names:
   rows/NAME     the rows NAME has beyond the base's (a larger vocabulary)
   file/NAME     a companion file (config.json, ...) that differs from the base's, as bytes
 The metadata entry `darex` is a JSON object; `Recipe` says what is in it. The mask follows from the key,
-so the values' places need not be stored: see `darex_jax.mask` for its definition.
+so the values' places need not be stored: see `darex_jax.core.mask` for its definition.
 """
 
 import json
@@ -20,8 +20,9 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.checkpoint import COMPANIONS
-from darex_jax.safetensors_io import (
+from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
+from darex_jax.files.checkpoint import COMPANIONS
+from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     DTYPES,
     FileError,
@@ -30,7 +31,6 @@ from darex_jax.safetensors_io import (
     element_count,
     write_tensors,
 )
-from darex_jax.threefry import keep_threshold, numpy_leaf_key
 
 FORMAT = 1
 METADATA = "darex"
@@ -199,7 +199,7 @@ def save_delta(
     """
     import jax
 
-    from darex_jax.tree import check_key, flatten_names
+    from darex_jax.core.tree import check_key, flatten_names
 
     check_key(key)
     words = np.asarray(jax.random.key_data(key))
@@ -252,7 +252,7 @@ def load_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     import jax.numpy as jnp
 
-    from darex_jax.tree import unflatten_names
+    from darex_jax.core.tree import unflatten_names
 
     named = {}
     with DeltaFile(path) as file:
@@ -271,7 +271,7 @@ def load_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters an artifact keeps whole, as the fine-tune has them: a nested dict of NumPy arrays."""
-    from darex_jax.tree import unflatten_names
+    from darex_jax.core.tree import unflatten_names
 
     with DeltaFile(path) as file:
         return unflatten_names({name: file.read(f"dense/{name}") for name in file.names("dense")})
@@ -279,8 +279,8 @@ def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def survivor_indices(key_words: np.ndarray, name: str, size: int, threshold: int) -> np.ndarray:
     """The indices of a parameter's survivors in its flattened layout, ascending."""
-    from darex_jax.mask import STREAM_CHUNKS, stream_mask
-    from darex_jax.tree import name_words
+    from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
+    from darex_jax.core.tree import name_words
 
     leaf_key = numpy_leaf_key(tuple(int(w) for w in key_words), name_words(name))
     chunk = STREAM_CHUNKS[0]

@@ -1,0 +1,264 @@
+"""Commands on files: check, prune, apply, inspect, verify. They load neither transformers nor flax."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED
+from darex_jax.cli.show import byte_bar, bytes_text, few, print_table
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@INCLUDE
+@EXCLUDE
+@JSON
+def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool) -> None:
+    """What would be pruned and what not, from names, shapes and configs alone. Reads no weight."""
+    from darex_jax.core.scope import choose_scope
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.match import match_checkpoints
+
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        match = match_checkpoints(b, f, choose_scope(_family(f, b), include, exclude))
+        sizes = {name: tensor.info.size for name, tensor in f.tensors.items()}
+        dtypes = sorted({str(f.tensors[name].info.dtype) for name in match.pruned})
+    report = {
+        "pruned": {"parameters": len(match.pruned), "entries": sum(sizes[n] for n in match.pruned)},
+        "dense": {"parameters": len(match.dense), "entries": sum(sizes[n] for n in match.dense)},
+        "dtypes": dtypes,
+        "extra_rows": match.extra_rows,
+        "base_only": match.base_only,
+        "warnings": match.warnings,
+        "faults": match.faults,
+    }
+    if as_json:
+        click.echo(json.dumps(report | {"dense_names": match.dense}, indent=2))
+    else:
+        rows = [
+            ("pruned", f"{len(match.pruned)} parameters, {sum(sizes[n] for n in match.pruned):,} entries"),
+            ("kept as fine-tuned", few(match.dense)),
+            ("only in the base", few(match.base_only)),
+            ("extra rows", ", ".join(f"{n}: {k}" for n, k in match.extra_rows.items()) or "none"),
+            ("dtype", ", ".join(dtypes)),
+        ]
+        print_table(f"{fine} against {base}", rows)
+        for line in match.warnings:
+            click.echo(f"warning: {line}")
+    if match.faults:
+        if not as_json:
+            click.echo("These models do not fit together:", err=True)
+            for line in match.faults:
+                click.echo(f"  {line}", err=True)
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@click.argument("out", type=PATH)
+@RATE
+@click.option("--q", "q", default=None, metavar="NUMBER|FILE",
+              help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE).")  # fmt: skip
+@SEED
+@INCLUDE
+@EXCLUDE
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
+)
+@JSON
+def prune(
+    base: Path,
+    fine: Path,
+    out: Path,
+    drop_rate: float,
+    q: str | None,
+    seed: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    allow_nonfinite: bool,
+    as_json: bool,
+) -> None:
+    """Prune FINE - BASE and write the delta to OUT, one safetensors file."""
+    from darex_jax.core.scope import choose_scope
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.stream import prune_checkpoints
+
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        family = _family(f, b)
+        total = sum(t.info.nbytes for c in (b, f) for t in c.tensors.values())
+        with byte_bar("pruning", total, as_json) as progress:
+            summary = prune_checkpoints(
+                b,
+                f,
+                out,
+                key=(0, seed),
+                drop_rate=drop_rate,
+                q=_read_q(q),
+                scope=choose_scope(family, include, exclude),
+                scope_text=_scope_text(family, include, exclude),
+                allow_nonfinite=allow_nonfinite,
+                progress=progress,
+            )
+        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
+    report = {
+        "out": str(out),
+        "drop_rate": drop_rate,
+        "seed": seed,
+        "survivors": summary.survivors,
+        "pruned_entries": summary.pruned_size,
+        "bytes": summary.file_bytes,
+        "fine_bytes": fine_bytes,
+        "bytes_per_parameter": summary.file_bytes / max(1, summary.pruned_size),
+        "inexact": summary.recipe.inexact,
+        "nonfinite": summary.recipe.nonfinite,
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    density = summary.survivors / max(1, summary.pruned_size)
+    rows = [
+        ("survivors", f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"),
+        ("q", _q_text(summary.recipe.parameters)),
+        ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
+                 f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
+        ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
+        ("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)"),
+    ]  # fmt: skip
+    print_table(str(out), rows)
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("delta", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@JSON
+def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Restore a model: BASE plus DELTA, written to OUT as a complete Hugging Face directory."""
+    from darex_jax.files.artifact import DeltaFile
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.stream import apply_artifact
+
+    with Checkpoint(base) as b, DeltaFile(delta) as d:
+        total = 2 * sum(t.info.nbytes for t in b.tensors.values())
+        with byte_bar("applying", total, as_json) as progress:
+            written = apply_artifact(b, d, out, overwrite=overwrite, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "bytes": written}))
+    else:
+        print_table(str(out), [("written", bytes_text(written)), ("base", f"{base}, fingerprint verified")])
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@JSON
+def inspect(delta: Path, as_json: bool) -> None:
+    """What is in a delta and how it was made."""
+    from darex_jax.files.artifact import KINDS, DeltaFile
+    from darex_jax.files.safetensors import element_count
+
+    with DeltaFile(delta) as d:
+        recipe = d.recipe
+        by_kind = {
+            kind: sum(i.nbytes for n, i in d.tensors.items() if n.startswith(kind + "/")) for kind in KINDS
+        }
+        survivors = sum(d.tensors[f"values/{name}"].size for name in recipe.parameters)
+        files, dense, extra = d.names("file"), d.names("dense"), d.names("rows")
+    entries = sum(element_count(tuple(e["shape"])) for e in recipe.parameters.values())
+    size = Path(delta).stat().st_size
+    report = {
+        "method": recipe.method,
+        "drop_rate": recipe.drop_rate,
+        "key": list(recipe.key),
+        "scope": recipe.scope,
+        "parameters": len(recipe.parameters),
+        "entries": entries,
+        "survivors": survivors,
+        "q": sorted({e["q"] for e in recipe.parameters.values()}),
+        "dense": dense,
+        "extra_rows": extra,
+        "files": files,
+        "inexact": recipe.inexact,
+        "nonfinite": recipe.nonfinite,
+        "bytes": size,
+        "bytes_by_kind": by_kind,
+        "bytes_per_parameter": size / max(1, entries),
+        "versions": recipe.versions,
+        "data_blake3": recipe.data_blake3,
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    rows = [
+        ("method", f"{recipe.method}, drop rate {recipe.drop_rate}, q {_q_text(recipe.parameters)}"),
+        ("key", f"{recipe.key[0]}, {recipe.key[1]} (Threefry)"),
+        ("scope", recipe.scope),
+        ("pruned", f"{len(recipe.parameters)} parameters, {entries:,} entries"),
+        ("survivors", f"{survivors:,} ({survivors / max(1, entries):.4%})"),
+        ("kept dense", few(dense + extra)),
+        ("files", ", ".join(files) or "none"),
+        ("inexact values", f"{recipe.inexact:,}"),
+        ("size", f"{bytes_text(size)}, {report['bytes_per_parameter']:.5f} bytes a parameter"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in recipe.versions.items())),
+        ("content", recipe.data_blake3[:16] + "..."),
+    ]
+    print_table(str(delta), rows)
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@click.option("--base", type=PATH, help="Also check that this is the base the delta was made from.")
+@JSON
+def verify(delta: Path, base: Path | None, as_json: bool) -> None:
+    """Check a delta's digests, its mask against its key, and its base's fingerprint."""
+    from darex_jax.files.artifact import DeltaFile
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.stream import verify_artifact
+
+    with DeltaFile(delta) as d:
+        if base is None:
+            result = verify_artifact(d)
+        else:
+            with Checkpoint(base) as b:
+                result = verify_artifact(d, b)
+    if as_json:
+        click.echo(json.dumps({"delta": str(delta)} | result))
+    else:
+        print_table(str(delta), list(result.items()))
+
+
+def _family(fine: Any, base: Any) -> str | None:
+    return fine.config.get("model_type") or base.config.get("model_type")
+
+
+def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
+    parts = [f"include {pattern}" for pattern in include] or [f"default of {family}"]
+    return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
+
+
+def _read_q(text: str | None) -> float | dict[str, float] | None:
+    """--q: a number, or a q file: {"q": number or {name: number}}."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not Path(text).is_file():
+        raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
+    from darex_jax.files.checkpoint import read_json
+
+    q = read_json(Path(text)).get("q")
+    if isinstance(q, int | float) or (isinstance(q, dict) and q):
+        return q
+    raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
+
+
+def _q_text(parameters: dict[str, dict[str, Any]]) -> str:
+    values = sorted({entry["q"] for entry in parameters.values()})
+    return f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.4g} to {values[-1]:.4g}, one a parameter"

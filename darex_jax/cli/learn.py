@@ -1,0 +1,283 @@
+"""Commands that run a model: train, eval, find-q, demo."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import (
+    BATCH_SIZE,
+    DATA_DIR,
+    EXCLUDE,
+    INCLUDE,
+    JSON,
+    LEARNING_RATE,
+    LIMIT,
+    PATH,
+    RATE,
+    SEED,
+    TASK,
+)
+from darex_jax.cli.show import bytes_text, print_table, step_bar
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("out", type=PATH)
+@TASK
+@DATA_DIR
+@LEARNING_RATE
+@BATCH_SIZE
+@click.option("--steps", type=click.IntRange(1), help="How long; or give --epochs.")
+@click.option("--epochs", type=float, help="How long; or give --steps. Default: 3 epochs.")
+@click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
+@SEED
+@JSON
+def train(
+    base: Path,
+    out: Path,
+    task_name: str,
+    data_dir: Path | None,
+    learning_rate: float,
+    batch_size: int,
+    steps: int | None,
+    epochs: float | None,
+    limit: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fine-tune BASE on a task with AdamW and write a Hugging Face directory to OUT."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: already exists; choose another place.")
+    import jax
+
+    from darex_jax.evaluation.classification import evaluate
+    from darex_jax.files.checkpoint import save_params
+    from darex_jax.files.model import load_model
+    from darex_jax.models import classifier_from_pretrained
+    from darex_jax.tasks import load_task
+    from darex_jax.tasks.batching import encode, load_tokenizer
+    from darex_jax.training.fine_tune import fine_tune
+
+    task = load_task(task_name, data_dir, seed)
+    tokenizer = load_tokenizer(base)
+    examples = encode(tokenizer, task.train.select(slice(limit)))
+    if steps is None and epochs is None:
+        epochs = 3.0
+    key = jax.random.key(seed)
+    model, params = load_model(base)
+    problem = "regression" if task.kind == "regression" else "single_label_classification"
+    model, params = classifier_from_pretrained(
+        model, params, task.num_labels, jax.random.fold_in(key, 0), problem
+    )
+    total = steps or round((epochs or 0) * -(-len(examples) // batch_size))
+    with step_bar("fine-tuning", total, as_json) as on_step:
+        params, history = fine_tune(
+            model,
+            params,
+            examples,
+            key=jax.random.fold_in(key, 1),
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            steps=total,
+            on_step=on_step,
+        )
+    save_params(out, params, model.config.to_hf(), companions_from=base)
+    result = evaluate(model, params, encode(tokenizer, task.test), task)
+    report = {"out": str(out), "task": task.name, "steps": total, "loss": history[-1].loss} | result
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        rows = [
+            ("trained", f"{total} steps of {batch_size}, last loss {history[-1].loss:.4f}"),
+            (f"test {task.metric_name}", f"{result['metric']:.4f} on {result['n']} examples"),
+        ]
+        print_table(str(out), rows)
+
+
+@click.command("eval")
+@click.argument("model", type=PATH)
+@TASK
+@DATA_DIR
+@click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
+@LIMIT
+@SEED
+@JSON
+def evaluate(
+    model: Path,
+    task_name: str,
+    data_dir: Path | None,
+    split: str,
+    limit: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """The metric of a fine-tuned MODEL on a task."""
+    from darex_jax.evaluation.classification import evaluate
+    from darex_jax.files.model import load_model
+    from darex_jax.tasks import load_task
+    from darex_jax.tasks.batching import encode, load_tokenizer
+
+    loaded, params = load_model(model)
+    task = load_task(task_name, data_dir, seed)
+    examples = encode(load_tokenizer(model), getattr(task, split).select(slice(limit)))
+    result = {"model": str(model), "task": task.name, "split": split}
+    result |= evaluate(loaded, params, examples, task)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        text = f"{result['metric']:.4f} on {result['n']} examples"
+        print_table(str(model), [(f"{task.name} {split} {task.metric_name}", text)])
+
+
+@click.command("find-q")
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@RATE
+@click.option("--objective", default="labels", show_default=True, type=click.Choice(["labels", "outputs"]),
+              help="labels: the validation metric (q_v); outputs: the output change (q_e).")  # fmt: skip
+@TASK
+@DATA_DIR
+@click.option("--out", type=PATH, default="q.json", show_default=True, help="File for darex prune --q.")
+@LIMIT
+@INCLUDE
+@EXCLUDE
+@SEED
+@JSON
+def find_q(
+    base: Path,
+    fine: Path,
+    drop_rate: float,
+    objective: Any,
+    task_name: str,
+    data_dir: Path | None,
+    out: Path,
+    limit: int | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Search the one q by which the survivors are divided (Algorithm 2) and write it to a file."""
+    from darex_jax.core.scope import choose_scope
+    from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+    from darex_jax.files.checkpoint import read_config
+    from darex_jax.tasks import load_task
+    from darex_jax.tasks.batching import encode, load_tokenizer
+
+    scope = choose_scope(read_config(fine).get("model_type"), include, exclude)
+    model, params, base_params = load_pair(base, fine, scope)
+    start, delta = split_in_scope(params, base_params)
+    task = load_task(task_name, data_dir)
+    split = task.validation if objective == "labels" else task.train
+    examples = encode(load_tokenizer(fine), split.select(slice(limit)))
+    seeds = (seed,) if objective == "labels" else tuple(seed + s for s in MASK_SEEDS)
+    masked = masked_deltas(delta, drop_rate, seeds)
+
+    def on_value(q: float, value: float) -> None:
+        if not as_json:
+            click.echo(f"  q {q:<10.6g} {value:.5f}", err=True)
+
+    found = find_q(
+        model,
+        params,
+        start,
+        masked,
+        drop_rate,
+        objective=objective,
+        task=task,
+        examples=examples,
+        on_value=on_value,
+    )
+    report = {
+        "q": found.q,
+        "value": found.value,
+        "objective": objective,
+        "drop_rate": drop_rate,
+        "task": task.name,
+        "mask_seeds": list(seeds),
+        "plateau": list(found.plateau),
+        "curve": [list(point) for point in found.curve],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        what = f"validation {task.metric_name}" if objective == "labels" else "output change"
+        dare = next(value for q, value in found.curve if q == found.curve[0][0])
+        rows = [
+            ("q", f"{found.q:.6g} (DARE: {found.curve[0][0]:.6g})"),
+            (what, f"{found.value:.4f} (DARE: {dare:.4f})"),
+            ("use it", f"darex prune BASE FINE OUT --drop-rate {drop_rate} --q {out} --seed {seed}"),
+        ]
+        print_table(str(out), rows)
+
+
+@click.command()
+@click.option("--base", type=PATH, help="Directory of a pretrained BERT. Default: MiniLM from its package.")
+@click.option("--out", type=PATH, default="runs/demo", show_default=True)
+@TASK
+@DATA_DIR
+@click.option("--steps", default=250, show_default=True, type=click.IntRange(1))
+@LEARNING_RATE
+@BATCH_SIZE
+@LIMIT
+@SEED
+@JSON
+def demo(
+    base: Path | None,
+    out: Path,
+    task_name: str,
+    data_dir: Path | None,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fine-tune a real encoder, prune its delta at 0.9, 0.99 and 0.999, store, restore, evaluate."""
+    from darex_jax.evaluation.demo import demo_weights, run_demo
+
+    base = base or demo_weights()
+    with step_bar("fine-tuning", steps, as_json) as on_step:
+        results = run_demo(
+            base,
+            out,
+            task_name=task_name,
+            data_dir=data_dir,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            limit=limit or 1000,
+            say=lambda line: None if as_json else click.echo(line, err=True),
+            on_step=on_step,
+        )
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    _print_demo(results)
+    click.echo(f"Picture: {out / 'metric_by_q.png'}; numbers: {out / 'results.json'}")
+
+
+def _print_demo(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{results['task']}, test {results['metric']}: fine-tuned {results['fine_tuned']:.3f}"
+    table = Table(title=title, caption="mean ± standard deviation over 4 masks; size of the q_v artifact")
+    for heading in ("drop rate", "DARE", "q by labels", "q by outputs", "size", "restored"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["rates"]:
+        cells = [f"{row[m]['mean']:.3f} ±{row[m]['std']:.3f}" for m in ("dare", "q_v", "q_e")]
+        for i, method in ((1, "q_v"), (2, "q_e")):
+            cells[i] += f"\nq {row[method]['q']:.4g}"
+        ratio = results["fine_bytes"] / row["artifact_bytes"]
+        bits = "same bits" if row["restored_bit_identical"] else "DIFFERS"
+        table.add_row(
+            str(row["drop_rate"]), *cells, f"{bytes_text(row['artifact_bytes'])}\n1/{ratio:.0f}", bits
+        )
+    Console().print(table)

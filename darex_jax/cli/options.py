@@ -1,0 +1,20 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1),
+                    help="Everything random follows from jax.random.key(SEED).")  # fmt: skip
+RATE = click.option("--drop-rate", "-p", required=True, type=click.FloatRange(0, 1, max_open=True),
+                    help="Probability that an entry of the delta is dropped.")  # fmt: skip
+INCLUDE = click.option("--include", multiple=True, metavar="REGEX", help="Prune only what matches.")
+EXCLUDE = click.option("--exclude", multiple=True, metavar="REGEX", help="Do not prune what matches.")
+TASK = click.option("--task", "task_name", default="opinions", show_default=True,
+                    help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
+DATA_DIR = click.option("--data-dir", type=PATH, help="Folder with the task's parquet files; else the hub.")
+LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so many examples of the split.")
+LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
+BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))

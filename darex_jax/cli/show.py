@@ -1,0 +1,62 @@
+"""What a person sees: tables, progress bars, sizes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def few(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"
+
+
+def bytes_text(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@contextmanager
+def byte_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for work over two seconds. The callback counts bytes; threads may call it."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=title,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        disable=True if quiet else None,
+        leave=False,
+    ) as bar:
+        yield bar.update
+
+
+@contextmanager
+def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    from tqdm import tqdm
+
+    with tqdm(desc=title, total=total, unit="step", disable=quiet, mininterval=1.0) as bar:
+
+        def on_step(record: Any) -> None:
+            bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
+            bar.update(1)
+            if bar.n >= total:  # what comes next prints below a finished bar
+                bar.close()
+
+        yield on_step

@@ -1,0 +1,1 @@
+"""Delta algebra: pure functions on PyTrees. No model, no file."""

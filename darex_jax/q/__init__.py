@@ -1,0 +1,1 @@
+"""Choosing q: the number that survivors are divided by."""
