@@ -51,10 +51,13 @@ class PruneSummary:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One tensor of an artifact: ready `data`, and what was noticed on the way."""
+    """One tensor of an artifact, and what was noticed on the way.
+
+    `data` is ready, or still a stored tensor to be copied; None where the base has the same bits.
+    """
 
     name: str
-    data: np.ndarray
+    data: np.ndarray | StoredTensor | None
     inexact: int = 0
     nonfinite: int = 0
     base_digest: str | None = None
@@ -95,7 +98,7 @@ def prune_checkpoints(
     files = _changed_companions(base.path, fine.path)
     base_only = [name for name in base.tensors if name not in set(match.base_names.values())]
 
-    def make(item: tuple[str, str]) -> _Piece | None:
+    def make(item: tuple[str, str]) -> _Piece:
         kind, name = item
         tensor = fine.tensors[name]
         stored = base.tensors.get(match.base_names.get(name, ""))
@@ -157,14 +160,16 @@ def prune_checkpoints(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(out) as file:
         position = header_bytes
 
-        def append(name: str, data: np.ndarray) -> int:
-            tensors[name] = (data.dtype, data.shape)
-            data_digest.update(as_bytes(data))
-            return write_at(file, data, position)
+        def append(name: str, data: np.ndarray | StoredTensor) -> int:
+            info, chunks = (data.info, _chunks(data)) if isinstance(data, StoredTensor) else (data, (data,))
+            tensors[name] = (info.dtype, info.shape)
+            end = position
+            for chunk in chunks:
+                data_digest.update(as_bytes(chunk))
+                end = write_at(file, chunk, end)
+            return end
 
         for piece in _in_order(pool, make, work):
-            if piece is None:
-                continue
             inexact += piece.inexact
             nonfinite += piece.nonfinite
             kind, name = piece.name.split("/", 1)
@@ -175,9 +180,9 @@ def prune_checkpoints(
                     f"'{name}' holds {piece.nonfinite} NaN or infinite entries in one of the two models; "
                     "--allow-nonfinite carries them along."
                 )
-            if kind != "same":
-                survivor_count += piece.data.size if kind == "values" else 0
+            if piece.data is not None:
                 position = append(piece.name, piece.data)
+                survivor_count += tensors[piece.name][1][0] if kind == "values" else 0
         for name, content in files.items():
             position = append(f"file/{name}", np.frombuffer(content, np.uint8))
         digests.update(_in_order(pool, fingerprint_only, base_only))
@@ -224,17 +229,24 @@ def _pruned_values(
 
 
 def _dense_values(name: str, base: StoredTensor | None, fine: StoredTensor, progress: Progress) -> _Piece:
-    """A parameter out of scope: whole if it differs from the base's, nothing if it does not."""
-    data = fine.read()
-    nonfinite = count_nonfinite(data.reshape(-1)) if fine.floating else 0
-    progress(data.nbytes)
+    """A parameter out of scope: to be copied whole if its bits are not the base's."""
+    nonfinite, digest = 0, blake3.blake3()
+    twin = base is not None and (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
+    base_chunks = _chunks(base) if base is not None and twin else None
+    same = twin
+    for chunk in _chunks(fine):
+        nonfinite += count_nonfinite(chunk) if fine.floating else 0
+        progress(chunk.nbytes)
+        if base_chunks is not None:
+            original = next(base_chunks)
+            digest.update(as_bytes(original))
+            same = same and np.array_equal(original.view(np.uint8), chunk.view(np.uint8))
+            progress(original.nbytes)
+    data = None if same else fine
     if base is None:
         return _Piece(f"dense/{name}", data, nonfinite=nonfinite)
-    digest = _digest(base, progress)
-    same_kind = (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
-    same = same_kind and blake3.blake3(as_bytes(data)).hexdigest() == digest
-    kind = "same" if same else "dense"
-    return _Piece(f"{kind}/{name}", data[:0] if same and data.ndim else data, 0, nonfinite, digest)
+    base_digest = digest.hexdigest() if twin else _digest(base, progress)
+    return _Piece(f"dense/{name}", data, nonfinite=nonfinite, base_digest=base_digest)
 
 
 def _digest(tensor: StoredTensor, progress: Progress) -> str:
@@ -379,11 +391,11 @@ def _write_restored(
                 position = write_at(file, chunk, position)
         _check_digest(delta, base_name, digest.hexdigest())
     for kind in ("dense", "rows"):
-        if f"{kind}/{name}" in delta.tensors:
-            data = delta.read(f"{kind}/{name}")
-            if kind == "rows" and stored is not None:
-                data = data.astype(stored.info.dtype)
-            position = write_at(file, np.ascontiguousarray(data), position)
+        if info := delta.tensors.get(f"{kind}/{name}"):
+            for chunk in _chunks(StoredTensor(delta, f"{kind}/{name}", info)):
+                if kind == "rows" and stored is not None:
+                    chunk = chunk.astype(stored.info.dtype)
+                position = write_at(file, chunk, position)
 
 
 def _hashed_chunks(stored: StoredTensor, digest: Any) -> Iterator[np.ndarray]:
