@@ -3,11 +3,15 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.evaluation.demo import PACKAGE, demo_weights
+from darex_jax.files.manifest import params_digest
+from darex_jax.tasks import load_task
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None, reason="the demo's weights are not installed"
@@ -46,5 +50,23 @@ def test_train_writes_what_transformers_loads(tmp_path):
     pytest.importorskip("torch")
     report = json.loads(darex("train", demo_weights(), tmp_path / "m", "--steps", 2, "--limit", 64, "--json"))
     assert report["steps"] == 2 and report["n"] == 1000
+    again = json.loads(darex("train", demo_weights(), tmp_path / "n", "--steps", 2, "--limit", 64, "--json"))
+    assert again["loss"] == report["loss"]
+    manifests = [json.loads((tmp_path / name / "darex_manifest.json").read_text()) for name in "mn"]
+    assert manifests[0] == manifests[1]  # the output's digest too: a repeat gives the same bits
+    assert manifests[0]["options"]["steps"] == 2 and manifests[0]["versions"]["jax"]
+    params = dx.load_params(tmp_path / "m")
+    assert manifests[0]["outputs"]["model"] == params_digest(params)
+    evaluated = json.loads(darex("eval", tmp_path / "m", "--limit", 32, "--json"))
+    assert evaluated["manifest"]["inputs"]["model"] == manifests[0]["outputs"]["model"]
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     assert loaded.config.num_labels == 2
+
+
+@needs_weights
+def test_a_model_that_does_not_fit_the_task_is_explained(tmp_path):
+    result = CliRunner().invoke(main, ["eval", str(demo_weights()), "--limit", "8"])
+    assert result.exit_code == 1 and "no classifier; fine-tune it first" in result.stderr
+    logits, labels = np.zeros((4, 3)), np.zeros(4, np.int32)
+    with pytest.raises(ValueError, match="'opinions' has 2 outputs, this model 3"):
+        load_task("opinions").metric(logits, labels)

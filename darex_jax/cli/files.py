@@ -18,7 +18,10 @@ from darex_jax.cli.show import byte_bar, bytes_text, few, print_table
 @EXCLUDE
 @JSON
 def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool) -> None:
-    """What would be pruned and what not, from names, shapes and configs alone. Reads no weight."""
+    """Say what would be pruned, reading no weight.
+
+    From names, shapes and configs alone: what is pruned, what is kept as fine-tuned, and every mismatch.
+    """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.match import match_checkpoints
@@ -83,7 +86,10 @@ def prune(
     allow_nonfinite: bool,
     as_json: bool,
 ) -> None:
-    """Prune FINE - BASE and write the delta to OUT, one safetensors file."""
+    """Prune FINE - BASE and write the delta to OUT.
+
+    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists.
+    """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.stream import prune_checkpoints
@@ -139,7 +145,10 @@ def prune(
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @JSON
 def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Restore a model: BASE plus DELTA, written to OUT as a complete Hugging Face directory."""
+    """Restore a model: write BASE plus DELTA to OUT.
+
+    OUT becomes a complete Hugging Face directory. Another base than the delta was made from is refused.
+    """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.stream import apply_artifact
@@ -215,7 +224,11 @@ def inspect(delta: Path, as_json: bool) -> None:
 @click.option("--base", type=PATH, help="Also check that this is the base the delta was made from.")
 @JSON
 def verify(delta: Path, base: Path | None, as_json: bool) -> None:
-    """Check a delta's digests, its mask against its key, and its base's fingerprint."""
+    """Check a delta: digests, mask, base.
+
+    The digest of the data, the number of survivors against the mask made anew from the key, and with --base
+    every tensor of the base against its fingerprint.
+    """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.stream import verify_artifact

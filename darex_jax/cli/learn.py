@@ -47,13 +47,17 @@ def train(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Fine-tune BASE on a task with AdamW and write a Hugging Face directory to OUT."""
+    """Fine-tune BASE on a task and write the model to OUT.
+
+    AdamW with linear warm-up and decay; OUT is a Hugging Face directory with a manifest of the run.
+    """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: already exists; choose another place.")
     import jax
 
     from darex_jax.evaluation.classification import evaluate
     from darex_jax.files.checkpoint import save_params
+    from darex_jax.files.manifest import params_digest, run_manifest
     from darex_jax.files.model import load_model
     from darex_jax.models import classifier_from_pretrained
     from darex_jax.tasks import load_task
@@ -67,6 +71,7 @@ def train(
         epochs = 3.0
     key = jax.random.key(seed)
     model, params = load_model(base)
+    base_digest = params_digest(params)
     problem = "regression" if task.kind == "regression" else "single_label_classification"
     model, params = classifier_from_pretrained(
         model, params, task.num_labels, jax.random.fold_in(key, 0), problem
@@ -83,7 +88,13 @@ def train(
             steps=total,
             on_step=on_step,
         )
-    save_params(out, params, model.config.to_hf(), companions_from=base)
+    options = {
+        "base": base, "task": task_name, "data_dir": data_dir, "learning_rate": learning_rate,
+        "batch_size": batch_size, "steps": total, "limit": limit, "seed": seed,
+    }  # fmt: skip
+    inputs = {"base": base_digest, "train": task.train.digest()}
+    manifest = run_manifest("train", options, inputs, {"model": params_digest(params)})
+    save_params(out, params, model.config.to_hf(), companions_from=base, manifest=manifest)
     result = evaluate(model, params, encode(tokenizer, task.test), task)
     report = {"out": str(out), "task": task.name, "steps": total, "loss": history[-1].loss} | result
     if as_json:
@@ -115,15 +126,20 @@ def evaluate(
 ) -> None:
     """The metric of a fine-tuned MODEL on a task."""
     from darex_jax.evaluation.classification import evaluate
+    from darex_jax.files.manifest import params_digest, run_manifest
     from darex_jax.files.model import load_model
     from darex_jax.tasks import load_task
     from darex_jax.tasks.batching import encode, load_tokenizer
 
     loaded, params = load_model(model)
     task = load_task(task_name, data_dir, seed)
-    examples = encode(load_tokenizer(model), getattr(task, split).select(slice(limit)))
-    result = {"model": str(model), "task": task.name, "split": split}
+    data = getattr(task, split).select(slice(limit))
+    examples = encode(load_tokenizer(model), data)
+    result: dict[str, Any] = {"model": str(model), "task": task.name, "split": split}
     result |= evaluate(loaded, params, examples, task)
+    options = {"task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed}
+    inputs = {"model": params_digest(params), "data": data.digest()}
+    result["manifest"] = run_manifest("eval", options, inputs, {})
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -159,10 +175,14 @@ def find_q(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Search the one q by which the survivors are divided (Algorithm 2) and write it to a file."""
+    """Search the q that survivors are divided by.
+
+    One q for the whole model, by Algorithm 2 of DAREx; written to a file that `darex prune --q` takes.
+    """
     from darex_jax.core.scope import choose_scope
     from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
     from darex_jax.files.checkpoint import read_config
+    from darex_jax.files.manifest import params_digest, run_manifest
     from darex_jax.tasks import load_task
     from darex_jax.tasks.batching import encode, load_tokenizer
 
@@ -190,6 +210,14 @@ def find_q(
         examples=examples,
         on_value=on_value,
     )
+    options = {
+        "drop_rate": drop_rate, "objective": objective, "task": task_name, "data_dir": data_dir,
+        "limit": limit, "include": include, "exclude": exclude, "seed": seed,
+    }  # fmt: skip
+    inputs = {
+        "base": params_digest(base_params), "fine": params_digest(params),
+        "data": split.select(slice(limit)).digest(),
+    }  # fmt: skip
     report = {
         "q": found.q,
         "value": found.value,
@@ -199,6 +227,7 @@ def find_q(
         "mask_seeds": list(seeds),
         "plateau": list(found.plateau),
         "curve": [list(point) for point in found.curve],
+        "manifest": run_manifest("find-q", options, inputs, {}),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
@@ -238,7 +267,11 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Fine-tune a real encoder, prune its delta at 0.9, 0.99 and 0.999, store, restore, evaluate."""
+    """The whole way once, on real weights.
+
+    Fine-tunes an encoder, prunes its delta at 0.9, 0.99 and 0.999 with DARE and DAREx-q, stores it, restores
+    the model from it and evaluates.
+    """
     from darex_jax.evaluation.demo import demo_weights, run_demo
 
     base = base or demo_weights()

@@ -22,12 +22,14 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    console = Console()
+    console.print(title, style="bold", soft_wrap=True, highlight=False)
+    table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, str(value))
-    Console().print(table)
+    console.print(table)
 
 
 @contextmanager

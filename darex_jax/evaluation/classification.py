@@ -25,7 +25,10 @@ Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mas
 
 @partial(jax.jit, static_argnums=0)
 def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
-    return model(params, **batch).logits
+    logits = model(params, **batch).logits
+    if logits is None:
+        raise ValueError("the model has no classifier; fine-tune it first (darex train).")
+    return logits
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,6 +15,7 @@ from darex_jax.evaluation.classification import predict, pruned_params
 from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, save_params
+from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.files.stream import apply_artifact, prune_checkpoints
 from darex_jax.models import classifier_from_pretrained
@@ -130,6 +131,13 @@ def run_demo(
         logits = predict(restored_model, restored, test_batches)
         row["restored_bit_identical"] = in_memory.tobytes() == logits.tobytes()
         results["rates"].append(row)
+    options = {name: results[name] for name in ("task", "steps", "batch_size", "learning_rate", "seed")}
+    results["manifest"] = run_manifest(
+        "demo",
+        options | {"limit": limit, "data_dir": data_dir},
+        {"base": params_digest(body_params), "train": task.train.digest(), "test": task.test.digest()},
+        {"fine_tuned": params_digest(fine)},
+    )
     results["seconds"] = round(time.monotonic() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_metric_by_q(results, out / "metric_by_q.png")

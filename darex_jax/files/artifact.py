@@ -168,12 +168,12 @@ def resolve_q(q: float | Mapping[str, float] | None, drop_rate: float, names: li
     return {name: float(value) for name, value in by_name.items()}
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what a mask or a value could depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Of Python, of what a mask or a value could depend on, and of `more` packages where installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("darex_jax", "jax", "numpy"):
+    for package in ("darex_jax", "jax", "jaxlib", "numpy", *more):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

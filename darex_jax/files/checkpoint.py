@@ -17,6 +17,7 @@ import numpy as np
 
 from darex_jax.files.safetensors import FileError, SafetensorsFile, TensorInfo, write_tensors
 
+MANIFEST = "darex_manifest.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
@@ -171,6 +172,7 @@ def save_params(
     config: Mapping[str, Any] | None = None,
     companions_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face directory that `transformers` loads: model.safetensors and config.json.
 
@@ -180,6 +182,7 @@ def save_params(
       config: written as config.json.
       companions_from: directory whose tokenizer and other companion files are carried along.
       overwrite: replace what `path` holds, all of it.
+      manifest: of the run that made the weights; written as darex_manifest.json.
     Raises: FileError if `path` holds something already and `overwrite` is not given.
     """
     from darex_jax.core.tree import flatten_names
@@ -189,6 +192,8 @@ def save_params(
             shutil.copyfile(file, folder / file.name)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        if manifest is not None:
+            (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(params).items()}
         write_tensors(folder / SINGLE, arrays, {"format": "pt"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def digest(self) -> str:
+        """SHA-256 of the texts and labels, in order."""
+        digest = hashlib.sha256()
+        for column in (self.texts, self.pairs or ()):
+            for text in column:
+                digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()
+
     def select(self, rows: Sequence[int] | NDArray | slice) -> Examples:
         """The given rows, in the given order; `slice(n)` is the first n."""
         chosen = np.arange(len(self))[rows]
@@ -63,7 +73,15 @@ class Task:
         return len(self.label_names) or 1
 
     def metric(self, logits: ArrayLike, labels: ArrayLike) -> float:
-        """The task's headline metric of `logits` [N, num_labels] against `labels` [N]."""
+        """The task's headline metric of `logits` [N, num_labels] against `labels` [N].
+
+        Raises: ValueError if the logits are another number, or not finite.
+        """
+        if np.shape(logits)[-1] != self.num_labels:
+            raise ValueError(
+                f"{self.name!r} has {self.num_labels} outputs, this model {np.shape(logits)[-1]}: "
+                "it was fine-tuned for another task."
+            )
         return METRICS[self.metric_name](logits, labels)
 
 

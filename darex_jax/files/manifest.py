@@ -1,0 +1,52 @@
+"""What a run was: enough to repeat it and to see whether the repeat agrees."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import blake3
+import numpy as np
+
+from darex_jax.files.artifact import versions
+from darex_jax.files.safetensors import DTYPE_NAMES, as_bytes
+
+
+def params_digest(params: Any) -> str:
+    """BLAKE3 over the name, dtype, shape and bits of every leaf, by name: a digest of a model."""
+    from darex_jax.core.tree import flatten_names
+
+    digest = blake3.blake3()
+    for name, leaf in sorted(flatten_names(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {DTYPE_NAMES[array.dtype]} {list(array.shape)}\n".encode())
+        digest.update(as_bytes(array))
+    return digest.hexdigest()
+
+
+def run_manifest(
+    command: str, options: Mapping[str, Any], inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest of a run, ready for JSON.
+
+    Args:
+      command: the command's name, `train` say.
+      options: its options as resolved, with the seed that every key follows from.
+      inputs, outputs: digests by what they are of.
+    """
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "command": command,
+        "options": {name: str(v) if hasattr(v, "__fspath__") else v for name, v in options.items()},
+        "inputs": dict(inputs),
+        "outputs": dict(outputs),
+        "versions": versions("flax", "optax", "transformers", "datasets"),
+        "platform": {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "backend": device.platform,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+        },
+    }
