@@ -4,6 +4,9 @@ from .core.delta import compute_delta as compute_delta
 from .core.delta import drop as drop
 from .core.delta import prune as prune
 from .core.delta import rescale as rescale
+from .core.importance import magnitude_mask as magnitude_mask
+from .core.importance import structured_mask as structured_mask
+from .core.importance import wanda_mask as wanda_mask
 from .core.mask import random_mask as random_mask
 from .files.artifact import load_delta as load_delta
 from .files.artifact import load_kept as load_kept

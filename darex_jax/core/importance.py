@@ -1,0 +1,124 @@
+"""Masks that are not drawn entry by entry: the largest entries, and whole input features."""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from darex_jax.core.threefry import keep_threshold
+from darex_jax.core.tree import PyTree, flatten_names, leaf_key, map_named
+
+
+def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
+    """True for the `round((1 - drop_rate) * size)` entries of each leaf that are largest in magnitude.
+
+    Args: delta: tree of floating arrays; drop_rate: Python float in [0, 1).
+    Returns: a tree of bool arrays of the same shapes. Of equal entries the first in index order are kept.
+    Raises: ValueError for a drop_rate out of range.
+    Source: magnitude pruning as DAREx (arXiv:2410.09344) compares it: no rescaling, q = 1.
+    """
+    keep_threshold(drop_rate)
+
+    def leaf_mask(leaf: Any) -> jax.Array:
+        scores = jnp.abs(jnp.asarray(leaf, jnp.float32)).reshape(-1)
+        return _largest(scores, _count(drop_rate, scores.size)).reshape(jnp.shape(leaf))
+
+    return jax.tree.map(leaf_mask, delta)
+
+
+def wanda_mask(
+    delta: PyTree, input_norms: PyTree, drop_rate: float, group: Literal["row", "matrix"] = "row"
+) -> PyTree:
+    """True for the entries with the largest `|delta[i, j]| * ||x_j||`, compared within an output row.
+
+    Args:
+      delta: tree of floating arrays, matrices as [out, in].
+      input_norms: the L2 norms [in] of each input feature over calibration tokens, a tree or a dict by name;
+        a leaf without norms (a bias, say) is compared by magnitude over the whole leaf.
+      drop_rate: Python float in [0, 1); `round((1 - drop_rate) * n)` of n entries are kept.
+      group: what is compared with each other: a "row", as in WANDA, or the whole "matrix".
+    Returns: a tree of bool arrays. Of equal entries the first in index order are kept.
+    Raises: ValueError for a drop_rate out of range, or norms that fit no leaf.
+    Source: WANDA, arXiv:2306.11695, on deltas as DAREx (arXiv:2410.09344) has it: no rescaling, q = 1.
+    """
+    keep_threshold(drop_rate)
+    if group not in ("row", "matrix"):
+        raise ValueError(f"group is 'row' or 'matrix', got {group!r}.")
+    norms = flatten_names(input_norms)
+    shapes = {name: jnp.shape(leaf) for name, leaf in flatten_names(delta).items()}
+    for name, norm in norms.items():
+        if name not in shapes:
+            raise ValueError(f"input_norms has '{name}', the delta has not.")
+        if len(shapes[name]) != 2 or jnp.shape(norm) != shapes[name][1:]:
+            raise ValueError(
+                f"input_norms of '{name}' has shape {list(jnp.shape(norm))}; a weight of shape "
+                f"{list(shapes[name])} needs one norm an input feature."
+            )
+
+    def leaf_mask(name: str, leaf: Any) -> jax.Array:
+        scores = jnp.abs(jnp.asarray(leaf, jnp.float32))
+        if name in norms:
+            scores = scores * jnp.broadcast_to(jnp.asarray(norms[name], jnp.float32), scores.shape)
+        if name not in norms or group == "matrix":
+            return _largest(scores.reshape(-1), _count(drop_rate, scores.size)).reshape(scores.shape)
+        return _largest(scores, _count(drop_rate, scores.shape[-1]))
+
+    return map_named(leaf_mask, delta)
+
+
+def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
+    """True for whole input features: one random subset of the last axis of each leaf.
+
+    Args:
+      key: scalar typed Threefry key; a leaf's subset follows from it and the leaf's name.
+      tree: arrays or `jax.ShapeDtypeStruct`s, matrices as [out, in].
+      drop_rate: Python float in [0, 1); `round((1 - drop_rate) * n)` of n features survive, at least one.
+    Returns: a tree of bool arrays of the leaves' shapes; a vector's entries are its features.
+    Raises: ValueError for a drop_rate out of range, TypeError for another kind of key.
+    Source: structural pruning of DAREx, arXiv:2410.09344; survivors are divided by q as in DAREx-q.
+    """
+    keep_threshold(drop_rate)
+
+    def leaf_mask(name: str, leaf: Any) -> jax.Array:
+        features = leaf.shape[-1] if leaf.shape else 1
+        with jax.threefry_partitionable(True):
+            bits = jax.random.bits(leaf_key(key, name), (features,), jnp.uint32)
+        keep = _largest_bits(bits, max(1, _count(drop_rate, features)))
+        return jnp.broadcast_to(keep if leaf.shape else keep[0], leaf.shape)
+
+    return map_named(leaf_mask, tree)
+
+
+def _count(drop_rate: float, size: int) -> int:
+    return round((1.0 - float(drop_rate)) * size)
+
+
+def _largest(scores: jax.Array, count: int) -> jax.Array:
+    """The mask of the `count` largest of non-negative float32 `scores` along the last axis."""
+    return _largest_bits(lax.bitcast_convert_type(scores, jnp.uint32), count)
+
+
+@partial(jax.jit, static_argnums=1)
+def _largest_bits(scores: jax.Array, count: int) -> jax.Array:
+    """The mask of the `count` largest uint32 along the last axis; the first of equals.
+
+    Non-negative floats are ordered as their bits are, so the smallest score kept is found bit by bit:
+    32 passes that count, where a sort would take far longer and a copy of everything.
+    """
+    if count == 0:
+        return jnp.zeros(scores.shape, bool)
+
+    def settle_bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        trial = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = jnp.sum(scores >= trial, axis=-1, keepdims=True, dtype=jnp.uint32) >= count
+        return jnp.where(enough, trial, least)
+
+    least = lax.fori_loop(0, 32, settle_bit, jnp.zeros((*scores.shape[:-1], 1), jnp.uint32))
+    above, equal = scores > least, scores == least
+    room = np.uint32(count) - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)
+    return above | (
+        equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.uint32) <= jnp.broadcast_to(room, scores.shape))
+    )
