@@ -24,7 +24,7 @@ from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
-from darex_jax.files.stream import apply_artifact, prune_checkpoints
+from darex_jax.files.stream import apply_artifact, prune_checkpoints, restored_params
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -98,9 +98,11 @@ def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, d
     summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", drop_rate, q=q)
     with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
         apply_artifact(b, d, tmp_path / "out")
+        in_memory = dict(restored_params(b, d))
         stored = {name: d.read(f"values/{name}") for name in d.recipe.parameters}
     restored = read_all(tmp_path / "out")
-    assert restored.keys() == fine.keys()
+    assert restored.keys() == fine.keys() == in_memory.keys()
+    assert all(in_memory[name].tobytes() == restored[name].tobytes() for name in restored)
     assert json.loads((tmp_path / "out/config.json").read_text())["num_labels"] == 2
     np.testing.assert_array_equal(restored["classifier.weight"], fine["classifier.weight"])
     np.testing.assert_array_equal(restored["bert.embeddings.position_ids"], np.arange(8)[None])
@@ -293,6 +295,13 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path, position, bit):
     )
     if result.exit_code == 0:  # only white space of the padding can change nothing
         assert header_of(bytes(data)) == header_of((tmp_path / "d").read_bytes())
+
+
+def test_a_renamed_tensor_is_refused(tmp_path, pair):
+    prune(*pair, tmp_path / "d")
+    data = (tmp_path / "d").read_bytes()
+    assert data.count(b'"dense/classifier.weight"') == 1
+    refused(tmp_path / "renamed", data.replace(b'"dense/classifier.weight"', b'"dense/classifier.weighs"'))
 
 
 def test_lying_headers(tmp_path, pair):

@@ -34,6 +34,7 @@ from darex_jax.files.safetensors import (
 
 FORMAT = 1
 METADATA = "darex"
+DIGEST_CHUNK = 1 << 20
 KINDS = ("values", "dense", "rows", "file")
 
 
@@ -47,7 +48,7 @@ class Recipe:
     base_names: fine-tuned name -> the base's, where they differ.
     base_only: tensors of the base that the fine-tune does not have (another head).
     inexact: how many stored values are not the exact difference, being rounded to the fine-tune's dtype.
-    data_blake3: digest of all tensor data in file order.
+    data_blake3: digest of all tensors in file order: of each its `tensor_line`, then its data.
     """
 
     format: int
@@ -68,6 +69,11 @@ class Recipe:
         """The metadata of the file, closed by a digest of the recipe itself."""
         text = canonical_json(asdict(self))
         return {METADATA: text, "blake3": blake3.blake3(text.encode()).hexdigest()}
+
+
+def tensor_line(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What goes into the digest of the data before a tensor's bytes, so that no name or shape can change."""
+    return f"{name} {DTYPE_NAMES[dtype]} {list(shape)}\n".encode()
 
 
 def canonical_json(value: Any) -> str:
@@ -152,6 +158,19 @@ class DeltaFile(SafetensorsFile):
     def base_name(self, name: str) -> str:
         return self.recipe.base_names.get(name, name)
 
+    def check_data(self) -> None:
+        """Reads all tensors. Raises: FileError if they do not have the digest that the recipe gives them."""
+        digest = blake3.blake3()
+        for name, info in self.tensors.items():
+            digest.update(tensor_line(name, info.dtype, info.shape))
+            buffer = np.empty(min(info.size, DIGEST_CHUNK), info.dtype)
+            for start in range(0, info.size, DIGEST_CHUNK):
+                chunk = buffer[: min(DIGEST_CHUNK, info.size - start)]
+                self.read_into(info, start, chunk)
+                digest.update(as_bytes(chunk))
+        if digest.hexdigest() != self.recipe.data_blake3:
+            raise FileError(f"{self.path}: damaged (the tensors do not have their digest).")
+
     def threshold(self) -> int:
         return keep_threshold(self.recipe.drop_rate)
 
@@ -217,6 +236,7 @@ def save_delta(
         tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
     digest = blake3.blake3()
     for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
+        digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
         digest.update(as_bytes(tensors[name]))
     recipe = Recipe(
         format=FORMAT,
@@ -256,6 +276,7 @@ def load_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     named = {}
     with DeltaFile(path) as file:
+        file.check_data()
         if file.names("rows"):
             raise FileError(f"{path}: has extra rows for {file.names('rows')}; restore it with darex apply.")
         for name, entry in file.recipe.parameters.items():
@@ -274,6 +295,7 @@ def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
     from darex_jax.core.tree import unflatten_names
 
     with DeltaFile(path) as file:
+        file.check_data()
         return unflatten_names({name: file.read(f"dense/{name}") for name in file.names("dense")})
 
 

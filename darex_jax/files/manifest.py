@@ -7,8 +7,8 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.files.artifact import versions
-from darex_jax.files.safetensors import DTYPE_NAMES, as_bytes
+from darex_jax.files.artifact import tensor_line, versions
+from darex_jax.files.safetensors import as_bytes
 
 
 def params_digest(params: Any) -> str:
@@ -18,7 +18,7 @@ def params_digest(params: Any) -> str:
     digest = blake3.blake3()
     for name, leaf in sorted(flatten_names(params).items()):
         array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {DTYPE_NAMES[array.dtype]} {list(array.shape)}\n".encode())
+        digest.update(tensor_line(name, array.dtype, array.shape))
         digest.update(as_bytes(array))
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
-from darex_jax.files.artifact import FORMAT, DeltaFile, Recipe, resolve_q, versions
+from darex_jax.files.artifact import FORMAT, DeltaFile, Recipe, resolve_q, tensor_line, versions
 from darex_jax.files.checkpoint import INDEX, Checkpoint, StoredTensor, atomic_directory, companion_files
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.safetensors import (
@@ -34,6 +34,7 @@ from darex_jax.files.safetensors import (
 
 CHUNK = STREAM_CHUNKS[0]
 Progress = Callable[[int], None]  # called with the number of bytes that are done
+Layout = dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # file -> name -> (dtype, shape)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -163,6 +164,7 @@ def prune_checkpoints(
         def append(name: str, data: np.ndarray | StoredTensor) -> int:
             info, chunks = (data.info, _chunks(data)) if isinstance(data, StoredTensor) else (data, (data,))
             tensors[name] = (info.dtype, info.shape)
+            data_digest.update(tensor_line(name, info.dtype, info.shape))
             end = position
             for chunk in chunks:
                 data_digest.update(as_bytes(chunk))
@@ -292,7 +294,6 @@ def apply_artifact(
     Raises: FileError if the base is not the one the delta was made from (the first tensor that differs is
       named), or if the artifact is damaged.
     """
-    recipe = delta.recipe
     _check_same_tensors(base, delta)
     outputs = _output_layout(base, delta)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -301,7 +302,7 @@ def apply_artifact(
         for name in delta.names("file"):
             (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
         total = 0
-        data_digest = pool.submit(_data_digest, delta)
+        data_check = pool.submit(delta.check_data)
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
             offsets, position = {}, len(header)
@@ -313,22 +314,21 @@ def apply_artifact(
                 write_at(file, header, 0)
 
                 def write(name: str, file: int = file, offsets: dict[str, int] = offsets) -> None:
-                    _write_restored(file, offsets[name], name, base, delta, progress)
+                    position = offsets[name]
+                    for chunk in _restored_chunks(name, base, delta, progress):
+                        position = write_at(file, chunk, position)
 
                 for _ in _in_order(pool, write, tensors):
                     pass
             finally:
                 os.close(file)
             total += position
-        unused = set(recipe.base) - {
-            delta.base_name(name) for tensors in outputs.values() for name in tensors
-        }
+        unused = _unused(base, delta, outputs)
         for name, digest in zip(
             unused, pool.map(lambda n: _digest(base.tensors[n], progress), unused), strict=True
         ):
             _check_digest(delta, name, digest)
-        if data_digest.result() != recipe.data_blake3:
-            raise FileError(f"{delta.path}: damaged (the data does not have its digest).")
+        data_check.result()
         if len(outputs) > 1:
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -336,13 +336,17 @@ def apply_artifact(
     return total
 
 
-def _output_layout(
-    base: Checkpoint, delta: DeltaFile
-) -> dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]:
+def _unused(base: Checkpoint, delta: DeltaFile, layout: Layout) -> list[str]:
+    """The base's tensors that no restored parameter is made from."""
+    used = {delta.base_name(name) for tensors in layout.values() for name in tensors}
+    return [name for name in base.tensors if name not in used]
+
+
+def _output_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
     """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it."""
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
-    layout: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
+    layout: Layout = {}
     for file_name, file in base.files.items():
         layout[file_name] = {}
         for base_name, tensor in base.tensors.items():
@@ -374,28 +378,46 @@ def _output_layout(
     }
 
 
-def _write_restored(
-    file: int, position: int, name: str, base: Checkpoint, delta: DeltaFile, progress: Progress
-) -> None:
-    """One parameter of the restored model, written at its place; the base's tensor is checked on the way."""
+def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, np.ndarray]]:
+    """`base + delta` in memory, one parameter at a time: the very bits that `apply_artifact` writes.
+
+    Yields: (name, array), a fresh array each, in the base's dtypes and layouts.
+    Raises: FileError as `apply_artifact`; what was yielded before is then not to be used.
+    """
+    _check_same_tensors(base, delta)
+    layout = _output_layout(base, delta)
+    for tensors in layout.values():
+        for name, (dtype, shape) in tensors.items():
+            array, start = np.empty(element_count(shape), dtype), 0
+            for chunk in _restored_chunks(name, base, delta, lambda _: None):
+                array[start : start + chunk.size] = chunk
+                start += chunk.size
+            yield name, array.reshape(shape)
+    for name in _unused(base, delta, layout):
+        _check_digest(delta, name, _digest(base.tensors[name], lambda _: None))
+    delta.check_data()
+
+
+def _restored_chunks(
+    name: str, base: Checkpoint, delta: DeltaFile, progress: Progress
+) -> Iterator[np.ndarray]:
+    """One parameter of the restored model in pieces; the base's tensor is checked on the way."""
     base_name = delta.base_name(name)
     stored = base.tensors.get(base_name)
     if stored is not None and base_name in delta.recipe.base:
         digest = blake3.blake3()
         pruned = name in delta.recipe.parameters
         dense = f"dense/{name}" in delta.tensors
-        chunks = _restored_chunks(name, stored, delta, digest) if pruned else _hashed_chunks(stored, digest)
+        chunks = _summed_chunks(name, stored, delta, digest) if pruned else _hashed_chunks(stored, digest)
         for chunk in chunks:
             progress(2 * chunk.nbytes)
             if not dense:
-                position = write_at(file, chunk, position)
+                yield chunk
         _check_digest(delta, base_name, digest.hexdigest())
     for kind in ("dense", "rows"):
         if info := delta.tensors.get(f"{kind}/{name}"):
             for chunk in _chunks(StoredTensor(delta, f"{kind}/{name}", info)):
-                if kind == "rows" and stored is not None:
-                    chunk = chunk.astype(stored.info.dtype)
-                position = write_at(file, chunk, position)
+                yield chunk.astype(stored.info.dtype) if kind == "rows" and stored is not None else chunk
 
 
 def _hashed_chunks(stored: StoredTensor, digest: Any) -> Iterator[np.ndarray]:
@@ -404,7 +426,7 @@ def _hashed_chunks(stored: StoredTensor, digest: Any) -> Iterator[np.ndarray]:
         yield chunk
 
 
-def _restored_chunks(name: str, stored: StoredTensor, delta: DeltaFile, digest: Any) -> Iterator[np.ndarray]:
+def _summed_chunks(name: str, stored: StoredTensor, delta: DeltaFile, digest: Any) -> Iterator[np.ndarray]:
     """base + values / q, chunk by chunk: the same float32 arithmetic as `prune` then `apply_delta`."""
     info = delta.tensors[f"values/{name}"]
     leaf_key = numpy_leaf_key(delta.recipe.key, name_words(name))
@@ -453,17 +475,6 @@ def _check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
         )
 
 
-def _data_digest(delta: DeltaFile) -> str:
-    digest = blake3.blake3()
-    for info in sorted(delta.tensors.values(), key=lambda info: info.offset):
-        buffer = np.empty(min(info.size, CHUNK), info.dtype)
-        for start in range(0, info.size, CHUNK):
-            chunk = buffer[: min(CHUNK, info.size - start)]
-            delta.read_into(info, start, chunk)
-            digest.update(as_bytes(chunk))
-    return digest.hexdigest()
-
-
 def verify_artifact(
     delta: DeltaFile, base: Checkpoint | None = None, progress: Progress = lambda _: None
 ) -> dict[str, Any]:
@@ -471,8 +482,7 @@ def verify_artifact(
 
     Returns: what was checked. Raises: FileError naming the first thing that is wrong.
     """
-    if _data_digest(delta) != delta.recipe.data_blake3:
-        raise FileError(f"{delta.path}: damaged (the data does not have its digest).")
+    delta.check_data()
     threshold, entries = delta.threshold(), 0
     for name, entry in delta.recipe.parameters.items():
         size = element_count(tuple(entry["shape"]))
