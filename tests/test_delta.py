@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
-from darex_jax.core.delta import _COMPILED
+from darex_jax.core.delta import _compiled_prune
 
 
 def model(seed, dtype=jnp.float32, scale=1.0):
@@ -130,10 +130,20 @@ def test_q_by_leaf():
 def test_another_key_rate_or_q_compiles_nothing():
     delta = model(1)
     dx.prune(jax.random.key(0), delta, 0.5)
-    sizes = [f._cache_size() for f in _COMPILED.values()]
+    size = _compiled_prune("cpu", False)._cache_size()
+    assert size > 0
     dx.prune(jax.random.key(1), delta, 0.99, 0.02)
     dx.prune(jax.random.key(1), delta, 0.0, 0.5)
-    assert [f._cache_size() for f in _COMPILED.values()] == sizes
+    assert _compiled_prune("cpu", False)._cache_size() == size
+
+
+def test_inside_a_program_that_captures_everything():
+    delta, key = model(1), jax.random.key(0)
+    assert_bits(jax.jit(lambda: dx.prune(key, delta, 0.5))(), dx.prune(key, delta, 0.5))
+    assert_bits(jax.jit(lambda: dx.random_mask(key, delta, 0.5))(), dx.random_mask(key, delta, 0.5))
+    two = jnp.stack([delta["scalar"], 2 * delta["scalar"]])
+    batched = jax.vmap(lambda x: dx.prune(key, {"scalar": x}, 0.0, 0.5)["scalar"])(two)
+    np.testing.assert_array_equal(batched, two * 2)
 
 
 def test_mismatches_are_named():

@@ -3,8 +3,8 @@
 Arithmetic is float32; `apply_delta` rounds once, to the base's dtype.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,8 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from darex_jax.core.mask import CHUNK, survivors, traced_threshold
-from darex_jax.core.threefry import threefry2x32
+from darex_jax.core.mask import compiler_options, survivors, traced_threshold
 from darex_jax.core.tree import PyTree, check_key, flatten_names, leaf_key, map_named
 
 Q = float | jax.Array | Mapping[str, Any] | None
@@ -99,10 +98,13 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
-        if isinstance(leaf, jax.core.Tracer):
-            return _prune(leaf, leaf_key(key, name), *threshold, scales[name])
-        chunked = leaf.dtype == jnp.float32 and leaf.size > CHUNK and _on_one_cpu(leaf)
-        return _COMPILED[chunked, donate](leaf, leaf_key(key, name), *threshold, scales[name])
+        own_key = leaf_key(key, name)
+        if any(
+            isinstance(x, jax.core.Tracer) for x in (leaf, own_key)
+        ):  # part of the caller's program, whose options count
+            return _prune(leaf, own_key, *threshold, scales[name])
+        platform = next(iter(leaf.devices())).platform
+        return _compiled_prune(platform, donate)(leaf, own_key, *threshold, scales[name])
 
     return map_named(prune_leaf, delta)
 
@@ -125,48 +127,9 @@ def _drop_and_rescale(keep: jax.Array, leaf: jax.Array, scale: ArrayLike) -> jax
     return jnp.where(keep, scaled, jnp.zeros((), leaf.dtype))
 
 
-def _prune_in_chunks(
-    leaf: jax.Array, key: jax.Array, below: ArrayLike, all_kept: ArrayLike, scale: ArrayLike
-) -> jax.Array:
-    """`_prune` for a large float32 leaf on one CPU: the same bits in half the time, in place.
-
-    The mask of the next chunk is computed while this one is applied: carried from turn to turn it is an
-    array of its own, so that neither loop has to wait for memory and compute at once.
-    """
-    words = jax.random.key_data(key)
-    flat = leaf.reshape(-1)
-
-    def mask_at(start: jax.Array, size: int) -> jax.Array:
-        index = lax.iota(jnp.uint32, size) + start.astype(jnp.uint32)
-        high, low = threefry2x32(words, jnp.zeros((size,), jnp.uint32), index)
-        return ((high ^ low) < below) | all_kept
-
-    def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        flat, keep = carry
-        chunk = lax.dynamic_slice(flat, (i * CHUNK,), (CHUNK,))
-        flat = lax.dynamic_update_slice(flat, _drop_and_rescale(keep, chunk, scale), (i * CHUNK,))
-        return flat, mask_at((i + 1) * CHUNK, CHUNK)
-
-    whole = flat.size // CHUNK
-    flat, _ = lax.fori_loop(0, whole, turn, (flat, mask_at(jnp.int32(0), CHUNK)))
-    rest = flat.size - whole * CHUNK
-    if rest:
-        keep = mask_at(jnp.int32(whole * CHUNK), rest)
-        tail = _drop_and_rescale(keep, flat[whole * CHUNK :], scale)
-        flat = lax.dynamic_update_slice(flat, tail, (whole * CHUNK,))
-    return flat.reshape(leaf.shape)
-
-
-_COMPILED = {
-    (chunked, donate): jax.jit(function, donate_argnums=0 if donate else ())
-    for chunked, function in ((False, _prune), (True, _prune_in_chunks))
-    for donate in (False, True)
-}
-
-
-def _on_one_cpu(leaf: jax.Array) -> bool:
-    devices = leaf.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu" and leaf.size < 2**31
+@cache
+def _compiled_prune(platform: str, donate: bool) -> Callable[..., jax.Array]:
+    return jax.jit(_prune, donate_argnums=0 if donate else (), compiler_options=compiler_options(platform))
 
 
 def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
