@@ -10,10 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.models.bert import ARCHITECTURES, BertConfig, EncoderOutput
+from darex_jax.models.bert import BertConfig, BertForSequenceClassification, BertModel, EncoderOutput
+from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, DecoderOutput
+from darex_jax.models.llama import read_llama_config
+from darex_jax.models.qwen2 import read_qwen2_config
+from darex_jax.models.roberta import RobertaForSequenceClassification
 
 __all__ = [
     "BertConfig",
+    "Config",
+    "DecoderConfig",
+    "DecoderOutput",
     "EncoderOutput",
     "Model",
     "build_model",
@@ -23,16 +30,32 @@ __all__ = [
 ]
 
 Array = jax.Array
+Config = BertConfig | DecoderConfig
 Params = Mapping[str, Any]  # a Hugging Face state dict, nested
 
-CONFIGS = {"bert": BertConfig}  # by config.json's model_type
+CONFIGS: dict[str, Callable[[Mapping[str, Any]], Config]] = {  # by config.json's model_type
+    "bert": BertConfig.from_hf,
+    "roberta": BertConfig.from_hf,
+    "llama": read_llama_config,
+    "qwen2": read_qwen2_config,
+}
+MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectures
+    "BertModel": BertModel,
+    "BertForSequenceClassification": BertForSequenceClassification,
+    "RobertaModel": BertModel,
+    "RobertaForSequenceClassification": RobertaForSequenceClassification,
+    "LlamaModel": Decoder,
+    "LlamaForCausalLM": CausalLM,
+    "Qwen2Model": Decoder,
+    "Qwen2ForCausalLM": CausalLM,
+}
 
 
 @dataclass(frozen=True)
 class Model:
     """What a model is apart from its weights: hashable, so `jax.jit(..., static_argnums=0)` takes it."""
 
-    config: BertConfig
+    config: Config
     graphdef: nnx.GraphDef
 
     def __call__(
@@ -43,16 +66,19 @@ class Model:
         token_type_ids: Array | None = None,
         *,
         dropout_key: Array | None = None,
-    ) -> EncoderOutput:
+    ) -> Any:
         """Runs the model: a pure function of its arguments, under jit and grad as well.
 
         Args:
-          params: the nested Hugging Face state dict; its dtype is the dtype computed in.
+          params: the nested Hugging Face state dict; its dtype is the dtype computed in, sums apart, which
+            are taken in float32.
           input_ids: integers [B, T]; an id outside the vocabulary gives NaN.
           attention_mask: [B, T], nonzero where a token is no padding; None is all ones.
-          token_type_ids: integers [B, T]; None is all zeros.
-          dropout_key: typed key (`jax.random.key`) that switches dropout on; None is evaluation.
-        Returns: hidden states [B, T, D], pooler output [B, D] and, with a head, logits [B, labels].
+          token_type_ids: integers [B, T], encoders only; None is all zeros.
+          dropout_key: typed key (`jax.random.key`) that switches dropout on; None is evaluation. Decoders
+            have no dropout.
+        Returns: `EncoderOutput` or `DecoderOutput`: hidden states [B, T, D] and, with a head, logits:
+          [B, labels] of an encoder, [B, T, V] of a decoder.
         Raises: ValueError if a shape does not fit or the text is longer than the position table;
           TypeError if `dropout_key` is no typed key.
         """
@@ -62,29 +88,36 @@ class Model:
         for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if value is not None and jnp.shape(value) != input_ids.shape:
                 raise ValueError(f"{name} has shape {jnp.shape(value)}, input_ids {input_ids.shape}.")
-        if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} positions, the model "
-                f"{self.config.max_position_embeddings}; truncate the text."
-            )
         if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
             raise TypeError(f"dropout_key is an array of {dropout_key.dtype}, expected jax.random.key(seed).")
         mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
+        if isinstance(self.config, DecoderConfig):
+            if token_type_ids is not None:
+                raise ValueError(f"a {self.config.model_type} model has no token_type_ids.")
+            return self.module(params)(input_ids, mask != 0)
+        if input_ids.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} positions, the model "
+                f"{self.config.max_length}; truncate the text."
+            )
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        return self.module(params)(input_ids, mask != 0, types, dropout_key)
+
+    def module(self, params: Params) -> Any:
+        """The Flax module with these parameters in it; it shares their arrays."""
         # nnx.List counts its layers in ints, a state dict in digits.
-        module = nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
-        return module(input_ids, mask != 0, types, dropout_key)
+        return nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
 
 
-def read_model_config(hf: Mapping[str, Any]) -> BertConfig:
+def read_model_config(hf: Mapping[str, Any]) -> Config:
     """The config that a config.json describes. Raises: ValueError for an unsupported family or field."""
     family = hf.get("model_type")
     if family not in CONFIGS:
         raise ValueError(f"model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
-    return CONFIGS[family].from_hf(hf)
+    return CONFIGS[family](hf)
 
 
-def build_model(config: BertConfig, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
+def build_model(config: Config, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
     """The model of a config and its weights' shapes by name, without making a weight.
 
     Args: options: of the architecture; `pooler=False` for a BERT body without one.
@@ -93,7 +126,7 @@ def build_model(config: BertConfig, **options: bool) -> tuple[Model, dict[str, t
     return Model(config, graphdef), {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
 
 
-def init_model(config: BertConfig, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
+def init_model(config: Config, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
     """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
     weights = _state_dict(nnx.state(_module(config, key)))
     return build_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
@@ -104,8 +137,8 @@ def classifier_from_pretrained(
 ) -> tuple[Model, dict[str, Any]]:
     """Makes a classifier out of a pretrained model, ready to be fine-tuned.
 
-    The body goes under `bert.`; the classifier, and a pooler where there is none, start at
-    N(0, initializer_range) with zero bias. A classifier with `num_labels` labels keeps its
+    The body goes under `bert.` or `roberta.`; the classifier, and a pooler that BERT's needs and does not
+    have, start at N(0, initializer_range) with zero bias. A classifier with `num_labels` labels keeps its
     head and its labels' names.
 
     Args:
@@ -113,25 +146,27 @@ def classifier_from_pretrained(
       num_labels: columns of `logits`; 1 for regression.
       key: typed key for the fresh weights.
       problem_type: transformers' word for the loss, written to the config; None keeps a kept head's.
-    Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification,
-      and its params.
-    Raises: ValueError if `num_labels` or `problem_type` is not possible.
+    Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification or
+      RobertaForSequenceClassification, and its params.
+    Raises: ValueError if `num_labels` or `problem_type` is not possible, or the model is a decoder.
     """
-    headless = model.config.architectures == ("BertModel",)
+    if not isinstance(model.config, BertConfig):
+        raise ValueError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
+    headless, family = model.config.headless, model.config.model_type
     config = model.config.as_classifier(num_labels, problem_type)
-    kept = {f"bert.{name}" if headless else name: x for name, x in flatten_names(params).items()}
+    kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}
     if not headless and model.config.num_labels == num_labels:
         notes = {**model.config.notes, **({"problem_type": problem_type} if problem_type else {})}
         config = dataclasses.replace(model.config, notes=notes)
     else:
         kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}
     classifier, shapes = build_model(config)
-    dtype = kept["bert.embeddings.word_embeddings.weight"].dtype
+    dtype = kept[f"{family}.embeddings.word_embeddings.weight"].dtype
     kept |= _fresh(config, [name for name in shapes if name not in kept], key, dtype)
     return classifier, unflatten_names({name: kept[name] for name in shapes})
 
 
-def _fresh(config: BertConfig, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
+def _fresh(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
     """The weights of `init_model` under these names; in one jit, so that the others are never made."""
 
     def init(key: Array) -> dict[str, Array]:
@@ -141,8 +176,8 @@ def _fresh(config: BertConfig, names: list[str], key: Array, dtype: Any) -> dict
     return jax.jit(init)(key)
 
 
-def _module(config: BertConfig, key: Array, **options: bool) -> nnx.Module:
-    return ARCHITECTURES[config.architectures[0]](config, rngs=nnx.Rngs(params=key), **options)
+def _module(config: Config, key: Array, **options: bool) -> nnx.Module:
+    return MODULES[config.architectures[0]](config, rngs=nnx.Rngs(params=key), **options)
 
 
 def _state_dict(state: nnx.State) -> dict[str, Any]:

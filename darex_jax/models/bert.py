@@ -1,5 +1,7 @@
 """BERT (Devlin et al., arXiv:1810.04805) as transformers computes it, with or without a classifier.
 
+Its config and its body serve RoBERTa as well, which differs in positions and head: `roberta.py`.
+
 Field names are Hugging Face's, so the tree of parameters is the Hugging Face state dict, nested.
 """
 
@@ -12,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from darex_jax.models.config import INERT, read_fields, refuse
 from darex_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split_key
 
 Array = jax.Array
 
 # Fields of config.json with one value that this model computes; any other value is refused.
 FIXED: dict[str, Any] = {
-    "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
@@ -26,32 +28,35 @@ FIXED: dict[str, Any] = {
     "pruned_heads": {},
 }
 
-# Fields that do not change what this model computes: carried along, never read (labels: see `num_labels`).
-INERT = frozenset(
+# Fields of BERT's that do not change what this model computes, beside those of any family.
+BERT_INERT = frozenset(
     """
-    _name_or_path _attn_implementation_autoset transformers_version torch_dtype dtype tokenizer_class
-    id2label label2id num_labels problem_type finetuning_task task_specific_params
-    bos_token_id eos_token_id sep_token_id cls_token_id decoder_start_token_id
-    use_cache gradient_checkpointing chunk_size_feed_forward tie_word_embeddings tie_encoder_decoder
-    output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 tf_legacy_loss
-    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type
+    eos_token_id tie_word_embeddings tf_legacy_loss directionality pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_size_per_head pooler_type
     """.split()  # noqa: SIM905
 )
+
+# What may stand under `architectures`, and what the family is called.
+ARCHITECTURES = {
+    "bert": ("BertModel", "BertForSequenceClassification"),
+    "roberta": ("RobertaModel", "RobertaForSequenceClassification"),
+}
+NAMES = {"bert": "BERT", "roberta": "RoBERTa"}
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """What config.json says, under config.json's own names.
+    """What config.json of a BERT or RoBERTa says, under config.json's own names.
 
     Two fields may be absent from old files and mean transformers' documented default there:
-    `classifier_dropout` (None: `hidden_dropout_prob`) and `pad_token_id` (0).
+    `classifier_dropout` (None: `hidden_dropout_prob`) and `pad_token_id` (0, RoBERTa's 1).
     `notes` holds the fields that change no number; they are outside equality and hash, so two configs that
     compute the same thing share one compiled program.
     """
 
+    model_type: str = "bert"
     architectures: tuple[str, ...]
     vocab_size: int
     hidden_size: int
@@ -72,11 +77,12 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         wrong = []
-        if len(self.architectures) != 1 or self.architectures[0] not in ARCHITECTURES:
+        known = ARCHITECTURES[self.model_type]
+        if len(self.architectures) != 1 or self.architectures[0] not in known:
             wrong.append(
-                f"architectures is {list(self.architectures)}, supported: {', '.join(ARCHITECTURES)} "
-                "(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any BERT's "
-                "body as BertModel)"
+                f"architectures is {list(self.architectures)}, supported: {', '.join(known)} "
+                f"(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any "
+                f"{NAMES[self.model_type]}'s body as {known[0]})"
             )
         if self.hidden_act not in ACTIVATIONS:
             wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
@@ -91,8 +97,9 @@ class BertConfig:
                 wrong.append(f"{name} is {rate}, it must be in [0, 1)")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             wrong.append(f"pad_token_id is {self.pad_token_id}, the vocabulary has {self.vocab_size} rows")
-        if wrong:
-            raise ValueError("BERT config: " + "; ".join(wrong) + ".")
+        if self.model_type == "roberta" and self.pad_token_id is None:
+            wrong.append("pad_token_id is missing: positions are counted from it")
+        refuse(NAMES[self.model_type], wrong)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "BertConfig":
@@ -100,25 +107,18 @@ class BertConfig:
 
         Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
         """
-        own = {f.name: f for f in dataclasses.fields(cls) if f.name not in ("num_labels", "notes")}
-        required = [name for name, f in own.items() if f.default is dataclasses.MISSING]
-        wrong = [f"{name} is missing" for name in required if hf.get(name) is None]
-        wrong += [
-            f"{name} is {hf[name]!r}, supported: {value!r}"
-            for name, value in FIXED.items()
-            if hf.get(name, value) != value
-        ]
-        wrong += [f"{name} is unknown" for name in hf if name not in own.keys() | FIXED.keys() | INERT]
+        values, notes, wrong = read_fields(
+            cls, hf, computed=("num_labels", "notes"), fixed=FIXED, inert=INERT | BERT_INERT
+        )
         labels = hf.get("id2label")
         num_labels = hf.get("num_labels") or (len(labels) if labels else 2)  # transformers' default
         if labels and len(labels) != num_labels:
             wrong.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
-        if wrong:
-            raise ValueError("BERT config: " + "; ".join(wrong) + ".")
-        values = {name: hf[name] for name in own if name in hf} | {
-            "architectures": tuple(hf["architectures"])
-        }
-        notes = {name: value for name, value in hf.items() if name not in own}
+        if values.get("model_type") not in NAMES:
+            wrong.append(f"model_type is {hf.get('model_type')!r}, supported: {', '.join(NAMES)}")
+        elif values["model_type"] == "roberta":
+            values.setdefault("pad_token_id", 1)
+        refuse(NAMES.get(str(hf.get("model_type")), "BERT"), wrong)
         return cls(**values, num_labels=num_labels, notes=notes)
 
     def to_hf(self) -> dict[str, Any]:
@@ -128,11 +128,22 @@ class BertConfig:
             for f in dataclasses.fields(self)
             if f.name not in ("num_labels", "notes")
         }
-        own |= {"model_type": "bert", "architectures": list(self.architectures)}
+        own["architectures"] = list(self.architectures)
         if self.num_labels != 2 and not self.notes.keys() & {"id2label", "num_labels"}:
             own["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             own["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
         return {**self.notes, **own}
+
+    @property
+    def headless(self) -> bool:
+        """Whether this is the body alone."""
+        return self.architectures[0] == ARCHITECTURES[self.model_type][0]
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens fit. RoBERTa counts its positions from behind the padding's."""
+        skipped = 0 if self.model_type == "bert" else (self.pad_token_id or 0) + 1
+        return self.max_position_embeddings - skipped
 
     @property
     def problem_type(self) -> str | None:
@@ -150,16 +161,24 @@ class BertConfig:
         if problem_type is not None:
             notes["problem_type"] = problem_type
         return dataclasses.replace(
-            self, architectures=("BertForSequenceClassification",), num_labels=num_labels, notes=notes
+            self, architectures=(ARCHITECTURES[self.model_type][1],), num_labels=num_labels, notes=notes
         )
 
 
 class EncoderOutput(NamedTuple):
-    """`last_hidden_state` [B, T, D]; `pooler_output` [B, D] or None; `logits` [B, labels] or None."""
+    """What an encoder gives.
+
+    Attributes:
+      last_hidden_state: [B, T, D].
+      pooler_output: [B, D], or None without a pooler.
+      logits: [B, labels], or None without a head.
+      head_hidden: [B, D], the output of RoBERTa's `classifier.dense`; None elsewhere.
+    """
 
     last_hidden_state: Array
     pooler_output: Array | None = None
     logits: Array | None = None
+    head_hidden: Array | None = None
 
 
 class Embeddings(nnx.Module):
@@ -168,13 +187,20 @@ class Embeddings(nnx.Module):
         self.word_embeddings = Embedding(
             config.vocab_size, size, stddev=stddev, padding_idx=config.pad_token_id, rngs=rngs
         )
-        self.position_embeddings = Embedding(config.max_position_embeddings, size, stddev=stddev, rngs=rngs)
+        self.pad = config.pad_token_id if config.model_type == "roberta" else None
+        self.position_embeddings = Embedding(
+            config.max_position_embeddings, size, stddev=stddev, padding_idx=self.pad, rngs=rngs
+        )
         self.token_type_embeddings = Embedding(config.type_vocab_size, size, stddev=stddev, rngs=rngs)
         self.LayerNorm = LayerNorm(size, eps=config.layer_norm_eps)
         self.rate = config.hidden_dropout_prob
 
     def __call__(self, input_ids: Array, token_type_ids: Array, key: Array | None) -> Array:
-        positions = jnp.arange(input_ids.shape[1])[None]  # from 0, left padding included
+        if self.pad is None:
+            positions = jnp.arange(input_ids.shape[1])[None]  # from 0, left padding included
+        else:  # RoBERTa: tokens are counted from behind the padding's own position
+            real = input_ids != self.pad
+            positions = jnp.cumsum(real, axis=1) * real + self.pad
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # B T -> B T D
         return dropout(self.LayerNorm(x + self.position_embeddings(positions)), self.rate, key)
 
@@ -286,10 +312,7 @@ class BertForSequenceClassification(nnx.Module):
         self, input_ids: Array, mask: Array, token_type_ids: Array, key: Array | None = None
     ) -> EncoderOutput:
         body_key, classifier_key = split_key(key, 2)
-        hidden, pooled, _ = self.bert(input_ids, mask, token_type_ids, body_key)
-        assert pooled is not None  # a classifier's body is built with its pooler
-        logits = self.classifier(dropout(pooled, self.rate, classifier_key))  # B D -> B labels
-        return EncoderOutput(hidden, pooled, logits)
-
-
-ARCHITECTURES = {"BertModel": BertModel, "BertForSequenceClassification": BertForSequenceClassification}
+        out = self.bert(input_ids, mask, token_type_ids, body_key)
+        assert out.pooler_output is not None  # a classifier's body is built with its pooler
+        logits = self.classifier(dropout(out.pooler_output, self.rate, classifier_key))  # B D -> B labels
+        return out._replace(logits=logits)

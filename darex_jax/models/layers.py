@@ -24,16 +24,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def project(x: Array, weight: Array) -> Array:
+    """`x @ weight.T` over the last axis, [..., D] and [O, D] -> [..., O]; sums in float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("...D,OD->...O", x, weight, preferred_element_type=wide).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at 0."""
 
-    def __init__(self, in_features: int, out_features: int, *, stddev: float, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: nnx.Rngs
+    ):
         self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), (out_features, in_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum("...D,OD->...O", x, self.weight[...])
-        return y + jnp.broadcast_to(self.bias[...], y.shape)
+        y = project(x, self.weight[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
 class Embedding(nnx.Module):
@@ -55,6 +63,26 @@ class Embedding(nnx.Module):
         if self.padding_idx is None:
             return x
         return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
+
+    def attend(self, x: Array) -> Array:
+        """The table as a tied head: [..., D] -> [..., V]."""
+        return project(x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight` over the last axis; the mean square in float32 at least.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467.
+    """
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
 
 
 class LayerNorm(nnx.Module):

@@ -1,0 +1,334 @@
+"""A causal decoder with rotary positions, grouped-query attention and a gated feed-forward layer.
+
+What Llama (Touvron et al., arXiv:2302.13971 and 2307.09288) and Qwen2 (arXiv:2407.10671) share; the family
+files beside this one say where they differ. Field names are Hugging Face's, so the tree of parameters is the
+Hugging Face state dict, nested; a tied head is absent from it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from darex_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al., arXiv:2104.09864) and how they are stretched.
+
+    kind: "default"; "linear", every frequency divided by `factor`; or "llama3", which divides low frequencies
+      (wavelengths beyond `original_max_position_embeddings / low_freq_factor`), keeps high ones and blends
+      in between.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position, [head_dim / 2], float32."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        if self.kind == "linear":
+            return (frequencies / np.float32(self.factor)).astype(np.float32)
+        if self.kind == "llama3":
+            wavelengths = 2 * math.pi / frequencies
+            low, high = self.low_freq_factor, self.high_freq_factor
+            smooth = (self.original_max_position_embeddings / wavelengths - low) / (high - low)
+            kept = np.clip(smooth, 0.0, 1.0)
+            return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
+        return frequencies
+
+
+# The fields of each kind, beside rope_theta: all of them are needed.
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_rope(hf: Mapping[str, Any], default_theta: float | None) -> tuple[Rope | None, list[str]]:
+    """The rotary positions of a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5
+    (`rope_parameters`) writes them.
+
+    Returns: the positions, or None and what is wrong.
+    """
+    stated = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = stated.pop("rope_theta", hf.get("rope_theta", default_theta))
+    kind = stated.pop("rope_type", stated.pop("type", "default"))
+    stated.pop("type", None)
+    if theta is None:
+        return None, ["rope_theta is missing"]
+    if kind not in ROPE_KINDS:
+        return None, [f"rope_type is {kind!r}, supported: {', '.join(ROPE_KINDS)}"]
+    needed = ROPE_KINDS[kind]
+    wrong = [f"{name} of the rope is missing" for name in needed if stated.get(name) is None]
+    wrong += [
+        f"{name} of the rope is {value!r}, which {kind!r} does not have"
+        for name, value in stated.items()
+        if name not in needed and not (name == "partial_rotary_factor" and value == 1.0)
+    ]
+    if wrong:
+        return None, wrong
+    return Rope(float(theta), kind, **{name: stated[name] for name in needed}), []
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What config.json says, under config.json's own names; `rope` and `windows` are read from several.
+
+    `windows` holds, per layer, how many positions back attention reaches; None is all of them.
+    `notes` holds the fields that change no number; they are outside equality and hash.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    rms_norm_eps: float
+    initializer_range: float
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = dataclasses.field(default=None, hash=False)
+    rope: Rope
+    windows: tuple[int | None, ...] = ()
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def features_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        """Whether the query, key and value projections, and the output projection, have a bias."""
+        return (True, False) if self.model_type == "qwen2" else (self.attention_bias, self.attention_bias)
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def faults(self) -> list[str]:
+        """What no decoder can have."""
+        wrong = []
+        if self.hidden_act not in ACTIVATIONS:
+            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            wrong.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.key_value_heads:
+            wrong.append(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.key_value_heads}"
+            )
+        if self.features_per_head % 2:
+            wrong.append(f"head_dim is {self.features_per_head}, rotary positions need an even number")
+        return wrong
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a config.json: every field of the one that was read, with the same value."""
+        computed = ("rope", "windows", "notes")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in computed}
+        own = {name: value for name, value in values.items() if value is not None}
+        return {**self.notes, **own, "architectures": list(self.architectures)}
+
+
+class Cache(NamedTuple):
+    """The keys and values of the positions so far, and room for more; S slots, the same for every row.
+
+    Attributes:
+      keys, values: per layer [B, S, K, H].
+      real: [B, S] bool, True where a slot holds a token that is no padding.
+      length: int32 scalar, how many slots are filled.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    real: Array
+    length: Array
+
+
+class DecoderOutput(NamedTuple):
+    """`last_hidden_state` [B, T, D]; `logits` [B, T, V] or None; `cache` if one was given."""
+
+    last_hidden_state: Array
+    logits: Array | None = None
+    cache: Cache | None = None
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Cache:
+    shape = (batch, slots, config.key_value_heads, config.features_per_head)
+    layers = range(config.num_hidden_layers)
+    return Cache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        real=jnp.zeros((batch, slots), bool),
+        length=jnp.int32(0),
+    )
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns each pair (x[i], x[i + H/2]) of [B, T, N, H] by its angle; cos, sin [B, T, H/2], float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # B T H/2 -> B T 1 H/2
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        size, heads, stddev = config.hidden_size, config.features_per_head, config.initializer_range
+        inner, outer = config.biases
+        keys = config.key_value_heads * heads
+        queries = config.num_attention_heads * heads
+        self.q_proj = Linear(size, queries, stddev=stddev, bias=inner, rngs=rngs)
+        self.k_proj = Linear(size, keys, stddev=stddev, bias=inner, rngs=rngs)
+        self.v_proj = Linear(size, keys, stddev=stddev, bias=inner, rngs=rngs)
+        self.o_proj = Linear(queries, size, stddev=stddev, bias=outer, rngs=rngs)
+        self.features_per_head = heads
+
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], mask: Array, past: tuple[Array, Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """`past` is a layer's cached keys and values and where the new ones go. Returns them updated."""
+        q, k, v = (
+            y.reshape(*y.shape[:2], -1, self.features_per_head)  # B T D -> B T N H
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        if past is not None:
+            keys, values, start = past
+            k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), start, axis=1)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)  # B T N H -> B T D
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Grouped-query attention by the platform's kernel: q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S].
+
+    cuDNN's on NVIDIA hardware for half precision (it has no other), XLA's everywhere else.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fused = half and jax.default_backend() == "gpu" and q.shape[1] > 1 and q.shape[-1] in (64, 128)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], implementation="cudnn" if fused else "xla"
+    )
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        size, inner = config.hidden_size, config.intermediate_size
+        options: dict[str, Any] = {"stddev": config.initializer_range, "bias": config.mlp_bias, "rngs": rngs}
+        self.gate_proj = Linear(size, inner, **options)
+        self.up_proj = Linear(size, inner, **options)
+        self.down_proj = Linear(inner, size, **options)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.self_attn = Attention(config, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], mask: Array, past: tuple[Array, Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        y, keys_and_values = self.self_attn(self.input_layernorm(x), angles, mask, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_and_values
+
+
+class Decoder(nnx.Module):
+    """The body: `LlamaModel`, `Qwen2Model`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            stddev=config.initializer_range,
+            padding_idx=config.pad_token_id,
+            rngs=rngs,
+        )
+        self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.config = config
+
+    def __call__(self, input_ids: Array, real: Array, cache: Cache | None = None) -> DecoderOutput:
+        """The next T positions; `real` [B, T] is True where a token is no padding."""
+        length = input_ids.shape[1]
+        start = jnp.int32(0) if cache is None else cache.length
+        if cache is not None:
+            real = jax.lax.dynamic_update_slice_in_dim(cache.real, real, start, axis=1)
+        # Padding takes no position: rows of a batch may begin late.
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        if cache is not None:
+            positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
+        frequencies = self.config.rope.frequencies(self.config.features_per_head)
+        angles = positions[:, :, None] * jnp.asarray(frequencies)[None, None]  # B T -> B T H/2
+        turns = jnp.cos(angles), jnp.sin(angles)
+        query_slots = start + jnp.arange(length)[:, None]
+        distance = query_slots - jnp.arange(real.shape[1])[None]  # T S
+        masks = {
+            window: real[:, None] & ((distance >= 0) & (distance < (window or 2**31 - 1)))[None]
+            for window in {self.config.window(i) for i in range(len(self.layers))}
+        }
+        x = self.embed_tokens(input_ids)  # B T -> B T D
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i], start)
+            x, (k, v) = layer(x, turns, masks[self.config.window(i)], past)
+            keys.append(k)
+            values.append(v)
+        if cache is not None:
+            cache = Cache(tuple(keys), tuple(values), real, start + length)
+        return DecoderOutput(self.norm(x), None, cache)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a head over the vocabulary: `LlamaForCausalLM`, `Qwen2ForCausalLM`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.model = Decoder(config, rngs=rngs)
+        size, stddev = config.hidden_size, config.initializer_range
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(size, config.vocab_size, stddev=stddev, bias=False, rngs=rngs)
+
+    def __call__(self, input_ids: Array, real: Array, cache: Cache | None = None) -> DecoderOutput:
+        out = self.model(input_ids, real, cache)
+        return out._replace(logits=self.logits(out.last_hidden_state))
+
+    def logits(self, x: Array) -> Array:
+        """[..., D] -> [..., V]"""
+        return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)

@@ -1,0 +1,362 @@
+"""Llama and Qwen2 against transformers, and their configs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import darex_jax as dx
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.models import build_model, init_model, read_model_config
+from darex_jax.models.config import INERT
+from darex_jax.models.decoder import DecoderConfig, Rope, empty_cache
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN2 = {name: value for name, value in LLAMA.items() if name not in ("attention_bias", "mlp_bias")} | {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 28,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES = {
+    "llama": LLAMA,
+    "tied": LLAMA | {"tie_word_embeddings": True},
+    "one key head": LLAMA | {"num_key_value_heads": 1},
+    "head_dim": LLAMA | {"head_dim": 16},
+    "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3": LLAMA | {"rope_scaling": LLAMA3},
+    "padding id": LLAMA | {"pad_token_id": 0},
+    "body": LLAMA | {"architectures": ["LlamaModel"]},
+    "qwen2": QWEN2,
+    "qwen2 tied": QWEN2 | {"tie_word_embeddings": True},
+    "windows": QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
+
+
+def original(hf, path):
+    """A random model of transformers' with this config, saved; its biases and norms are random as well."""
+    torch.manual_seed(0)
+    config = getattr(transformers, "LlamaConfig" if hf["model_type"] == "llama" else "Qwen2Config")
+    fields = {name: value for name, value in hf.items() if name not in ("architectures", "model_type")}
+    model = getattr(transformers, hf["architectures"][0])(config(**fields)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight += 0.2 * torch.randn_like(weight)
+    model.save_pretrained(path)
+    return model
+
+
+def batch(length=40, rows=3, vocabulary=97):
+    """Token ids and masks: a full row, one padded on the right, one on the left."""
+    ids = np.random.default_rng(1).integers(3, vocabulary, (rows, length))
+    mask = np.ones((rows, length), int)
+    mask[1, length - 9 :] = 0
+    mask[2, :7] = 0
+    return ids, mask
+
+
+def reference(model, ids, mask):
+    with torch.no_grad():
+        out = model(
+            torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True, use_cache=False
+        )
+    return [x.numpy() for x in out.hidden_states], out.logits.numpy() if "logits" in out else None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_transformers(tmp_path, case):
+    hf = CASES[case]
+    theirs = original(hf, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch()  # 40 positions: past a period of the fastest pairs, and past the windows
+    hidden, logits = reference(theirs, ids, mask)
+    out = model(params, ids, mask)
+    real = mask == 1
+    np.testing.assert_allclose(np.asarray(out.last_hidden_state)[real], hidden[-1][real], atol=1e-4)
+    if logits is None:
+        assert out.logits is None
+    else:
+        np.testing.assert_allclose(np.asarray(out.logits)[real], logits[real], atol=1e-4)
+    saved = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
+    if hf["tie_word_embeddings"]:
+        del saved["lm_head.weight"]
+    assert {name: x.shape for name, x in flatten_names(params).items()} == saved
+
+
+def test_each_layer_matches_transformers(tmp_path):
+    theirs = original(LLAMA, tmp_path)
+    _, params = dx.load_model(tmp_path)
+    ids, mask = batch()
+    hidden, _ = reference(theirs, ids, mask)
+    real = mask == 1
+    for depth in (1, 2):  # the first layers alone; without the last norm, which weights of 1 nearly are
+        layers = {str(i): params["model"]["layers"][str(i)] for i in range(depth)}
+        cut = {**params["model"], "layers": layers}
+        config = LLAMA | {"num_hidden_layers": depth, "architectures": ["LlamaModel"]}
+        model, _ = build_model(read_model_config(config))
+        out = np.asarray(model(cut, ids, mask).last_hidden_state)[real]
+        x = hidden[depth][real]
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + LLAMA["rms_norm_eps"])
+        np.testing.assert_allclose(out, normed * np.asarray(params["model"]["norm"]["weight"]), atol=1e-4)
+
+
+def test_gradients_match_torch(tmp_path):
+    theirs = original(QWEN2, tmp_path).train()
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch()
+
+    def loss(p):
+        return jnp.sum(jnp.square(model(p, ids, mask).logits) * mask[..., None]) / 1000
+
+    grads = flatten_names(jax.grad(loss)(params))
+    out = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), use_cache=False).logits
+    (torch.sum(out**2 * torch.tensor(mask)[..., None]) / 1000).backward()
+    for name, weight in theirs.named_parameters():
+        expected = weight.grad.numpy()
+        np.testing.assert_allclose(grads[name], expected, atol=2e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_bfloat16(tmp_path):
+    original(LLAMA, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    half_model, half = dx.load_model(tmp_path, dtype=jnp.bfloat16)
+    ids, mask = batch()
+    out, exact = half_model(half, ids, mask).logits, np.asarray(model(params, ids, mask).logits)
+    assert out.dtype == jnp.bfloat16
+    error = np.asarray(out, np.float32) - exact
+    # Three layers of products, each rounded to 8 bits: measured 0.02 of the logits' deviation.
+    assert np.sqrt(np.mean(error**2)) < 0.05 * exact.std()
+    # The sums are float32's: 4096 ones are 4096, where bfloat16 alone stops at 256.
+    from darex_jax.models.layers import project
+
+    ones = jnp.ones((1, 4096), jnp.bfloat16)
+    assert float(project(ones, ones)[0, 0]) == 4096
+
+
+def test_cached_steps_are_the_whole(tmp_path):
+    """Prefill and single steps give what one pass gives, for rows that begin late."""
+    config = read_model_config(CASES["windows"])
+    model, params = init_model(config, jax.random.key(0))
+    ids, mask = batch(length=12)
+    mask[1] = 1  # rows of a cache are padded on the left only
+    whole = model(params, ids, mask).logits
+    module = model.module(params)
+    cache = empty_cache(config, 3, 20, jnp.float32)
+    out = module(ids[:, :8], mask[:, :8] != 0, cache)
+    pieces = [out.logits]
+    for i in range(8, 12):
+        out = module(ids[:, i : i + 1], mask[:, i : i + 1] != 0, out.cache)
+        pieces.append(out.logits)
+    assert int(out.cache.length) == 12 and out.cache.keys[0].shape == (3, 20, 2, 8)
+    real = mask == 1
+    together = np.concatenate([np.asarray(x) for x in pieces], axis=1)
+    np.testing.assert_allclose(together[real], np.asarray(whole)[real], atol=1e-5)
+
+
+def test_padding_does_not_matter():
+    model, params = init_model(read_model_config(LLAMA), jax.random.key(0))
+    ids, mask = batch()
+    other = np.where(mask, ids, 5)
+    a, b = (np.asarray(model(params, x, mask).logits)[mask == 1] for x in (ids, other))
+    np.testing.assert_array_equal(a, b)
+    assert np.isfinite(np.asarray(model(params, ids, np.zeros_like(mask)).logits)).all()
+
+
+# Configs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_field_changes_something(family):
+    hf = LLAMA if family == "llama" else QWEN2
+    ids, mask = batch()
+
+    def behaviour(**changes):
+        config = read_model_config(hf | changes)
+        model, params = init_model(config, jax.random.key(0))
+        shapes = {name: x.shape for name, x in flatten_names(params).items()}
+        _, standard = init_model(read_model_config(hf), jax.random.key(0))
+        if shapes != {name: x.shape for name, x in flatten_names(standard).items()}:
+            return shapes, []
+        start = jax.tree.map(lambda x: x + 0.01, standard)  # no bias and no norm is as it begins
+        out = model(start, ids, mask)
+        loss = lambda p: jnp.square(model(p, jnp.zeros((1, 2), int)).last_hidden_state).sum()  # noqa: E731
+        row = jax.grad(loss)(start)["model"]["embed_tokens"]["weight"][0].sum()
+        first = params["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"]
+        return shapes, [float(x) for x in (out.logits.sum(), row, first.sum())]
+
+    standard = behaviour()
+    changed = {
+        "vocab_size": 98,
+        "hidden_size": 40,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-2,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "rope_theta": 50.0,
+    }
+    if family == "llama":
+        changed |= {"attention_bias": True, "mlp_bias": True}
+    # How many positions there may be is not asked by rotary embeddings; where to stop is generation's.
+    rest = {"model_type", "architectures", "max_position_embeddings", "eos_token_id", "notes", "windows"}
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"rope"}
+    if family == "qwen2":
+        rest |= {"attention_bias", "mlp_bias"}
+        assert behaviour(use_sliding_window=True, sliding_window=5, max_window_layers=1) != standard
+        windows = {"use_sliding_window": True, "sliding_window": 5}
+        kinds = ["full_attention", "sliding_attention", "full_attention"]
+        assert behaviour(**windows, layer_types=kinds) != behaviour(
+            **windows, layer_types=kinds[1:] + kinds[:1]
+        )
+    assert fields - changed.keys() == rest
+    for name, value in changed.items():
+        assert behaviour(**{name: value}) != standard, name
+    for scaling in ({"type": "linear", "factor": 2.0}, LLAMA3, LLAMA3 | {"factor": 2.0},
+                    LLAMA3 | {"low_freq_factor": 0.5}, LLAMA3 | {"high_freq_factor": 3.0},
+                    LLAMA3 | {"original_max_position_embeddings": 8}):  # fmt: skip
+        assert behaviour(rope_scaling=scaling) != standard, scaling
+    assert behaviour(rope_scaling=LLAMA3) != behaviour(rope_scaling=LLAMA3 | {"factor": 2.0})
+    carried = {name: "anything" for name in INERT - {"tie_encoder_decoder"}}
+    assert behaviour(**carried) == standard
+
+
+@pytest.mark.parametrize("hf", CASES.values(), ids=CASES)
+def test_config_round_trip(hf):
+    hf = hf | {"torch_dtype": "float32", "transformers_version": "4.40.0", "use_cache": True}
+    config = read_model_config(hf)
+    out = config.to_hf()
+    assert {name: out.get(name) for name in hf} == hf
+    assert read_model_config(out) == config and hash(read_model_config(out)) == hash(config)
+    json.dumps(out)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2])
+def test_both_generations_of_transformers_say_the_same(hf, tmp_path):
+    """Version 4 writes rope_theta and rope_scaling, version 5 rope_parameters and dtype."""
+    old = hf | {"torch_dtype": "float32"}
+    scaling = dict(hf.get("rope_scaling") or {})
+    kind = scaling.pop("type", scaling.pop("rope_type", "default"))
+    new = {name: value for name, value in hf.items() if name not in ("rope_theta", "rope_scaling")}
+    new |= {"dtype": "float32", "rope_parameters": {"rope_theta": 100.0, "rope_type": kind, **scaling}}
+    assert read_model_config(old).rope == read_model_config(new).rope != Rope(100.0, "other")
+    assert read_model_config(old) == read_model_config(new)
+    original(hf, tmp_path)  # as the installed transformers writes it
+    assert (
+        read_model_config(json.loads((tmp_path / "config.json").read_text())).rope
+        == read_model_config(old).rope
+    )
+
+
+def test_llama_2_without_rope_theta():
+    hf = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
+    assert read_model_config(hf).rope == Rope(10_000.0)
+    with pytest.raises(ValueError, match="Qwen2 config: rope_theta is missing"):
+        read_model_config({name: value for name, value in QWEN2.items() if name != "rope_theta"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn', supported: default"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of the rope is missing"),
+        ({"rope_scaling": LLAMA3 | {"mscale": 1}}, "mscale of the rope is 1, which 'llama3' does not have"),
+        ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1, supported: 0.0"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2, supported: 1"),
+        ({"logit_scale": 2}, "logit_scale is unknown"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish', supported: gelu"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "supported: LlamaModel, LlamaForCausalLM"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),
+        ({"head_dim": 5}, "head_dim is 5, rotary positions need an even number"),
+        ({"rms_norm_eps": None, "hidden_act": None}, "hidden_act is missing; rms_norm_eps is missing"),
+        ({"model_type": "mistral"}, "model_type is 'mistral', supported: bert, roberta, llama, qwen2"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_config_refusals(changes, text):
+    with pytest.raises(ValueError, match=text):
+        read_model_config(LLAMA | changes)
+
+
+def test_qwen2_refusals():
+    windows = {"use_sliding_window": True, "sliding_window": 5}
+    with pytest.raises(ValueError, match=r"layer_types is \['chunked'\], expected 3 of full_attention"):
+        read_model_config(QWEN2 | windows | {"layer_types": ["chunked"]})
+    with pytest.raises(ValueError, match="attention_bias is True, supported: False"):
+        read_model_config(QWEN2 | {"attention_bias": True})
+
+
+# Files
+
+
+def test_what_old_files_store_besides(tmp_path):
+    """A copy of a tied head and the frequencies of Llama 2's days are left out; another head is refused."""
+    hf = CASES["tied"]
+    _, params = init_model(read_model_config(hf), jax.random.key(0))
+    table = params["model"]["embed_tokens"]["weight"]
+    named = flatten_names(params) | {
+        "lm_head.weight": table,
+        "model.layers.0.self_attn.rotary_emb.inv_freq": jnp.ones(4),
+    }
+    dx.save_params(tmp_path / "m", unflatten_names(named), hf)
+    _, loaded = dx.load_model(tmp_path / "m")
+    assert flatten_names(loaded).keys() == flatten_names(params).keys()
+    dx.save_params(tmp_path / "n", unflatten_names(named | {"lm_head.weight": table + 1}), hf)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is not model.embed_tokens.weight, though config.json"
+    ):
+        dx.load_model(tmp_path / "n")
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2 tied"])
+def test_saved_models_are_read_by_transformers(tmp_path, case):
+    hf = CASES[case]
+    model, params = init_model(read_model_config(hf), jax.random.key(0))
+    dx.save_params(tmp_path, params, model.config.to_hf())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids, mask = batch()
+    _, logits = reference(theirs, ids, mask)
+    out = np.asarray(model(params, ids, mask).logits)
+    np.testing.assert_allclose(out[mask == 1], logits[mask == 1], atol=1e-4)
