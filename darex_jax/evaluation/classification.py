@@ -33,7 +33,8 @@ def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
-    return model(params, **batch).last_hidden_state
+    out = model(params, **batch)
+    return out.last_hidden_state if out.head_hidden is None else out.head_hidden
 
 
 @jax.jit
@@ -85,20 +86,23 @@ def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
 
 
 def hidden_states(model: Model, params: Params, batches: Sequence[Batch]) -> list[jax.Array]:
-    """The last hidden state [B, T, D] of every batch: the reference that `output_change` compares with."""
+    """What `output_change` compares, of every batch: the last hidden state [B, T, D], of a RoBERTa with a head
+    the output of the head's dense layer [B, D].
+    """
     return [_hidden(model, params, _inputs(batch)) for batch in batches]
 
 
 def output_change(
     model: Model, params: Params, batches: Sequence[Batch], reference: Sequence[jax.Array]
 ) -> float:
-    """Mean absolute difference of the last hidden state from `reference`, over real tokens (no padding).
+    """Mean absolute difference of the hidden states from `reference`, over real tokens (no padding).
 
     Source: the output change of DAREx for encoders (arXiv:2410.09344), which q_e minimises.
     """
-    sums = [
-        _absolute_difference(here, there, batch["attention_mask"] * batch["weight"][:, None])
-        for here, there, batch in zip(hidden_states(model, params, batches), reference, batches, strict=True)
-    ]
+    sums = []
+    for here, there, batch in zip(hidden_states(model, params, batches), reference, batches, strict=True):
+        per_token = batch["attention_mask"] * batch["weight"][:, None]
+        real = per_token if here.ndim == 3 else batch["weight"]
+        sums.append(_absolute_difference(here, there, real))
     total, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
     return float(total / tokens)

@@ -1,0 +1,179 @@
+"""RoBERTa against transformers: what differs from BERT, and the whole way on a tiny one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.cli import main
+from darex_jax.core.tree import flatten_names
+from darex_jax.evaluation.classification import hidden_states, output_change
+from darex_jax.models import BertConfig, classifier_from_pretrained, init_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "model_type": "roberta",
+    "architectures": ["RobertaForSequenceClassification"],
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 22,
+    "type_vocab_size": 1,
+    "initializer_range": 0.3,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+    "label2id": {"a": 0, "b": 1, "c": 2},
+}
+
+
+def original(hf, path, **options):
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**{k: v for k, v in hf.items() if k != "architectures"})
+    model = getattr(transformers, hf["architectures"][0])(config, **options).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight += 0.2 * torch.randn_like(weight)
+    model.save_pretrained(path)
+    return model
+
+
+def batch(length=20):
+    """A full row, one padded on the right, one on the left; with the padding id, as positions need."""
+    ids = np.random.default_rng(0).integers(2, 60, (3, length))
+    mask = np.ones((3, length), int)
+    mask[1, 13:], mask[2, :6] = 0, 0
+    return np.where(mask, ids, 1), mask
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_body_matches_transformers(tmp_path, pooler):
+    hf = TINY | {"architectures": ["RobertaModel"]}
+    theirs = original(hf, tmp_path, add_pooling_layer=pooler)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask))
+    out = model(params, ids, mask)
+    real = mask == 1
+    hidden = expected.last_hidden_state.numpy()
+    np.testing.assert_allclose(np.asarray(out.last_hidden_state)[real], hidden[real], atol=1e-5)
+    assert (out.pooler_output is not None) == pooler
+    if pooler:
+        np.testing.assert_allclose(out.pooler_output, expected.pooler_output.numpy(), atol=1e-5)
+
+
+def test_classifier_and_its_gradients_match_transformers(tmp_path):
+    theirs = original(TINY, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch()
+    logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    out = model(params, ids, mask)
+    np.testing.assert_allclose(out.logits, logits.detach().numpy(), atol=1e-5)
+    dense = theirs.classifier.dense(theirs.roberta(torch.tensor(ids), torch.tensor(mask))[0][:, 0])
+    np.testing.assert_allclose(out.head_hidden, dense.detach().numpy(), atol=1e-5)
+    (logits**2).sum().backward()
+    grads = flatten_names(jax.grad(lambda p: jnp.square(model(p, ids, mask).logits).sum())(params))
+    for name, weight in theirs.named_parameters():
+        expected = np.zeros(weight.shape) if weight.grad is None else weight.grad.numpy()
+        tolerance = 1e-5 + 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(grads[name], expected, atol=tolerance, err_msg=name)
+
+
+def test_config():
+    config = BertConfig.from_hf(TINY)
+    out = config.to_hf()
+    assert {name: out[name] for name in TINY} == TINY and BertConfig.from_hf(out) == config
+    without = {name: value for name, value in TINY.items() if name != "pad_token_id"}
+    assert BertConfig.from_hf(without).pad_token_id == 1
+    with pytest.raises(ValueError, match="RoBERTa config: pad_token_id is missing"):
+        BertConfig.from_hf(TINY | {"pad_token_id": None})
+    with pytest.raises(ValueError, match="any RoBERTa's body as RobertaModel"):
+        BertConfig.from_hf(TINY | {"architectures": ["RobertaForMaskedLM"]})
+    model, params = init_model(config, jax.random.key(0))
+    assert model(params, batch()[0]).logits.shape == (3, 3)  # 20 tokens: two positions are the padding's
+    with pytest.raises(ValueError, match="input_ids has 21 positions, the model 20; truncate the text"):
+        model(params, np.full((1, 21), 5))
+
+
+def test_padding_id_counts():
+    model, params = init_model(BertConfig.from_hf(TINY), jax.random.key(0))
+    other, _ = init_model(BertConfig.from_hf(TINY | {"pad_token_id": 0}), jax.random.key(0))
+    ids, mask = batch()
+    assert (np.asarray(model(params, ids, mask).logits) != np.asarray(other(params, ids, mask).logits)).all()
+
+
+@pytest.mark.parametrize("architecture", ["RobertaModel", "RobertaForSequenceClassification"])
+def test_fresh_classifier_is_read_by_transformers(tmp_path, architecture):
+    body = BertConfig.from_hf(TINY | {"architectures": [architecture]})
+    model, params = init_model(body, jax.random.key(0))
+    model, params = classifier_from_pretrained(model, params, 2, jax.random.key(1))
+    assert flatten_names(params)["classifier.out_proj.weight"].shape == (2, 32)
+    assert not any("pooler" in name for name in flatten_names(params))
+    dx.save_params(tmp_path, params, model.config.to_hf())
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids, mask = batch()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    np.testing.assert_allclose(model(params, ids, mask).logits, logits, atol=1e-5)
+
+
+def test_output_change_is_measured_at_the_heads_dense_layer():
+    model, params = init_model(BertConfig.from_hf(TINY), jax.random.key(0))
+    ids, mask = batch()
+    weight = np.array([1, 1, 0], np.float32)
+    data = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids), "weight": weight}
+    reference = hidden_states(model, params, [data])
+    moved = jax.tree.map(lambda x: 1.1 * x, params)
+    expected = np.abs(model(moved, ids, mask).head_hidden - model(params, ids, mask).head_hidden)[:2].mean()
+    np.testing.assert_allclose(output_change(model, moved, [data], reference), expected, rtol=1e-5)
+
+
+def test_the_whole_way_from_the_terminal(tmp_path):
+    """train, find-q, check, prune, apply, eval on a tiny RoBERTa with a byte-level tokenizer made here."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    base = tmp_path / "base"
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(["the soup was superb", "we disliked the show"], 300, special_tokens=special)
+    base.mkdir()
+    trained.save_model(str(base))
+    tokenizer = transformers.RobertaTokenizer(str(base / "vocab.json"), str(base / "merges.txt"))
+    hf = TINY | {"architectures": ["RobertaModel"], "vocab_size": 300, "max_position_embeddings": 130}
+    model, params = init_model(BertConfig.from_hf(hf), jax.random.key(0))
+    dx.save_params(base, params, model.config.to_hf(), overwrite=True)
+    tokenizer.save_pretrained(base)
+
+    def darex(*arguments):
+        result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        return json.loads(result.stdout)
+
+    fine, delta, out = tmp_path / "fine", tmp_path / "delta", tmp_path / "out"
+    darex("train", base, fine, "--steps", 2, "--batch-size", 8, "--limit", 16)
+    assert darex("check", base, fine)["dense_names"] == [
+        "classifier.dense.bias",
+        "classifier.dense.weight",
+        "classifier.out_proj.bias",
+        "classifier.out_proj.weight",
+    ]
+    search = ("--drop-rate", 0.5, "--limit", 8, "--objective", "outputs", "--out", tmp_path / "q.json")
+    assert 0.5 <= darex("find-q", base, fine, *search)["q"] <= 1.0
+    darex("prune", base, fine, delta, "--drop-rate", 0.5, "--q", tmp_path / "q.json")
+    darex("apply", base, delta, out)
+    assert darex("eval", out, "--limit", 16)["n"] == 16
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    assert theirs.config.num_labels == 2
