@@ -14,3 +14,4 @@ from .files.artifact import save_delta as save_delta
 from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
+from .models.generate import generate as generate

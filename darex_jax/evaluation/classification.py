@@ -86,8 +86,9 @@ def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
 
 
 def hidden_states(model: Model, params: Params, batches: Sequence[Batch]) -> list[jax.Array]:
-    """What `output_change` compares, of every batch: the last hidden state [B, T, D], of a RoBERTa with a head
-    the output of the head's dense layer [B, D].
+    """What `output_change` compares, of every batch.
+
+    Returns: the last hidden states [B, T, D]; of a RoBERTa with a head, its dense layer's outputs [B, D].
     """
     return [_hidden(model, params, _inputs(batch)) for batch in batches]
 

@@ -1,0 +1,203 @@
+"""Generation: a prefill, then one compiled loop over a cache of a fixed shape."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from darex_jax.models import Model, Params
+from darex_jax.models.decoder import Cache, CausalLM, DecoderConfig, empty_cache
+
+Array = jax.Array
+Sampling = tuple[Array, Array] | None  # (key, temperature); None is greedy
+
+
+class DecodeState(NamedTuple):
+    """Where a generation stands.
+
+    Attributes:
+      cache: of everything before `token`.
+      token: int32 [B], the last token given out, not yet fed to the model.
+      given: int32 scalar, how many tokens were given out.
+      done: bool [B], True where a row has ended; it gives out padding from now on.
+    """
+
+    cache: Cache
+    token: Array
+    given: Array
+    done: Array
+
+
+def generate(
+    model: Model,
+    params: Params,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    key: Array | None = None,
+    temperature: float = 0.0,
+) -> Array:
+    """Continues prompts, greedily or at a temperature.
+
+    Args:
+      model, params: a causal language model from `load_model`.
+      input_ids, attention_mask: [B, T], prompts padded on the left; every row has a token.
+      max_new_tokens: how many tokens at most, at least 1.
+      eos_token_id: a row ends with this token, or the first of several; None never ends early.
+      key: typed key, needed and used above temperature 0; a row's token i follows from it, i and the row.
+      temperature: 0 takes the likeliest token (the first of equals); else the logits are divided by it.
+    Returns: int32 [B, max_new_tokens]; after its end a row is filled with the config's pad_token_id, where
+      there is none with the end token.
+    Raises: ValueError for a model without a head over the vocabulary, or arguments that do not fit.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+    sampling = sampling_of(key, temperature)
+    state = prefill(
+        model,
+        params,
+        input_ids,
+        attention_mask,
+        slots=jnp.shape(input_ids)[1] + max_new_tokens,
+        stops=stop_tokens(eos_token_id),
+        sampling=sampling,
+    )
+    first = state.token[:, None]
+    stops, pad = stop_tokens(eos_token_id), padding_token(model, eos_token_id)
+    if max_new_tokens == 1:
+        return first
+    rest, _ = decode(model, params, state, max_new_tokens - 1, stops=stops, pad=pad, sampling=sampling)
+    return jnp.concatenate([first, rest], axis=1)
+
+
+def prefill(
+    model: Model,
+    params: Params,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike,
+    *,
+    slots: int,
+    stops: Array,
+    sampling: Sampling = None,
+) -> DecodeState:
+    """Reads the prompts and chooses the first new token, the state's `token`.
+
+    Args:
+      slots: of the cache: prompt and new tokens together.
+      stops: int32 [E], tokens that end a row; may be empty.
+    Raises: ValueError if the model cannot generate, or prompts and slots do not fit.
+    """
+    if not (isinstance(model.config, DecoderConfig) and model.config.architectures[0].endswith("CausalLM")):
+        raise ValueError(f"{model.config.architectures[0]} has no head over the vocabulary to generate with.")
+    shape = jnp.shape(input_ids)
+    if len(shape) != 2 or jnp.shape(attention_mask) != shape or not 0 < shape[1] < slots:
+        raise ValueError(
+            f"input_ids {shape} and attention_mask {jnp.shape(attention_mask)} must be [batch, prompt], with "
+            f"fewer positions than the cache has slots ({slots})."
+        )
+    return _prefill(
+        model, params, jnp.asarray(input_ids), jnp.asarray(attention_mask), slots, stops, sampling
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _prefill(
+    model: Model,
+    params: Params,
+    input_ids: Array,
+    attention_mask: Array,
+    slots: int,
+    stops: Array,
+    sampling: Sampling,
+) -> DecodeState:
+    module: CausalLM = model.module(params)
+    dtype = params["model"]["embed_tokens"]["weight"].dtype
+    assert isinstance(model.config, DecoderConfig)
+    rows = input_ids.shape[0]
+    cache = empty_cache(model.config, rows, slots, dtype)
+    nothing = DecodeState(cache, jnp.zeros(rows, jnp.int32), jnp.int32(0), jnp.zeros(rows, bool))
+    return _feed(module, nothing, input_ids, attention_mask != 0, stops, sampling)
+
+
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+def decode(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    steps: int,
+    *,
+    stops: Array,
+    pad: ArrayLike,
+    sampling: Sampling = None,
+) -> tuple[Array, DecodeState]:
+    """The next `steps` tokens [B, steps] and the state after them; it ends early once every row is done.
+
+    The state is given away: its buffers become the new state's.
+    """
+    module: CausalLM = model.module(params)
+    rows = state.token.shape[0]
+
+    def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+        i, state, out = carry
+        done = state.done
+        real = jnp.ones((rows, 1), bool)
+        state = _feed(module, state, state.token[:, None], real, stops, sampling)
+        shown = jnp.where(done, jnp.asarray(pad, jnp.int32), state.token)
+        out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
+        return i + 1, state, out
+
+    def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
+        i, state, _ = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    out = jnp.full((rows, steps), pad, jnp.int32)
+    _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
+    return out, state
+
+
+def _feed(
+    module: CausalLM, state: DecodeState, tokens: Array, real: Array, stops: Array, sampling: Sampling
+) -> DecodeState:
+    """Feeds tokens [B, T] and chooses the next: logits are computed for the last position alone."""
+    out = module.model(tokens, real, state.cache)
+    assert out.cache is not None  # one was given
+    logits = module.logits(out.last_hidden_state[:, -1]).astype(jnp.float32)  # B D -> B V
+    if sampling is None:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        key, temperature = sampling
+        token = jax.random.categorical(jax.random.fold_in(key, state.given), logits / temperature)
+    token = token.astype(jnp.int32)
+    done = state.done | jnp.any(token[:, None] == stops[None], axis=1)
+    return DecodeState(out.cache, token, state.given + 1, done)
+
+
+def sampling_of(key: Array | None, temperature: float) -> Sampling:
+    """Raises: ValueError for a negative temperature, or one above 0 without a key."""
+    if not temperature >= 0.0:
+        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more.")
+    if temperature == 0.0:
+        return None
+    if key is None:
+        raise ValueError("a temperature above 0 draws tokens: pass key=jax.random.key(seed).")
+    return key, jnp.float32(temperature)
+
+
+def stop_tokens(eos_token_id: int | Sequence[int] | None) -> Array:
+    """int32 [E]."""
+    if eos_token_id is None:
+        return jnp.zeros((0,), jnp.int32)
+    return jnp.asarray([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), jnp.int32)
+
+
+def padding_token(model: Model, eos_token_id: int | Sequence[int] | None) -> int:
+    """What a row is filled with after its end."""
+    if model.config.pad_token_id is not None:
+        return model.config.pad_token_id
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    return stops[0] if stops else 0
