@@ -7,9 +7,9 @@ from typing import Any
 # Fields of any family that change no number: carried along, never read.
 INERT = frozenset(
     """
-    _name_or_path _attn_implementation_autoset _attn_implementation transformers_version torch_dtype dtype
+    transformers_version torch_dtype dtype
     tokenizer_class id2label label2id num_labels problem_type finetuning_task task_specific_params
-    bos_token_id sep_token_id cls_token_id decoder_start_token_id
+    bos_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
     use_cache gradient_checkpointing chunk_size_feed_forward tie_encoder_decoder
     output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16
     """.split()  # noqa: SIM905
@@ -42,7 +42,9 @@ def read_fields(
         for name, value in fixed.items()
         if hf.get(name, value) != value
     ]
-    wrong += [f"{name} is unknown" for name in hf if name not in {*own, *fixed, *inert}]
+    known = {*own, *fixed, *inert}
+    # A leading underscore marks what transformers notes for itself.
+    wrong += [f"{name} is unknown" for name in hf if name not in known and not name.startswith("_")]
     values = {name: hf[name] for name in own if name in hf}
     if isinstance(values.get("architectures"), list):
         values["architectures"] = tuple(values["architectures"])
