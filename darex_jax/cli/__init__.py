@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import files, learn
+from darex_jax.cli import files, learn, text
 
 
 class FriendlyGroup(click.Group):
@@ -43,5 +43,6 @@ for command in (
     learn.evaluate,
     learn.find_q,
     learn.demo,
+    text.generate,
 ):
     main.add_command(command)

@@ -158,6 +158,18 @@ class DeltaFile(SafetensorsFile):
     def base_name(self, name: str) -> str:
         return self.recipe.base_names.get(name, name)
 
+    def config(self) -> dict[str, Any]:
+        """The fine-tune's config.json; {} where it is the base's."""
+        if "config.json" not in self.names("file"):
+            return {}
+        try:
+            content = json.loads(self.read("file/config.json").tobytes())
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"{self.path}: damaged (its config.json: {error}).") from error
+        if not isinstance(content, dict):
+            raise FileError(f"{self.path}: damaged (its config.json is no object).")
+        return content
+
     def check_data(self) -> None:
         """Reads all tensors. Raises: FileError if they do not have the digest that the recipe gives them."""
         digest = blake3.blake3()

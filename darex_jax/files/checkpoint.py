@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,24 +146,43 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
     return [Path(path) / name for name in COMPANIONS if (Path(path) / name).is_file()]
 
 
-def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, Any]:
+def load_params(
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
+) -> dict[str, Any]:
     """A Hugging Face directory as a nested dict of arrays, one tensor read at a time.
 
     Args:
       path: directory with safetensors, or one such file.
       dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers stay as they are.
+      sharding: of each floating parameter, by name and shape (`param_sharding(mesh)`); None is the default
+        device. The host holds one parameter at a time.
     Raises: FileError for a missing or damaged file.
     """
-    import jax.numpy as jnp
-
     from darex_jax.core.tree import unflatten_names
 
     with Checkpoint(path) as checkpoint:
         named = {}
         for name, tensor in checkpoint.tensors.items():
             array = tensor.read()  # integer buffers stay NumPy's: without x64, jax would narrow them
-            named[name] = jnp.asarray(array, dtype=dtype) if tensor.floating else array
+            named[name] = on_devices(name, array, dtype, sharding) if tensor.floating else array
     return unflatten_names(named)
+
+
+def on_devices(
+    name: str, array: np.ndarray, dtype: Any, sharding: Callable[[str, tuple[int, ...]], Any] | None
+) -> Any:
+    """A host array as a jax.Array; in a program of several processes each takes its own part of it."""
+    import jax
+    import jax.numpy as jnp
+
+    if sharding is None:
+        return jnp.asarray(array, dtype=dtype)
+    if dtype is not None:
+        array = array.astype(dtype)
+    return jax.make_array_from_callback(array.shape, sharding(name, array.shape), lambda index: array[index])
 
 
 def save_params(

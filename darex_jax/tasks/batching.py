@@ -40,7 +40,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The Hugging Face tokenizer saved at `path`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:

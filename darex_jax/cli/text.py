@@ -1,0 +1,93 @@
+"""The command that lets a model write: generate."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import JSON, PATH, SEED
+
+DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
+DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
+                     help="What to compute in. Default: the checkpoint's.")  # fmt: skip
+MAX_NEW_TOKENS = click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("prompt")
+@DELTA
+@MAX_NEW_TOKENS
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
+              help="0 takes the likeliest token.")  # fmt: skip
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option("--chat", is_flag=True, help="Put PROMPT as a user's message into the model's chat template.")
+@DTYPE
+@SEED
+@JSON
+def generate(
+    model: Path,
+    prompt: str,
+    delta: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    stop: tuple[str, ...],
+    chat: bool,
+    dtype: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Continue PROMPT, written as it comes.
+
+    MODEL is the Hugging Face directory of a Llama or Qwen2; with --delta, of the base.
+    """
+    import jax
+
+    from darex_jax.evaluation.text import stream_text
+
+    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError(f"{model}: its tokenizer has no chat template; leave out --chat.")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begun, pieces = time.monotonic(), []
+    for piece in stream_text(
+        loaded,
+        params,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        key=jax.random.key(seed),
+        temperature=temperature,
+        stop=stop,
+    ):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    text = "".join(pieces)
+    if as_json:
+        report = {"model": str(model), "delta": None if delta is None else str(delta), "prompt": prompt}
+        click.echo(json.dumps(report | {"text": text, "seconds": round(time.monotonic() - begun, 2)}))
+    else:
+        click.echo()
+
+
+def open_text_model(
+    model: Path, delta: Path | None, dtype: str | None
+) -> tuple[Any, Any, Any, int | list[int] | None]:
+    """The model, its parameters, its tokenizer, and the tokens at which its text ends."""
+    from darex_jax.files.checkpoint import read_json
+    from darex_jax.files.model import load_model
+    from darex_jax.models import DecoderConfig
+    from darex_jax.tasks.batching import load_tokenizer
+
+    loaded, params = load_model(model, dtype, delta=delta)
+    if not isinstance(loaded.config, DecoderConfig):
+        raise ValueError(f"{model}: a {loaded.config.model_type} model does not write text.")
+    file = model / "generation_config.json"
+    stated = read_json(file) if file.is_file() else {}
+    return loaded, params, load_tokenizer(model), stated.get("eos_token_id", loaded.config.eos_token_id)

@@ -1,0 +1,138 @@
+"""Text in, text out: prompts through a tokenizer, the generation loop, and back."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from darex_jax.models import Model, Params
+from darex_jax.models.generate import DecodeState, decode, padding_token, prefill, sampling_of, stop_tokens
+
+# Prompts are padded to these lengths, so that a data set compiles a handful of programs.
+PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+PIECE = 32  # tokens decoded between two looks at the text
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[NDArray, NDArray]:
+    """Token ids and mask [batch, bucket] of prompts, padded on the left; missing rows repeat the first.
+
+    Raises: ValueError for a prompt without tokens, or beyond the longest bucket.
+    """
+    longest = max(map(len, rows))
+    if not min(map(len, rows)) or longest > PROMPT_BUCKETS[-1]:
+        raise ValueError(f"a prompt has {longest} tokens, expected 1 to {PROMPT_BUCKETS[-1]}.")
+    width = next(bucket for bucket in PROMPT_BUCKETS if longest <= bucket)
+    ids, mask = np.full((batch, width), pad, np.int32), np.zeros((batch, width), np.int32)
+    for i in range(batch):
+        row = rows[i if i < len(rows) else 0]
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
+
+
+def stream_text(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    key: jax.Array | None = None,
+    temperature: float = 0.0,
+    stop: Sequence[str] = (),
+    piece: int = 4,
+) -> Iterator[str]:
+    """Continues one prompt; yields the text as it comes, up to the end token or a stop string.
+
+    Args:
+      tokenizer: the Hugging Face tokenizer of the model.
+      stop: strings that end the text; they are not part of it.
+      piece: tokens decoded at a time.
+    """
+    shown = text = ""
+    for tokens, _ in _pieces(
+        model, params, tokenizer, [prompt], 1, max_new_tokens, eos_token_id, key, temperature, piece
+    ):
+        text, ended = _text(tokenizer, tokens[0], eos_token_id, stop)
+        # The last characters may still change: half a character, or the beginning of a stop string.
+        safe = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        held = 0 if ended else max(_held(safe, word) for word in ("", *stop))
+        new = safe[: len(safe) - held]
+        if new.startswith(shown):
+            yield new[len(shown) :]
+            shown = new
+        if ended:
+            return
+    yield text[len(shown) :]
+
+
+def complete(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    batch_size: int | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Continues a batch of prompts greedily; each text ends before its end token or the first stop string.
+
+    Args:
+      batch_size: rows computed, the number of prompts or more: the same for all batches of a data set, so
+        that the last one compiles nothing new.
+    """
+    texts: list[tuple[str, bool]] = []
+    for tokens, _ in _pieces(
+        model, params, tokenizer, prompts, batch_size or len(prompts), max_new_tokens, eos_token_id, None, 0.0
+    ):
+        texts = [_text(tokenizer, row, eos_token_id, stop) for row in tokens[: len(prompts)]]
+        if all(ended for _, ended in texts):
+            break
+    return [text for text, _ in texts]
+
+
+def _pieces(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    batch: int,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    key: jax.Array | None,
+    temperature: float,
+    piece: int = PIECE,
+) -> Iterator[tuple[list[list[int]], DecodeState]]:
+    """All new tokens so far, row by row, after each piece."""
+    stops, sampling = stop_tokens(eos_token_id), sampling_of(key, temperature)
+    pad = padding_token(model, eos_token_id)
+    ids, mask = left_padded([tokenizer(prompt)["input_ids"] for prompt in prompts], pad, batch)
+    slots = ids.shape[1] + 1 + -(-(max_new_tokens - 1) // piece) * piece
+    state = prefill(model, params, ids, mask, slots=slots, stops=stops, sampling=sampling)
+    columns = [np.asarray(state.token)[:, None]]
+    yield columns[0].tolist(), state
+    while (given := sum(c.shape[1] for c in columns)) < max_new_tokens and not bool(state.done.all()):
+        new, state = decode(model, params, state, piece, stops=stops, pad=pad, sampling=sampling)
+        columns.append(np.asarray(new)[:, : max_new_tokens - given])
+        yield np.concatenate(columns, axis=1).tolist(), state
+
+
+def _text(
+    tokenizer: Any, tokens: Sequence[int], eos_token_id: int | Sequence[int] | None, stop: Sequence[str]
+) -> tuple[str, bool]:
+    """The text of a row's new tokens, and whether it has ended."""
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    length = next((i for i, token in enumerate(tokens) if token in ends), None)
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    cuts = [text.index(word) for word in stop if word in text]
+    return text[: min(cuts)] if cuts else text, length is not None or bool(cuts)
+
+
+def _held(text: str, word: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `word`."""
+    return next((n for n in range(min(len(word), len(text)), 0, -1) if text.endswith(word[:n])), 0)
