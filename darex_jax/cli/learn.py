@@ -302,14 +302,14 @@ def _print_demo(results: dict[str, Any]) -> None:
 
     title = f"{results['task']}, test {results['metric']}: fine-tuned {results['fine_tuned']:.3f}"
     table = Table(title=title, caption="mean ± standard deviation over 4 masks; size of the q_v artifact")
-    for heading in ("drop rate", "DARE", "q by labels", "q by outputs", "size", "restored"):
+    for heading in ("rate", "DARE", "q by labels", "q by outputs", "size", "restored"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results["rates"]:
         cells = [f"{row[m]['mean']:.3f} ±{row[m]['std']:.3f}" for m in ("dare", "q_v", "q_e")]
         for i, method in ((1, "q_v"), (2, "q_e")):
             cells[i] += f"\nq {row[method]['q']:.4g}"
         ratio = results["fine_bytes"] / row["artifact_bytes"]
-        bits = "same bits" if row["restored_bit_identical"] else "DIFFERS"
+        bits = "exact" if row["restored_bit_identical"] else "DIFFERS"
         table.add_row(
             str(row["drop_rate"]), *cells, f"{bytes_text(row['artifact_bytes'])}\n1/{ratio:.0f}", bits
         )

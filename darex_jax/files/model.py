@@ -1,98 +1,109 @@
 """A Hugging Face directory as a model that runs, with or without a delta on top."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, on_devices
-from darex_jax.files.stream import restored_params
-from darex_jax.models import BertConfig, Config, DecoderConfig, Model, build_model, read_model_config
-from darex_jax.models.sharding import Place, param_sharding
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, place, read_params
+from darex_jax.files.stream import restored_layout, restored_params
+from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
+
+COMPARED = 1 << 20  # entries of a tied head that are compared at a time
 
 
 def load_model(
     path: str | PathLike[str],
     dtype: Any = None,
+    mesh: Mesh | None = None,
     *,
     delta: str | PathLike[str] | None = None,
-    mesh: Mesh | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Reads a Hugging Face directory: the model that config.json names, and its weights.
+
+    Names, shapes and dtypes are checked before a weight is read; the weights are then read as `load_params`
+    reads them, one at a time and, with a mesh, in the parts that this process's devices hold.
 
     Args:
       path: folder with config.json and safetensors.
       dtype: cast the weights to this floating dtype; None keeps the file's.
-      delta: an artifact of `darex prune` made from `path`; the fine-tuned model that it restores is loaded,
-        bit for bit the one that `darex apply` writes.
-      mesh: from `make_mesh`; each parameter goes to the devices that the rules for its name give it. The host
-        holds one parameter at a time, whatever the model's size.
+      mesh: from `make_mesh`: the weights lie as `param_sharding` says. None: the default device.
+      delta: an artifact of `darex prune` made from `path`: the fine-tuned model that it restores is loaded,
+        bit for bit the one that `darex apply` writes. Every parameter then passes through the host whole.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
       Buffers such as `embeddings.position_ids` are left out, and so is the stored copy of a tied head; a body
       saved without a pooler has none.
     Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
-      every weight that is missing, left over, not floating or of another shape; FileError if a file is
-      damaged or the delta was made from another base.
+      every weight that is missing, left over, not floating or of another shape; FileError for a damaged file,
+      or a delta that was made from another base.
     """
     with ExitStack() as stack:
-        base = stack.enter_context(Checkpoint(path))
+        checkpoint = stack.enter_context(Checkpoint(path))
         if delta is None:
-            hf = base.config
-            named: Iterable[tuple[str, np.ndarray]] = ((n, t.read()) for n, t in base.tensors.items())
-        else:
-            file = stack.enter_context(DeltaFile(delta))
-            hf, named = file.config() or base.config, restored_params(base, file)
-        try:
-            config = read_model_config(hf)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        params = _read(path, config, named, dtype, None if mesh is None else param_sharding(mesh))
+            model, names = _fit(path, checkpoint.config, _without_copies(path, checkpoint))
+            return model, read_params({name: checkpoint.tensors[name] for name in names}, dtype, mesh)
+        file = stack.enter_context(DeltaFile(delta))
+        infos = {n: info for part in restored_layout(checkpoint, file).values() for n, info in part.items()}
+        model, names = _fit(path, file.config() or checkpoint.config, infos)
+        restored = restored_params(checkpoint, file)  # to its end: only then is everything verified
+        named = {name: place(name, array, dtype, mesh) for name, array in restored if name in names}
+        return model, unflatten_names({name: named[name] for name in names})
+
+
+def _fit(
+    path: Any, hf: Mapping[str, Any], infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+) -> tuple[Model, list[str]]:
+    """The model of a config.json, and the names of its weights among the tensors (dtype, shape) at hand."""
+    try:
+        config = read_model_config(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
+    if isinstance(config, DecoderConfig):
+        unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
+        floats -= {*unused, *(["lm_head.weight"] if config.tie_word_embeddings else [])}
     headless = isinstance(config, BertConfig) and config.headless
-    no_pooler = headless and not any(name.startswith("pooler.") for name in params)
+    no_pooler = headless and not any(name.startswith("pooler.") for name in infos)
     model, shapes = build_model(config, **({"pooler": False} if no_pooler else {}))
-    wrong = [f"{name} is missing" for name in shapes.keys() - params.keys()]
+    wrong = [f"{name} is missing" for name in shapes.keys() - infos.keys()]
+    wrong += [f"{name} is left over" for name in floats - shapes.keys()]
+    wrong += [f"{name} is {infos[name][0]}, not floating" for name in shapes.keys() & infos.keys() - floats]
     wrong += [
-        f"{name} is left over"
-        for name in params.keys() - shapes.keys()
-        if jnp.issubdtype(params[name].dtype, jnp.floating)  # an integer is a buffer
-    ]
-    wrong += [
-        f"{name} has shape {list(params[name].shape)}, expected {list(shapes[name])}"
-        for name in shapes.keys() & params.keys()
-        if params[name].shape != shapes[name]
-    ]
-    wrong += [
-        f"{name} is {params[name].dtype}, not floating"
-        for name in shapes.keys() & params.keys()
-        if not jnp.issubdtype(params[name].dtype, jnp.floating)
+        f"{name} has shape {list(infos[name][1])}, expected {list(shapes[name])}"
+        for name in shapes.keys() & floats
+        if infos[name][1] != shapes[name]
     ]
     if wrong:
-        raise ValueError(
-            f"{path} does not fit its config.json ({config.architectures[0]}): {'; '.join(sorted(wrong))}."
-        )
-    return model, unflatten_names({name: params[name] for name in shapes})
+        stated = f"its config.json ({config.architectures[0]})"
+        raise ValueError(f"{path} does not fit {stated}: {'; '.join(sorted(wrong))}.")
+    return model, list(shapes)
 
 
-def _read(
-    path: Any, config: Config, named: Iterable[tuple[str, np.ndarray]], dtype: Any, place: Place | None
-) -> dict[str, Any]:
-    """The parameters by name, on their devices; without what a file may hold besides."""
-    params: dict[str, Any] = {}
-    tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
-    for name, array in named:
-        floating = array.dtype.kind in "fV"  # ml_dtypes' bfloat16 is of kind V
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        params[name] = on_devices(name, array, dtype if floating else None, place)
-    head = params.pop("lm_head.weight", None) if tied else None
-    if head is not None and not jnp.array_equal(head, params["model.embed_tokens.weight"]):
+def _without_copies(path: Any, checkpoint: Checkpoint) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor; the stored copy of a tied head must be a copy."""
+    tensors = checkpoint.tensors
+    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if tied and head is not None and table is not None and not _same_numbers(head, table):
         raise ValueError(
             f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties the two."
         )
-    return params
+    return {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in tensors.items()}
+
+
+def _same_numbers(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.info.shape != b.info.shape:
+        return False
+
+    def piece(tensor: StoredTensor, start: int) -> np.ndarray:
+        out = np.empty(min(COMPARED, tensor.info.size - start), tensor.info.dtype)
+        tensor.file.read_into(tensor.info, start, out)
+        return out
+
+    starts = range(0, a.info.size, COMPARED)
+    return all(np.array_equal(piece(a, start), piece(b, start)) for start in starts)

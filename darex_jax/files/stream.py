@@ -295,7 +295,7 @@ def apply_artifact(
       named), or if the artifact is damaged.
     """
     _check_same_tensors(base, delta)
-    outputs = _output_layout(base, delta)
+    outputs = restored_layout(base, delta)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for source in companion_files(base.path) if base.path.is_dir() else []:
             (folder / source.name).write_bytes(source.read_bytes())
@@ -342,7 +342,7 @@ def _unused(base: Checkpoint, delta: DeltaFile, layout: Layout) -> list[str]:
     return [name for name in base.tensors if name not in used]
 
 
-def _output_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
+def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
     """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it."""
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
@@ -385,7 +385,7 @@ def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, n
     Raises: FileError as `apply_artifact`; what was yielded before is then not to be used.
     """
     _check_same_tensors(base, delta)
-    layout = _output_layout(base, delta)
+    layout = restored_layout(base, delta)
     for tensors in layout.values():
         for name, (dtype, shape) in tensors.items():
             array, start = np.empty(element_count(shape), dtype), 0
