@@ -1,0 +1,151 @@
+"""Text in, text out, with a tiny random Llama and a byte-level tokenizer made on the spot."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.cli import main
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.evaluation.text import complete, left_padded, stream_text
+from darex_jax.models import init_model, read_model_config
+from tests.test_decoders import LLAMA
+
+transformers = pytest.importorskip("transformers")
+PROMPTS = ["the soup was", "we", "a long day by the sea and then the show"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    model, params = init_model(read_model_config(LLAMA | {"vocab_size": 259}), jax.random.key(5))
+    dx.save_params(path, params, model.config.to_hf(), overwrite=True)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    from darex_jax.tasks.batching import load_tokenizer
+
+    return *dx.load_model(folder), load_tokenizer(folder)
+
+
+def by_hand(opened, prompt, new):
+    model, params, tokenizer = opened
+    ids = np.asarray([tokenizer(prompt)["input_ids"]])
+    tokens = np.asarray(dx.generate(model, params, ids, np.ones_like(ids), max_new_tokens=new))[0]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_padded_batch_is_each_prompt_alone(opened):
+    texts = complete(*opened, PROMPTS, max_new_tokens=40, eos_token_id=None, batch_size=4)
+    assert texts == [by_hand(opened, prompt, 40) for prompt in PROMPTS]
+
+
+def test_streamed_pieces_are_the_text(opened):
+    options = {"max_new_tokens": 30, "eos_token_id": None, "piece": 3}
+    pieces = list(stream_text(*opened, PROMPTS[0], **options))
+    assert "".join(pieces) == by_hand(opened, PROMPTS[0], 30) and len(pieces) > 3
+
+
+def test_stop_strings_end_a_text_and_are_not_part_of_it(opened):
+    whole = by_hand(opened, PROMPTS[0], 30)
+    for stop in (whole[5], whole[7:9], whole[-2:]):
+        expected = whole[: whole.index(stop)]
+        options = {"max_new_tokens": 30, "eos_token_id": None, "stop": ("never there", stop)}
+        assert complete(*opened, [PROMPTS[0]], **options) == [expected]
+        for piece in (1, 4):
+            assert "".join(stream_text(*opened, PROMPTS[0], piece=piece, **options)) == expected
+
+
+def test_end_tokens_end_a_text(opened):
+    model, params, tokenizer = opened
+    ids = np.asarray([tokenizer(PROMPTS[1])["input_ids"]])
+    tokens = np.asarray(dx.generate(model, params, ids, np.ones_like(ids), max_new_tokens=20))[0]
+    end = int(tokens[6])
+    length = tokens.tolist().index(end)
+    (text,) = complete(*opened, [PROMPTS[1]], max_new_tokens=20, eos_token_id=[end])
+    assert text == tokenizer.decode(tokens[:length], skip_special_tokens=True)
+
+
+def test_padding_of_prompts():
+    ids, mask = left_padded([[5, 6], [7]], 1, 3)
+    assert ids.shape == (3, 32) and ids[:, -2:].tolist() == [[5, 6], [1, 7], [5, 6]]
+    assert mask.sum(axis=1).tolist() == [2, 1, 2]
+    with pytest.raises(ValueError, match="expected 1 to 4096"):
+        left_padded([[1] * 5000], 1, 1)
+    with pytest.raises(ValueError, match="a prompt has 1 tokens, expected 1"):
+        left_padded([[1], []], 1, 2)
+
+
+def darex(*arguments, code=0):
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def test_generate_from_the_terminal(folder, opened, tmp_path):
+    """prune -> apply -> generate writes what generate --delta writes, and another text than the base."""
+    _, params, _ = opened
+    named = flatten_names(params)
+    moved = {n: x + 0.3 * jax.random.normal(jax.random.key(len(n)), x.shape) for n, x in named.items()}
+    fine, delta, out = tmp_path / "fine", tmp_path / "delta", tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    dx.save_params(fine, unflatten_names(moved), config, companions_from=folder)
+    darex("prune", folder, fine, delta, "--drop-rate", 0.9)
+    darex("apply", folder, delta, out)
+    options = (PROMPTS[0], "--max-new-tokens", 20)
+    with_delta = darex("generate", folder, *options, "--delta", delta).stdout
+    assert with_delta == darex("generate", out, *options).stdout
+    assert with_delta != darex("generate", folder, *options).stdout
+    report = json.loads(darex("generate", out, *options, "--json").stdout)
+    assert report["text"] + "\n" == with_delta
+    sampled = [darex("generate", folder, *options, "--temperature", 1, "--seed", s).stdout for s in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    model, restored = dx.load_model(folder, delta=delta)
+    assert model.config == opened[0].config
+    _, applied = dx.load_model(out)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, restored, applied))
+    error = darex("generate", fine, *options, "--delta", delta, code=1).stderr
+    assert "this is not the base" in error and "holds other numbers" in error
+    assert "no chat template" in darex("generate", folder, "x", "--chat", code=1).stderr
+
+
+smollm2 = os.environ.get("DAREX_SMOLLM2")
+
+
+@pytest.mark.skipif(not smollm2, reason="DAREX_SMOLLM2 does not name a folder made by experiments/smollm2.py")
+def test_smollm2_is_pytorchs():
+    """Real weights: logits within 1e-3 of logits around 30, and 64 greedy tokens alike."""
+    import torch
+
+    path = Path(str(smollm2))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, params = dx.load_model(path)
+    for prompt in ("The capital of France is", "Natalia sold clips to 48 of her friends in April, and then"):
+        row = tokenizer(prompt, return_tensors="pt")
+        ids, mask = row["input_ids"].numpy(), row["attention_mask"].numpy()
+        with torch.no_grad():
+            logits = theirs(**row).logits.numpy()
+        np.testing.assert_allclose(model(params, ids, mask).logits, logits, atol=1e-3)
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 64}
+        expected = theirs.generate(**row, **options)[0, ids.shape[1] :].numpy()
+        out = np.asarray(dx.generate(model, params, ids, mask, max_new_tokens=64))[0]
+        assert out.tolist() == expected.tolist()
