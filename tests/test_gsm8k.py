@@ -1,6 +1,10 @@
-"""GSM8K: the prompt, the number in an answer, the data's layout."""
+"""GSM8K: the prompt, the number in an answer, the data's layout, and an evaluation that resumes."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from darex_jax.evaluation.gsm8k import evaluate_gsm8k
 from darex_jax.tasks.gsm8k import (
     ANSWER_IS,
     HASHES,
@@ -242,3 +247,171 @@ def test_real_gsm8k(split, count):
         assert f"{problem.solution.rpartition('####')[2].strip()}".replace(",", "") == str(problem.answer)
         assert extract_answer(metamath_solution(problem.solution)) == problem.answer
         assert "<<" not in metamath_solution(problem.solution)
+
+
+# Evaluation.
+
+
+def problem(n: int, words: int = 1) -> Problem:
+    return Problem(f"What is {n}{' indeed' * words}?", f"#### {n}", Fraction(n))
+
+
+PROBLEMS = [problem(n, words=(7 * n) % 5) for n in range(13)]
+SETTINGS = {"model": "abc", "decoding": {"max_new_tokens": 16}}
+
+
+def answers(prompts: list[str]) -> list[str]:
+    """A model that is right about even numbers, wrong about 1, 5, 9 and silent about 3, 7, 11."""
+    said = []
+    for prompt in prompts:
+        n = int(prompt.partition("What is ")[2].split()[0].strip("?"))
+        said.append(f"So.\nThe answer is: {n if n % 2 == 0 else n + 1}" if n % 4 != 3 else "\ud83d I give up")
+    return said
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_index(path):
+    return sorted(lines(path)[1:], key=lambda record: record["index"])
+
+
+def never(prompts):
+    raise AssertionError(f"asked again: {prompts}")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The records of a run without interruption."""
+    evaluate_gsm8k(PROBLEMS, answers, tmp_path / "whole.jsonl", SETTINGS, batch_size=4)
+    return tmp_path / "whole.jsonl"
+
+
+def test_accuracy_records_and_progress(tmp_path):
+    seen, path = [], tmp_path / "new" / "records.jsonl"
+    result = evaluate_gsm8k(
+        PROBLEMS, answers, path, SETTINGS, batch_size=4, on_batch=lambda *state: seen.append(state)
+    )
+    assert result == {
+        "metric": 7 / 13,
+        "metric_name": "accuracy",
+        "standard_error": pytest.approx((7 / 13 * 6 / 13 / 13) ** 0.5),
+        "unanswered": 3,
+        "n": 13,
+    }
+    assert [answered for answered, _ in seen] == [0, 4, 8, 12, 13] and seen[-1][1] == 7
+    header, *records = lines(path)
+    assert header["settings"].items() >= SETTINGS.items() and header["settings"]["problems"] == 13
+    assert by_index(path)[5] == {
+        "index": 5,
+        "prompt": gsm8k_prompt(PROBLEMS[5].question),
+        "completion": "So.\nThe answer is: 6",
+        "extracted": "6",
+        "gold": "5",
+        "correct": False,
+    }
+    lengths = [len(record["prompt"]) for record in records]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 50])
+def test_the_result_does_not_depend_on_the_batches(tmp_path, whole, batch_size):
+    path = tmp_path / "other.jsonl"
+    evaluate_gsm8k(PROBLEMS, answers, path, SETTINGS, batch_size=batch_size)
+    assert by_index(path) == by_index(whole)
+    order = [12, 0, *range(11, 0, -1)]
+    shuffled = evaluate_gsm8k([PROBLEMS[i] for i in order], answers, tmp_path / "shuffled.jsonl", SETTINGS)
+    assert shuffled == evaluate_gsm8k(PROBLEMS, never, whole, SETTINGS)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, whole):
+    """SIGKILL in the middle of the third batch: two are kept, and nothing is asked twice."""
+    path = tmp_path / "killed.jsonl"
+    script = f"""
+import os, signal, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+from test_gsm8k import PROBLEMS, SETTINGS, answers, evaluate_gsm8k
+calls = []
+def generate(prompts):
+    calls.append(prompts)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answers(prompts)
+evaluate_gsm8k(PROBLEMS, generate, {str(path)!r}, SETTINGS, batch_size=4)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert lines(path) == lines(whole)[:9]
+    asked, seen = [], []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return answers(prompts)
+
+    result = evaluate_gsm8k(
+        PROBLEMS, generate, path, SETTINGS, batch_size=4, on_batch=lambda *state: seen.append(state)
+    )
+    assert path.read_bytes() == whole.read_bytes() and len(asked) == 5 and seen[0][0] == 8
+    assert result == evaluate_gsm8k(PROBLEMS, never, whole, SETTINGS)
+
+
+def test_a_line_broken_off_anywhere_is_asked_again(tmp_path, whole):
+    content = whole.read_bytes()
+    header = content.index(b"\n") + 1
+    last = content[:-1].rindex(b"\n") + 1
+    path = tmp_path / "broken.jsonl"
+    for cut in (
+        *range(0, header + 1, 17),
+        header - 1,
+        header,
+        *range(last, len(content), 7),
+        len(content) - 1,
+    ):
+        path.write_bytes(content[:cut])
+        evaluate_gsm8k(PROBLEMS, answers, path, SETTINGS, batch_size=4)
+        assert path.read_bytes() == content, cut
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": SETTINGS | {"model": "def"}}, "model is 'abc' there and 'def' here"),
+        ({"settings": {"model": "abc"}}, r"decoding is \{'max_new_tokens': 16\} there and None here"),
+        ({"marker": "####"}, "marker is 'The answer is: ' there and '####' here"),
+        ({"problems": PROBLEMS[:5]}, "problems is 13 there and 5 here"),
+        ({"problems": [*PROBLEMS[:12], problem(99)]}, "problems_sha256 is '.{64}' there and '.{64}' here"),
+    ],
+)
+def test_records_made_otherwise_are_refused(whole, changes, message):
+    arguments = {"problems": PROBLEMS, "settings": SETTINGS} | changes
+    before = whole.read_bytes()
+    with pytest.raises(ValueError, match=rf"whole.jsonl was written with other settings: {message}.*delete"):
+        evaluate_gsm8k(generate=never, records=whole, **arguments)
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"{", b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n\n", b"\xff\n"])
+def test_a_file_of_another_kind_is_left_alone(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content + b"x")
+    with pytest.raises(ValueError, match=r"notes.txt is no file of GSM8K records"):
+        evaluate_gsm8k(PROBLEMS, never, path, SETTINGS)
+    assert path.read_bytes() == content + b"x"
+
+
+def test_damage_and_wrong_arguments_are_explained(tmp_path, whole):
+    written = whole.read_bytes().splitlines(keepends=True)
+    path = tmp_path / "damaged.jsonl"
+    path.write_bytes(b"".join([*written[:3], b"{}\n", *written[3:]]))
+    with pytest.raises(ValueError, match=r"damaged.jsonl: line 4 is damaged; delete the line or the file"):
+        evaluate_gsm8k(PROBLEMS, never, path, SETTINGS)
+    path.write_bytes(b"".join([*written, written[4]]))
+    with pytest.raises(ValueError, match=r"damaged.jsonl: line 15 has no business here"):
+        evaluate_gsm8k(PROBLEMS, never, path, SETTINGS)
+    with pytest.raises(ValueError, match="generate gave 1 completions for 8 prompts"):
+        evaluate_gsm8k(PROBLEMS, lambda prompts: ["5"], tmp_path / "short.jsonl", SETTINGS)
+    for wrong in ({"batch_size": 0}, {"problems": []}):
+        arguments = {"problems": PROBLEMS} | wrong
+        with pytest.raises(ValueError, match="need batch_size >= 1 and problems, got"):
+            evaluate_gsm8k(generate=never, records=path, settings=SETTINGS, **arguments)
