@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from darex_jax.tasks import Examples, Task
+from darex_jax.tasks.parquet import find_parquet, read_split
 
 HUB_NAME = "nyu-mll/glue"
 _SENTENCE, _PAIR = ("sentence",), ("sentence1", "sentence2")
@@ -32,7 +32,7 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task
     Raises: FileNotFoundError where there is no data; ValueError for files of another layout.
     """
     columns, label_names, metric_name = _LAYOUT[name]
-    files = None if data_dir is None else _parquet_files(name, Path(data_dir))
+    files = None if data_dir is None else find_parquet(name, data_dir, ("train", "validation"))
     train, test = (_read(name, split, columns, label_names, files) for split in ("train", "validation"))
     order = np.random.RandomState(0).permutation(len(train))
     held_out = len(train) // 10
@@ -47,45 +47,20 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task
     )
 
 
-def _parquet_files(name: str, data_dir: Path) -> dict[str, list[str]]:
-    for folder in (data_dir / name, data_dir):
-        files = {s: sorted(map(str, folder.glob(f"{s}*.parquet"))) for s in ("train", "validation")}
-        if all(files.values()):
-            return files
-    raise FileNotFoundError(
-        f"train*.parquet and validation*.parquet of {name!r} are not in '{data_dir / name}' or '{data_dir}'."
-    )
-
-
 def _read(
     name: str,
     split: str,
     columns: Sequence[str],
     label_names: Sequence[str],
-    files: dict[str, list[str]] | None,
+    files: Mapping[str, Sequence[str]] | None,
 ) -> Examples:
-    import datasets
-
-    source = HUB_NAME if files is None else files[split][0]
-    try:
-        if files is None:
-            rows = datasets.load_dataset(HUB_NAME, name, split=split)
-        else:
-            rows = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if files is not None:
-            raise ValueError(f"'{source}' cannot be read as parquet: {error}") from error
-        raise FileNotFoundError(
-            f"the Hugging Face hub did not give {HUB_NAME!r} ({type(error).__name__}). Name a folder with "
-            f"the parquet files of {name!r} (data_dir, --data-dir), or take 'opinions', which needs no data."
-        ) from error
-    missing = [c for c in (*columns, "label") if c not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"'{source}' lacks the column {missing[0]!r} of {name!r}; it has {rows.column_names}."
-        )
+    of_split = None if files is None else files[split]
+    rows = read_split(
+        name, split, (*columns, "label"), files=of_split, hub=(HUB_NAME, name), generated="opinions"
+    )
     labels = np.asarray(rows["label"], dtype=np.int32 if label_names else np.float32)
     if label_names and not np.isin(labels, range(len(label_names))).all():
+        source = HUB_NAME if of_split is None else of_split[0]
         raise ValueError(f"'{source}' has labels other than 0 to {len(label_names) - 1} in {split!r}.")
     texts, *pairs = (tuple(rows[c]) for c in columns)
     return Examples(texts, pairs[0] if pairs else None, labels)

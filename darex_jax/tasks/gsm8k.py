@@ -1,0 +1,120 @@
+"""GSM8K: grade-school word problems, the prompt that asks them, and the number in a model's answer.
+
+Source: GSM8K, arXiv:2110.14168; evaluated with MetaMath's prompt and marker (arXiv:2309.12284), as in DAREx
+(arXiv:2410.09344).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from darex_jax.tasks.parquet import find_parquet, read_split
+
+HUB = ("openai/gsm8k", "main")
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
+)
+ANSWER_IS = "The answer is: "  # stands before the answer in what MetaMath's models write
+HASHES = "####"  # the same in what Abel's models write, and in GSM8K's own solutions
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem.
+
+    Attributes:
+      question: its text.
+      solution: a line a step, the sums annotated as `<<5+3=8>>`; the last line is `#### N`.
+      answer: N.
+    """
+
+    question: str
+    solution: str
+    answer: Fraction
+
+
+def load_gsm8k(split: str = "test", data_dir: str | os.PathLike[str] | None = None) -> tuple[Problem, ...]:
+    """GSM8K in its official order.
+
+    Args:
+      split: "train" or "test".
+      data_dir: folder of `{split}*.parquet`, or one that holds such a folder `gsm8k`; None asks the hub.
+    Raises: FileNotFoundError where there is no data; ValueError for another split, for files of another
+      layout, and for a solution that does not end in `#### N`.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
+    files = None if data_dir is None else find_parquet("gsm8k", data_dir, (split,))[split]
+    columns = ("question", "answer")
+    rows = read_split("gsm8k", split, columns, files=files, hub=HUB, generated="word-problems")
+    pairs = zip(rows["question"], rows["answer"], strict=True)
+    return tuple(Problem(question, solution, gold_answer(solution)) for question, solution in pairs)
+
+
+def gsm8k_prompt(question: str) -> str:
+    """The zero-shot prompt (Alpaca's form) of the evaluation protocol."""
+    return PROMPT.format(question=question)
+
+
+def metamath_solution(solution: str) -> str:
+    """GSM8K's solution in MetaMath's form: without `<<...>>`, and with a last line `The answer is: N`."""
+    plain = re.sub(r"<<[^<>]*>>", "", solution)
+    return f"{plain}\n{ANSWER_IS}{solution.rpartition(HASHES)[2].strip()}"
+
+
+def gold_answer(solution: str) -> Fraction:
+    """N of a solution that ends in `#### N`. Raises: ValueError if there is none."""
+    answer = extract_answer(solution, HASHES)
+    if answer is None:
+        raise ValueError(f"no '#### N' in the solution {solution[-80:]!r}.")
+    return answer
+
+
+_MAX_DIGITS = 1000  # Python converts up to 4300, and a sum of fractions has up to three times as many
+_SPELLINGS = {"\u2212": "-", "\u2013": "-", "{,}": ",", r"\!": "", r"\$": "$"}  # minus signs, LaTeX commas
+# Possessive repetitions: whatever the text is, none of its digits is read more than a few times.
+_NUMBER = r"(?:[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?+|(?<!\.)\.[0-9]++)"
+_LATEX_FRACTION = re.compile(rf"\\[dt]?frac(?:\{{(-?{_NUMBER})\}}|([0-9]))(?:\{{(-?{_NUMBER})\}}|([0-9]))")
+_VALUE = re.compile(
+    rf"(?P<minus>-?)[$€£]?(?P<first>{_NUMBER})"
+    rf"(?: ?/ ?(?P<divisor>-?{_NUMBER})| (?P<top>[0-9]++)/(?P<bottom>[0-9]++))?+"
+)
+
+
+def extract_answer(completion: str, marker: str = ANSWER_IS) -> Fraction | None:
+    r"""The first number after the last `marker`; None where there is no marker or no number after it.
+
+    Commas are removed, `3/4`, `1 1/2`, `\frac{3}{4}` and `1\frac12` are evaluated. Currency signs, units,
+    percent signs (50% is 50), `\boxed{...}`, a full stop and any text after the number are passed over. A
+    division by zero and a number of more than 1,000 digits are no answer. The marker is taken to the letter:
+    "The answer is 5", without the colon, is none either, since the protocol's models are taught to write it.
+
+    Args:
+      completion: any text; the time taken is linear in its length.
+      marker: `ANSWER_IS`, or `HASHES` for Abel's models.
+    Returns: the exact value, to be compared with `==`.
+    Source: the protocol of MetaMath (arXiv:2309.12284). Their script rounds to whole numbers, so that 5.4
+      counts as 5, and reads one separator per number, so that 1,234,567 is 1234; here both are exact.
+    """
+    _, found, text = completion.rpartition(marker)
+    if not found:
+        return None
+    for spelling, plain in _SPELLINGS.items():
+        text = text.replace(spelling, plain)
+    text = re.sub(r"([0-9])\\", r"\1 \\", text)  # 1\frac12 is 1 1/2
+    text = _LATEX_FRACTION.sub(r"\1\2/\3\4", text)
+    match = _VALUE.search(text)
+    if match is None or any(len(part) > _MAX_DIGITS for part in match.groups("")):
+        return None
+    first, divisor, top, bottom = (
+        Fraction((match[name] or default).replace(",", ""))
+        for name, default in (("first", "0"), ("divisor", "1"), ("top", "0"), ("bottom", "1"))
+    )
+    if not divisor or not bottom:
+        return None
+    value = first / divisor + top / bottom
+    return -value if match["minus"] else value
