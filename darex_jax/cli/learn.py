@@ -9,6 +9,8 @@ import click
 from darex_jax.cli.options import (
     BATCH_SIZE,
     DATA_DIR,
+    DELTA,
+    DTYPE,
     EXCLUDE,
     INCLUDE,
     JSON,
@@ -19,7 +21,7 @@ from darex_jax.cli.options import (
     SEED,
     TASK,
 )
-from darex_jax.cli.show import bytes_text, print_table, step_bar
+from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
 
 
 @click.command()
@@ -109,42 +111,108 @@ def train(
 
 @click.command("eval")
 @click.argument("model", type=PATH)
-@TASK
+@click.option("--task", "task_name", default="opinions", show_default=True,
+              help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems.")  # fmt: skip
+@DELTA
 @DATA_DIR
 @click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
 @LIMIT
+@click.option("--batch-size", type=click.IntRange(1), help="Default: 64 examples, 8 problems.")
+@click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
+              help="Of an answer to a problem.")  # fmt: skip
+@click.option("--records", type=PATH, help="File of the answers to problems. Default: under runs/.")
+@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1),
+              help="Most steps of a generated problem.")  # fmt: skip
+@DTYPE
 @SEED
 @JSON
 def evaluate(
     model: Path,
     task_name: str,
+    delta: Path | None,
     data_dir: Path | None,
     split: str,
     limit: int | None,
+    batch_size: int | None,
+    max_new_tokens: int,
+    records: Path | None,
+    difficulty: int,
+    dtype: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
-    """The metric of a fine-tuned MODEL on a task."""
-    from darex_jax.evaluation.classification import evaluate
-    from darex_jax.files.manifest import params_digest, run_manifest
-    from darex_jax.files.model import load_model
-    from darex_jax.tasks import load_task
-    from darex_jax.tasks.batching import encode, load_tokenizer
+    """The metric of a fine-tuned MODEL on a task.
 
-    loaded, params = load_model(model)
-    task = load_task(task_name, data_dir, seed)
-    data = getattr(task, split).select(slice(limit))
-    examples = encode(load_tokenizer(model), data)
-    result: dict[str, Any] = {"model": str(model), "task": task.name, "split": split}
-    result |= evaluate(loaded, params, examples, task)
-    options = {"task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed}
-    inputs = {"model": params_digest(params), "data": data.digest()}
-    result["manifest"] = run_manifest("eval", options, inputs, {})
-    if as_json:
-        click.echo(json.dumps(result))
+    With --delta, MODEL is the base and the delta is applied in memory. Answers to problems (gsm8k,
+    word-problems) are kept in a file, and a run that was interrupted goes on where it stopped.
+    """
+    from darex_jax.files.manifest import params_digest, run_manifest
+
+    options: dict[str, Any] = {
+        "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
+    }  # fmt: skip
+    if task_name in ("gsm8k", "word-problems"):
+        from darex_jax.cli.text import open_text_model
+        from darex_jax.evaluation.gsm8k import evaluate_gsm8k
+        from darex_jax.evaluation.text import complete
+        from darex_jax.tasks.gsm8k import load_gsm8k
+        from darex_jax.tasks.word_problems import word_problems
+
+        loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
+        if task_name == "gsm8k":
+            if split != "test":
+                raise ValueError("GSM8K has no validation split; leave out --split.")
+            problems = load_gsm8k("test", data_dir)
+        else:
+            problems = getattr(word_problems(seed, difficulty), split)
+            options["difficulty"] = difficulty
+        problems = problems[:limit]
+        batch_size = batch_size or 8
+        digest = params_digest(params)
+        inputs = {"model": digest}
+        settings = {"model": digest, "dtype": dtype, "max_new_tokens": max_new_tokens, "decoding": "greedy"}
+        records = records or Path("runs") / f"records-{task_name}-{digest[:12]}.jsonl"
+        with problem_bar(task_name, len(problems), as_json) as on_batch:
+            result = evaluate_gsm8k(
+                problems,
+                lambda prompts: complete(
+                    loaded,
+                    params,
+                    tokenizer,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=ends,
+                    batch_size=batch_size,
+                ),
+                records,
+                settings,
+                batch_size=batch_size,
+                on_batch=on_batch,
+            )
+        result["records"] = str(records)
+        text = (
+            f"{result['metric']:.4f} ± {result['standard_error']:.4f} on {result['n']} problems, "
+            f"{result['unanswered']} without a number"
+        )
     else:
+        from darex_jax.evaluation.classification import evaluate
+        from darex_jax.files.model import load_model
+        from darex_jax.tasks import load_task
+        from darex_jax.tasks.batching import encode, load_tokenizer
+
+        loaded, params = load_model(model, dtype, delta=delta)
+        task = load_task(task_name, data_dir, seed)
+        data = getattr(task, split).select(slice(limit))
+        result = evaluate(loaded, params, encode(load_tokenizer(model, delta), data), task, batch_size or 64)
+        inputs = {"model": params_digest(params), "data": data.digest()}
         text = f"{result['metric']:.4f} on {result['n']} examples"
-        print_table(str(model), [(f"{task.name} {split} {task.metric_name}", text)])
+    if as_json:
+        head = {"model": str(model), "delta": delta and str(delta), "task": task_name, "split": split}
+        click.echo(json.dumps(head | result | {"manifest": run_manifest("eval", options, inputs, {})}))
+    else:
+        rows = [(f"{task_name} {split} {result['metric_name']}", text)]
+        rows += [("answers", result["records"])] if "records" in result else []
+        print_table(f"{model} with {delta}" if delta else str(model), rows)
 
 
 @click.command("find-q")

@@ -18,3 +18,6 @@ DATA_DIR = click.option("--data-dir", type=PATH, help="Folder with the task's pa
 LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so many examples of the split.")
 LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
 BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
+DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
+                     help="What to compute in. Default: the checkpoint's.")  # fmt: skip

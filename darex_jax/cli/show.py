@@ -62,3 +62,17 @@ def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], No
                 bar.close()
 
         yield on_step
+
+
+@contextmanager
+def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that says how many problems are answered and how many of them correctly."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, total=total, unit="problem", disable=quiet) as bar:
+
+        def on_batch(answered: int, correct: int) -> None:
+            bar.set_postfix(correct=correct, refresh=False)
+            bar.update(answered - bar.n)
+
+        yield on_batch

@@ -7,19 +7,14 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import JSON, PATH, SEED
-
-DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
-DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
-                     help="What to compute in. Default: the checkpoint's.")  # fmt: skip
-MAX_NEW_TOKENS = click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+from darex_jax.cli.options import DELTA, DTYPE, JSON, PATH, SEED
 
 
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("prompt")
 @DELTA
-@MAX_NEW_TOKENS
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
               help="0 takes the likeliest token.")  # fmt: skip
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text.")
@@ -90,4 +85,9 @@ def open_text_model(
         raise ValueError(f"{model}: a {loaded.config.model_type} model does not write text.")
     file = model / "generation_config.json"
     stated = read_json(file) if file.is_file() else {}
-    return loaded, params, load_tokenizer(model), stated.get("eos_token_id", loaded.config.eos_token_id)
+    return (
+        loaded,
+        params,
+        load_tokenizer(model, delta),
+        stated.get("eos_token_id", loaded.config.eos_token_id),
+    )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.checkpoint import companion_files
+from darex_jax.files.safetensors import FileError
 from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
@@ -36,12 +42,24 @@ class Encoded:
         return len(self.input_ids)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The Hugging Face tokenizer saved at `path`."""
+def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] | None = None) -> Any:
+    """The Hugging Face tokenizer saved at `path`; with an artifact made from that model, the fine-tune's.
+
+    Raises: ValueError if there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        if delta is None:
+            return AutoTokenizer.from_pretrained(path)
+        with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
+            for source in companion_files(path):
+                shutil.copy(source, folder)
+            for name in file.names("file"):
+                Path(folder, name).write_bytes(file.read(f"file/{name}").tobytes())
+            return AutoTokenizer.from_pretrained(folder)
+    except FileError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
 
