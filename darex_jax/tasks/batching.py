@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +88,25 @@ def evaluation_batches(encoded: Encoded, batch_size: int = 64) -> list[Batch]:
 
 
 def training_batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """One epoch in an order that is a function of (seed, epoch): every row once. See `_batch`.
+    """One epoch: every row once, in the order of `training_rows`. See `_batch`."""
+    lengths = [len(ids) for ids in encoded.input_ids]
+    for rows in training_rows(lengths, batch_size, seed, epoch):
+        yield _batch(encoded, rows, batch_size)
+
+
+def training_rows(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray]:
+    """The row numbers of one epoch's batches, every row once, in an order that follows from (seed, epoch).
 
     Rows of similar length go together, within pools of 16 batches of the shuffled rows: little is padded,
-    and the mixture stays.
+    and the mixture stays. The last batch made may be short.
     """
     rng = np.random.default_rng([seed, epoch])
-    shuffled = rng.permutation(len(encoded))
-    lengths = np.asarray([len(encoded.input_ids[i]) for i in shuffled])
-    pools = np.arange(len(encoded)) // (16 * batch_size)
-    order = shuffled[np.lexsort((lengths, pools))]  # lexsort is stable, its last key comes first
+    shuffled = rng.permutation(len(lengths))
+    pools = np.arange(len(lengths)) // (16 * batch_size)
+    order = shuffled[np.lexsort((np.asarray(lengths)[shuffled], pools))]  # stable; its last key comes first
     cuts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for i in rng.permutation(len(cuts)):
-        yield _batch(encoded, cuts[i], batch_size)
+        yield cuts[i]
 
 
 def _batch(encoded: Encoded, rows: NDArray, batch_size: int) -> Batch:
@@ -112,21 +118,21 @@ def _batch(encoded: Encoded, rows: NDArray, batch_size: int) -> Batch:
     """
     real = len(rows)
     rows = np.concatenate([rows, np.full(batch_size - real, rows[0])])
-    longest = max(len(encoded.input_ids[i]) for i in rows)
-    width = next(bucket for bucket in BUCKETS if longest <= bucket)
-    input_ids = np.full((batch_size, width), encoded.pad_id, np.int32)
-    attention_mask = np.zeros((batch_size, width), np.int32)
-    token_type_ids = np.zeros((batch_size, width), np.int32)
-    for b, i in enumerate(rows):
-        length = len(encoded.input_ids[i])
-        input_ids[b, :length] = encoded.input_ids[i]
-        attention_mask[b, :length] = 1
-        token_type_ids[b, :length] = encoded.token_type_ids[i]
+    input_ids = [encoded.input_ids[i] for i in rows]
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
+        "input_ids": right_padded(input_ids, encoded.pad_id),
+        "attention_mask": right_padded([[1] * len(ids) for ids in input_ids], 0),
+        "token_type_ids": right_padded([encoded.token_type_ids[i] for i in rows], 0),
         "labels": encoded.labels[rows],
         "weight": (np.arange(batch_size) < real).astype(np.float32),
         "index": rows.astype(np.int32),
     }
+
+
+def right_padded(rows: Sequence[Sequence[int]], fill: int, buckets: Sequence[int] = BUCKETS) -> NDArray:
+    """Rows as int32 [B, T], T the shortest bucket that holds the longest row, the rest filled up."""
+    longest = max(map(len, rows))
+    padded = np.full((len(rows), next(bucket for bucket in buckets if longest <= bucket)), fill, np.int32)
+    for b, row in enumerate(rows):
+        padded[b, : len(row)] = row
+    return padded

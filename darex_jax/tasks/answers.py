@@ -1,0 +1,79 @@
+"""Prompts with the answers that a causal language model is to learn, as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from darex_jax.tasks.batching import BUCKETS, Batch, right_padded, training_rows
+
+ANSWER_BUCKETS = (*BUCKETS, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # the lengths batches are padded to
+
+
+@dataclass(frozen=True)
+class EncodedAnswers:
+    """Tokenised prompts with their answers, row by row and unpadded.
+
+    Attributes:
+      input_ids: N lists: the prompt, the answer, the end token.
+      prompt_lengths: N numbers of tokens, how many of a row are the prompt.
+      pad_id: what padding is filled with.
+    """
+
+    input_ids: list[list[int]]
+    prompt_lengths: list[int]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> EncodedAnswers:
+    """Tokenises prompts as generation does, and answers without special tokens but for the end token.
+
+    Nothing is cut off: half a solution would teach a model to stop in the middle.
+
+    Raises: ValueError for no prompts, a tokenizer without an end token, or a row beyond the longest bucket.
+    """
+    if not prompts or len(prompts) != len(answers):
+        raise ValueError(f"need as many prompts as answers, got {len(prompts)} and {len(answers)}.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token), so the model would never learn to stop."
+        )
+    before = tokenizer(list(prompts))["input_ids"]
+    after = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    rows = [[*p, *a, tokenizer.eos_token_id] for p, a in zip(before, after, strict=True)]
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    if len(rows[longest]) > ANSWER_BUCKETS[-1]:
+        raise ValueError(
+            f"row {longest} has {len(rows[longest])} tokens with its answer, at most {ANSWER_BUCKETS[-1]} "
+            "are possible; leave it out."
+        )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return EncodedAnswers(rows, [len(ids) for ids in before], pad)
+
+
+def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """One epoch: every row once, in the order of `darex_jax.tasks.batching.training_rows`.
+
+    Returns: batches of exactly `batch_size` rows, padded on the right to a bucket: input_ids, attention_mask:
+      int32 [B, T]; loss_mask: float32 [B, T], 1 at the tokens of an answer and its end token, 0 everywhere in
+      a row that fills up the last batch (a repeat of the batch's first row).
+    """
+    lengths = [len(ids) for ids in encoded.input_ids]
+    for rows in training_rows(lengths, batch_size, seed, epoch):
+        filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
+        answered = [
+            [0] * encoded.prompt_lengths[i] + [int(b < len(rows))] * (lengths[i] - encoded.prompt_lengths[i])
+            for b, i in enumerate(filled)
+        ]
+        ids = [encoded.input_ids[i] for i in filled]
+        yield {
+            "input_ids": right_padded(ids, encoded.pad_id, ANSWER_BUCKETS),
+            "attention_mask": right_padded([[1] * len(row) for row in ids], 0, ANSWER_BUCKETS),
+            "loss_mask": right_padded(answered, 0, ANSWER_BUCKETS).astype(np.float32),
+        }
