@@ -378,6 +378,7 @@ def test_a_line_broken_off_anywhere_is_asked_again(tmp_path, whole):
     [
         ({"settings": SETTINGS | {"model": "def"}}, "model is 'abc' there and 'def' here"),
         ({"settings": {"model": "abc"}}, r"decoding is \{'max_new_tokens': 16\} there and None here"),
+        ({"settings": SETTINGS | {"delta": "d"}}, "delta is None there and 'd' here"),
         ({"marker": "####"}, "marker is 'The answer is: ' there and '####' here"),
         ({"problems": PROBLEMS[:5]}, "problems is 13 there and 5 here"),
         ({"problems": [*PROBLEMS[:12], problem(99)]}, "problems_sha256 is '.{64}' there and '.{64}' here"),
