@@ -8,6 +8,8 @@ from .core.importance import magnitude_mask as magnitude_mask
 from .core.importance import structured_mask as structured_mask
 from .core.importance import wanda_mask as wanda_mask
 from .core.mask import random_mask as random_mask
+from .core.sharding import make_mesh as make_mesh
+from .core.sharding import param_shardings as param_shardings
 from .files.artifact import load_delta as load_delta
 from .files.artifact import load_kept as load_kept
 from .files.artifact import save_delta as save_delta

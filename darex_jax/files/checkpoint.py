@@ -146,24 +146,46 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
     return [Path(path) / name for name in COMPANIONS if (Path(path) / name).is_file()]
 
 
-def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, Any]:
-    """A Hugging Face directory as a nested dict of arrays, one tensor read at a time.
+def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
+    """A Hugging Face directory as a nested dict of arrays.
+
+    One parameter is read at a time, and with a mesh only the parts of it that this process's devices hold:
+    on the host there is never more than one parameter, or its largest part.
 
     Args:
       path: directory with safetensors, or one such file.
       dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers stay as they are.
+      mesh: from `make_mesh`: every floating parameter goes straight from the file to where `param_sharding`
+        wants it. All processes of a mesh call this alike. None: the default device.
     Raises: FileError for a missing or damaged file.
     """
+    with Checkpoint(path) as checkpoint:
+        return read_params(checkpoint.tensors, dtype, mesh)
+
+
+def read_params(tensors: Mapping[str, StoredTensor], dtype: Any, mesh: Any) -> dict[str, Any]:
+    """`load_params` of some tensors of an open checkpoint."""
+    import jax
     import jax.numpy as jnp
 
+    from darex_jax.core.sharding import param_sharding
     from darex_jax.core.tree import unflatten_names
 
-    with Checkpoint(path) as checkpoint:
-        named = {}
-        for name, tensor in checkpoint.tensors.items():
-            array = tensor.read()  # integer buffers stay NumPy's: without x64, jax would narrow them
-            named[name] = jnp.asarray(array, dtype=dtype) if tensor.floating else array
-    return unflatten_names(named)
+    def read(name: str, tensor: StoredTensor) -> Any:
+        if not tensor.floating:  # integer buffers stay NumPy's: without x64, jax would narrow them
+            return tensor.read()
+        wanted = jax.dtypes.canonicalize_dtype(tensor.info.dtype if dtype is None else dtype)
+        if mesh is None:
+            return jnp.asarray(tensor.read(), wanted)
+        shape = tensor.info.shape
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return tensor.file.read_part(tensor.info, index or ()).astype(wanted, copy=False)
+
+        return jax.make_array_from_callback(shape, param_sharding(mesh, name, shape), part)
+
+    # A call only begins the copy to a device; it is waited for, so that host buffers do not pile up.
+    return unflatten_names({name: jax.block_until_ready(read(name, t)) for name, t in tensors.items()})
 
 
 def save_params(
@@ -176,9 +198,12 @@ def save_params(
 ) -> None:
     """Writes a Hugging Face directory that `transformers` loads: model.safetensors and config.json.
 
+    Parameters on devices pass through the host one at a time.
+
     Args:
       path: directory, made if need be; it appears whole or not at all.
-      params: nested dict of arrays, Hugging Face names and layouts.
+      params: nested dict of arrays, Hugging Face names and layouts; sharded ones over this process's
+        devices only.
       config: written as config.json.
       companions_from: directory whose tokenizer and other companion files are carried along.
       overwrite: replace what `path` holds, all of it.
@@ -194,8 +219,7 @@ def save_params(
             (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
         if manifest is not None:
             (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
-        arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(params).items()}
-        write_tensors(folder / SINGLE, arrays, {"format": "pt"})
+        write_tensors(folder / SINGLE, flatten_names(params), {"format": "pt"})
 
 
 @contextmanager

@@ -97,6 +97,24 @@ class SafetensorsFile:
         self.read_into(info, 0, out)
         return out.reshape(info.shape)
 
+    def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of a tensor under one slice an axis, a fresh array; no other byte is read.
+
+        Args: index: as NumPy takes it, with steps of 1.
+        """
+        ranges = [range(length)[part] for length, part in zip(info.shape, index, strict=True)]
+        shape = tuple(len(r) for r in ranges)
+        # Behind the last axis that is cut, and so in each of these runs, the file is contiguous.
+        cut = max((axis for axis in range(len(shape)) if shape[axis] < info.shape[axis]), default=0)
+        out = np.empty(shape, info.dtype)
+        runs = out.reshape(element_count(shape[:cut]), element_count(shape[cut:]))
+        strides = [element_count(info.shape[axis + 1 :]) for axis in range(len(shape))]
+        first = sum(r.start * stride for r, stride in zip(ranges, strides, strict=True))
+        for run, place in zip(runs, np.ndindex(shape[:cut]), strict=True):
+            start = first + sum(i * stride for i, stride in zip(place, strides[:cut], strict=True))
+            self.read_into(info, start, run)
+        return out
+
     def close(self) -> None:
         os.close(self._file)
 
@@ -214,12 +232,17 @@ def write_at(file: int, data: bytes | memoryview | np.ndarray, position: int) ->
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named arrays, atomically. The widest dtypes come first, so that every tensor is aligned."""
+    """Writes named arrays, NumPy's or JAX's, atomically; on the host is one of them at a time.
+
+    The widest dtypes come first, so that every tensor is aligned.
+    """
     ordered = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))}
     header = encode_header({n: (a.dtype, a.shape) for n, a in ordered.items()}, metadata or {})
     with atomic_file(path) as file:
         position = write_at(file, header, 0)
         for array in ordered.values():
-            position = write_at(file, np.ascontiguousarray(array), position)
+            # A JAX array on devices keeps the host copy it is asked for; its own copy takes that along.
+            host = array if isinstance(array, np.ndarray) else np.asarray(array.copy())
+            position = write_at(file, np.ascontiguousarray(host), position)
