@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from darex_jax.core.mask import compiler_options, survivors, traced_threshold
-from darex_jax.core.tree import PyTree, check_key, flatten_names, leaf_key, map_named
+from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 
 Q = float | jax.Array | Mapping[str, Any] | None
 
@@ -90,7 +90,7 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
     Source: DARE, arXiv:2311.03099; free q: DAREx, arXiv:2410.09344, section 3. Unlike the authors' code the
       rate and q are never rounded to the leaf's dtype.
     """
-    check_key(key)
+    keys = leaf_keys(key, flatten_names(delta))
     threshold = traced_threshold(drop_rate)
     scales = _scale_of(1.0 - drop_rate if q is None else q, delta)
 
@@ -98,7 +98,7 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
-        own_key = leaf_key(key, name)
+        own_key = keys[name]
         if any(
             isinstance(x, jax.core.Tracer) for x in (leaf, own_key)
         ):  # part of the caller's program, whose options count

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from darex_jax.core.threefry import keep_threshold, threefry2x32
-from darex_jax.core.tree import PyTree, leaf_key, map_named
+from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 
 # The two lengths for which a stream's mask is compiled: tensors are covered with as few as possible.
 STREAM_CHUNKS = (1 << 20, 1 << 15)
@@ -38,9 +38,10 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
       32-bit integer, so that the share of survivors does not depend on the leaf's dtype.
     """
     threshold = traced_threshold(drop_rate)
+    keys = leaf_keys(key, flatten_names(tree))
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
-        shape, own_key = tuple(leaf.shape), leaf_key(key, name)
+        shape, own_key = tuple(leaf.shape), keys[name]
         if isinstance(own_key, jax.core.Tracer):  # part of the caller's program, whose options count
             return survivors(own_key, shape, *threshold)
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

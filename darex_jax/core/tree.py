@@ -5,10 +5,11 @@ Hugging Face name: `encoder.layer.0.output.dense.weight`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 
@@ -71,3 +72,15 @@ def leaf_key(key: jax.Array, name: str) -> jax.Array:
     check_key(key)
     first, second = name_words(name)
     return jax.random.fold_in(jax.random.fold_in(key, first), second)
+
+
+def leaf_keys(key: jax.Array, names: Iterable[str]) -> dict[str, jax.Array]:
+    """`leaf_key` of every name, by name.
+
+    All at once: written out leaf by leaf, the keys of a large model are most of a program's instructions.
+    """
+    check_key(key)
+    names = list(names)
+    words = np.array([name_words(name) for name in names], np.uint32).reshape(-1, 2)
+    keys = jax.vmap(lambda word: jax.random.fold_in(jax.random.fold_in(key, word[0]), word[1]))(words)
+    return {name: keys[i] for i, name in enumerate(names)}
