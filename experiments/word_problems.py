@@ -35,8 +35,8 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_problems"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--difficulty", type=int, default=2, help="most steps of a problem")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--difficulty", type=int, default=1, help="most steps of a problem")
     parser.add_argument("--limit", type=int, default=200, help="test problems")
     options = parser.parse_args()
     tokenizer = word_problem_tokenizer()
