@@ -375,6 +375,24 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_inputs_are_never_replaced(tmp_path, pair):
+    base, fine = pair
+    prune(base, fine, tmp_path / "d")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "d").write_bytes((tmp_path / "d").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments in (
+        ("prune", base, fine, fine / "model.safetensors", "-p", 0.9),
+        ("prune", base, fine, base / "config.json", "-p", 0.9),
+        ("apply", base, tmp_path / "d", base, "--overwrite"),
+        ("apply", base, inside / "d", inside, "--overwrite"),
+        ("apply", base, tmp_path / "d", tmp_path, "--overwrite"),
+    ):
+        assert "writing this would replace" in darex(*arguments, code=1).stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_params_round_trip(tmp_path):
     named = encoder(1, BF16)
     dx.save_params(tmp_path / "m", unflatten_names(named), {"model_type": "bert"})

@@ -86,6 +86,7 @@ def prune_checkpoints(
       allowed); ValueError for a drop_rate or q out of range.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
     """
+    _keep_inputs(out, base.path, fine.path)
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     threshold = keep_threshold(drop_rate)
@@ -294,6 +295,7 @@ def apply_artifact(
     Raises: FileError if the base is not the one the delta was made from (the first tensor that differs is
       named), or if the artifact is damaged.
     """
+    _keep_inputs(out, base.path, delta.path)
     _check_same_tensors(base, delta)
     outputs = restored_layout(base, delta)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -376,6 +378,15 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
         for file_name, tensors in layout.items()
         if tensors
     }
+
+
+def _keep_inputs(out: str | os.PathLike[str], *inputs: Path) -> None:
+    """Raises: FileError if writing `out` would replace an input, or a file of one."""
+    target = Path(out).resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents or (target.parent == source and target.exists()):
+            raise FileError(f"{out}: writing this would replace {path}; choose another place.")
 
 
 def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, np.ndarray]]:
