@@ -149,8 +149,9 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
     """A Hugging Face directory as a nested dict of arrays.
 
-    One parameter is read at a time, and with a mesh only the parts of it that this process's devices hold:
-    on the host there is never more than one parameter, or its largest part.
+    One parameter is read at a time, and with a mesh only the parts of it that this process's devices hold.
+    On the host is never a second model: 0.1 GB were measured above 1.9 GB of parameters over 8 devices
+    (benchmarks/load.py).
 
     Args:
       path: directory with safetensors, or one such file.

@@ -242,7 +242,10 @@ def write_tensors(
     header = encode_header({n: (a.dtype, a.shape) for n, a in ordered.items()}, metadata or {})
     with atomic_file(path) as file:
         position = write_at(file, header, 0)
-        for array in ordered.values():
-            # A JAX array on devices keeps the host copy it is asked for; its own copy takes that along.
-            host = array if isinstance(array, np.ndarray) else np.asarray(array.copy())
-            position = write_at(file, np.ascontiguousarray(host), position)
+        for array in ordered.values():  # no name holds the host's copy while the next one is made
+            position = write_at(file, _on_host(array), position)
+
+
+def _on_host(array: Any) -> np.ndarray:
+    # A sharded JAX array keeps the host copy it is asked for; its own copy takes that along when it goes.
+    return np.ascontiguousarray(array if isinstance(array, np.ndarray) else np.asarray(array.copy()))
