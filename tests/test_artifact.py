@@ -23,7 +23,7 @@ from darex_jax.cli import main
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile, canonical_json, tensor_line
-from darex_jax.files.checkpoint import INDEX, Checkpoint
+from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.files.stream import apply_artifact, prune_checkpoints, restored_params
 
@@ -526,6 +526,41 @@ def test_inputs_are_never_replaced(tmp_path, pair):
     ):
         assert "writing this would replace" in darex(*arguments, code=1).stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_model_is_not_replaced(tmp_path, pair):
+    base, fine = pair
+    prune(base, fine, tmp_path / "d")
+    (tmp_path / "home/letters").mkdir(parents=True)
+    (tmp_path / "home/config.json").write_text("{}")
+    (tmp_path / "home/letters/thesis").write_text("x")
+    assert "is a directory" in darex("prune", base, fine, tmp_path / "home", "-p", 0.9, code=1).stderr
+    for out in (tmp_path / "home", tmp_path / "home/letters", tmp_path / "home/letters/thesis"):
+        error = darex("apply", base, tmp_path / "d", out, "--overwrite", code=1).stderr
+        assert "is no model directory and is not replaced" in error
+    assert (tmp_path / "home/letters/thesis").read_text() == "x"
+
+
+def test_a_replaced_directory_stays_until_the_new_one_is_there(tmp_path, pair, monkeypatch):
+    base, _ = pair
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    replace = os.replace
+
+    def interrupted(source, target):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(base, overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to(base)
+    with atomic_directory(tmp_path / "link", overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in base.iterdir()] == ["config.json"] and (tmp_path / "link").is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_writer_follows_no_link(tmp_path, pair):

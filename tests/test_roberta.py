@@ -257,12 +257,11 @@ def test_the_whole_way_from_the_terminal(tmp_path):
     trained = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trained.train_from_iterator(["the soup was superb", "we disliked the show"], 300, special_tokens=special)
-    base.mkdir()
-    trained.save_model(str(base))
-    tokenizer = transformers.RobertaTokenizer(str(base / "vocab.json"), str(base / "merges.txt"))
+    trained.save_model(str(tmp_path))
+    tokenizer = transformers.RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     hf = TINY | {"architectures": ["RobertaModel"], "vocab_size": 300, "max_position_embeddings": 130}
     model, params = init_model(BertConfig.from_hf(hf), jax.random.key(0))
-    dx.save_params(base, params, model.config.to_hf(), overwrite=True)
+    dx.save_params(base, params, model.config.to_hf())
     tokenizer.save_pretrained(base)
 
     def darex(*arguments):

@@ -250,22 +250,36 @@ def save_params(
 def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to fill; it appears under `path` whole, or not at all.
 
-    Raises: FileError if `path` holds something already and `overwrite` is not given.
+    What it replaces is set aside until it is there, and deleted then.
+
+    Raises: FileError if `path` holds something already and `overwrite` is not given, or something that
+      is no model: a folder with other folders in it, say, is not for this to delete.
     """
-    path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+        if not _is_model_directory(path):
+            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
+        if path.exists():
+            os.replace(path, replaced)
         os.replace(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_model_directory(path: Path) -> bool:
+    files = list(path.iterdir()) if path.is_dir() else []
+    weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)
+    return weights and all(file.is_file() for file in files)
