@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import blake3
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,9 +22,9 @@ import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import INDEX, Checkpoint
-from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
+from darex_jax.files.artifact import DeltaFile, canonical_json, tensor_line
+from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
+from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.files.stream import apply_artifact, prune_checkpoints, restored_params
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -315,6 +316,7 @@ def test_lying_headers(tmp_path, pair):
         {"shape": [-1]},
         {"shape": [1.5]},
         {"shape": "x"},
+        {"shape": [0, 2**62], "data_offsets": [start, start]},
         {"dtype": "F99"},
         {"dtype": ["F32"]},
         {"data_offsets": [start, end + 2**50]},
@@ -329,11 +331,144 @@ def test_lying_headers(tmp_path, pair):
     text = json.dumps(header)
     twice = text[:-1] + "," + json.dumps({name: header[name]})[1:]
     refused(tmp_path / "lie", len(twice).to_bytes(8, "little") + twice.encode() + body)
+    for bad in ("values/\ud800", "values/\x1b[31m", "values/" + "a." * 3000):
+        refused(tmp_path / "lie", with_header({n if n != name else bad: e for n, e in header.items()}, body))
     evil = {n.replace("file/config.json", "file/../../x"): entry for n, entry in header.items()}
     refused(tmp_path / "lie", with_header(evil, body))
     write_tensors(tmp_path / "plain", {"w": np.zeros(3, np.float32)})
     with pytest.raises(FileError, match="not a delta made by darex"):
         DeltaFile(tmp_path / "plain")
+
+
+def forge(path, source, change_recipe=None, change_tensors=None):
+    """The artifact `source` with another recipe or other tensors, every digest made anew."""
+    with DeltaFile(source) as d:
+        tensors, recipe = {name: d.read(name) for name in d.tensors}, json.loads(d.metadata["darex"])
+    (change_tensors or (lambda _: None))(tensors)
+    digest = blake3.blake3()
+    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):
+        digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
+        digest.update(as_bytes(tensors[name]))
+    recipe["data_blake3"] = digest.hexdigest()
+    (change_recipe or (lambda _: None))(recipe)
+    text = canonical_json(recipe)
+    metadata = {"darex": text, "blake3": blake3.blake3(text.encode()).hexdigest()}
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        *[
+            (lambda r, q=q: r["parameters"][POOLER].update(q=q), f"q of '{POOLER}'")
+            for q in ("0.5", True, [1], None, 1e-46, 1e39, 10**400, float("nan"), -1)
+        ],
+        *[
+            (lambda r, s=s: r["parameters"][POOLER].update(shape=s), f"shape of '{POOLER}'")
+            for s in (None, "16", [True, 256], [2**47, 2**47], [0, 2**47, 2**47], [1] * 33, {"16": 16})
+        ],
+        *[
+            (lambda r, k=k: r.update(key=k), "damaged metadata")
+            for k in ([0.5, 1], [False, True], [0, 1, 2], "ab", 7)
+        ],
+        *[
+            (lambda r, f=f, v=v: r.update({f: v}), "damaged metadata")
+            for f, v in {
+                "drop_rate": "0.9",
+                "base": [],
+                "base_names": [],
+                "base_only": None,
+                "versions": [1],
+                "inexact": "many",
+                "nonfinite": float("nan"),
+                "data_blake3": 5,
+                "scope": 1,
+                "method": [1],
+            }.items()
+        ],
+        (lambda r: r.update(drop_rate=10**400), "int too large"),
+        (lambda r: r.update(base_only="bert"), "where a text belongs"),
+        (lambda r: r["base_names"].update({POOLER: ["x"]}), "where a text belongs"),
+        (lambda r: r["base"]["pooler.dense.weight"].update(shape=5), "in the base"),
+        (lambda r: r["base"]["pooler.dense.weight"].update(blake3="ab"), "fingerprint"),
+        (lambda r: r["base_names"].update({"x": "pooler.dense.weight"}), "made from one of the base's"),
+    ],
+)
+def test_forged_recipes_are_refused(tmp_path, pair, change, text):
+    prune(*pair, tmp_path / "d")
+    with pytest.raises(FileError, match=text):
+        DeltaFile(forge(tmp_path / "forged", tmp_path / "d", change))
+
+
+def test_a_shape_without_its_survivors_is_refused(tmp_path, pair):
+    """Else a file of a few bytes would make its reader fill terabytes."""
+    prune(*pair, tmp_path / "d")
+
+    def huge(recipe):
+        for entry in (recipe["parameters"][POOLER], recipe["base"]["pooler.dense.weight"]):
+            entry["shape"] = [2**47]
+
+    with pytest.raises(FileError, match=f"a mask of {2**47} entries has about"):
+        dx.load_delta(forge(tmp_path / "forged", tmp_path / "d", huge))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "text"),
+    [
+        (f"values/{POOLER}", np.ones(25, np.int32), "are int32, not floating"),
+        (f"dense/{POOLER}", np.ones((16, 16), np.float32), "stored twice, pruned and whole"),
+        (f"rows/{BIAS}", np.ones((), np.float32), "do not fit"),
+        (f"rows/{BIAS}", np.ones(5, np.float32), "do not fit"),
+        (f"rows/{POOLER}", np.ones((5, 3), np.float32), "do not fit"),
+    ],
+)
+def test_forged_tensors_are_refused(tmp_path, pair, name, array, text):
+    prune(*pair, tmp_path / "d")
+    with pytest.raises(FileError, match=text):
+        DeltaFile(forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update({name: array})))
+
+
+def test_a_tensor_called_metadata_is_not_written(tmp_path, pair):
+    prune(*pair, tmp_path / "d")
+    change = {"dense/__metadata__": np.ones(3, np.float32)}
+    forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update(change))
+    error = darex("apply", pair[0], tmp_path / "forged", tmp_path / "out", code=1).stderr
+    assert "'__metadata__' is not a name" in error and not (tmp_path / "out").exists()
+
+
+def test_texts_of_a_file_are_shown_as_they_are(tmp_path, pair):
+    prune(*pair, tmp_path / "d", scope_text="include [a-z]+ [/x] \x1b[31m \ud800")
+    assert "include [a-z]+ [/x] \\x1b[31m \\ud800" in darex("inspect", tmp_path / "d").stdout
+
+
+@pytest.mark.parametrize("q", [1e-50, 1e39])
+def test_a_q_that_float32_does_not_hold_is_refused(tmp_path, pair, q):
+    error = darex("prune", *pair, tmp_path / "d", "-p", 0.9, "--q", q, code=1).stderr
+    assert f"must be a positive number that float32 holds, got {q}" in error
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a file" in darex("inspect", tmp_path / "pipe", code=1).stderr
+
+
+def test_an_index_must_find_its_tensors(tmp_path):
+    path = write(tmp_path / "base", encoder(0), shards=2)
+    index = json.loads((path / INDEX).read_text())
+    file = index["weight_map"]["classifier.weight"]
+    index["weight_map"]["lm_head.weight"] = file  # tied to the embeddings, so not stored
+    (path / INDEX).write_text(json.dumps(index))
+    assert len(read_all(path)) == len(encoder(0))
+    index["weight_map"]["bert.encoder.layer.1.output.dense.weight"] = file
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(
+        FileError, match=r"lists 'bert.encoder.layer.1.output.dense.weight', which is in none"
+    ):
+        Checkpoint(path)
 
 
 def test_index_with_a_path_is_refused(tmp_path):
@@ -391,6 +526,76 @@ def test_inputs_are_never_replaced(tmp_path, pair):
     ):
         assert "writing this would replace" in darex(*arguments, code=1).stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_model_is_not_replaced(tmp_path, pair):
+    base, fine = pair
+    prune(base, fine, tmp_path / "d")
+    (tmp_path / "home/letters").mkdir(parents=True)
+    (tmp_path / "home/config.json").write_text("{}")
+    (tmp_path / "home/letters/thesis").write_text("x")
+    assert "is a directory" in darex("prune", base, fine, tmp_path / "home", "-p", 0.9, code=1).stderr
+    for out in (tmp_path / "home", tmp_path / "home/letters", tmp_path / "home/letters/thesis"):
+        error = darex("apply", base, tmp_path / "d", out, "--overwrite", code=1).stderr
+        assert "is no model directory and is not replaced" in error
+    assert (tmp_path / "home/letters/thesis").read_text() == "x"
+
+
+def test_a_replaced_directory_stays_until_the_new_one_is_there(tmp_path, pair, monkeypatch):
+    base, _ = pair
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    replace = os.replace
+
+    def interrupted(source, target):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(base, overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to(base)
+    with atomic_directory(tmp_path / "link", overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in base.iterdir()] == ["config.json"] and (tmp_path / "link").is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_writer_follows_no_link(tmp_path, pair):
+    """The temporary file's name can be guessed: a link there must not lead the bytes elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".d.{os.getpid()}.partial").symlink_to(victim)
+    prune(*pair, tmp_path / "d")
+    assert victim.read_text() == "precious"
+    DeltaFile(tmp_path / "d").close()
+
+
+def test_parameters_that_do_not_pair(tmp_path):
+    x = np.ones(6, np.float32)
+    write(tmp_path / "base", {"a": x, "b": x.astype(np.int64), "c": x})
+    write(tmp_path / "fine", {"bert.a": x, "a": x, "bert.b": x, "bert.c": x.astype(np.int8)})
+    error = darex("check", tmp_path / "base", tmp_path / "fine", code=1).stderr
+    assert "'a' of the base belongs to 'a' and to 'bert.a'" in error
+    assert "'bert.b' is int64 in the base and float32 in the fine-tuned model: floating in one" in error
+    assert "'bert.c' is float32 in the base and int8 in the fine-tuned model: floating in one" in error
+
+
+def test_empty_and_single_numbers(tmp_path):
+    shapes = {"bert.a": (), "bert.b": (0,), "bert.embed.weight": (0, 3), "bert.c": (4, 0), "bert.d": (5,)}
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    fine = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    fine["bert.embed.weight"] = np.ones((2, 3), np.float32)  # rows are added to none
+    write(tmp_path / "base", base)
+    write(tmp_path / "fine", fine)
+    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
+    darex("verify", tmp_path / "d", "--base", tmp_path / "base")
+    darex("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    restored = read_all(tmp_path / "out")
+    assert {name: x.shape for name, x in restored.items()} == {name: x.shape for name, x in fine.items()}
+    assert all((x == 1).all() for x in restored.values())
 
 
 def test_params_round_trip(tmp_path):

@@ -1,5 +1,6 @@
 """RoBERTa against transformers: what differs from BERT, and the whole way on a tiny one."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 import darex_jax as dx
 from darex_jax.cli import main
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import hidden_states, output_change
 from darex_jax.models import BertConfig, classifier_from_pretrained, init_model
 
@@ -92,6 +93,32 @@ def test_classifier_and_its_gradients_match_transformers(tmp_path):
         np.testing.assert_allclose(grads[name], expected, atol=tolerance, err_msg=name)
 
 
+def test_padding_ids_among_the_tokens_take_no_position(tmp_path):
+    """Positions follow the ids alone: a padding id is skipped wherever it stands, masked or not."""
+    theirs = original(TINY | {"architectures": ["RobertaModel"]}, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, _ = batch()
+    ids[:, 3] = ids[0, 9:12] = 1
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=int)
+        ).last_hidden_state
+    out = model(params, ids)
+    np.testing.assert_allclose(out.last_hidden_state, expected.numpy(), atol=1e-5)
+    zeros = model(params, ids, np.ones_like(ids), np.zeros_like(ids))  # as a tokenizer may give them
+    np.testing.assert_array_equal(out.last_hidden_state, zeros.last_hidden_state)
+
+
+def test_names_shapes_and_buffers_are_transformers(tmp_path):
+    weights = {name: jnp.asarray(x.numpy()) for name, x in original(TINY, tmp_path).state_dict().items()}
+    _, params = dx.load_model(tmp_path)
+    assert {n: x.shape for n, x in flatten_names(params).items()} == {n: x.shape for n, x in weights.items()}
+    weights["roberta.embeddings.position_ids"] = jnp.arange(22)[None]  # an old file's
+    dx.save_params(tmp_path, unflatten_names(weights), TINY, overwrite=True)
+    _, again = dx.load_model(tmp_path)
+    assert flatten_names(again).keys() == flatten_names(params).keys()
+
+
 def test_config():
     config = BertConfig.from_hf(TINY)
     out = config.to_hf()
@@ -113,6 +140,87 @@ def test_padding_id_counts():
     other, _ = init_model(BertConfig.from_hf(TINY | {"pad_token_id": 0}), jax.random.key(0))
     ids, mask = batch()
     assert (np.asarray(model(params, ids, mask).logits) != np.asarray(other(params, ids, mask).logits)).all()
+
+
+def test_config_as_transformers_writes_it(tmp_path):
+    original(TINY, tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert BertConfig.from_hf(hf).to_hf() == hf
+    classic = {name: x for name, x in TINY.items() if not name.endswith(("2label", "2id"))}
+    classic |= {"architectures": ["RobertaModel"], "bos_token_id": 0, "eos_token_id": 2}
+    classic |= {"gradient_checkpointing": False, "position_embedding_type": "absolute", "use_cache": True}
+    assert BertConfig.from_hf(classic).to_hf() == classic | {"classifier_dropout": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"is_decoder": True}, "is_decoder is True, supported: False"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"adapters": {}}, "adapters is unknown"),
+        ({"type_vocab_size": None}, "type_vocab_size is missing"),
+        ({"pad_token_id": 60}, "pad_token_id is 60, the vocabulary has 60 rows"),
+        ({"num_labels": 2}, "num_labels is 2, id2label has 3"),
+        ({"architectures": ["BertModel"]}, r"\['BertModel'\], supported: RobertaModel, RobertaForSeq"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_config_refusals(changes, text):
+    with pytest.raises(ValueError, match=f"RoBERTa config: .*{text}"):
+        BertConfig.from_hf(TINY | changes)
+
+
+def test_every_field_changes_something():
+    """Other shapes, another output, another training step, or another start."""
+    ids, mask = batch()
+    _, standard_params = init_model(BertConfig.from_hf(TINY), jax.random.key(0))
+
+    def behaviour(**changes):
+        model, params = init_model(BertConfig.from_hf(TINY | changes), jax.random.key(0))
+        shapes = jax.tree.map(jnp.shape, params)
+        if shapes != jax.tree.map(jnp.shape, standard_params):
+            return shapes
+        runs = [model(standard_params, ids, mask, dropout_key=key) for key in (None, jax.random.key(3))]
+        start = params["classifier"]["out_proj"]["weight"]
+        return [float(x) for x in (*(run.logits.sum() for run in runs), start.sum())]
+
+    changed = {
+        "vocab_size": 61,
+        "hidden_size": 36,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "intermediate_size": 40,
+        "hidden_act": "relu",
+        "hidden_dropout_prob": 0.2,
+        "attention_probs_dropout_prob": 0.2,
+        "classifier_dropout": 0.3,
+        "max_position_embeddings": 23,
+        "type_vocab_size": 2,
+        "initializer_range": 0.2,
+        "layer_norm_eps": 1e-2,
+        "pad_token_id": 0,
+    }
+    fields = {f.name for f in dataclasses.fields(BertConfig)}
+    assert fields - changed.keys() == {"model_type", "architectures", "num_labels", "notes"}
+    standard = behaviour()
+    for name, value in changed.items():
+        assert behaviour(**{name: value}) != standard, name
+    assert behaviour(bos_token_id=7, use_cache=False) == standard
+
+
+def test_the_head_drops_what_enters_and_what_leaves_its_dense_layer():
+    off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    config = BertConfig.from_hf(TINY | off | {"classifier_dropout": 0.5})
+    model, params = init_model(config, jax.random.key(0))
+    ids, mask = batch()
+    a, b = (model(params, ids, mask, dropout_key=jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(a.last_hidden_state, b.last_hidden_state)
+    assert not np.allclose(a.head_hidden, b.head_hidden)
+    params["classifier"]["dense"]["weight"] *= 0  # what enters plays no part now
+    params["classifier"]["dense"]["bias"] += 1
+    a, b = (model(params, ids, mask, dropout_key=jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(a.head_hidden, b.head_hidden)
+    assert not np.allclose(a.logits, b.logits)
 
 
 @pytest.mark.parametrize("architecture", ["RobertaModel", "RobertaForSequenceClassification"])
@@ -149,12 +257,11 @@ def test_the_whole_way_from_the_terminal(tmp_path):
     trained = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trained.train_from_iterator(["the soup was superb", "we disliked the show"], 300, special_tokens=special)
-    base.mkdir()
-    trained.save_model(str(base))
-    tokenizer = transformers.RobertaTokenizer(str(base / "vocab.json"), str(base / "merges.txt"))
+    trained.save_model(str(tmp_path))
+    tokenizer = transformers.RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     hf = TINY | {"architectures": ["RobertaModel"], "vocab_size": 300, "max_position_embeddings": 130}
     model, params = init_model(BertConfig.from_hf(hf), jax.random.key(0))
-    dx.save_params(base, params, model.config.to_hf(), overwrite=True)
+    dx.save_params(base, params, model.config.to_hf())
     tokenizer.save_pretrained(base)
 
     def darex(*arguments):

@@ -19,16 +19,21 @@ def bytes_text(count: float) -> str:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """A table of names and texts. The texts may come from a file: they are shown as they are."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    def plain(text: str) -> Text:  # no markup, and nothing that a terminal would obey
+        return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
 
     console = Console()
-    console.print(title, style="bold", soft_wrap=True, highlight=False)
+    console.print(plain(title), style="bold", soft_wrap=True, highlight=False)
     table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, str(value))
+        table.add_row(name, plain(str(value)))
     console.print(table)
 
 

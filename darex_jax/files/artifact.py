@@ -10,6 +10,7 @@ so the values' places need not be stored: see `darex_jax.core.mask` for its defi
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ class DeltaFile(SafetensorsFile):
         text = self.metadata.get(METADATA)
         if text is None:
             raise FileError(f"{self.path}: a safetensors file, but not a delta made by darex.")
-        if blake3.blake3(text.encode()).hexdigest() != self.metadata.get("blake3"):
+        if not text.isascii() or blake3.blake3(text.encode()).hexdigest() != self.metadata.get("blake3"):
             raise FileError(f"{self.path}: damaged (the metadata does not have its digest).")
         try:
             table = json.loads(text)
@@ -108,22 +109,10 @@ class DeltaFile(SafetensorsFile):
                     f"{self.path}: format {table['format']}, this version reads {FORMAT}; update darex_jax."
                 )
             recipe = Recipe(**{f.name: table[f.name] for f in fields(Recipe)})
-            keep_threshold(recipe.drop_rate)
-            first, second = recipe.key
-            if not (0 <= first < 2**32 and 0 <= second < 2**32):
-                raise ValueError("the key is not two uint32")
-            for name, entry in recipe.parameters.items():
-                shape = entry["shape"]
-                if not all(isinstance(n, int) and 0 <= n < 2**48 for n in shape):
-                    raise ValueError(f"shape of '{name}'")
-                if not (0.0 < float(entry["q"]) < float("inf")):
-                    raise ValueError(f"q of '{name}'")
-            for name, entry in recipe.base.items():
-                if entry["dtype"] not in DTYPES or len(bytes.fromhex(entry["blake3"])) != 32:
-                    raise ValueError(f"fingerprint of '{name}'")
+            _check_recipe(recipe)
         except FileError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise FileError(f"{self.path}: damaged metadata ({error}).") from error
         return recipe
 
@@ -135,15 +124,29 @@ class DeltaFile(SafetensorsFile):
         if set(stored["values"]) != self.recipe.parameters.keys():
             raise FileError(f"{self.path}: the stored values are not those the recipe names.")
         for name, entry in self.recipe.parameters.items():
-            info = self.tensors[f"values/{name}"]
+            info, size = self.tensors[f"values/{name}"], element_count(tuple(entry["shape"]))
             base = self.recipe.base.get(self.base_name(name))
             rows = self.tensors.get(f"rows/{name}")
             if base is None or list(base["shape"]) != list(entry["shape"]):
                 raise FileError(f"{self.path}: parameter '{name}' has no base of its shape.")
-            if len(info.shape) != 1 or info.size > element_count(tuple(entry["shape"])):
-                raise FileError(f"{self.path}: parameter '{name}' has more survivors than entries.")
-            if rows is not None and list(rows.shape[1:]) != list(entry["shape"])[1:]:
+            # Ten standard deviations: no mask is that far off, and a file cannot claim a shape much larger
+            # than its values, which whoever restores it would have to make room for.
+            expected = size * self.threshold() / 2**32
+            if len(info.shape) != 1 or abs(info.size - expected) > 40 + 10 * math.sqrt(expected):
+                raise FileError(
+                    f"{self.path}: parameter '{name}' stores values of shape {list(info.shape)}, "
+                    f"a mask of {size} entries has about {round(expected)} survivors."
+                )
+            if info.dtype.kind not in "fV":  # bfloat16 is of kind V
+                raise FileError(f"{self.path}: the values of '{name}' are {info.dtype}, not floating.")
+            shape = entry["shape"]
+            if rows is not None and not (len(rows.shape) == len(shape) == 2 and rows.shape[1] == shape[1]):
                 raise FileError(f"{self.path}: the extra rows of '{name}' do not fit it.")
+        named = {*self.recipe.parameters, *stored["dense"], *self.recipe.base_names}
+        if len({self.base_name(name) for name in named}) < len(named):
+            raise FileError(f"{self.path}: two parameters are made from one of the base's.")
+        if both := self.recipe.parameters.keys() & set(stored["dense"]):
+            raise FileError(f"{self.path}: '{min(both)}' is stored twice, pruned and whole.")
         if set(stored["rows"]) - self.recipe.parameters.keys():
             raise FileError(f"{self.path}: extra rows of a parameter that is not there.")
         for name in stored["file"]:
@@ -187,16 +190,62 @@ class DeltaFile(SafetensorsFile):
         return keep_threshold(self.recipe.drop_rate)
 
 
+def _check_recipe(recipe: Recipe) -> None:
+    """Every field's type and range. Whoever forges a recipe can also forge its digest.
+
+    Raises: ValueError, or what Python raises where an entry is missing or of another type.
+    """
+    if type(recipe.drop_rate) not in (int, float):
+        raise ValueError("drop_rate is not a number")
+    keep_threshold(recipe.drop_rate)
+    first, second = recipe.key
+    if not (_is_natural(first, 2**32) and _is_natural(second, 2**32)):
+        raise ValueError("the key is not two uint32")
+    for name, entry in recipe.parameters.items():
+        if not _is_shape(entry["shape"]):
+            raise ValueError(f"shape of '{name}'")
+        if not is_q(entry["q"]):
+            raise ValueError(f"q of '{name}'")
+    for name, entry in recipe.base.items():
+        if not (entry["dtype"] in DTYPES and _is_shape(entry["shape"])):
+            raise ValueError(f"shape of '{name}' in the base")
+        if len(bytes.fromhex(entry["blake3"])) != 32:
+            raise ValueError(f"fingerprint of '{name}'")
+    texts = [recipe.method, recipe.scope, recipe.data_blake3, *recipe.base_only]
+    for table in (recipe.base_names, recipe.versions):
+        texts += [*table.keys(), *table.values()]
+    if not (isinstance(recipe.base_only, list) and all(isinstance(text, str) for text in texts)):
+        raise ValueError("a number or a list where a text belongs")
+    if not (_is_natural(recipe.inexact, 2**63) and _is_natural(recipe.nonfinite, 2**63)):
+        raise ValueError("a count that is none")
+
+
+def _is_natural(value: Any, end: int) -> bool:
+    return type(value) is int and 0 <= value < end
+
+
+def _is_shape(value: Any) -> bool:
+    natural = isinstance(value, list) and len(value) <= 32 and all(_is_natural(n, 2**48) for n in value)
+    return natural and math.prod(filter(None, value)) < 2**48
+
+
+def is_q(value: Any) -> bool:
+    """Whether survivors can be divided by it: a number that, like its reciprocal, is a normal float32."""
+    number = np.asarray(value)
+    return number.shape == () and number.dtype.kind in "iuf" and 2.0**-126 <= float(number) <= 2.0**126
+
+
 def resolve_q(q: float | Mapping[str, float] | None, drop_rate: float, names: list[str]) -> dict[str, float]:
-    """`{name: q}`; None is DARE's 1 - drop_rate. Raises: ValueError for a q missing or not positive."""
+    """`{name: q}`; None is DARE's 1 - drop_rate. Raises: ValueError for a q that is missing or no divisor."""
     if q is None:
         q = 1.0 - drop_rate
-    table = {name: q.get(name, float("nan")) for name in names} if isinstance(q, Mapping) else None
-    by_name = table if table is not None else {name: float(q) for name in names}  # type: ignore[arg-type]
+    by_name = {name: q.get(name) if isinstance(q, Mapping) else q for name in names}
     for name, value in by_name.items():
-        if not 0.0 < float(value) < float("inf"):
-            raise ValueError(f"q of '{name}' must be a positive number, got {value}.")
-    return {name: float(value) for name, value in by_name.items()}
+        if value is None:
+            raise ValueError(f"there is no q for '{name}'.")
+        if not is_q(value):
+            raise ValueError(f"q of '{name}' must be a positive number that float32 holds, got {value}.")
+    return {name: float(value) for name, value in by_name.items() if value is not None}
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from darex_jax.core.scope import HEAD
 from darex_jax.files.safetensors import FileError, SafetensorsFile, TensorInfo, write_tensors
 
 MANIFEST = "darex_manifest.json"
@@ -64,10 +65,15 @@ class Checkpoint:
         self.config = read_config(self.path) if self.path.is_dir() else {}
         self.files: dict[str, SafetensorsFile] = {}
         try:
-            for file_name in _file_names(self.path):
+            file_names, listed = _files_and_tensors(self.path)
+            for file_name in file_names:
                 parent = self.path if self.path.is_dir() else self.path.parent
                 self.files[file_name] = SafetensorsFile(parent / file_name)
             self.tensors = self._collect()
+            # Files converted shard by shard lack the copy of a tied head that their index still lists.
+            lost = [n for n in listed if modern_name(n) not in self.tensors and not HEAD.search(n)]
+            if lost:
+                raise FileError(f"{self.path / INDEX}: lists '{lost[0]}', which is in none of its files.")
         except BaseException:
             self.close()
             raise
@@ -102,13 +108,14 @@ def _modern(match: re.Match[str]) -> str:
     return "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match.group(1)]
 
 
-def _file_names(path: Path) -> list[str]:
+def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
+    """The names of the files that hold the weights, and of the tensors that an index, if any, lists."""
     if path.is_file():
-        return [path.name]
+        return [path.name], []
     if not path.is_dir():
         raise FileError(f"{path}: no such file or directory.")
     if (path / SINGLE).is_file():
-        return [SINGLE]
+        return [SINGLE], []
     if not (path / INDEX).is_file():
         pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
@@ -121,7 +128,7 @@ def _file_names(path: Path) -> list[str]:
     for name in names:
         if Path(name).name != name:
             raise FileError(f"{path / INDEX}: '{name}' is not the name of a file in that directory.")
-    return names
+    return names, list(weight_map)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -243,22 +250,36 @@ def save_params(
 def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to fill; it appears under `path` whole, or not at all.
 
-    Raises: FileError if `path` holds something already and `overwrite` is not given.
+    What it replaces is set aside until it is there, and deleted then.
+
+    Raises: FileError if `path` holds something already and `overwrite` is not given, or something that
+      is no model: a folder with other folders in it, say, is not for this to delete.
     """
-    path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+        if not _is_model_directory(path):
+            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
+        if path.exists():
+            os.replace(path, replaced)
         os.replace(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_model_directory(path: Path) -> bool:
+    files = list(path.iterdir()) if path.is_dir() else []
+    weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)
+    return weights and all(file.is_file() for file in files)

@@ -1,5 +1,6 @@
 """What belongs to what: the parameters of a fine-tuned model held against its base, from headers alone."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +48,10 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
         stored = base.tensors.get(base_name)
         if stored is not None:
             match.base_names[name] = base_name
-        if not tensor.floating:
+        if stored is not None and stored.floating != tensor.floating:
+            kinds = f"{stored.info.dtype} in the base and {tensor.info.dtype} in the fine-tuned model"
+            match.faults.append(f"'{name}' is {kinds}: floating in one of the two only.")
+        elif not tensor.floating:
             match.buffers.append(name)
         elif stored is None:
             if HEAD.search(name) or OPTIONAL.search(name):
@@ -56,7 +60,11 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
                 match.faults.append(f"'{name}' is in the fine-tuned model only.")
         else:
             _match_shapes(match, name, stored.info.shape, tensor.info.shape, scope(name))
-    paired = set(match.base_names.values())
+    paired = Counter(match.base_names.values())
+    for base_name, count in paired.items():
+        if count > 1:
+            twins = sorted(name for name, b in match.base_names.items() if b == base_name)
+            match.faults.append(f"'{base_name}' of the base belongs to '{twins[0]}' and to '{twins[1]}'.")
     for name, tensor in base.tensors.items():
         if name not in paired:
             match.base_only.append(name)

@@ -5,7 +5,9 @@ A header is not believed: every claim in it is checked against the file before a
 """
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are walked recursively
 
 
 class FileError(ValueError):
@@ -70,10 +73,12 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its writer
+            raise FileError(f"{self.path}: not a file.")
         try:
             self._file = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise FileError(f"{self.path}: {error.strerror or error}.") from error
+        except (OSError, ValueError) as error:
+            raise FileError(f"{self.path}: {getattr(error, 'strerror', None) or error}.") from error
         try:
             self.tensors, self.metadata = _read_header(self._file, self.path)
         except BaseException:
@@ -155,8 +160,8 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)!r}")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate name {name!r}")
     return table
 
 
@@ -164,6 +169,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     def natural(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise FileError(f"{path}: damaged header (a tensor is called {name[:80]!a}).")
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
         raise FileError(f"{path}: damaged header (entry of tensor '{name}').")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -174,6 +181,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise FileError(f"{path}: tensor '{name}' has the unsupported dtype {entry['dtype']!r}.")
     info = TensorInfo(DTYPES[entry["dtype"]], tuple(shape), data_start + offsets[0])
+    if math.prod(filter(None, shape)) * info.dtype.itemsize >= 2**63:  # an empty tensor may lie like this
+        raise FileError(f"{path}: damaged header (shape of tensor '{name}').")
     if info.nbytes != offsets[1] - offsets[0]:
         raise FileError(f"{path}: damaged header (tensor '{name}' does not have the size of its shape).")
     return info
@@ -182,7 +191,13 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 def encode_header(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str], length: int = 0
 ) -> bytes:
-    """The first bytes of a file whose tensors follow in this order. `length`: pad to so many bytes in all."""
+    """The first bytes of a file whose tensors follow in this order.
+
+    Args: length: pad to so many bytes in all.
+    Raises: ValueError for a tensor with the one name that the format keeps for itself.
+    """
+    if "__metadata__" in tensors:
+        raise ValueError("'__metadata__' is not a name that a tensor can have in a safetensors file.")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -200,11 +215,17 @@ def encode_header(
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A file descriptor to write to; the file appears under `path` whole, or not at all."""
+    """A file descriptor to write to; the file appears under `path` whole, or not at all.
+
+    Raises: FileError if `path` is a directory.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.is_dir():
+        raise FileError(f"{path}: is a directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    temporary.unlink(missing_ok=True)
+    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)  # never through somebody's link
     try:
         try:
             yield file
