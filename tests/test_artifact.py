@@ -598,6 +598,34 @@ def test_empty_and_single_numbers(tmp_path):
     assert all((x == 1).all() for x in restored.values())
 
 
+def test_links_and_deltas_beside_a_model(tmp_path, pair):
+    """In the hub's cache a model's files are links: the link is an input too. A delta beside it is none."""
+    base, fine = pair
+    blob = tmp_path / "blob"
+    (fine / "model.safetensors").rename(blob)
+    (fine / "model.safetensors").symlink_to(blob)
+    refused_ = darex("prune", base, fine, fine / "model.safetensors", "-p", 0.9, code=1).stderr
+    assert "writing this would replace" in refused_ and (fine / "model.safetensors").is_symlink()
+    for _ in range(2):
+        darex("prune", base, fine, fine / "delta.safetensors", "-p", 0.9)
+
+
+def test_a_base_in_one_file_is_restored_as_a_directory(tmp_path, pair):
+    base, fine = pair
+    darex("prune", base / "model.safetensors", fine, tmp_path / "d", "-p", 0.9)
+    darex("apply", base / "model.safetensors", tmp_path / "d", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file() and read_all(tmp_path / "out").keys()
+
+
+def test_overflow_is_refused(tmp_path):
+    write(tmp_path / "base", {"bert.w": np.ones(2000, np.float16)})
+    write(tmp_path / "fine", {"bert.w": np.full(2000, 900, np.float16)})
+    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.99)
+    error = darex("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out", code=1).stderr
+    assert "'bert.w' does not fit float16 once its delta is divided by q = 0.01" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_params_round_trip(tmp_path):
     named = encoder(1, BF16)
     dx.save_params(tmp_path / "m", unflatten_names(named), {"model_type": "bert"})

@@ -41,7 +41,8 @@ TINY = {
 
 def original(hf, path, **options):
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(**{k: v for k, v in hf.items() if k != "architectures"})
+    kind = transformers.BertConfig if hf["model_type"] == "bert" else transformers.RobertaConfig
+    config = kind(**{k: v for k, v in hf.items() if k != "architectures"})
     model = getattr(transformers, hf["architectures"][0])(config, **options).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -284,3 +285,30 @@ def test_the_whole_way_from_the_terminal(tmp_path):
     assert darex("eval", out, "--limit", 16)["n"] == 16
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert theirs.config.num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("bert", "BertForMaskedLM"), ("bert", "BertForPreTraining"), ("roberta", "RobertaForMaskedLM")],
+)
+def test_published_checkpoints_give_their_body(tmp_path, family, architecture):
+    """What is on the hub as pretrained has its masked-language head; it is where fine-tuning starts."""
+    hf = TINY | {"model_type": family, "architectures": [architecture]}
+    theirs = original(hf, tmp_path / "base")
+    model, params = dx.load_model(tmp_path / "base")
+    ids, mask = batch()
+    with torch.no_grad():
+        body = getattr(theirs, family)(torch.tensor(ids), attention_mask=torch.tensor(mask))
+    real = mask == 1
+    hidden = body.last_hidden_state.numpy()[real]
+    np.testing.assert_allclose(
+        np.asarray(model(params, ids, mask).last_hidden_state)[real], hidden, atol=1e-5
+    )
+    fine, start = classifier_from_pretrained(model, params, 2, jax.random.key(0))
+    dx.save_params(tmp_path / "fine", jax.tree.map(lambda x: x + 0.01, start), fine.config.to_hf())
+    folders = [str(tmp_path / name) for name in ("base", "fine", "delta", "out")]
+    for command in (["prune", *folders[:3], "-p", "0.5"], ["apply", folders[0], *folders[2:]]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output + repr(result.exception)
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    dx.load_model(tmp_path / "out")

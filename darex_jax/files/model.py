@@ -14,6 +14,11 @@ from darex_jax.files.checkpoint import Checkpoint, StoredTensor, place, read_par
 from darex_jax.files.stream import restored_layout, restored_params
 from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
 
+BODIES = {
+    "BertForMaskedLM": "BertModel",
+    "BertForPreTraining": "BertModel",
+    "RobertaForMaskedLM": "RobertaModel",
+}
 COMPARED = 1 << 20  # entries of a tied head that are compared at a time
 
 
@@ -37,7 +42,7 @@ def load_model(
         bit for bit the one that `darex apply` writes. Every parameter then passes through the host whole.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
       Buffers such as `embeddings.position_ids` are left out, and so is the stored copy of a tied head; a body
-      saved without a pooler has none.
+      saved without a pooler has none. Of a BERT or RoBERTa with its masked-language head the body is read.
     Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
       every weight that is missing, left over, not floating or of another shape; FileError for a damaged file,
       or a delta that was made from another base.
@@ -45,8 +50,9 @@ def load_model(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(path))
         if delta is None:
-            model, names = _fit(path, checkpoint.config, _without_copies(path, checkpoint))
-            return model, read_params({name: checkpoint.tensors[name] for name in names}, dtype, mesh)
+            hf, tensors = _body_of_masked_lm(checkpoint.config, checkpoint.tensors)
+            model, names = _fit(path, hf, _without_copies(path, hf, tensors))
+            return model, read_params({name: tensors[name] for name in names}, dtype, mesh)
         file = stack.enter_context(DeltaFile(delta))
         infos = {n: info for part in restored_layout(checkpoint, file).values() for n, info in part.items()}
         model, names = _fit(path, file.config() or checkpoint.config, infos)
@@ -84,11 +90,24 @@ def _fit(
     return model, list(shapes)
 
 
-def _without_copies(path: Any, checkpoint: Checkpoint) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def _body_of_masked_lm(
+    hf: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[Mapping[str, Any], Mapping[str, StoredTensor]]:
+    """What is published as pretrained BERT and RoBERTa has its masked-language head: the body is taken."""
+    body = BODIES.get((hf.get("architectures") or [""])[0])
+    if body is None:
+        return hf, tensors
+    prefix = f"{hf.get('model_type')}."
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return {**hf, "architectures": [body]}, own
+
+
+def _without_copies(
+    path: Any, hf: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """The dtype and shape of every tensor; the stored copy of a tied head must be a copy."""
-    tensors = checkpoint.tensors
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    tied = checkpoint.config.get("tie_word_embeddings")
+    tied = hf.get("tie_word_embeddings")
     if tied and head is not None and table is not None and not _same_numbers(head, table):
         raise ValueError(
             f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties the two."

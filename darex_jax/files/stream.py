@@ -20,7 +20,14 @@ from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.artifact import FORMAT, DeltaFile, Recipe, resolve_q, tensor_line, versions
-from darex_jax.files.checkpoint import INDEX, Checkpoint, StoredTensor, atomic_directory, companion_files
+from darex_jax.files.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    StoredTensor,
+    atomic_directory,
+    companion_files,
+)
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
@@ -324,7 +331,7 @@ def apply_artifact(
                     pass
             finally:
                 os.close(file)
-            total += position
+            total += position - len(header)
         unused = _unused(base, delta, outputs)
         for name, digest in zip(
             unused, pool.map(lambda n: _digest(base.tensors[n], progress), unused), strict=True
@@ -349,7 +356,8 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
     layout: Layout = {}
-    for file_name, file in base.files.items():
+    for source, file in base.files.items():
+        file_name = SINGLE if base.path.is_file() else source
         layout[file_name] = {}
         for base_name, tensor in base.tensors.items():
             if tensor.file is not file:
@@ -383,10 +391,18 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
 def _keep_inputs(out: str | os.PathLike[str], *inputs: Path) -> None:
     """Raises: FileError if writing `out` would replace an input, or a file of one."""
     target = Path(out).resolve()
+    beside = Path(out).parent.resolve() / Path(out).name  # what is replaced, if `out` is a link
     for path in inputs:
         source = path.resolve()
-        if target == source or target in source.parents or (target.parent == source and target.exists()):
+        is_input = target == source or target in source.parents
+        is_part = beside.parent == source and (beside.suffix != ".safetensors" or _is_weights(source, beside))
+        if is_input or (is_part and beside.exists()):
             raise FileError(f"{out}: writing this would replace {path}; choose another place.")
+
+
+def _is_weights(folder: Path, file: Path) -> bool:
+    with Checkpoint(folder) as checkpoint:
+        return file.name in checkpoint.files
 
 
 def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, np.ndarray]]:
@@ -453,6 +469,12 @@ def _summed_chunks(name: str, stored: StoredTensor, delta: DeltaFile, digest: An
             pruned = values.astype(np.float32) * scale
             kept_base = chunk[kept]
             total = (kept_base.astype(np.float32) + pruned).astype(chunk.dtype)
+        if not delta.recipe.nonfinite and count_nonfinite(total):
+            q = delta.recipe.parameters[name]["q"]
+            raise FileError(
+                f"'{name}' does not fit {chunk.dtype} once its delta is divided by q = {q:g}; prune with a "
+                "larger --q, or models in a wider dtype."
+            )
         chunk[kept] = np.where(pruned == 0, kept_base, total)
         start, used = start + len(chunk), used + len(kept)
         yield chunk
