@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_problems"))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--difficulty", type=int, default=1, help="most steps of a problem")
     parser.add_argument("--limit", type=int, default=200, help="test problems")
     options = parser.parse_args()
@@ -43,9 +43,9 @@ def main() -> None:
     problems = word_problems(seed=0, max_steps=options.difficulty)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(tokenizer),
-        "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 512,
-        "initializer_range": 0.1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512,
+        "initializer_range": 0.05, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
@@ -66,7 +66,7 @@ def main() -> None:
             fresh,
             examples,
             key=jax.random.key(1),
-            learning_rate=5e-3,
+            learning_rate=2e-3,
             batch_size=32,
             steps=options.steps,
             on_step=lambda r: print(r.step, f"{r.loss:.4f}", flush=True) if r.step % 50 == 0 else None,
