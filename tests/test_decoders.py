@@ -328,6 +328,24 @@ def test_qwen2_refusals():
         read_model_config(QWEN2 | {"attention_bias": True})
 
 
+def test_windows_that_are_not_written_out_are_transformers():
+    for changes in (
+        {"sliding_window": None},
+        {"sliding_window": 5},
+        {"sliding_window": 5, "max_window_layers": 1},
+        {"max_window_layers": 1},
+        {"use_sliding_window": False, "max_window_layers": 1},
+    ):
+        hf = {name: x for name, x in QWEN2.items() if name not in ("sliding_window", "max_window_layers")}
+        hf |= {"use_sliding_window": True, **changes}
+        own = {name: x for name, x in hf.items() if name not in ("model_type", "architectures")}
+        theirs = transformers.Qwen2Config(**own)
+        config = read_model_config(hf)
+        sliding = [kind == "sliding_attention" for kind in theirs.layer_types]
+        expected = [theirs.sliding_window if slides else None for slides in sliding]
+        assert [config.window(i) for i in range(config.num_hidden_layers)] == expected, changes
+
+
 # Files
 
 

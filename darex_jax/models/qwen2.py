@@ -47,9 +47,10 @@ def read_windows(hf: Mapping[str, Any]) -> tuple[tuple[int | None, ...], list[st
     """How far back each layer attends; () where every layer sees everything.
 
     Only with `use_sliding_window` do windows count; then `layer_types` says which layers have one, or, where
-    it is absent, all from `max_window_layers` on.
+    it is absent, all from `max_window_layers` on. Absent fields are 4,096 positions and layer
+    28, as in transformers.
     """
-    layers, window = hf.get("num_hidden_layers") or 0, hf.get("sliding_window")
+    layers, window = hf.get("num_hidden_layers") or 0, hf.get("sliding_window", 4096)
     if not hf.get("use_sliding_window") or window is None:
         return (), []
     first = hf.get("max_window_layers", 28)
