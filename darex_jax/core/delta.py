@@ -99,9 +99,8 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
         own_key = keys[name]
-        if any(
-            isinstance(x, jax.core.Tracer) for x in (leaf, own_key)
-        ):  # part of the caller's program, whose options count
+        if isinstance(leaf, jax.core.Tracer) or isinstance(own_key, jax.core.Tracer):
+            # Part of the caller's program, whose options count.
             return _prune(leaf, own_key, *threshold, scales[name])
         platform = next(iter(leaf.devices())).platform
         return _compiled_prune(platform, donate)(leaf, own_key, *threshold, scales[name])

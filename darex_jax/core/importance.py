@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from darex_jax.core.threefry import keep_threshold
-from darex_jax.core.tree import PyTree, flatten_names, leaf_key, map_named
+from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 
 
 def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
@@ -81,11 +81,12 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
     Source: structural pruning of DAREx, arXiv:2410.09344; survivors are divided by q as in DAREx-q.
     """
     keep_threshold(drop_rate)
+    keys = leaf_keys(key, flatten_names(tree))
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
         features = leaf.shape[-1] if leaf.shape else 1
         with jax.threefry_partitionable(True):
-            bits = jax.random.bits(leaf_key(key, name), (features,), jnp.uint32)
+            bits = jax.random.bits(keys[name], (features,), jnp.uint32)
         keep = _largest_bits(bits, max(1, _count(drop_rate, features)))
         return jnp.broadcast_to(keep if leaf.shape else keep[0], leaf.shape)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.models import Model, Params
-from darex_jax.models.generate import DecodeState, decode, padding_token, prefill, sampling_of, stop_tokens
+from darex_jax.models.generate import decode, end_tokens, padding_token, prefill, sampling_of, stop_tokens
 
 # Prompts are padded to these lengths, so that a data set compiles a handful of programs.
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -53,7 +53,7 @@ def stream_text(
       piece: tokens decoded at a time.
     """
     shown = text = ""
-    for tokens, _ in _pieces(
+    for tokens in _pieces(
         model, params, tokenizer, [prompt], 1, max_new_tokens, eos_token_id, key, temperature, piece
     ):
         text, ended = _text(tokenizer, tokens[0], eos_token_id, stop)
@@ -87,7 +87,7 @@ def complete(
         that the last one compiles nothing new.
     """
     texts: list[tuple[str, bool]] = []
-    for tokens, _ in _pieces(
+    for tokens in _pieces(
         model, params, tokenizer, prompts, batch_size or len(prompts), max_new_tokens, eos_token_id, None, 0.0
     ):
         texts = [_text(tokenizer, row, eos_token_id, stop) for row in tokens[: len(prompts)]]
@@ -107,7 +107,7 @@ def _pieces(
     key: jax.Array | None,
     temperature: float,
     piece: int = PIECE,
-) -> Iterator[tuple[list[list[int]], DecodeState]]:
+) -> Iterator[list[list[int]]]:
     """All new tokens so far, row by row, after each piece."""
     stops, sampling = stop_tokens(eos_token_id), sampling_of(key, temperature)
     pad = padding_token(model, eos_token_id)
@@ -115,18 +115,18 @@ def _pieces(
     slots = ids.shape[1] + 1 + -(-(max_new_tokens - 1) // piece) * piece
     state = prefill(model, params, ids, mask, slots=slots, stops=stops, sampling=sampling)
     columns = [np.asarray(state.token)[:, None]]
-    yield columns[0].tolist(), state
+    yield columns[0].tolist()
     while (given := sum(c.shape[1] for c in columns)) < max_new_tokens and not bool(state.done.all()):
         new, state = decode(model, params, state, piece, stops=stops, pad=pad, sampling=sampling)
         columns.append(np.asarray(new)[:, : max_new_tokens - given])
-        yield np.concatenate(columns, axis=1).tolist(), state
+        yield np.concatenate(columns, axis=1).tolist()
 
 
 def _text(
     tokenizer: Any, tokens: Sequence[int], eos_token_id: int | Sequence[int] | None, stop: Sequence[str]
 ) -> tuple[str, bool]:
     """The text of a row's new tokens, and whether it has ended."""
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    ends = end_tokens(eos_token_id)
     length = next((i for i, token in enumerate(tokens) if token in ends), None)
     text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
     cuts = [text.index(word) for word in stop if word in text]

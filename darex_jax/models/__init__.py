@@ -11,8 +11,10 @@ from flax import nnx
 
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models.bert import BertConfig, BertForSequenceClassification, BertModel, EncoderOutput
-from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, DecoderOutput
+from darex_jax.models.decoder import DecoderConfig, DecoderOutput
+from darex_jax.models.llama import ARCHITECTURES as LLAMA
 from darex_jax.models.llama import read_llama_config
+from darex_jax.models.qwen2 import ARCHITECTURES as QWEN2
 from darex_jax.models.qwen2 import read_qwen2_config
 from darex_jax.models.roberta import RobertaForSequenceClassification
 
@@ -44,10 +46,8 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectu
     "BertForSequenceClassification": BertForSequenceClassification,
     "RobertaModel": BertModel,
     "RobertaForSequenceClassification": RobertaForSequenceClassification,
-    "LlamaModel": Decoder,
-    "LlamaForCausalLM": CausalLM,
-    "Qwen2Model": Decoder,
-    "Qwen2ForCausalLM": CausalLM,
+    **LLAMA,
+    **QWEN2,
 }
 
 

@@ -7,15 +7,16 @@ Hugging Face state dict, nested; a tied head is absent from it.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from darex_jax.models.config import INERT, read_fields, refuse
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 
 Array = jax.Array
@@ -94,6 +95,8 @@ class DecoderConfig:
     `notes` holds the fields that change no number; they are outside equality and hash.
     """
 
+    COMPUTED: ClassVar[tuple[str, ...]] = ("rope", "windows", "notes")  # all others are config.json's own
+
     model_type: str
     architectures: tuple[str, ...]
     vocab_size: int
@@ -153,10 +156,48 @@ class DecoderConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a config.json: every field of the one that was read, with the same value."""
-        computed = ("rope", "windows", "notes")
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in computed}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in self.COMPUTED]
+        values = {name: getattr(self, name) for name in names}
         own = {name: value for name, value in values.items() if value is not None}
         return {**self.notes, **own, "architectures": list(self.architectures)}
+
+
+def read_decoder_config(
+    family: str,
+    hf: Mapping[str, Any],
+    *,
+    architectures: Collection[str],
+    fixed: Mapping[str, Any],
+    inert: Collection[str],
+    default_theta: float | None = None,
+    windows: tuple[int | None, ...] = (),
+    wrong: Collection[str] = (),
+) -> DecoderConfig:
+    """Reads the content of a config.json.
+
+    Args:
+      family: what it is called in errors.
+      architectures: what may stand under `architectures`.
+      fixed, inert: as for `read_fields`; the fields of the rotary positions are known here.
+      default_theta: what a missing `rope_theta` means; None refuses it.
+      windows, wrong: what the family read itself, and what it found wrong.
+    Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
+    """
+    values, notes, unread = read_fields(
+        DecoderConfig,
+        hf,
+        computed=DecoderConfig.COMPUTED,
+        fixed=fixed,
+        inert={*INERT, *inert, "rope_theta", "rope_scaling", "rope_parameters"},
+    )
+    rope, rope_faults = read_rope(hf, default_theta)
+    refuse(family, [*unread, *rope_faults, *wrong])
+    assert rope is not None
+    config = DecoderConfig(**values, rope=rope, windows=windows, notes=notes)
+    known = len(config.architectures) == 1 and config.architectures[0] in architectures
+    stated = f"architectures is {list(config.architectures)}, supported: {', '.join(architectures)}"
+    refuse(family, config.faults() + ([] if known else [stated]))
+    return config
 
 
 class Cache(NamedTuple):

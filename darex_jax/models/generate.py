@@ -57,20 +57,20 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    sampling = sampling_of(key, temperature)
+    sampling, stops = sampling_of(key, temperature), stop_tokens(eos_token_id)
     state = prefill(
         model,
         params,
         input_ids,
         attention_mask,
         slots=jnp.shape(input_ids)[1] + max_new_tokens,
-        stops=stop_tokens(eos_token_id),
+        stops=stops,
         sampling=sampling,
     )
     first = state.token[:, None]
-    stops, pad = stop_tokens(eos_token_id), padding_token(model, eos_token_id)
     if max_new_tokens == 1:
         return first
+    pad = padding_token(model, eos_token_id)
     rest, _ = decode(model, params, state, max_new_tokens - 1, stops=stops, pad=pad, sampling=sampling)
     return jnp.concatenate([first, rest], axis=1)
 
@@ -188,16 +188,18 @@ def sampling_of(key: Array | None, temperature: float) -> Sampling:
     return key, jnp.float32(temperature)
 
 
+def end_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a row, however many were named."""
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+
+
 def stop_tokens(eos_token_id: int | Sequence[int] | None) -> Array:
-    """int32 [E]."""
-    if eos_token_id is None:
-        return jnp.zeros((0,), jnp.int32)
-    return jnp.asarray([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), jnp.int32)
+    """The same as int32 [E], for `prefill` and `decode`."""
+    return jnp.asarray(end_tokens(eos_token_id), jnp.int32)
 
 
 def padding_token(model: Model, eos_token_id: int | Sequence[int] | None) -> int:
     """What a row is filled with after its end."""
     if model.config.pad_token_id is not None:
         return model.config.pad_token_id
-    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    return stops[0] if stops else 0
+    return next(iter(end_tokens(eos_token_id)), 0)

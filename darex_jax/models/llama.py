@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from darex_jax.models.config import INERT, read_fields, refuse
-from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_rope
+from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_decoder_config
 
 ARCHITECTURES = {"LlamaModel": Decoder, "LlamaForCausalLM": CausalLM}
 
@@ -21,19 +20,11 @@ def read_llama_config(hf: Mapping[str, Any]) -> DecoderConfig:
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """
-    rope_fields = ("rope_theta", "rope_scaling", "rope_parameters")
-    values, notes, wrong = read_fields(
-        DecoderConfig,
+    return read_decoder_config(
+        "Llama",
         hf,
-        computed=("rope", "windows", "notes"),
+        architectures=ARCHITECTURES,
         fixed=FIXED,
-        inert={*INERT, *rope_fields, "is_llama_config", "transformers.js_config"},
+        inert=("is_llama_config", "transformers.js_config"),
+        default_theta=10_000.0,
     )
-    rope, rope_faults = read_rope(hf, default_theta=10_000.0)
-    refuse("Llama", wrong + rope_faults)
-    assert rope is not None
-    config = DecoderConfig(**values, rope=rope, notes=notes)
-    known = len(config.architectures) == 1 and config.architectures[0] in ARCHITECTURES
-    stated = f"architectures is {list(config.architectures)}, supported: {', '.join(ARCHITECTURES)}"
-    refuse("Llama", config.faults() + ([] if known else [stated]))
-    return config

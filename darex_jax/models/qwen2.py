@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from darex_jax.models.config import INERT, read_fields, refuse
-from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_rope
+from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_decoder_config
 
 ARCHITECTURES = {"Qwen2Model": Decoder, "Qwen2ForCausalLM": CausalLM}
 
@@ -22,33 +21,26 @@ def read_qwen2_config(hf: Mapping[str, Any]) -> DecoderConfig:
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """
-    rope_fields = ("rope_theta", "rope_scaling", "rope_parameters")
-    values, notes, wrong = read_fields(
-        DecoderConfig,
-        hf,
-        computed=("rope", "windows", "notes"),
-        fixed=FIXED,
-        inert={*INERT, *rope_fields, *WINDOW_FIELDS, "use_mrope"},
-    )
+    windows, wrong = read_windows(hf)
     if hf.get("use_mrope"):
         wrong.append("use_mrope is True, supported: False")
-    rope, rope_faults = read_rope(hf, default_theta=None)
-    windows, window_faults = read_windows(hf)
-    refuse("Qwen2", wrong + rope_faults + window_faults)
-    assert rope is not None
-    config = DecoderConfig(**values, rope=rope, windows=windows, notes=notes)
-    known = len(config.architectures) == 1 and config.architectures[0] in ARCHITECTURES
-    stated = f"architectures is {list(config.architectures)}, supported: {', '.join(ARCHITECTURES)}"
-    refuse("Qwen2", config.faults() + ([] if known else [stated]))
-    return config
+    return read_decoder_config(
+        "Qwen2",
+        hf,
+        architectures=ARCHITECTURES,
+        fixed=FIXED,
+        inert=(*WINDOW_FIELDS, "use_mrope"),
+        windows=windows,
+        wrong=wrong,
+    )
 
 
 def read_windows(hf: Mapping[str, Any]) -> tuple[tuple[int | None, ...], list[str]]:
     """How far back each layer attends; () where every layer sees everything.
 
     Only with `use_sliding_window` do windows count; then `layer_types` says which layers have one, or, where
-    it is absent, all from `max_window_layers` on. Absent fields are 4,096 positions and layer
-    28, as in transformers.
+    it is absent, all from `max_window_layers` on. Absent fields are 4,096 positions and layer 28, as in
+    transformers.
     """
     layers, window = hf.get("num_hidden_layers") or 0, hf.get("sliding_window", 4096)
     if not hf.get("use_sliding_window") or window is None:
