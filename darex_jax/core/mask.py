@@ -69,7 +69,7 @@ def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: i
 
     Args:
       leaf_key_data: uint32[2], the data of the leaf's key.
-      length: at most `STREAM_CHUNKS[0]`.
+      length: any; it is computed in pieces of `STREAM_CHUNKS`.
       threshold: from `keep_threshold`.
     Returns: bool[length].
     """

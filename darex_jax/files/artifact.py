@@ -35,7 +35,6 @@ from darex_jax.files.safetensors import (
 
 FORMAT = 1
 METADATA = "darex"
-DIGEST_CHUNK = 1 << 20
 KINDS = ("values", "dense", "rows", "file")
 
 
@@ -178,10 +177,7 @@ class DeltaFile(SafetensorsFile):
         digest = blake3.blake3()
         for name, info in self.tensors.items():
             digest.update(tensor_line(name, info.dtype, info.shape))
-            buffer = np.empty(min(info.size, DIGEST_CHUNK), info.dtype)
-            for start in range(0, info.size, DIGEST_CHUNK):
-                chunk = buffer[: min(DIGEST_CHUNK, info.size - start)]
-                self.read_into(info, start, chunk)
+            for chunk in self.chunks(info):
                 digest.update(as_bytes(chunk))
         if digest.hexdigest() != self.recipe.data_blake3:
             raise FileError(f"{self.path}: damaged (the tensors do not have their digest).")

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +47,10 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         return self.file.read(self.stored_name)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """See `SafetensorsFile.chunks`."""
+        return self.file.chunks(self.info)
 
     @property
     def floating(self) -> bool:
@@ -173,43 +178,47 @@ def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = Non
 
 def read_params(tensors: Mapping[str, StoredTensor], dtype: Any, mesh: Any) -> dict[str, Any]:
     """`load_params` of some tensors of an open checkpoint."""
-    import jax
-    import jax.numpy as jnp
-
-    from darex_jax.core.sharding import param_sharding
     from darex_jax.core.tree import unflatten_names
 
     def read(name: str, tensor: StoredTensor) -> Any:
         if not tensor.floating:  # integer buffers stay NumPy's: without x64, jax would narrow them
             return tensor.read()
-        wanted = jax.dtypes.canonicalize_dtype(tensor.info.dtype if dtype is None else dtype)
-        if mesh is None:
-            return jnp.asarray(tensor.read(), wanted)
-        shape = tensor.info.shape
+        part = partial(tensor.file.read_part, tensor.info)
+        return on_devices(name, tensor.info.dtype, tensor.info.shape, part, dtype, mesh)
 
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return tensor.file.read_part(tensor.info, index or ()).astype(wanted, copy=False)
-
-        return jax.make_array_from_callback(shape, param_sharding(mesh, name, shape), part)
-
-    # A call only begins the copy to a device; it is waited for, so that host buffers do not pile up.
-    return unflatten_names({name: jax.block_until_ready(read(name, t)) for name, t in tensors.items()})
+    return unflatten_names({name: read(name, tensor) for name, tensor in tensors.items()})
 
 
-def place(name: str, array: np.ndarray, dtype: Any, mesh: Any) -> Any:
-    """A parameter from the host on its devices, as `load_params` places one."""
+def on_devices(
+    name: str,
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+    dtype: Any,
+    mesh: Any,
+) -> Any:
+    """A parameter where it belongs, in the dtype asked for.
+
+    Args:
+      stored, shape: what there is.
+      part: gives what is under one slice an axis; asked for the parts of this process's devices.
+    """
     import jax
     import jax.numpy as jnp
 
     from darex_jax.core.sharding import param_sharding
 
-    wanted = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    wanted = jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
     if mesh is None:
-        return jax.block_until_ready(jnp.asarray(array, wanted))
-    array, sharding = array.astype(wanted, copy=False), param_sharding(mesh, name, array.shape)
-    return jax.block_until_ready(
-        jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    )
+        array = jnp.asarray(part((slice(None),) * len(shape)), wanted)
+    else:
+        array = jax.make_array_from_callback(
+            shape,
+            param_sharding(mesh, name, shape),
+            lambda index: part(index or ()).astype(wanted, copy=False),
+        )
+    # A call only begins the copy to a device; it is waited for, so that host buffers do not pile up.
+    return jax.block_until_ready(array)
 
 
 def save_params(

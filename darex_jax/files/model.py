@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, place, read_params
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_params
 from darex_jax.files.stream import restored_layout, restored_params
 from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
 
@@ -19,7 +19,6 @@ BODIES = {
     "BertForPreTraining": "BertModel",
     "RobertaForMaskedLM": "RobertaModel",
 }
-COMPARED = 1 << 20  # entries of a tied head that are compared at a time
 
 
 def load_model(
@@ -57,7 +56,11 @@ def load_model(
         infos = {n: info for part in restored_layout(checkpoint, file).values() for n, info in part.items()}
         model, names = _fit(path, file.config() or checkpoint.config, infos)
         restored = restored_params(checkpoint, file)  # to its end: only then is everything verified
-        named = {name: place(name, array, dtype, mesh) for name, array in restored if name in names}
+        named = {
+            name: on_devices(name, array.dtype, array.shape, array.__getitem__, dtype, mesh)
+            for name, array in restored
+            if name in names
+        }
         return model, unflatten_names({name: named[name] for name in names})
 
 
@@ -116,13 +119,5 @@ def _without_copies(
 
 
 def _same_numbers(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.info.shape != b.info.shape:
-        return False
-
-    def piece(tensor: StoredTensor, start: int) -> np.ndarray:
-        out = np.empty(min(COMPARED, tensor.info.size - start), tensor.info.dtype)
-        tensor.file.read_into(tensor.info, start, out)
-        return out
-
-    starts = range(0, a.info.size, COMPARED)
-    return all(np.array_equal(piece(a, start), piece(b, start)) for start in starts)
+    same_shape = a.info.shape == b.info.shape
+    return same_shape and all(np.array_equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True))

@@ -33,6 +33,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 20  # elements of a tensor that are held at a time
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are walked recursively
 
@@ -94,6 +95,14 @@ class SafetensorsFile:
             if count == 0:
                 raise FileError(f"{self.path}: the file became shorter while it was read.")
             view, position = view[count:], position + count
+
+    def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
+        """A tensor's elements in pieces of at most `CHUNK`, 1-D; the array is reused."""
+        buffer = np.empty(min(info.size, CHUNK), info.dtype)
+        for start in range(0, info.size, CHUNK):
+            chunk = buffer[: min(CHUNK, info.size - start)]
+            self.read_into(info, start, chunk)
+            yield chunk
 
     def read(self, name: str) -> np.ndarray:
         """One whole tensor, a fresh array."""

@@ -93,7 +93,7 @@ def prune_checkpoints(
       allowed); ValueError for a drop_rate or q out of range.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
     """
-    _keep_inputs(out, base.path, fine.path)
+    _keep_inputs(out, base, fine)
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     threshold = keep_threshold(drop_rate)
@@ -170,7 +170,7 @@ def prune_checkpoints(
         position = header_bytes
 
         def append(name: str, data: np.ndarray | StoredTensor) -> int:
-            info, chunks = (data.info, _chunks(data)) if isinstance(data, StoredTensor) else (data, (data,))
+            info, chunks = (data.info, data.chunks()) if isinstance(data, StoredTensor) else (data, (data,))
             tensors[name] = (info.dtype, info.shape)
             data_digest.update(tensor_line(name, info.dtype, info.shape))
             end = position
@@ -242,9 +242,9 @@ def _dense_values(name: str, base: StoredTensor | None, fine: StoredTensor, prog
     """A parameter out of scope: to be copied whole if its bits are not the base's."""
     nonfinite, digest = 0, blake3.blake3()
     twin = base is not None and (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
-    base_chunks = _chunks(base) if base is not None and twin else None
+    base_chunks = base.chunks() if base is not None and twin else None
     same = twin
-    for chunk in _chunks(fine):
+    for chunk in fine.chunks():
         nonfinite += count_nonfinite(chunk) if fine.floating else 0
         progress(chunk.nbytes)
         if base_chunks is not None:
@@ -261,19 +261,10 @@ def _dense_values(name: str, base: StoredTensor | None, fine: StoredTensor, prog
 
 def _digest(tensor: StoredTensor, progress: Progress) -> str:
     digest = blake3.blake3()
-    for chunk in _chunks(tensor):
+    for chunk in tensor.chunks():
         digest.update(as_bytes(chunk))
         progress(chunk.nbytes)
     return digest.hexdigest()
-
-
-def _chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """A tensor's elements in pieces; the array is reused."""
-    buffer = np.empty(min(tensor.info.size, CHUNK), tensor.info.dtype)
-    for start in range(0, tensor.info.size, CHUNK):
-        chunk = buffer[: min(CHUNK, tensor.info.size - start)]
-        tensor.file.read_into(tensor.info, start, chunk)
-        yield chunk
 
 
 def count_nonfinite(values: np.ndarray) -> int:
@@ -302,14 +293,11 @@ def apply_artifact(
     Raises: FileError if the base is not the one the delta was made from (the first tensor that differs is
       named), or if the artifact is damaged.
     """
-    _keep_inputs(out, base.path, delta.path)
+    _keep_inputs(out, base, delta)
     _check_same_tensors(base, delta)
     outputs = restored_layout(base, delta)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for source in companion_files(base.path) if base.path.is_dir() else []:
-            (folder / source.name).write_bytes(source.read_bytes())
-        for name in delta.names("file"):
-            (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
+        restore_companions(base.path, delta, folder)
         total = 0
         data_check = pool.submit(delta.check_data)
         for file_name, tensors in outputs.items():
@@ -388,21 +376,25 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
     }
 
 
-def _keep_inputs(out: str | os.PathLike[str], *inputs: Path) -> None:
+def restore_companions(base: Path, delta: DeltaFile, folder: Path) -> None:
+    """Writes the restored model's companion files: the base's, and over them those the delta carries."""
+    for source in companion_files(base):
+        (folder / source.name).write_bytes(source.read_bytes())
+    for name in delta.names("file"):
+        (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
+
+
+def _keep_inputs(out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile) -> None:
     """Raises: FileError if writing `out` would replace an input, or a file of one."""
     target = Path(out).resolve()
     beside = Path(out).parent.resolve() / Path(out).name  # what is replaced, if `out` is a link
-    for path in inputs:
-        source = path.resolve()
+    for read in inputs:
+        source = read.path.resolve()
+        weights = read.files if isinstance(read, Checkpoint) else ()
         is_input = target == source or target in source.parents
-        is_part = beside.parent == source and (beside.suffix != ".safetensors" or _is_weights(source, beside))
+        is_part = beside.parent == source and (beside.suffix != ".safetensors" or beside.name in weights)
         if is_input or (is_part and beside.exists()):
-            raise FileError(f"{out}: writing this would replace {path}; choose another place.")
-
-
-def _is_weights(folder: Path, file: Path) -> bool:
-    with Checkpoint(folder) as checkpoint:
-        return file.name in checkpoint.files
+            raise FileError(f"{out}: writing this would replace {read.path}; choose another place.")
 
 
 def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, np.ndarray]]:
@@ -443,12 +435,12 @@ def _restored_chunks(
         _check_digest(delta, base_name, digest.hexdigest())
     for kind in ("dense", "rows"):
         if info := delta.tensors.get(f"{kind}/{name}"):
-            for chunk in _chunks(StoredTensor(delta, f"{kind}/{name}", info)):
+            for chunk in delta.chunks(info):
                 yield chunk.astype(stored.info.dtype) if kind == "rows" and stored is not None else chunk
 
 
 def _hashed_chunks(stored: StoredTensor, digest: Any) -> Iterator[np.ndarray]:
-    for chunk in _chunks(stored):
+    for chunk in stored.chunks():
         digest.update(as_bytes(chunk))
         yield chunk
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import companion_files
 from darex_jax.files.safetensors import FileError
+from darex_jax.files.stream import restore_companions
 from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
@@ -53,10 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
         if delta is None:
             return AutoTokenizer.from_pretrained(path)
         with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
-            for source in companion_files(path):
-                shutil.copy(source, folder)
-            for name in file.names("file"):
-                Path(folder, name).write_bytes(file.read(f"file/{name}").tobytes())
+            restore_companions(Path(path), file, Path(folder))
             return AutoTokenizer.from_pretrained(folder)
     except FileError:
         raise
