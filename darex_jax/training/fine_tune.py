@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import optax
 from numpy.typing import NDArray
 
+from darex_jax.models import Model, classifier_from_pretrained
+from darex_jax.tasks import Task
 from darex_jax.tasks.batching import Batch, Encoded, training_batches
-from darex_jax.training.loop import StepRecord, decay_mask, total_steps, train, warmup_linear
-
-__all__ = ["StepRecord", "decay_mask", "example_losses", "fine_tune", "warmup_linear"]
+from darex_jax.training.loop import StepRecord, total_steps, train
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
+
+
+def classifier_for(task: Task, model: Model, params: Params, key: jax.Array) -> tuple[Model, dict[str, Any]]:
+    """`classifier_from_pretrained` with the outputs and the loss that a task needs."""
+    problem = "regression" if task.kind == "regression" else "single_label_classification"
+    return classifier_from_pretrained(model, params, task.num_labels, key, problem)
 
 
 def example_losses(logits: jax.Array, labels: jax.Array | NDArray) -> jax.Array:
