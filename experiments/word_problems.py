@@ -22,7 +22,7 @@ from darex_jax.evaluation.gsm8k import evaluate_gsm8k
 from darex_jax.evaluation.text import complete
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import params_digest
-from darex_jax.files.stream import prune_checkpoints
+from darex_jax.files.prune import prune_checkpoints
 from darex_jax.models import init_model, read_model_config
 from darex_jax.tasks.answers import encode_answers
 from darex_jax.tasks.gsm8k import gsm8k_prompt, metamath_solution

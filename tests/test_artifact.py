@@ -24,8 +24,9 @@ from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile, canonical_json, tensor_line
 from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
+from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
-from darex_jax.files.stream import apply_artifact, prune_checkpoints, restored_params
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -208,7 +209,7 @@ def test_command_line(tmp_path, pair):
 
 def test_commands_on_files_stay_light():
     code = (
-        "import sys; from darex_jax.cli import main; import darex_jax.files.stream; "
+        "import sys; from darex_jax.cli import main; import darex_jax.files.prune, darex_jax.files.restore; "
         "heavy = {'transformers', 'flax', 'datasets', 'torch'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
@@ -267,7 +268,7 @@ def with_header(header, body):
 def refused(path, data):
     path.write_bytes(data)
     with pytest.raises(FileError), DeltaFile(path) as d:
-        from darex_jax.files.stream import verify_artifact
+        from darex_jax.files.restore import verify_artifact
 
         verify_artifact(d)
 

@@ -92,7 +92,7 @@ def prune(
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.stream import prune_checkpoints
+    from darex_jax.files.prune import prune_checkpoints
 
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = _family(f, b)
@@ -151,7 +151,7 @@ def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) ->
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.stream import apply_artifact
+    from darex_jax.files.restore import apply_artifact
 
     with Checkpoint(base) as b, DeltaFile(delta) as d:
         total = 2 * sum(t.info.nbytes for t in b.tensors.values())
@@ -231,7 +231,7 @@ def verify(delta: Path, base: Path | None, as_json: bool) -> None:
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.stream import verify_artifact
+    from darex_jax.files.restore import verify_artifact
 
     with DeltaFile(delta) as d:
         if base is None:

@@ -17,7 +17,8 @@ from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
-from darex_jax.files.stream import apply_artifact, prune_checkpoints
+from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.restore import apply_artifact
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_params
-from darex_jax.files.stream import restored_layout, restored_params
+from darex_jax.files.restore import restored_layout, restored_params
 from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
 
 BODIES = {

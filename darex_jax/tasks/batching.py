@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.restore import restore_companions
 from darex_jax.files.safetensors import FileError
-from darex_jax.files.stream import restore_companions
 from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
