@@ -17,3 +17,4 @@ from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
 from .models.generate import generate as generate
+from .training.adamr import adamr as adamr
