@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darex_jax.evaluation.demo import demo_weights, run_demo
+from darex_jax.runs.demo import demo_weights, run_demo
 from darex_jax.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,6 +28,7 @@ from darex_jax.tasks.answers import encode_answers
 from darex_jax.tasks.gsm8k import gsm8k_prompt, metamath_solution
 from darex_jax.tasks.word_problems import word_problem_tokenizer, word_problems
 from darex_jax.training.causal_lm import train_answers
+from darex_jax.training.loop import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -65,10 +66,8 @@ def main() -> None:
             model,
             fresh,
             examples,
+            Recipe(learning_rate=2e-3, batch_size=32, steps=options.steps),
             key=jax.random.key(1),
-            learning_rate=2e-3,
-            batch_size=32,
-            steps=options.steps,
             on_step=lambda r: print(r.step, f"{r.loss:.4f}", flush=True) if r.step % 50 == 0 else None,
         )
         dx.save_params(fine, params, model.config.to_hf(), companions_from=base)

@@ -10,7 +10,8 @@ import pytest
 from darex_jax.tasks.answers import ANSWER_BUCKETS, EncodedAnswers, answer_batches, encode_answers
 from darex_jax.tasks.gsm8k import gsm8k_prompt, metamath_solution
 from darex_jax.tasks.word_problems import word_problem_tokenizer
-from darex_jax.training.causal_lm import answer_loss, train_answers
+from darex_jax.training.causal_lm import answer_loss, answer_scores, train_answers
+from darex_jax.training.loop import Recipe
 
 VOCABULARY, END, PAD = 12, 11, 0
 
@@ -37,8 +38,9 @@ def counting(n: int, seed: int = 0) -> EncodedAnswers:
 
 
 def run(start, **changes):
-    arguments = {"key": jax.random.key(3), "learning_rate": 0.05, "batch_size": 16, "steps": 8} | changes
-    return train_answers(toy, start, counting(100), **arguments)
+    loop = {name: changes.pop(name) for name in {"key", "on_step"} & changes.keys()}
+    recipe = Recipe(**({"learning_rate": 0.05, "batch_size": 16, "steps": 8} | changes))
+    return train_answers(toy, start, counting(100), recipe, **({"key": jax.random.key(3)} | loop))
 
 
 # Batches.
@@ -103,6 +105,11 @@ def test_what_cannot_be_encoded_is_explained():
 # The loss.
 
 
+def mean_loss(params, batch):
+    total, count = answer_loss(toy, params, batch)
+    return float(total / count)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_is_the_mean_over_answer_tokens_in_float32(start, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), start)
@@ -112,7 +119,8 @@ def test_the_loss_is_the_mean_over_answer_tokens_in_float32(start, dtype):
     for b, t in zip(*np.nonzero(batch["loss_mask"]), strict=True):
         before = np.asarray(logits[b, t - 1], np.float64)
         expected.append(np.log(np.exp(before).sum()) - before[batch["input_ids"][b, t]])
-    loss = answer_loss(toy, params, batch)
+    total, count = answer_loss(toy, params, batch)
+    loss = total / count
     assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -120,16 +128,16 @@ def test_prompts_padding_and_rows_that_fill_up_do_not_count(start):
     data = counting(16)
     (batch,) = answer_batches(data, 16, seed=0, epoch=0)
     (filled,) = answer_batches(data, 24, seed=0, epoch=0)
-    loss = float(answer_loss(toy, start, batch))
-    assert float(answer_loss(toy, start, filled)) == pytest.approx(loss, rel=1e-5)
+    loss = mean_loss(start, batch)
+    assert mean_loss(start, filled) == pytest.approx(loss, rel=1e-5)
     wider = {name: np.pad(x, ((0, 0), (0, 9)), constant_values=PAD) for name, x in batch.items()}
-    assert float(answer_loss(toy, start, wider)) == pytest.approx(loss, rel=1e-5)
+    assert mean_loss(start, wider) == pytest.approx(loss, rel=1e-5)
     # In the toy, what stands before a prompt's last token can only enter as a target.
     other = batch["input_ids"].copy()
     other[:, 0] = 9
     lengths = batch["attention_mask"].sum(1) - batch["loss_mask"].sum(1)
     assert (lengths >= 2).all()
-    assert float(answer_loss(toy, start, batch | {"input_ids": other})) == pytest.approx(loss, rel=1e-6)
+    assert mean_loss(start, batch | {"input_ids": other}) == pytest.approx(loss, rel=1e-6)
 
 
 # Training.
@@ -145,6 +153,10 @@ def test_a_toy_learns_to_count_and_leaves_the_start_alone(start):
     best = np.argmax(toy(trained, batch["input_ids"], batch["attention_mask"]).logits, axis=-1)[:, :-1]
     answered = batch["loss_mask"][:, 1:] == 1
     assert (best[answered] == batch["input_ids"][:, 1:][answered]).all()
+    loss, share = answer_scores(toy, trained, [batch])
+    assert share == 1.0 and loss == pytest.approx(mean_loss(trained, batch), rel=1e-5)
+    loss, share = answer_scores(toy, start, [batch])
+    assert share < 1.0 and loss == pytest.approx(mean_loss(start, batch), rel=1e-5)
     jax.tree.map(np.testing.assert_array_equal, start, before)
 
 

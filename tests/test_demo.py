@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 import darex_jax as dx
 from darex_jax.cli import main
-from darex_jax.evaluation.demo import PACKAGE, demo_weights
 from darex_jax.files.manifest import params_digest
+from darex_jax.runs.demo import PACKAGE, demo_weights
 from darex_jax.tasks import load_task
 
 needs_weights = pytest.mark.skipif(

@@ -6,7 +6,7 @@ from pathlib import Path
 import darex_jax
 
 ROOT = Path(darex_jax.__file__).parent
-LAYERS = ("core", "q", "models", "files", "tasks", "training", "evaluation", "cli")
+LAYERS = ("core", "q", "models", "files", "tasks", "training", "evaluation", "runs", "cli")
 
 
 def imported(file):

@@ -14,8 +14,9 @@ from darex_jax.models import BertConfig, init_model
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import Encoded, evaluation_batches
 from darex_jax.training.fine_tune import example_losses, fine_tune
-from darex_jax.training.loop import decay_mask, warmup_linear
+from darex_jax.training.loop import Recipe, decay_mask, warmup_linear
 
+LOOP = {"key", "on_step", "pretrained", "frozen", "mesh", "checkpoints", "validate"}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CONFIG = {
     "architectures": ["BertForSequenceClassification"],
@@ -49,9 +50,10 @@ def sentences(n: int, seed: int, longest: int = 16) -> Encoded:
 
 
 def train(tiny, **changes):
-    """A short run with fixed arguments, but for `changes`."""
-    arguments = {"key": jax.random.key(7), "learning_rate": 3e-3, "batch_size": 16, "steps": 6} | changes
-    return fine_tune(*tiny, sentences(200, seed=0), **arguments)
+    """A short run with a fixed recipe, but for `changes`; some of them are of the loop."""
+    loop = {name: changes.pop(name) for name in LOOP & changes.keys()}
+    recipe = Recipe(**({"learning_rate": 3e-3, "batch_size": 16, "steps": 6} | changes))
+    return fine_tune(*tiny, sentences(200, seed=0), recipe, **({"key": jax.random.key(7)} | loop))
 
 
 # Training.
@@ -98,12 +100,11 @@ def test_regression_learns_a_score(tiny):
     )
     data = sentences(200, seed=0)
     scores = dataclasses.replace(data, labels=data.labels.astype(np.float32) * 2 - 1)
-    _, history = fine_tune(
-        model, params, scores, key=jax.random.key(0), learning_rate=3e-3, steps=150, batch_size=16
-    )
+    recipe = Recipe(learning_rate=3e-3, steps=150, batch_size=16)
+    _, history = fine_tune(model, params, scores, recipe, key=jax.random.key(0))
     assert np.mean([r.loss for r in history[-5:]]) < 0.5 * np.mean([r.loss for r in history[:5]])
     with pytest.raises(ValueError, match="labels that are scores need a model with 1 output, this one has 2"):
-        fine_tune(*tiny, scores, key=jax.random.key(0), learning_rate=1e-3, steps=1)
+        fine_tune(*tiny, scores, Recipe(learning_rate=1e-3, steps=1), key=jax.random.key(0))
 
 
 def test_rows_that_fill_up_a_batch_do_not_count(tiny):
@@ -115,11 +116,8 @@ def test_rows_that_fill_up_a_batch_do_not_count(tiny):
             model,
             params,
             data,
+            Recipe(learning_rate=1e-3, steps=1, batch_size=b, dropout=False),
             key=jax.random.key(0),
-            learning_rate=1e-3,
-            steps=1,
-            batch_size=b,
-            dropout=False,
         )
         for b in (16, 24)
     ]

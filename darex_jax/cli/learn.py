@@ -373,7 +373,7 @@ def demo(
     Fine-tunes an encoder, prunes its delta at 0.9, 0.99 and 0.999 with DARE and DAREx-q, stores it, restores
     the model from it and evaluates.
     """
-    from darex_jax.evaluation.demo import demo_weights, run_demo
+    from darex_jax.runs.demo import demo_weights, run_demo
 
     base = base or demo_weights()
     with step_bar("fine-tuning", steps, as_json) as on_step:

@@ -53,8 +53,8 @@ def adamr(
       norm: "l2" pulls each entry in proportion to its delta, "l1" by the same amount whatever its delta;
         "l1" goes with importance-based pruning.
       amsgrad: divide by the running maximum of the second moment (before the bias correction, as PyTorch).
-      mask: which parameters are pulled: a tree of booleans like the parameters or a prefix of it, or a function
-        from parameters to one. None: all that have a pretrained value.
+      mask: which parameters are pulled: a tree of booleans like the parameters or a prefix of it, or a
+        function from parameters to one. None: all that have a pretrained value.
     Returns: a transformation whose `update` takes, beyond gradients, state and parameters:
       pretrained: the pretrained values by name, a tree like the parameters; it may lack some, which are
         then not pulled (a fresh head), or have others beside. Any floating dtype, any sharding; never copied.

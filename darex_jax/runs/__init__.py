@@ -1,0 +1,1 @@
+"""Whole runs, from files to files: training, repeating one, the demo."""

@@ -1,0 +1,83 @@
+"""A training's numbers as JSON lines, step by step as they come, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from darex_jax.training.loop import StepRecord
+
+
+@contextmanager
+def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRecord], dict[str, Any]]]:
+    """A function that appends a step's record to `path`, one JSON object a line, and returns what it wrote.
+
+    To a record's fields it adds `examples_per_second`, over the time since the record before. What is not
+    measured is left out. A training that goes on from step n keeps what the file says of the steps before n.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = read_metrics(path)
+    clock: float | None = None
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(record: StepRecord) -> dict[str, Any]:
+            nonlocal clock, before
+            if clock is None:  # the first record of this call says where the training goes on
+                file.truncate(0)
+                before = [line for line in before if line["step"] < record.step]
+                file.writelines(json.dumps(line) + "\n" for line in before)
+            now = time.monotonic()
+            line = {name: value for name, value in record._asdict().items() if value is not None}
+            if clock is not None:
+                line["examples_per_second"] = round(examples_a_step / max(now - clock, 1e-9), 2)
+            clock = now
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            return line
+
+        yield write
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none if it does not exist, and without a last one that was broken off."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_metrics(lines: list[dict[str, Any]], validation_name: str, path: Path) -> None:
+    """Loss and learning rate, the delta's size, and the validation metric against the step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def points(name: str) -> tuple[list[float], list[float]]:
+        known = [line for line in lines if name in line]
+        return [line["step"] for line in known], [line[name] for line in known]
+
+    validated = any("validation" in line for line in lines)
+    figure = Figure(figsize=(4.2 * (2 + validated), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, delta, *rest = figure.subplots(1, 2 + validated, squeeze=False)[0]
+    loss.plot(*points("loss"), color="tab:blue", linewidth=0.8)
+    loss.set(xlabel="step", title="loss")
+    rate = loss.twinx()
+    rate.plot(*points("learning_rate"), color="tab:gray", linestyle=":")
+    rate.set_ylabel("learning rate (dotted)", color="tab:gray")
+    delta.plot(*points("delta_rms"), color="tab:orange", label="root mean square")
+    delta.plot(*points("delta_max"), color="tab:red", linestyle="--", label="largest")
+    delta.set(xlabel="step", title="size of the delta", yscale="log")
+    delta.legend(frameon=False)
+    for axes in rest:
+        axes.plot(*points("validation"), "o-", color="tab:green", markersize=3)
+        axes.set(xlabel="step", title=f"validation: {validation_name}")
+    for axes in (loss, delta, *rest):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
