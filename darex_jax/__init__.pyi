@@ -7,6 +7,7 @@ from .core.delta import rescale as rescale
 from .core.importance import magnitude_mask as magnitude_mask
 from .core.importance import structured_mask as structured_mask
 from .core.importance import wanda_mask as wanda_mask
+from .core.lora import adapter_delta as adapter_delta
 from .core.mask import random_mask as random_mask
 from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
