@@ -11,6 +11,8 @@ from .core.lora import adapter_delta as adapter_delta
 from .core.mask import random_mask as random_mask
 from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
+from .files.adapter import load_adapter as load_adapter
+from .files.adapter import save_adapter as save_adapter
 from .files.artifact import load_delta as load_delta
 from .files.artifact import load_kept as load_kept
 from .files.artifact import save_delta as save_delta
