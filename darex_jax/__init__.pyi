@@ -7,9 +7,12 @@ from .core.delta import rescale as rescale
 from .core.importance import magnitude_mask as magnitude_mask
 from .core.importance import structured_mask as structured_mask
 from .core.importance import wanda_mask as wanda_mask
+from .core.lora import adapter_delta as adapter_delta
 from .core.mask import random_mask as random_mask
 from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
+from .files.adapter import load_adapter as load_adapter
+from .files.adapter import save_adapter as save_adapter
 from .files.artifact import load_delta as load_delta
 from .files.artifact import load_kept as load_kept
 from .files.artifact import save_delta as save_delta

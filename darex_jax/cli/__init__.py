@@ -1,7 +1,7 @@
 """The `darex` command. Each command parses, calls one library function and prints a short summary.
 
 Imports stay inside the commands: `darex --help` must not wait for jax, and the commands on files need
-neither transformers nor flax.
+neither transformers nor, merge-adapter apart, flax.
 """
 
 from typing import Any
@@ -39,6 +39,7 @@ for command in (
     files.apply,
     files.inspect,
     files.verify,
+    files.merge_adapter,
     learn.train,
     learn.evaluate,
     learn.find_q,

@@ -1,4 +1,7 @@
-"""Commands on files: check, prune, apply, inspect, verify. They load neither transformers nor flax."""
+"""Commands on files: check, prune, apply, inspect, verify, merge-adapter.
+
+They do not load transformers, and all but the last not flax either.
+"""
 
 import json
 import sys
@@ -243,6 +246,32 @@ def verify(delta: Path, base: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"delta": str(delta)} | result))
     else:
         print_table(str(delta), list(result.items()))
+
+
+@click.command("merge-adapter")
+@click.argument("base", type=PATH)
+@click.argument("adapter", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@JSON
+def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Merge a LoRA adapter: write BASE with ADAPTER in it to OUT.
+
+    ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, a fine-tune of BASE
+    like any other for `darex prune`.
+    """
+    from darex_jax.files.merge import merge_adapter as merge
+
+    summary = merge(base, adapter, out, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **summary._asdict()}))
+        return
+    rows = [
+        ("merged", f"{summary.merged} weights"),
+        ("taken whole", few(summary.replaced)),
+        ("written", bytes_text(summary.bytes)),
+    ]
+    print_table(str(out), rows)
 
 
 def _family(fine: Any, base: Any) -> str | None:

@@ -39,6 +39,14 @@ def unflatten_names(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """The union of nested dicts; of leaves with one name, the last tree's stays.
+
+    Raises: ValueError if a leaf of one is a branch of another.
+    """
+    return unflatten_names({name: leaf for tree in trees for name, leaf in flatten_names(tree).items()})
+
+
 def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function gets each leaf's name first."""
     return jax.tree_util.tree_map_with_path(

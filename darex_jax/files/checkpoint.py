@@ -265,11 +265,7 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
       is no model: a folder with other folders in it, say, is not for this to delete.
     """
     path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not overwrite:
-            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
-        if not _is_model_directory(path):
-            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
+    check_replaceable(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
@@ -286,6 +282,15 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
             os.replace(replaced, path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises what `atomic_directory` raises for a path that it would not write to."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+        if not _is_model_directory(path):
+            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
 
 
 def _is_model_directory(path: Path) -> bool:

@@ -12,14 +12,14 @@ import numpy as np
 
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor
-from darex_jax.files.safetensors import FileError, as_bytes
+from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes that are done
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def keep_inputs(out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile) -> None:
+def keep_inputs(out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile | SafetensorsFile) -> None:
     """Raises: FileError if writing `out` would replace an input, or a file of one."""
     target = Path(out).resolve()
     beside = Path(out).parent.resolve() / Path(out).name  # what is replaced, if `out` is a link

@@ -53,10 +53,14 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectu
 
 @dataclass(frozen=True)
 class Model:
-    """What a model is apart from its weights: hashable, so `jax.jit(..., static_argnums=0)` takes it."""
+    """What a model is apart from its weights: hashable, so `jax.jit(..., static_argnums=0)` takes it.
+
+    `options` are what its architecture was told beside the config, see `build_model`.
+    """
 
     config: Config
     graphdef: nnx.GraphDef
+    options: tuple[tuple[str, bool], ...] = ()
 
     def __call__(
         self,
@@ -122,13 +126,14 @@ def build_model(config: Config, **options: bool) -> tuple[Model, dict[str, tuple
 
     Args: options: of the architecture; `pooler=False` for a BERT body without one.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: _module(config, jax.random.key(0), **options)))
-    return Model(config, graphdef), {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: new_module(config, jax.random.key(0), **options)))
+    shapes = {name: x.shape for name, x in flatten_names(_state_dict(state)).items()}
+    return Model(config, graphdef, tuple(sorted(options.items()))), shapes
 
 
 def init_model(config: Config, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
     """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
-    weights = _state_dict(nnx.state(_module(config, key)))
+    weights = _state_dict(nnx.state(new_module(config, key)))
     return build_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
@@ -170,13 +175,14 @@ def _fresh(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str
     """The weights of `init_model` under these names; in one jit, so that the others are never made."""
 
     def init(key: Array) -> dict[str, Array]:
-        weights = flatten_names(_state_dict(nnx.state(_module(config, key))))
+        weights = flatten_names(_state_dict(nnx.state(new_module(config, key))))
         return {name: weights[name].astype(dtype) for name in names}
 
     return jax.jit(init)(key)
 
 
-def _module(config: Config, key: Array, **options: bool) -> nnx.Module:
+def new_module(config: Config, key: Array, **options: bool) -> nnx.Module:
+    """The Flax module of a config, with fresh weights; `options` as for `build_model`."""
     return MODULES[config.architectures[0]](config, rngs=nnx.Rngs(params=key), **options)
 
 

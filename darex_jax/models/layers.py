@@ -31,7 +31,16 @@ def project(x: Array, weight: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at 0."""
+    """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at 0.
+
+    With an adapter (`models/lora.py`), `lora_A.weight` [r, D] and `lora_B.weight` [O, r], it adds
+    `scale * x @ lora_A.weight.T @ lora_B.weight.T`.
+    """
+
+    # On the class, so that a layer without an adapter is described by its weights alone.
+    lora_A: "Linear | None" = None
+    lora_B: "Linear | None" = None
+    scale: float = 1.0
 
     def __init__(
         self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: nnx.Rngs
@@ -41,7 +50,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = project(x, self.weight[...])
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+        if self.lora_A is None or self.lora_B is None:
+            return y
+        return y + self.scale * self.lora_B(self.lora_A(x))
 
 
 class Embedding(nnx.Module):

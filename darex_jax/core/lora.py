@@ -1,0 +1,182 @@
+"""Low-rank adapters without a model: their names, their scales, and the delta that they amount to.
+
+An adapter is a nested dict with two float leaves for each weight [O, D] that it adapts, `q_proj.weight` say:
+`q_proj.lora_A.weight` [r, D] and `q_proj.lora_B.weight` [O, r], PEFT's own names without their prefix. The
+weight's delta is `scale * B @ A`, scale being alpha / r (Hu et al., arXiv:2106.09685) or alpha / sqrt(r)
+(rsLoRA; Kalajdzievski, arXiv:2312.03732).
+
+Both prunings of the merged model start here: `prune(key, adapter_delta(adapter, scales), drop_rate)` prunes
+the merged delta; `prune(key, adapter, drop_rate)` prunes A and B as the delta of an adapter of zeros, and
+`adapter_delta` of what is left is then merged.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from darex_jax.core.tree import PyTree, flatten_names, unflatten_names
+
+FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which linear layers have an adapter, of what rank and scale; PEFT's rules for names.
+
+    Attributes:
+      rank: r, at least 1.
+      alpha: the numerator of the scale.
+      targets: names of layers, each whole or its last parts (`q_proj`); or one regular expression, a plain
+        string, that matches whole names.
+      rslora: the scale is alpha / sqrt(r) instead of alpha / r.
+      rank_pattern, alpha_pattern: {regular expression: rank or alpha} of layers with one of their own; the
+        expression matches a whole name or its last parts, and the first that does counts.
+    Raises: ValueError that names every rank under 1, alpha that is no finite number and pattern that is no
+      regular expression.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | str
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        ranks = {"rank": self.rank, **{f"rank_pattern {p!r:.80}": r for p, r in self.rank_pattern.items()}}
+        alphas = {
+            "alpha": self.alpha,
+            **{f"alpha_pattern {p!r:.80}": a for p, a in self.alpha_pattern.items()},
+        }
+        wrong = [
+            f"{n} is {r!r:.80}, it must be an integer of 1 or more"
+            for n, r in ranks.items()
+            if not _is_rank(r)
+        ]
+        wrong += [
+            f"{n} is {a!r:.80}, it must be a finite number" for n, a in alphas.items() if not _is_number(a)
+        ]
+        patterns = [self.targets] if isinstance(self.targets, str) else []
+        for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(f"({pattern})")
+            except (re.error, OverflowError, RecursionError) as error:
+                wrong.append(f"{pattern!r:.80} is not a regular expression: {error}")
+        if wrong:
+            raise ValueError(f"LoRA config: {'; '.join(wrong)}.")
+
+    def matches(self, module: str) -> bool:
+        """Whether the linear layer of this name has an adapter."""
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, module) is not None
+        return any(_ends_in(module, target) for target in self.targets)
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
+
+    def scales(self, adapter: PyTree) -> dict[str, float]:
+        """The scale of every layer that an adapter has, by the layer's name.
+
+        Raises: ValueError that names every layer whose rank is another in the adapter than here.
+        """
+        factors = adapter_factors(adapter)
+        wrong = [
+            f"'{name}' has rank {a.shape[0]}, its config says {self.rank_of(name)}"
+            for name, (a, _) in factors.items()
+            if a.shape[0] != self.rank_of(name)
+        ]
+        if wrong:
+            raise ValueError(f"the adapter does not fit its config: {'; '.join(wrong)}.")
+        return {name: self.scale_of(name) for name in factors}
+
+
+def adapter_factors(adapter: PyTree) -> dict[str, tuple[Any, Any]]:
+    """`{layer: (A, B)}` of an adapter, by the layer's name; A [r, D], B [O, r].
+
+    Raises: ValueError that names every leaf which is no A or B, has no partner or does not fit it.
+    """
+    named = flatten_names(adapter)
+    layers = {name: _layer_of(name) for name in named}
+    wrong = [f"'{name}' is no factor of an adapter" for name, layer in layers.items() if layer is None]
+    factors = {}
+    for layer in dict.fromkeys(layer for layer in layers.values() if layer is not None):
+        a, b = (named.get(f"{layer}.{factor}") for factor in FACTORS)
+        if a is None or b is None:
+            wrong.append(f"'{layer}' has no {FACTORS[0] if a is None else FACTORS[1]}")
+            continue
+        if not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0):
+            wrong.append(f"'{layer}' has A {list(a.shape)} and B {list(b.shape)}, expected [r, in], [out, r]")
+        factors[layer] = (a, b)
+    if wrong:
+        raise ValueError(f"this is no adapter: {'; '.join(wrong)}.")
+    return factors
+
+
+def adapter_delta(adapter: PyTree, scales: float | Mapping[str, float]) -> dict[str, Any]:
+    """What an adapter adds to the weights: `scale * B @ A` in float32, under the names of the weights.
+
+    `apply_delta(params, adapter_delta(adapter, scales))` merges.
+
+    Args:
+      adapter: nested dict of A [r, D] and B [O, r], any floating dtypes.
+      scales: one number, or one a layer: `LoraConfig.scales(adapter)`.
+    Returns: nested dict `{layer: {"weight": [O, D]}}`.
+    Raises: ValueError for leaves that are no adapter's, or a layer without a scale.
+    Source: Hu et al., arXiv:2106.09685, section 4.1.
+    """
+    factors = adapter_factors(adapter)
+    by_layer = scales_by_layer(scales, factors)
+    return unflatten_names(
+        {f"{layer}.weight": by_layer[layer] * _product(b, a) for layer, (a, b) in factors.items()}
+    )
+
+
+def scales_by_layer(scales: float | Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """One scale a layer. Raises: ValueError that names the layers without one."""
+    layers = list(layers)
+    if not isinstance(scales, Mapping):
+        return dict.fromkeys(layers, scales)
+    missing = [layer for layer in layers if layer not in scales]
+    if missing:
+        raise ValueError(f"no scale for {', '.join(missing)}.")
+    return {layer: scales[layer] for layer in layers}
+
+
+def _product(b: Any, a: Any) -> jax.Array:
+    # At full precision, which accelerators do not take for float32 unless they are told.
+    return jnp.matmul(
+        jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _layer_of(name: str) -> str | None:
+    return next((name.removesuffix(f".{f}") for f in FACTORS if name.endswith(f".{f}")), None)
+
+
+def _ends_in(module: str, parts: str) -> bool:
+    return module == parts or module.endswith(f".{parts}")
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    found = (value for p, value in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
+    return next(found, default)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

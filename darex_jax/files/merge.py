@@ -1,0 +1,102 @@
+"""A base and an adapter as one Hugging Face directory: an ordinary fine-tune of the base."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from darex_jax.core.delta import apply_delta
+from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
+from darex_jax.core.tree import flatten_names
+from darex_jax.files.adapter import WEIGHTS, load_adapter
+from darex_jax.files.checkpoint import Checkpoint, check_replaceable, save_params
+from darex_jax.files.model import load_model
+from darex_jax.files.safetensors import SafetensorsFile
+from darex_jax.files.stream import keep_inputs
+from darex_jax.models import BertConfig, Model, build_model, classifier_from_pretrained
+
+HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and RoBERTa's: [labels, D]
+
+
+class MergeSummary(NamedTuple):
+    """How many weights got a delta, what was replaced or added whole, and the bytes of all parameters."""
+
+    merged: int
+    replaced: list[str]
+    bytes: int
+
+
+def merge_adapter(
+    base: str | PathLike[str],
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> MergeSummary:
+    """Writes `base` with an adapter merged into it: each weight `W + scale * B @ A` in float32, rounded once.
+
+    One model is held in memory, and the delta of one weight at a time.
+
+    Args:
+      base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also fits the
+        body that the classifier was made of: its head is then the adapter's, its labels LABEL_0 and so on.
+      adapter: directory in PEFT's format.
+      out: becomes a Hugging Face directory with the base's dtypes and companion files, whole or not at all.
+      overwrite: replace what `out` holds.
+    Raises: ValueError that names every parameter of the adapter which the base lacks or has in another
+      shape, or a weight that would not be finite; FileError for what cannot be read, for an adapter that
+      `load_adapter` refuses, or if `out` is an input or holds something already.
+    """
+    config, factors_tree, dense_tree = load_adapter(adapter)
+    with Checkpoint(base) as checkpoint, SafetensorsFile(Path(adapter) / WEIGHTS) as weights:
+        keep_inputs(out, checkpoint, weights)
+    check_replaceable(Path(out).resolve(), overwrite)
+    factors, dense = adapter_factors(factors_tree), flatten_names(dense_tree)
+    model, named = _with_head(*load_model(base), dense)
+    shapes = {f"{layer}.weight": (b.shape[0], a.shape[1]) for layer, (a, b) in factors.items()}
+    shapes |= {name: x.shape for name, x in dense.items()}
+    wrong = [f"{name} is not in the base" for name in shapes if name not in named]
+    wrong += [
+        f"{name} is {list(named[name].shape)} in the base, the adapter's {list(shape)}"
+        for name, shape in shapes.items()
+        if name in named and named[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError(f"{adapter} does not fit {base}: {'; '.join(sorted(wrong))}.")
+    named |= {name: x.astype(named[name].dtype) for name, x in dense.items()}
+    scales = config.scales(factors_tree)
+    for layer, pair in factors.items():
+        pieces = {f"{layer}.{factor}": x for factor, x in zip(FACTORS, pair, strict=True)}
+        name = f"{layer}.weight"
+        named |= apply_delta({name: named[name]}, adapter_delta(pieces, scales))
+        if not bool(jnp.isfinite(named[name]).all()):
+            raise ValueError(f"{adapter}: '{name}' of {base} would hold infinity or NaN.")
+    save_params(out, named, model.config.to_hf(), companions_from=base, overwrite=overwrite)
+    return MergeSummary(len(factors), sorted(dense), sum(x.nbytes for x in named.values()))
+
+
+def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """The model with a head of the adapter's size, and its parameters by name.
+
+    Raises: ValueError if the adapter does not bring all that the base lacks for one.
+    """
+    rows = next((dense[name].shape[0] for name in HEAD_ROWS if name in dense and dense[name].ndim), None)
+    config = model.config
+    if (
+        not isinstance(config, BertConfig)
+        or rows is None
+        or (not config.headless and config.num_labels == rows)
+    ):
+        return model, flatten_names(params)
+    old = flatten_names(params)
+    shapes = build_model(config.as_classifier(rows))[1]
+    kept = {f"{config.model_type}.{name}" if config.headless else name for name in old}
+    kept = {name for name in kept if not name.startswith("classifier.")}
+    missing = sorted(shapes.keys() - kept - dense.keys())
+    if missing:
+        raise ValueError(f"a classifier also needs {', '.join(missing)}, which neither base nor adapter has.")
+    # What this makes anew the adapter replaces: the key plays no part.
+    model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0))
+    return model, flatten_names(params)

@@ -1,0 +1,96 @@
+"""Low-rank adapters on a model's linear layers (LoRA; Hu et al., arXiv:2106.09685).
+
+There are two trees: the base's `params`, which stay as they are, and the `adapter` of `core/lora.py`. A model
+with adapters runs on the union of the two: `model(combine(params, adapter), ...)`. What is differentiated is
+the caller's choice, `jax.grad` with respect to the adapter alone as a rule.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from darex_jax.core.lora import LoraConfig, adapter_factors, scales_by_layer
+from darex_jax.core.tree import PyTree, leaf_keys, unflatten_names
+from darex_jax.models import Model, new_module
+from darex_jax.models.layers import Linear
+
+Array = jax.Array
+
+
+def add_adapters(model: Model, config: LoraConfig, key: Array) -> tuple[Model, dict[str, Any]]:
+    """A model with fresh adapters, which change nothing yet: A is random, B zero.
+
+    No weight of the base is made or looked at. Adapters that the model has already are replaced.
+
+    Args:
+      model: BERT, RoBERTa, Llama or Qwen2, with or without a head.
+      key: typed key; a layer's A depends on it and on the layer's name alone.
+    Returns: the model, and the adapter: float32, A [r, D] uniform within +-1/sqrt(D), as PEFT has it
+      (He et al., arXiv:1502.01852, with a slope of sqrt(5)), and B [O, r] zero.
+    Raises: ValueError if the config matches no linear layer of the model; TypeError for another kind of key.
+    """
+    shapes = {name: layer.weight.shape for name, layer in _linears(_shapes_only(model)).items()}
+    layers = sorted(name for name in shapes if config.matches(name))
+    if not layers:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
+        raise ValueError(f"{config.targets!r} matches no linear layer of this model; it has {known}.")
+    # By the layer's name, not the leaf's: `prune` draws the mask of A from the leaf's under the same key.
+    keys = leaf_keys(key, layers)
+    named = {}
+    for name in layers:
+        out_features, in_features = shapes[name]
+        rank, bound = config.rank_of(name), in_features**-0.5
+        named[f"{name}.lora_A.weight"] = jax.random.uniform(
+            keys[name], (rank, in_features), minval=-bound, maxval=bound
+        )
+        named[f"{name}.lora_B.weight"] = jnp.zeros((out_features, rank))
+    adapter = unflatten_names(named)
+    return attach_adapters(model, adapter, config.scales(adapter)), adapter
+
+
+def attach_adapters(model: Model, adapter: PyTree, scales: float | Mapping[str, float]) -> Model:
+    """The model that runs with this adapter, and only with one of its names and ranks.
+
+    Args: adapter, scales: as for `adapter_delta`; the scales become part of the model.
+    Raises: ValueError that names every layer which the model lacks or whose shape is another.
+    """
+    factors = adapter_factors(adapter)
+    by_layer = scales_by_layer(scales, factors)
+    module = _shapes_only(model)
+    linears = _linears(module)
+    wrong = [f"it has no linear layer '{name}'" for name in factors if name not in linears]
+    wrong += [
+        f"'{name}' is {list(linears[name].weight.shape)}, the adapter's {[b.shape[0], a.shape[1]]}"
+        for name, (a, b) in factors.items()
+        if name in linears and linears[name].weight.shape != (b.shape[0], a.shape[1])
+    ]
+    if wrong:
+        raise ValueError(f"the adapter does not fit the model: {'; '.join(wrong)}.")
+    for name, (a, b) in factors.items():
+        layer = linears[name]
+        layer.lora_A, layer.lora_B = (_shapes_of_linear(x.shape) for x in (a, b))
+        layer.scale = float(by_layer[name])
+    return dataclasses.replace(model, graphdef=nnx.split(module)[0])
+
+
+def _shapes_only(model: Model) -> nnx.Module:
+    """The model's module without its adapters, shapes in place of weights."""
+    return nnx.eval_shape(lambda: new_module(model.config, jax.random.key(0), **dict(model.options)))
+
+
+def _shapes_of_linear(shape: tuple[int, int]) -> Linear:
+    out_features, in_features = shape
+    options: dict[str, Any] = {"stddev": 0.0, "bias": False}
+    return nnx.eval_shape(
+        lambda: Linear(in_features, out_features, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
+    )
+
+
+def _linears(module: nnx.Module) -> dict[str, Linear]:
+    """The linear layers by their names, Hugging Face's."""
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, Linear)}
