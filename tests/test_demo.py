@@ -49,7 +49,7 @@ def test_train_writes_what_transformers_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     report = json.loads(darex("train", demo_weights(), tmp_path / "m", "--steps", 2, "--limit", 64, "--json"))
-    assert report["steps"] == 2 and report["n"] == 1000
+    assert report["steps"] == 2 and report["test_examples"] == 1000
     again = json.loads(darex("train", demo_weights(), tmp_path / "n", "--steps", 2, "--limit", 64, "--json"))
     assert again["loss"] == report["loss"]
     manifests = [json.loads((tmp_path / name / "darex_manifest.json").read_text()) for name in "mn"]

@@ -167,6 +167,75 @@ def test_divergence_and_wrong_arguments_are_explained(tiny):
         train(tiny, steps=0)
 
 
+def test_parts_of_a_batch_add_up_to_the_batch(tiny):
+    """Without dropout, accumulating gives the same step up to rounding, also with rows that fill up."""
+    (whole, one), (parts, four) = (
+        train(tiny, accumulate=n, batch_size=128, steps=4, dropout=False) for n in (1, 4)
+    )
+    for a, b in zip(one, four, strict=True):
+        assert (a.loss, a.gradient_norm) == pytest.approx((b.loss, b.gradient_norm), rel=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), whole, parts)
+    with pytest.raises(ValueError, match="a batch of 16 does not divide into accumulate = 3 parts"):
+        train(tiny, accumulate=3)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tiny):
+    (wide, one), (narrow, other) = (train(tiny, dtype=d, dropout=False) for d in ("float32", "bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.float32)}
+    assert one[0].loss != other[0].loss == pytest.approx(one[0].loss, rel=2e-2)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (wide, narrow)), strict=True)]
+    assert 0 < max(moved) < 6 * 2 * 3e-3  # six steps of Adam, in opposite directions at worst
+
+
+def without_head(params):
+    return {name: leaf for name, leaf in params.items() if name != "classifier"}
+
+
+def test_adamr_keeps_the_delta_small_and_leaves_a_fresh_head_alone(tiny):
+    _, base = tiny
+    runs = {
+        w: train(
+            tiny, steps=40, optimizer="adamr", weight_decay=w, pretrained=without_head(base), dropout=False
+        )
+        for w in (0.0, 0.1, 1.0)
+    }
+    sizes = [history[-1].delta_rms for _, history in runs.values()]
+    assert sizes[0] > 1.3 * sizes[1] > 1.3 * 1.3 * sizes[2] > 0
+    heads = [
+        np.abs(params["classifier"]["weight"] - base["classifier"]["weight"]).max()
+        for params, _ in runs.values()
+    ]
+    assert min(heads) > 0.02  # as far as without a pull
+    with pytest.raises(ValueError, match="optimizer is 'adamw' or 'adamr' and norm 'l2' or 'l1', got 'sgd'"):
+        train(tiny, optimizer="sgd")
+
+
+def test_the_delta_is_measured_where_there_is_a_pretrained_value(tiny):
+    _, base = tiny
+    params, history = train(tiny, steps=12, pretrained=without_head(base))
+    measured = [r.step for r in history if r.delta_rms is not None]
+    assert measured == [0, 10, 11]
+    deltas = [
+        np.asarray(leaf, np.float64) - np.asarray(flatten_names(base)[name], np.float64)
+        for name, leaf in flatten_names(params).items()
+        if not name.startswith("classifier")
+    ]
+    entries = np.concatenate([d.ravel() for d in deltas])
+    assert history[-1].delta_rms == pytest.approx(np.sqrt(np.mean(entries**2)), rel=1e-4)
+    assert history[-1].delta_max == pytest.approx(np.abs(entries).max(), rel=1e-5)
+
+
+def test_what_is_frozen_stays_and_plays_its_part(tiny):
+    model, base = tiny
+    head, body = {"classifier": base["classifier"]}, without_head(base)
+    recipe = Recipe(learning_rate=3e-3, steps=5, batch_size=16, dropout=False)
+    data = sentences(200, seed=0)
+    trained, history = fine_tune(model, head, data, recipe, key=jax.random.key(7), frozen=body)
+    assert set(flatten_names(trained)) == {"classifier.weight", "classifier.bias"}
+    assert history[0].loss == pytest.approx(train(tiny, steps=1, dropout=False)[1][0].loss, rel=1e-6)
+    assert np.abs(trained["classifier"]["weight"] - base["classifier"]["weight"]).max() > 0
+
+
 # Evaluation.
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import files, learn, text
+from darex_jax.cli import files, learn, text, train
 
 
 class FriendlyGroup(click.Group):
@@ -40,7 +40,8 @@ for command in (
     files.inspect,
     files.verify,
     files.merge_adapter,
-    learn.train,
+    train.train,
+    train.repeat,
     learn.evaluate,
     learn.find_q,
     learn.demo,

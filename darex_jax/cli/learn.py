@@ -1,4 +1,4 @@
-"""Commands that run a model: train, eval, find-q, demo."""
+"""Commands that run a model: eval, find-q, demo."""
 
 import json
 from pathlib import Path
@@ -22,87 +22,6 @@ from darex_jax.cli.options import (
     TASK,
 )
 from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
-
-
-@click.command()
-@click.argument("base", type=PATH)
-@click.argument("out", type=PATH)
-@TASK
-@DATA_DIR
-@LEARNING_RATE
-@BATCH_SIZE
-@click.option("--steps", type=click.IntRange(1), help="How long; or give --epochs.")
-@click.option("--epochs", type=float, help="How long; or give --steps. Default: 3 epochs.")
-@click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
-@SEED
-@JSON
-def train(
-    base: Path,
-    out: Path,
-    task_name: str,
-    data_dir: Path | None,
-    learning_rate: float,
-    batch_size: int,
-    steps: int | None,
-    epochs: float | None,
-    limit: int | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Fine-tune BASE on a task and write the model to OUT.
-
-    AdamW with linear warm-up and decay; OUT is a Hugging Face directory with a manifest of the run.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: already exists; choose another place.")
-    import jax
-
-    from darex_jax.evaluation.classification import evaluate
-    from darex_jax.files.checkpoint import save_params
-    from darex_jax.files.manifest import params_digest, run_manifest
-    from darex_jax.files.model import load_model
-    from darex_jax.tasks import load_task
-    from darex_jax.tasks.batching import encode, load_tokenizer
-    from darex_jax.training.fine_tune import classifier_for, fine_tune
-
-    task = load_task(task_name, data_dir, seed)
-    tokenizer = load_tokenizer(base)
-    examples = encode(tokenizer, task.train.select(slice(limit)))
-    if steps is None and epochs is None:
-        epochs = 3.0
-    key = jax.random.key(seed)
-    model, params = load_model(base)
-    base_digest = params_digest(params)
-    model, params = classifier_for(task, model, params, jax.random.fold_in(key, 0))
-    total = steps or round((epochs or 0) * -(-len(examples) // batch_size))
-    with step_bar("fine-tuning", total, as_json) as on_step:
-        params, history = fine_tune(
-            model,
-            params,
-            examples,
-            key=jax.random.fold_in(key, 1),
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            steps=total,
-            on_step=on_step,
-        )
-    options = {
-        "base": base, "task": task_name, "data_dir": data_dir, "learning_rate": learning_rate,
-        "batch_size": batch_size, "steps": total, "limit": limit, "seed": seed,
-    }  # fmt: skip
-    inputs = {"base": base_digest, "train": task.train.digest()}
-    manifest = run_manifest("train", options, inputs, {"model": params_digest(params)})
-    save_params(out, params, model.config.to_hf(), companions_from=base, manifest=manifest)
-    result = evaluate(model, params, encode(tokenizer, task.test), task)
-    report = {"out": str(out), "task": task.name, "steps": total, "loss": history[-1].loss} | result
-    if as_json:
-        click.echo(json.dumps(report))
-    else:
-        rows = [
-            ("trained", f"{total} steps of {batch_size}, last loss {history[-1].loss:.4f}"),
-            (f"test {task.metric_name}", f"{result['metric']:.4f} on {result['n']} examples"),
-        ]
-        print_table(str(out), rows)
 
 
 @click.command("eval")

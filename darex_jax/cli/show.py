@@ -70,6 +70,36 @@ def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], No
 
 
 @contextmanager
+def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]]:
+    """A bar for lines of a metrics file: loss, rate, speed, the delta's size, the validation metric.
+
+    A training that goes on begins where it was.
+    """
+    from tqdm import tqdm
+
+    shown: dict[str, str] = {}
+    with tqdm(desc=title, unit="step", disable=quiet, mininterval=1.0, dynamic_ncols=True) as bar:
+
+        def on_step(steps: int, line: Any) -> None:
+            if bar.total is None:
+                bar.reset(steps)
+                bar.update(line["step"])
+            shown["loss"], shown["lr"] = f"{line['loss']:.3f}", f"{line['learning_rate']:.1e}"
+            if "examples_per_second" in line:
+                shown["ex/s"] = f"{line['examples_per_second']:.0f}"
+            if "delta_rms" in line:
+                shown["delta"] = f"{line['delta_rms']:.1e}(max {line['delta_max']:.1e})"
+            if "validation" in line:
+                shown["val"] = f"{line['validation']:.3f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(1)
+            if bar.n >= steps:  # what comes next prints below a finished bar
+                bar.close()
+
+        yield on_step
+
+
+@contextmanager
 def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar that says how many problems are answered and how many of them correctly."""
     from tqdm import tqdm

@@ -12,7 +12,7 @@ from typing import Any
 from darex_jax.core.lora import LoraConfig, adapter_factors
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import PyTree, flatten_names
-from darex_jax.files.checkpoint import StoredTensor, atomic_directory, read_json, read_params
+from darex_jax.files.checkpoint import MANIFEST, StoredTensor, atomic_directory, read_json, read_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -85,6 +85,7 @@ def save_adapter(
     task_type: str | None = None,
     base: str | None = None,
     overwrite: bool = False,
+    manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a directory that `PeftModel.from_pretrained` loads; it appears whole or not at all.
 
@@ -94,6 +95,7 @@ def save_adapter(
       task_type: PEFT's word for the model's class: "SEQ_CLS", "CAUSAL_LM"; None leaves it to the reader.
       base: where the base lies or what it is called, for the reader's sake.
       overwrite: replace what `path` holds, all of it.
+      manifest: of the run that made the adapter; written as darex_manifest.json.
     Raises: ValueError if a layer of the adapter is not the config's, has another rank, or lies in a module
       that is saved whole; FileError if `path` holds something already and `overwrite` is not given.
     """
@@ -132,6 +134,8 @@ def save_adapter(
     tensors = {PREFIX + name: x for name, x in {**flatten_names(adapter), **stored}.items()}
     with atomic_directory(path, overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if manifest is not None:
+            (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tomli_w
 
+from darex_jax.core.lora import LoraConfig
 from darex_jax.core.sharding import make_mesh, param_shardings
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.evaluation.classification import evaluate, predict
+from darex_jax.files.adapter import save_adapter
 from darex_jax.files.checkpoint import read_json, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.models import Model
-from darex_jax.tasks import TASKS, load_task
-from darex_jax.tasks.answers import answer_batches, encode_answers
+from darex_jax.models.lora import add_adapters
+from darex_jax.tasks import TASKS, Task, load_task
+from darex_jax.tasks.answers import EncodedAnswers, answer_batches, encode_answers
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, load_gsm8k, metamath_solution
 from darex_jax.tasks.word_problems import word_problems
@@ -32,25 +36,39 @@ from darex_jax.training.record import metrics_file, plot_metrics, read_metrics
 
 PROBLEM_TASKS = ("gsm8k", "word-problems")
 ALL_TASKS = (*TASKS, *PROBLEM_TASKS)
+LORA_TARGETS = ("query", "value", "q_proj", "v_proj")  # those of arXiv:2106.09685, section 7.1
 Params = dict[str, Any]
 
 
-class Job(NamedTuple):
-    """A task made ready for a model.
+class Start(NamedTuple):
+    """What a training begins with.
 
     Attributes:
-      pretrained: the parameters that have a pretrained value, with it.
-      train: `fine_tune` or `train_answers` of everything but its loop's arguments.
-      validate: params -> the validation metric, larger is better.
-      test: params -> what is reported in the end.
+      params: what is trained.
+      frozen: the rest of the model's parameters.
+      pretrained: the pretrained value of what has one in `params`; an adapter's is zero.
     """
 
     model: Model
+    params: Params
+    frozen: Params
     pretrained: Params
+
+
+class Lesson(NamedTuple):
+    """What is to be learned, as functions of the parameters that are trained.
+
+    Attributes:
+      train: `fine_tune` or `train_answers` of everything but its loop's arguments.
+      examples, digest: how many there are, and the digest of all of them.
+      validate: the metric on held-out examples, larger is better.
+      test: what is reported in the end.
+    """
+
+    train: Callable[..., Any]
     examples: int
     digest: str
     metric_name: str
-    train: Callable[..., Any]
     validate: Callable[[Params], float]
     test: Callable[[Params], dict[str, Any]]
 
@@ -65,6 +83,10 @@ def train_run(
     difficulty: int = 3,
     limit: int | None = None,
     validation_limit: int = 500,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: tuple[str, ...] = LORA_TARGETS,
+    rslora: bool = False,
     checkpoint_every: int | None = None,
     keep: int = 2,
     best: bool = False,
@@ -73,7 +95,7 @@ def train_run(
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[int, dict[str, Any]], None] = lambda steps, line: None,
 ) -> dict[str, Any]:
-    """Trains `base` on a task and writes the model to `out`, with a manifest from which it can be repeated.
+    """Trains `base` on a task and writes the result to `out`, with a manifest from which it can be repeated.
 
     Beside `out` lies `out.run`: the resolved options (train.toml), every step's numbers (metrics.jsonl,
     curves.png) and the checkpoints. A run that was interrupted goes on when it is started again with the same
@@ -83,15 +105,17 @@ def train_run(
       base: a Hugging Face directory; an encoder for the GLUE tasks, a decoder for the problem tasks.
       task: one of `ALL_TASKS`; data_dir, difficulty: see `load_task`, `load_gsm8k`, `word_problems`.
       limit: train on the first so many examples.
-      validation_limit: validation examples looked at, at every checkpoint.
+      validation_limit: held-out examples looked at, at every checkpoint.
+      lora_rank: train low-rank adapters (and a classifier's head) instead of all parameters; `out` is then an
+        adapter in PEFT's format. lora_alpha: None is twice the rank. lora_targets, rslora: see `LoraConfig`.
       checkpoint_every: steps; None is a tenth of the run.
       keep: how many of the newest checkpoints are kept, beside the best.
       best: write the checkpoint with the best validation metric instead of the last step.
       mesh: "DATAxMODEL", the parts that a batch and the parameters are split into, over all devices.
       say: called with a line for the person who waits.
       on_step: called with the number of steps and every line of metrics.jsonl.
-    Returns: what there is to report: out, run, task, steps, loss, delta_rms, delta_max, digest, the validation
-      metric and the task's test metric.
+    Returns: what there is to report: out, run, task, steps, step_taken, loss, delta_rms, delta_max, digest,
+      metric_name, validation and what the task tests.
     Raises: ValueError for what does not fit, also for an interrupted run of other arguments or data;
       FloatingPointError if the training diverges.
     """
@@ -99,40 +123,61 @@ def train_run(
         raise ValueError(f"{out}: already exists; choose another place.")
     if task not in ALL_TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
-    parts = _mesh_of(mesh)
-    prepare = _problem_job if task in PROBLEM_TASKS else _example_job
-    job = prepare(base, recipe, task, data_dir, difficulty, limit, validation_limit, seed, parts)
-    steps = recipe.total_steps(job.examples)
-    every = checkpoint_every or max(1, steps // 10)
     options = dataclasses.asdict(recipe) | {
         "base": str(base), "task": task, "data_dir": data_dir and str(data_dir), "difficulty": difficulty,
-        "limit": limit, "validation_limit": validation_limit, "checkpoint_every": checkpoint_every,
-        "keep": keep, "best": best, "mesh": mesh, "seed": seed,
+        "limit": limit, "validation_limit": validation_limit, "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha, "lora_targets": list(lora_targets), "rslora": rslora,
+        "checkpoint_every": checkpoint_every, "keep": keep, "best": best, "mesh": mesh, "seed": seed,
     }  # fmt: skip
-    inputs = {"base": params_digest(job.pretrained), "data": job.digest}
+    lora = None
+    if lora_rank is not None:
+        alpha = 2.0 * lora_rank if lora_alpha is None else lora_alpha
+        lora = LoraConfig(lora_rank, alpha, lora_targets, rslora)
+    parts = _mesh_of(mesh)
+    key = jax.random.key(seed)
+    if task in PROBLEM_TASKS:
+        problems, held_out = _problems(task, data_dir, difficulty, seed)
+        model, known = load_model(base, mesh=parts)
+        start = _start(model, known, known, lora, key, parts)
+        lesson = _answering(start, base, problems[:limit], held_out[:validation_limit], recipe, key)
+    else:
+        examples = load_task(task, data_dir, seed)
+        body, known = load_model(base, mesh=parts)
+        model, params = classifier_for(examples, body, known, jax.random.fold_in(key, 0))
+        start = _start(model, params, known, lora, key, parts)
+        lesson = _classifying(start, base, examples, limit, validation_limit, recipe, key)
+    steps = recipe.total_steps(lesson.examples)
+    inputs = {"base": params_digest(known), "data": lesson.digest}
     run = out.with_name(out.name + ".run")
     _begin(run, run_manifest("train", options, inputs, {}), say)
-    checkpoints = Checkpoints(run / "checkpoints", every, keep)
+    checkpoints = Checkpoints(run / "checkpoints", checkpoint_every or max(1, steps // 10), keep, warn=say)
     with metrics_file(run / "metrics.jsonl", recipe.batch_size) as write:
-        params, _ = job.train(
+        params, _ = lesson.train(
+            frozen=start.frozen,
+            pretrained=start.pretrained,
             mesh=parts,
-            pretrained=job.pretrained,
             checkpoints=checkpoints,
-            validate=job.validate,
+            validate=lesson.validate,
             best=best,
             on_step=lambda record: on_step(steps, write(record)),
         )
     lines = read_metrics(run / "metrics.jsonl")
-    plot_metrics(lines, job.metric_name, run / "curves.png")
-    digest = params_digest(params)
-    manifest = run_manifest("train", options, inputs, {"model": digest})
-    save_params(out, params, job.model.config.to_hf(), companions_from=base, manifest=manifest)
+    plot_metrics(lines, lesson.metric_name, run / "curves.png")
+    outputs = {"adapter" if lora else "model": params_digest(params)}
+    manifest = run_manifest("train", options, inputs, outputs)
+    if lora is None:
+        save_params(out, params, start.model.config.to_hf(), companions_from=base, manifest=manifest)
+    else:
+        kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
+        adapter, dense = _split(params, lambda name: ".lora_" in name)
+        save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
     last = lines[-1]
     return {
-        "out": str(out), "run": str(run), "task": task, "steps": steps, "step_taken": checkpoints.best_step if best else steps,
-        "loss": last["loss"], "delta_rms": last["delta_rms"], "delta_max": last["delta_max"],
-        "validation": last["validation"], "digest": digest, "metric_name": job.metric_name,
-    } | job.test(params)  # fmt: skip
+        "out": str(out), "run": str(run), "task": task, "steps": steps,
+        "step_taken": checkpoints.best_step if best else steps, "loss": last["loss"],
+        "delta_rms": last["delta_rms"], "delta_max": last["delta_max"], "digest": params_digest(params),
+        "metric_name": lesson.metric_name, "validation": last["validation"],
+    } | lesson.test(params)  # fmt: skip
 
 
 def _mesh_of(text: str | None) -> Any:
@@ -169,87 +214,100 @@ def _begin(run: Path, manifest: Mapping[str, Any], say: Callable[[str], None]) -
     say(f"going on with the run in {run}")
 
 
-def _example_job(
+def _start(
+    model: Model, params: Params, known: Params, lora: LoraConfig | None, key: jax.Array, mesh: Any
+) -> Start:
+    """Args: known: the base's parameters; those of `params` are the same arrays, or fresh ones."""
+    old = {id(leaf) for leaf in jax.tree.leaves(known)}
+    fresh = {name for name, leaf in flatten_names(params).items() if id(leaf) not in old}
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(mesh, params))
+    if lora is None:
+        _, pretrained = _split(params, lambda name: name in fresh)
+        return Start(model, params, {}, pretrained)
+    model, adapter = add_adapters(model, lora, jax.random.fold_in(key, 2))
+    along, frozen = _split(params, lambda name: name in fresh or name.startswith("classifier."))
+    _, kept_head = _split(along, lambda name: name in fresh)
+    pretrained = combine(jax.tree.map(jnp.zeros_like, adapter), kept_head)
+    return Start(model, combine(adapter, along), frozen, pretrained)
+
+
+def _split(tree: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
+    """The leaves whose names are chosen, and the others."""
+    named = flatten_names(tree)
+    return (
+        unflatten_names({name: leaf for name, leaf in named.items() if chosen(name)}),
+        unflatten_names({name: leaf for name, leaf in named.items() if not chosen(name)}),
+    )
+
+
+def _classifying(
+    start: Start,
     base: Path,
-    recipe: Recipe,
-    task_name: str,
-    data_dir: Path | None,
-    difficulty: int,
+    task: Task,
     limit: int | None,
     validation_limit: int,
-    seed: int,
-    mesh: Any,
-) -> Job:
-    """A classification or a regression."""
-    key = jax.random.key(seed)
-    task = load_task(task_name, data_dir, seed)
+    recipe: Recipe,
+    key: jax.Array,
+) -> Lesson:
+    """A classification, or a regression."""
+    model, params, frozen, _ = start
     tokenizer = load_tokenizer(base)
     rows = task.train.select(slice(limit))
     train = encode(tokenizer, rows)
     held_out = encode(tokenizer, task.validation.select(slice(validation_limit)))
     batches = evaluation_batches(held_out)
-    body, known = load_model(base, mesh=mesh)
-    model, params = classifier_for(task, body, known, jax.random.fold_in(key, 0))
-    # Arrays are shared with the base's: what is not one of them is fresh.
-    old = {id(leaf) for leaf in jax.tree.leaves(known)}
-    pretrained = {name: leaf for name, leaf in flatten_names(params).items() if id(leaf) in old}
-    if mesh is not None:
-        params = jax.device_put(params, param_shardings(mesh, params))
-    return Job(
-        model,
-        unflatten_names(pretrained),
+
+    def test(params: Params) -> dict[str, Any]:
+        result = evaluate(model, combine(frozen, params), encode(tokenizer, task.test), task)
+        return {"test": result["metric"], "test_examples": result["n"]}
+
+    return Lesson(
+        lambda **loop: fine_tune(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
         rows.digest(),
         task.metric_name,
-        lambda **loop: fine_tune(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
-        lambda params: task.metric(predict(model, params, batches), held_out.labels),
-        lambda params: {
-            f"test_{name}": value
-            for name, value in evaluate(model, params, encode(tokenizer, task.test), task).items()
-            if name != "metric_name"
-        },
+        lambda params: task.metric(predict(model, combine(frozen, params), batches), held_out.labels),
+        test,
     )
 
 
-def _problem_job(
+def _answering(
+    start: Start,
     base: Path,
+    problems: tuple[Problem, ...],
+    held_out: tuple[Problem, ...],
     recipe: Recipe,
-    task_name: str,
-    data_dir: Path | None,
-    difficulty: int,
-    limit: int | None,
-    validation_limit: int,
-    seed: int,
-    mesh: Any,
-) -> Job:
-    """A causal language model that is to answer problems."""
-    problems, held_out = _problems(task_name, data_dir, difficulty, seed)
-    problems, held_out = problems[:limit], held_out[:validation_limit]
+    key: jax.Array,
+) -> Lesson:
+    """A causal language model's answers to problems."""
+    model, params, frozen, _ = start
     tokenizer = load_tokenizer(base)
-    model, params = load_model(base, mesh=mesh)
 
-    def encoded(some: tuple[Problem, ...]) -> Any:
+    def encoded(some: tuple[Problem, ...]) -> EncodedAnswers:
         prompts = [gsm8k_prompt(problem.question) for problem in some]
         return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in some])
 
     train = encoded(problems)
     batches = list(answer_batches(encoded(held_out), recipe.batch_size, 0, 0))
-    return Job(
-        model,
-        params,
+
+    def test(params: Params) -> dict[str, Any]:
+        return {"validation_loss": answer_scores(model, combine(frozen, params), batches)[0]}
+
+    return Lesson(
+        lambda **loop: train_answers(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
         train.digest(),
-        "share of answer tokens ranked first",
-        lambda **loop: train_answers(model, params, train, recipe, key=jax.random.key(seed), **loop),
-        lambda params: answer_scores(model, params, batches)[1],
-        lambda params: {"validation_loss": answer_scores(model, params, batches)[0]},
+        "share of the answers' tokens ranked first",
+        lambda params: answer_scores(model, combine(frozen, params), batches)[1],
+        test,
     )
 
 
 def _problems(
     task_name: str, data_dir: Path | None, difficulty: int, seed: int
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The problems to train on, and those held out. A tenth of GSM8K's training split."""
+    """The problems to train on, and those held out: a tenth of GSM8K's training split."""
     if task_name == "word-problems":
         generated = word_problems(seed, difficulty)
         return generated.train, generated.validation

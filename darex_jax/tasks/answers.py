@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,11 @@ class EncodedAnswers:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens and of where the answers begin, in order."""
+        rows = json.dumps([self.input_ids, self.prompt_lengths])
+        return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> EncodedAnswers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ class Checkpoints:
       folder: made at the first use.
       every: steps between two.
       keep: how many of the newest are kept; the best by validation metric is kept beside them.
+      warn: told of a damaged checkpoint.
     Raises: ValueError for numbers out of range.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 2):
+    def __init__(self, folder: Path, every: int, keep: int = 2, warn: Callable[[str], None] = warnings.warn):
         if every < 1 or keep < 1:
             raise ValueError(f"need every >= 1 and keep >= 1, got {every} and {keep}.")
-        self.folder, self.every, self.keep = folder.resolve(), every, keep
+        self.folder, self.every, self.keep, self._warn = folder.resolve(), every, keep, warn
 
     @cached_property
     def _manager(self) -> Any:
@@ -73,10 +75,7 @@ class Checkpoints:
                 return step, self.read(step, like)
             except Exception as error:  # orbax and what is under it raise all kinds for a damaged file
                 fault = str(error).partition("\n")[0] or type(error).__name__
-                warnings.warn(
-                    f"{self.folder / str(step)}: damaged, goes on from the one before ({fault[:200]}).",
-                    stacklevel=2,
-                )
+                self._warn(f"{self.folder / str(step)} is damaged, the one before is taken ({fault[:200]})")
                 self._manager.delete(step)
         return None
 

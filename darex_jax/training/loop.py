@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from darex_jax.core.sharding import batch_sharding
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names
 from darex_jax.tasks.batching import Batch
 from darex_jax.training.adamr import Norm, adamr
 from darex_jax.training.checkpoints import Checkpoints
@@ -226,13 +226,6 @@ def delta_size(params: Params, pretrained: Params) -> tuple[jax.Array, jax.Array
     return rms, jnp.stack([jnp.abs(leaf).max() for leaf in deltas]).max()
 
 
-def join(frozen: Params | None, params: Params) -> Params:
-    """One tree of two that have no name in common."""
-    if frozen is None:
-        return params
-    return unflatten_names({**flatten_names(frozen), **flatten_names(params)})
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(6, 7))
 def _update(
     loss: Loss,
@@ -256,7 +249,7 @@ def _update(
     learning_rate, weight_decay, clip_norm = numbers
 
     def summed(params: Params, part: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        whole = jax.tree.map(lambda leaf: leaf.astype(dtype), join(frozen, params))
+        whole = jax.tree.map(lambda leaf: leaf.astype(dtype), combine(frozen or {}, params))
         return loss(model, whole, part, key)
 
     differentiate = jax.value_and_grad(summed, has_aux=True)

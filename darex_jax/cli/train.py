@@ -1,0 +1,146 @@
+"""Commands that train: train, repeat."""
+
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import BATCH_SIZE, DATA_DIR, JSON, LEARNING_RATE, PATH, SEED
+from darex_jax.cli.show import print_table, training_bar
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Options from a TOML file become the defaults, so that the command line has the last word."""
+    if path is None:
+        return
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise click.BadParameter(f"{path} is not TOML: {error}.") from error
+    names = {param.name for param in ctx.command.params} - {"config"}
+    if unknown := sorted(content.keys() - names):
+        possible = ", ".join(sorted(map(str, names)))
+        raise click.BadParameter(f"{path} has {', '.join(unknown)}; the names are {possible}.")
+    ctx.default_map = {**(ctx.default_map or {}), **content}
+
+
+CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, callback=_read_config,
+                      help="TOML file of options by these names, `learning_rate = 1e-4` say; the command "
+                      "line has the last word. Every run leaves one as OUT.run/train.toml.")  # fmt: skip
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("out", type=PATH)
+@CONFIG
+@click.option("--task", default="opinions", show_default=True,
+              help="opinions, cola, sst2, mrpc, stsb; for decoders gsm8k, word-problems.")  # fmt: skip
+@DATA_DIR
+@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1),
+              help="Most steps of a generated problem.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
+@click.option("--steps", type=click.IntRange(1), help="How long; or give --epochs.")
+@click.option("--epochs", type=float, help="How long; or give --steps. Default: 3 epochs.")
+@BATCH_SIZE
+@click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1),
+              help="Parts that a batch is taken in, for less memory.")  # fmt: skip
+@LEARNING_RATE
+@click.option("--warmup-ratio", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(["adamw", "adamr"]),
+              help="adamr pulls towards the pretrained weights: its deltas stand more pruning.")  # fmt: skip
+@click.option("--norm", default="l2", show_default=True, type=click.Choice(["l2", "l1"]),
+              help="Of adamr's pull.")  # fmt: skip
+@click.option("--weight-decay", default=0.01, show_default=True, type=click.FloatRange(0),
+              help="adamw: towards zero; adamr: towards the pretrained weights.")  # fmt: skip
+@click.option("--clip-norm", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]),
+              help="What the model computes in; weights and optimizer are float32.")  # fmt: skip
+@click.option(
+    "--dropout/--no-dropout", default=True, show_default=True, help="As config.json has it, or none."
+)
+@click.option(
+    "--lora-rank", type=click.IntRange(1), help="Train adapters of this rank; OUT is PEFT's format."
+)
+@click.option("--lora-alpha", type=float, help="Their scale is alpha / rank. Default: twice the rank.")
+@click.option("--lora-targets", multiple=True, metavar="NAME", default=("query", "value", "q_proj", "v_proj"),
+              show_default=True, help="Layers with adapters, by the ends of their names.")  # fmt: skip
+@click.option("--rslora", is_flag=True, help="The scale is alpha / sqrt(rank).")
+@click.option("--validation-limit", default=500, show_default=True, type=click.IntRange(1),
+              help="Held-out examples looked at, at every checkpoint.")  # fmt: skip
+@click.option(
+    "--checkpoint-every", type=click.IntRange(1), metavar="STEPS", help="Default: a tenth of the run."
+)
+@click.option("--keep", default=2, show_default=True, type=click.IntRange(1),
+              help="Newest checkpoints that are kept, beside the best.")  # fmt: skip
+@click.option("--best", is_flag=True, help="Write the best checkpoint by validation, not the last step.")
+@click.option("--mesh", metavar="DATAxMODEL", help="Parts that batch and weights are split into.")
+@SEED
+@JSON
+def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
+    """Fine-tune BASE on a task and write the model to OUT.
+
+    Linear warm-up and decay. OUT is a Hugging Face directory (with --lora-rank, an adapter) with a manifest
+    of the run; numbers, curves and checkpoints are in OUT.run. After an interruption the same command goes on
+    where the last checkpoint was, and ends with the same bits.
+    """
+    from darex_jax.runs.train import train_run
+    from darex_jax.training.loop import Recipe
+
+    if options["steps"] is None and options["epochs"] is None:
+        options["epochs"] = 3.0
+    recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
+    with training_bar("fine-tuning", as_json) as on_step:
+        report = train_run(
+            base, out, recipe, task=task, **options,
+            say=lambda line: None if as_json else click.echo(line, err=True), on_step=on_step,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        print_table(str(out), _train_rows(report))
+
+
+def _train_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("trained", f"{report['steps']} steps, last loss {report['loss']:.4f}"),
+        ("delta", f"root mean square {report['delta_rms']:.3g}, largest {report['delta_max']:.3g}"),
+        (f"validation: {report['metric_name']}", f"{report['validation']:.4f}"),
+    ]
+    if report["step_taken"] != report["steps"]:
+        rows.append(("written", f"the best checkpoint, of step {report['step_taken']}"))
+    if "test" in report:
+        tested = f"{report['test']:.4f} on {report['test_examples']} examples"
+        rows.append((f"test: {report['metric_name']}", tested))
+    else:
+        rows.append(("validation loss", f"{report['validation_loss']:.4f}"))
+    return [*rows, ("digest", report["digest"][:16] + "..."), ("numbers, curves", report["run"])]
+
+
+@click.command()
+@click.argument("manifest", type=PATH)
+@click.option("--base", type=PATH, help="Where the base lies now, if it was moved.")
+@click.option("--data-dir", type=PATH, help="Where the data lies now, if it was moved.")
+@click.option("--out", type=PATH, help="Keep the repeat's result there. Default: it is deleted.")
+@JSON
+def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path | None, as_json: bool) -> None:
+    """Run a training again and compare the digests.
+
+    MANIFEST is a darex_manifest.json, or the directory it lies in. Says whether the repeat has the same bits,
+    and if not, what differs: base, data, versions, platform. Exit code 1 if it has not.
+    """
+    from darex_jax.runs.repeat import repeat_run
+
+    with training_bar("repeating", as_json) as on_step:
+        report = repeat_run(manifest, base=base, data_dir=data_dir, out=out, on_step=on_step)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        rows = [(name, f"{digest[:16]}..., {'the same' if same else 'ANOTHER'}")
+                for name, (digest, same) in report["outputs"].items()]  # fmt: skip
+        rows += [(f"{d['what']} differs", f"{d['then']} then, {d['now']} now") for d in report["differences"]]
+        print_table("the same bits" if report["same"] else "NOT the same bits", rows)
+    sys.exit(0 if report["same"] else 1)

@@ -1,0 +1,67 @@
+"""A run again, from its manifest: are the digests the same, and if not, what differs?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from darex_jax.files.checkpoint import MANIFEST, read_json
+from darex_jax.runs.train import train_run
+from darex_jax.training.loop import Recipe
+
+PARTS = ("inputs", "versions", "platform")
+
+
+def repeat_run(
+    manifest: Path,
+    *,
+    base: Path | None = None,
+    data_dir: Path | None = None,
+    out: Path | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] = lambda steps, line: None,
+) -> dict[str, Any]:
+    """Repeats a training.
+
+    Args:
+      manifest: darex_manifest.json as `train_run` left it, or its directory.
+      base, data_dir: where these lie now; None is where they lay then.
+      out: where the repeat's result goes; None is a folder that is deleted afterwards.
+      on_step: as for `train_run`.
+    Returns: {"same": whether all digests agree, "outputs": {name: [digest of the repeat, whether it agrees]},
+      "differences": [{"what", "then", "now"}, ...] in inputs, versions and platform}.
+    Raises: FileError for no such file; ValueError for a manifest of another command, or one with options that
+      this version does not have.
+    """
+    file = manifest / MANIFEST if manifest.is_dir() else manifest
+    then = read_json(file)
+    if then.get("command") != "train":
+        raise ValueError(f"{file}: is of {then.get('command')!r}; what can be repeated is 'train'.")
+    options = dict(then["options"])
+    try:
+        recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
+        source = Path(options.pop("base"))
+        folder = options.pop("data_dir")
+        options["lora_targets"] = tuple(options["lora_targets"])
+    except KeyError as error:
+        raise ValueError(f"{file}: lacks the option {error}; it is of another version.") from error
+    options["data_dir"] = data_dir or (folder and Path(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        target = out or Path(scratch) / "repeat"
+        train_run(base or source, target, recipe, **options, on_step=on_step)
+        now = json.loads((target / MANIFEST).read_text())
+    outputs = {name: [digest, then["outputs"].get(name) == digest] for name, digest in now["outputs"].items()}
+    differences = [
+        {"what": f"{part}: {name}", "then": then[part].get(name), "now": now[part].get(name)}
+        for part in PARTS
+        for name in {**then[part], **now[part]}
+        if then[part].get(name) != now[part].get(name)
+    ]
+    return {
+        "same": all(same for _, same in outputs.values()),
+        "outputs": outputs,
+        "differences": differences,
+    }

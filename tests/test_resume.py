@@ -1,0 +1,332 @@
+"""Training that stops and goes on, repeats, and runs from the terminal; on a tiny BERT and a tiny Llama."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.cli import main
+from darex_jax.core.tree import flatten_names
+from darex_jax.models import init_model, read_model_config
+from darex_jax.runs.repeat import repeat_run
+from darex_jax.runs.train import train_run
+from darex_jax.tasks.word_problems import word_problem_tokenizer
+from darex_jax.training.checkpoints import Checkpoints
+from darex_jax.training.loop import Recipe, StepRecord
+from darex_jax.training.record import metrics_file, plot_metrics, read_metrics
+
+BERT = {
+    "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 57, "hidden_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 128,
+    "type_vocab_size": 2, "initializer_range": 0.1, "layer_norm_eps": 1e-12,
+}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "silu",
+    "max_position_embeddings": 512, "initializer_range": 0.1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+RECIPE = Recipe(learning_rate=1e-3, steps=12, batch_size=8, optimizer="adamr", weight_decay=0.01)
+SHORT = {"limit": 60, "validation_limit": 20, "checkpoint_every": 3}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A directory of a tiny BERT that spells its words."""
+    from transformers import BertTokenizerFast
+
+    path = tmp_path_factory.mktemp("bases") / "bert"
+    model, params = init_model(read_model_config(BERT), jax.random.key(0))
+    dx.save_params(path, params, model.config.to_hf())
+    letters = [chr(ord("a") + i) for i in range(26)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
+    (path / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(path / "vocab.txt")).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bases") / "llama"
+    tokenizer = word_problem_tokenizer()
+    config = LLAMA | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    model, params = init_model(read_model_config(config), jax.random.key(0))
+    dx.save_params(path, params, model.config.to_hf())
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(bert, tmp_path_factory):
+    """An uninterrupted run: its directory and its report."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train_run(bert, out, RECIPE, **SHORT)
+
+
+def weights(path):
+    return (path / "model.safetensors").read_bytes()
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "darex_jax", *map(str, arguments)]
+
+
+OPTIONS = (
+    "--learning-rate", 1e-3, "--steps", 12, "--batch-size", 8, "--optimizer", "adamr", "--weight-decay", 0.01,
+    "--limit", 60, "--validation-limit", 20, "--checkpoint-every", 3,
+)  # fmt: skip
+
+
+# Going on.
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(bert, whole, tmp_path):
+    out, _ = whole
+    line = command("train", bert, tmp_path / "killed", *OPTIONS)
+    metrics = tmp_path / "killed.run" / "metrics.jsonl"
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 5 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    before = read_metrics(metrics)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"going on with the run in {tmp_path / 'killed.run'}" in done.stderr
+    assert weights(tmp_path / "killed") == weights(out)
+    after = read_metrics(metrics)
+    assert [x["step"] for x in after] == list(range(12)) and len(before) < 12
+    expected = read_metrics(out.with_name("whole.run") / "metrics.jsonl")
+    for got, want in zip(after, expected, strict=True):
+        got, want = ({k: v for k, v in x.items() if k != "examples_per_second"} for x in (got, want))
+        assert got == want
+    again = CliRunner().invoke(main, list(map(str, line[3:])))
+    assert again.exit_code == 1 and "already exists; choose another place" in again.stderr
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(base, out, at, **options):
+    """A run that ends in the middle of step `at`."""
+
+    def on_step(steps, line):
+        if line["step"] == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_run(base, out, RECIPE, **(SHORT | options), on_step=on_step)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3, 7, 11])
+def test_wherever_it_stops(bert, whole, tmp_path, at):
+    interrupted(bert, tmp_path / "out", at)
+    train_run(bert, tmp_path / "out", RECIPE, **SHORT)
+    assert weights(tmp_path / "out") == weights(whole[0])
+
+
+def newest(out):
+    folder = out.with_name(out.name + ".run") / "checkpoints"
+    return max((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def flip_a_byte(folder):
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(folder):
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def without_a_file(folder):
+    max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, without_a_file])
+def test_a_damaged_checkpoint_is_passed_over(bert, whole, tmp_path, damage):
+    interrupted(bert, tmp_path / "out", 10)
+    assert newest(tmp_path / "out").name == "9"
+    damage(newest(tmp_path / "out"))
+    said = []
+    train_run(bert, tmp_path / "out", RECIPE, **SHORT, say=said.append)
+    assert any("9 is damaged, the one before is taken" in line for line in said)
+    assert weights(tmp_path / "out") == weights(whole[0])
+
+
+def test_another_command_does_not_go_on(bert, tmp_path):
+    interrupted(bert, tmp_path / "out", 5)
+    with pytest.raises(ValueError, match=r"interrupted run with another limit \(60 there, 61 here\)"):
+        train_run(bert, tmp_path / "out", RECIPE, **(SHORT | {"limit": 61}))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", every=1, keep=2)
+    state = {"w": jax.numpy.arange(4.0)}
+    assert checkpoints.restore(state) is None and checkpoints.best_step is None
+    for step, metric in enumerate([0.1, 0.9, 0.3, 0.2, 0.25], start=1):
+        checkpoints.save(step, jax.tree.map(lambda x, s=step: x * s, state), metric)
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [2, 4, 5]
+    assert checkpoints.best_step == 2
+    step, found = checkpoints.restore(state)
+    assert step == 5
+    np.testing.assert_array_equal(found["w"], 5 * np.arange(4.0))
+    np.testing.assert_array_equal(checkpoints.read(2, state)["w"], 2 * np.arange(4.0))
+    with pytest.raises(ValueError, match="need every >= 1 and keep >= 1, got 0 and 2"):
+        Checkpoints(tmp_path, every=0)
+
+
+def test_the_best_checkpoint_is_written_if_asked_for(bert, whole, tmp_path):
+    _, last = whole
+    report = train_run(bert, tmp_path / "out", RECIPE, **SHORT, best=True)
+    lines = [x for x in read_metrics(tmp_path / "out.run" / "metrics.jsonl") if "validation" in x]
+    top = max(x["validation"] for x in lines)
+    assert report["step_taken"] in {x["step"] + 1 for x in lines if x["validation"] == top}
+    assert (report["digest"] == last["digest"]) == (report["step_taken"] == 12)
+
+
+# Repeating.
+
+
+def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
+    out, report = whole
+    manifest = json.loads((out / "darex_manifest.json").read_text())
+    assert manifest["outputs"] == {"model": report["digest"]} and manifest["options"]["steps"] == 12
+    again = repeat_run(out)
+    assert again == {"same": True, "outputs": {"model": [report["digest"], True]}, "differences": []}
+    other = tmp_path / "other.json"
+    manifest["options"]["seed"] = 1
+    manifest["versions"]["jax"] = "0.0.0"
+    manifest["inputs"]["data"] = "another"
+    other.write_text(json.dumps(manifest))
+    result = repeat_run(other)
+    assert not result["same"] and not result["outputs"]["model"][1]
+    assert {d["what"] for d in result["differences"]} == {"versions: jax", "inputs: data"}
+    done = CliRunner().invoke(main, ["repeat", str(other)])
+    assert done.exit_code == 1 and "NOT the same bits" in done.output and "0.0.0 then" in done.output
+    other.write_text(json.dumps(manifest | {"command": "eval"}))
+    done = CliRunner().invoke(main, ["repeat", str(other)])
+    assert done.exit_code == 1 and "is of 'eval'; what can be repeated is 'train'" in done.output
+    del manifest["options"]["clip_norm"]
+    other.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="lacks the option 'clip_norm'"):
+        repeat_run(other)
+
+
+# From the terminal.
+
+
+def test_a_config_gives_the_options_and_the_command_line_the_last_word(bert, whole, tmp_path):
+    out, report = whole
+    resolved = out.with_name("whole.run") / "train.toml"
+    assert 'optimizer = "adamr"' in resolved.read_text()
+    arguments = ["train", str(bert), str(tmp_path / "out"), "--config", str(resolved), "--json"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["digest"] == report["digest"]
+    assert (tmp_path / "out.run" / "train.toml").read_text() == resolved.read_text()
+    arguments[2:3] = [str(tmp_path / "shorter"), "--steps", "4"]
+    done = CliRunner().invoke(main, arguments)
+    assert json.loads(done.stdout)["steps"] == 4
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("learning_rte = 1e-4\n")
+    done = CliRunner().invoke(main, ["train", str(bert), str(tmp_path / "x"), "--config", str(wrong)])
+    assert done.exit_code == 2 and "has learning_rte; the names are" in done.output
+    wrong.write_text("learning_rate = \n")
+    done = CliRunner().invoke(main, ["train", str(bert), str(tmp_path / "x"), "--config", str(wrong)])
+    assert done.exit_code == 2 and "is not TOML" in done.output
+
+
+def test_an_adapter_is_trained_saved_and_merged(bert, tmp_path):
+    out = tmp_path / "adapter"
+    report = train_run(bert, out, RECIPE, **SHORT, lora_rank=2)
+    config, adapter, dense = dx.load_adapter(out)
+    assert config.rank == 2 and config.alpha == 4.0
+    assert set(flatten_names(dense)) == {"classifier.weight", "classifier.bias"}
+    layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in flatten_names(adapter)}
+    assert layers == {"query", "value"}
+    assert any(np.any(x) for name, x in flatten_names(adapter).items() if "lora_B" in name)
+    assert json.loads((out / "darex_manifest.json").read_text())["outputs"] == {"adapter": report["digest"]}
+    done = CliRunner().invoke(main, ["merge-adapter", str(bert), str(out), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["eval", str(tmp_path / "merged"), "--json"])
+    assert json.loads(done.stdout)["metric"] == pytest.approx(report["test"], abs=0.005)
+    interrupted(bert, tmp_path / "again", 7, lora_rank=2)
+    assert train_run(bert, tmp_path / "again", RECIPE, **SHORT, lora_rank=2)["digest"] == report["digest"]
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_decoder_learns_to_answer_problems(llama, tmp_path, lora_rank):
+    rate = 3e-3 if lora_rank is None else 3e-2
+    recipe = Recipe(learning_rate=rate, steps=10, batch_size=8, accumulate=2)
+    options = {"task": "word-problems", "limit": 50, "validation_limit": 10, "difficulty": 1}
+    report = train_run(llama, tmp_path / "out", recipe, **options, lora_rank=lora_rank)
+    losses = [x["loss"] for x in read_metrics(tmp_path / "out.run" / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.05
+    assert 0 <= report["validation"] <= 1 and report["validation_loss"] > 0
+    if lora_rank is None:
+        assert dx.load_model(tmp_path / "out")[0].config.model_type == "llama"
+    else:
+        assert dx.load_adapter(tmp_path / "out")[0].rank == 2
+
+
+def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'nli'; the tasks are opinions, cola"):
+        train_run(bert, tmp_path / "out", RECIPE, task="nli")
+    with pytest.raises(ValueError, match="mesh is DATAxMODEL, 4x2 say, got '8'"):
+        train_run(bert, tmp_path / "out", RECIPE, mesh="8")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="already exists; choose another place"):
+        train_run(bert, tmp_path / "full", RECIPE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_parts_of_a_mesh_train_the_same_model(bert, whole, tmp_path):
+    _, report = whole
+    split = train_run(bert, tmp_path / "out", RECIPE, **SHORT, mesh="4x2")
+    assert split["loss"] == pytest.approx(report["loss"], rel=1e-3)
+    one, other = (flatten_names(dx.load_params(p)) for p in (whole[0], tmp_path / "out"))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
+
+
+# What is recorded.
+
+
+def test_metrics_go_on_from_the_step_they_are_given(tmp_path):
+    file = tmp_path / "run" / "metrics.jsonl"
+    with metrics_file(file, 8) as write:
+        for step in range(4):
+            write(StepRecord(step, 1.0, 2.0, 1e-3, *((0.1, 0.2, 0.5) if step % 2 else (None,) * 3)))
+    with file.open("a") as broken:
+        broken.write('{"step": 4, "lo')
+    assert [x["step"] for x in read_metrics(file)] == [0, 1, 2, 3]
+    assert "delta_rms" in read_metrics(file)[1] and "delta_rms" not in read_metrics(file)[2]
+    with metrics_file(file, 8) as write:
+        line = write(StepRecord(2, 9.0, 2.0, 1e-3))
+        assert line == {"step": 2, "loss": 9.0, "gradient_norm": 2.0, "learning_rate": 1e-3}
+        write(StepRecord(3, 1.0, 2.0, 1e-3))
+    lines = read_metrics(file)
+    assert [(x["step"], x["loss"]) for x in lines] == [(0, 1.0), (1, 1.0), (2, 9.0), (3, 1.0)]
+    assert lines[3]["examples_per_second"] > 0
+    plot_metrics(lines, "accuracy", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plot_metrics(lines[:1], "accuracy", Path(tmp_path / "none.png"))
