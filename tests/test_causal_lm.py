@@ -153,11 +153,25 @@ def test_a_toy_learns_to_count_and_leaves_the_start_alone(start):
     best = np.argmax(toy(trained, batch["input_ids"], batch["attention_mask"]).logits, axis=-1)[:, :-1]
     answered = batch["loss_mask"][:, 1:] == 1
     assert (best[answered] == batch["input_ids"][:, 1:][answered]).all()
-    loss, share = answer_scores(toy, trained, [batch])
-    assert share == 1.0 and loss == pytest.approx(mean_loss(trained, batch), rel=1e-5)
-    loss, share = answer_scores(toy, start, [batch])
-    assert share < 1.0 and loss == pytest.approx(mean_loss(start, batch), rel=1e-5)
+    scores = answer_scores(toy, trained, [batch])
+    assert scores.tokens == scores.answers == 1.0
+    assert scores.loss == pytest.approx(mean_loss(trained, batch), rel=1e-5)
     jax.tree.map(np.testing.assert_array_equal, start, before)
+
+
+def test_scores_count_tokens_and_whole_answers(start):
+    (batch,) = answer_batches(counting(40, seed=1), 48, seed=0, epoch=0)  # eight rows fill up
+    best = np.argmax(toy(start, batch["input_ids"], batch["attention_mask"]).logits, axis=-1)[:, :-1]
+    rows = [
+        (guess == ids[1:])[counted[1:] == 1]
+        for guess, ids, counted in zip(best, batch["input_ids"], batch["loss_mask"], strict=True)
+        if counted.any()
+    ]
+    scores = answer_scores(toy, start, [batch])
+    assert len(rows) == 40
+    assert scores.tokens == pytest.approx(np.concatenate(rows).mean())
+    assert scores.answers == pytest.approx(np.mean([row.all() for row in rows]))
+    assert scores.loss == pytest.approx(mean_loss(start, batch), rel=1e-5)
 
 
 def test_a_repeat_is_bit_identical(start):

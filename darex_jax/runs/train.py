@@ -292,14 +292,15 @@ def _answering(
     batches = list(answer_batches(encoded(held_out), recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:
-        return {"validation_loss": answer_scores(model, combine(frozen, params), batches)[0]}
+        scores = answer_scores(model, combine(frozen, params), batches)
+        return {"validation_loss": scores.loss, "validation_answers": scores.answers}
 
     return Lesson(
         lambda **loop: train_answers(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
         train.digest(),
         "share of the answers' tokens ranked first",
-        lambda params: answer_scores(model, combine(frozen, params), batches)[1],
+        lambda params: answer_scores(model, combine(frozen, params), batches).tokens,
         test,
     )
 

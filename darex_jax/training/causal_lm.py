@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,17 +67,35 @@ def answer_loss(
     return jnp.sum(losses * counted), jnp.sum(counted)
 
 
+class AnswerScores(NamedTuple):
+    """How well answers are known, each token given all tokens before it.
+
+    Attributes:
+      loss: mean cross-entropy of the answers' tokens.
+      tokens: share of them that the model ranks first.
+      answers: share of the answers all of whose tokens it ranks first: greedy decoding writes just these.
+    """
+
+    loss: float
+    tokens: float
+    answers: float
+
+
+def answer_scores(model: Callable[..., Any], params: Params, batches: Sequence[Batch]) -> AnswerScores:
+    """Args: batches: from `answer_batches`; rows that fill up a batch do not count."""
+    sums = [_answer_sums(model, params, batch) for batch in batches]
+    loss, right, tokens, whole, answers = np.sum(np.asarray(sums, np.float64), axis=0)
+    return AnswerScores(float(loss / tokens), float(right / tokens), float(whole / answers))
+
+
 @partial(jax.jit, static_argnums=0)
 def _answer_sums(model: Callable[..., Any], params: Params, batch: Batch) -> jax.Array:
     logits = model(params, batch["input_ids"], batch["attention_mask"]).logits[:, :-1].astype(jnp.float32)
     target, counted = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = logits.argmax(-1) == target
-    return jnp.stack([jnp.sum(losses * counted), jnp.sum(right * counted), jnp.sum(counted)])
-
-
-def answer_scores(model: Callable[..., Any], params: Params, batches: Sequence[Batch]) -> tuple[float, float]:
-    """The mean loss of the answers' tokens, and the share of them that the model ranks first."""
-    sums = [_answer_sums(model, params, batch) for batch in batches]
-    loss, right, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
-    return float(loss / tokens), float(right / tokens)
+    right = (logits.argmax(-1) == target) * counted
+    tokens = jnp.sum(counted, axis=1)
+    whole = (jnp.sum(right, axis=1) == tokens) & (tokens > 0)
+    return jnp.stack(
+        [jnp.sum(losses * counted), jnp.sum(right), jnp.sum(tokens), whole.sum(), (tokens > 0).sum()]
+    )
