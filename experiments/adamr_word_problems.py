@@ -158,7 +158,7 @@ def write_table() -> None:
     results = [json.loads(file.read_text()) for file in found if file.exists()]
     first = results[0]
     text = (
-        "The base, a Llama of 0.8 M parameters, was taught problems of one sum; here it learns problems of up "
+        "The base, a Llama of 0.8 M parameters, was taught problems of one sum; here it learns those of up "
         f"to two: {first['steps']} steps of {first['batch_size']}, learning rate {first['learning_rate']:g}, "
         f"the same for all. Scores are the share of {first['test_problems']} test solutions that greedy "
         f"decoding writes to the last token (the base: {first['base']:.3f}), mean ± standard deviation over "
