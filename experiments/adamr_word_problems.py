@@ -37,7 +37,7 @@ from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.loop import Recipe, delta_size
 
 RESULTS = Path(__file__).parent / "results" / "adamr_word_problems"
-STEPS, RATE = 200, 1e-3
+STEPS, RATE = 1000, 1e-3
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
     "adamr-l2-0.002": {"optimizer": "adamr", "weight_decay": 0.002},
@@ -86,8 +86,8 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         recipe,
         key=jax.random.key(1),
         pretrained=base,
-        checkpoints=Checkpoints(runs, every=50, keep=1),
-        on_step=lambda r: say(f"step {r.step} loss {r.loss:.4f}") if r.step % 20 == 0 else None,
+        checkpoints=Checkpoints(runs, every=200, keep=1),
+        on_step=lambda r: say(f"step {r.step} loss {r.loss:.4f}") if r.step % 100 == 0 else None,
     )
     held_out, test = batches(problems.validation[:200]), batches(problems.test)
     calibration = batches(problems.train[:50])[0]
