@@ -306,6 +306,8 @@ def test_parts_of_a_mesh_train_the_same_model(bert, whole, tmp_path):
     one, other = (flatten_names(dx.load_params(p)) for p in (whole[0], tmp_path / "out"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
+    interrupted(bert, tmp_path / "again", 7, mesh="4x2")
+    assert train_run(bert, tmp_path / "again", RECIPE, **SHORT, mesh="4x2")["digest"] == split["digest"]
 
 
 # What is recorded.

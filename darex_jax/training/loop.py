@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from darex_jax.core.sharding import batch_sharding
 from darex_jax.core.tree import combine, flatten_names
@@ -163,6 +163,9 @@ def train(
     # A copy, because `_update` donates its arguments and the caller's tree has to survive.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     state = _optimizer(recipe.optimizer, recipe.norm, 0.0, 0.0).init(params)
+    if mesh is not None:  # the moments lie as the parameters do; the counters have to be told
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
     history: list[StepRecord] = []
     first = 0
     if checkpoints is not None and (found := checkpoints.restore((params, state))) is not None:
