@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import darex_jax as dx
+from darex_jax.training.loop import delta_size
 
 SHAPES = {"body": {"weight": (12, 7), "bias": (7,)}, "frozen": {"weight": (5,)}, "head": {"weight": (3, 7)}}
 is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
@@ -287,3 +288,14 @@ def test_what_is_wrong_is_explained():
         transform.update(params, state, params, pretrained=other)
     with pytest.raises(ValueError, match="norm is 'l2' or 'l1', got 'l3'"):
         dx.adamr(1e-3, norm="l3")
+
+
+def test_more_entries_than_an_int32_counts():
+    """Shapes alone: 3.5 billion entries, as a Llama of 7 billion parameters has."""
+    huge = {"w": jax.ShapeDtypeStruct((70_000, 50_000), jnp.float32)}
+    transform = dx.adamr(1e-3)
+    state = jax.eval_shape(transform.init, huge)
+    update = lambda g, s, p, p0: transform.update(g, s, p, pretrained=p0)  # noqa: E731
+    updates, _ = jax.eval_shape(update, huge, state, huge, huge)
+    assert updates["w"].shape == (70_000, 50_000)
+    assert [x.shape for x in jax.eval_shape(delta_size, huge, huge)] == [(), ()]

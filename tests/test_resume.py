@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,16 @@ import pytest
 from click.testing import CliRunner
 
 import darex_jax as dx
+from darex_jax import runs
 from darex_jax.cli import main
 from darex_jax.core.tree import flatten_names
+from darex_jax.files.manifest import params_digest
 from darex_jax.models import init_model, read_model_config
 from darex_jax.runs.repeat import repeat_run
 from darex_jax.runs.train import train_run
 from darex_jax.tasks.word_problems import word_problem_tokenizer
 from darex_jax.training.checkpoints import Checkpoints
-from darex_jax.training.loop import Recipe, StepRecord
+from darex_jax.training.loop import Recipe, StepRecord, train
 from darex_jax.training.record import metrics_file, plot_metrics, read_metrics
 
 BERT = {
@@ -144,30 +147,36 @@ def newest(out):
     return max((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
 
 
+def large_files(folder):
+    """Those that hold the arrays: orbax keeps some content twice."""
+    return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+
+
 def flip_a_byte(folder):
-    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    for file in large_files(folder):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
 
 
 def cut_short(folder):
-    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in large_files(folder):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def without_a_file(folder):
-    max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).unlink()
+def without_its_files(folder):
+    for file in large_files(folder):
+        file.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, without_a_file])
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, without_its_files])
 def test_a_damaged_checkpoint_is_passed_over(bert, whole, tmp_path, damage):
     interrupted(bert, tmp_path / "out", 10)
     assert newest(tmp_path / "out").name == "9"
     damage(newest(tmp_path / "out"))
     said = []
     train_run(bert, tmp_path / "out", RECIPE, **SHORT, say=said.append)
-    assert any("9 is damaged, the one before is taken" in line for line in said)
+    assert any("9 is damaged and set aside, the one before is taken" in line for line in said)
     assert weights(tmp_path / "out") == weights(whole[0])
 
 
@@ -177,29 +186,108 @@ def test_another_command_does_not_go_on(bert, tmp_path):
         train_run(bert, tmp_path / "out", RECIPE, **(SHORT | {"limit": 61}))
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", every=1, keep=2)
+@pytest.fixture
+def kept(tmp_path):
+    """Checkpoints of steps 1 to 5, the best at 2, and the state they are of, times the step."""
+    checkpoints = Checkpoints(tmp_path / "c", every=1, keep=2, warn=lambda line: None)
     state = {"w": jax.numpy.arange(4.0)}
-    assert checkpoints.restore(state) is None and checkpoints.best_step is None
+    assert checkpoints.restore(state) is None and checkpoints.best(state) is None
     for step, metric in enumerate([0.1, 0.9, 0.3, 0.2, 0.25], start=1):
         checkpoints.save(step, jax.tree.map(lambda x, s=step: x * s, state), metric)
-    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [2, 4, 5]
-    assert checkpoints.best_step == 2
-    step, found = checkpoints.restore(state)
-    assert step == 5
-    np.testing.assert_array_equal(found["w"], 5 * np.arange(4.0))
-    np.testing.assert_array_equal(checkpoints.read(2, state)["w"], 2 * np.arange(4.0))
+    return checkpoints, state
+
+
+def test_the_newest_and_the_best_are_kept(kept):
+    checkpoints, state = kept
+    assert checkpoints.steps() == [2, 4, 5]
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == [
+        "2",
+        "2.json",
+        "4",
+        "4.json",
+        "5",
+        "5.json",
+    ]
+    for (step, found), expected in ((checkpoints.restore(state), 5), (checkpoints.best(state), 2)):
+        assert step == expected
+        np.testing.assert_array_equal(found["w"], expected * np.arange(4.0))
     with pytest.raises(ValueError, match="need every >= 1 and keep >= 1, got 0 and 2"):
-        Checkpoints(tmp_path, every=0)
+        Checkpoints(checkpoints.folder, every=0)
 
 
-def test_the_best_checkpoint_is_written_if_asked_for(bert, whole, tmp_path):
-    _, last = whole
+def test_damage_of_any_file_leads_to_the_one_before(kept):
+    checkpoints, state = kept
+    for step, before in ((5, 4), (4, 2)):
+        (checkpoints.folder / f"{step}.json").write_text("{")
+        assert checkpoints.restore(state)[0] == before
+        assert (checkpoints.folder / f"{step}.damaged").is_dir()
+    for file in (checkpoints.folder / "2").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert checkpoints.best(state) is None and checkpoints.restore(state) is None
+    checkpoints.save(5, state, 0.5)
+    assert checkpoints.restore(state)[0] == 5
+
+
+def test_what_is_no_damage_is_not_taken_for_it(kept, monkeypatch):
+    checkpoints, state = kept
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Checkpoints, "_read", full)
+    with pytest.raises(MemoryError):
+        checkpoints.restore(state)
+    assert checkpoints.steps() == [2, 4, 5]
+
+
+def test_the_best_checkpoint_is_returned_if_asked_for(tmp_path):
+    """On one number that grows by about a step of Adam a time; the metric is best in the middle."""
+
+    def loss(model, params, batch, key):
+        return -params["w"].sum(), jax.numpy.float32(1)
+
+    def batches(epoch):
+        yield from [{"x": np.zeros((2, 1), np.float32)}] * 3
+
+    recipe = Recipe(learning_rate=0.1, steps=6, batch_size=2, warmup_ratio=0.0)
+    seen = []
+
+    def validate(params):
+        seen.append(float(params["w"]))
+        return -abs(len(seen) - 2)  # best at the second checkpoint
+
+    def run(folder, **options):
+        return train(
+            loss, None, {"w": jax.numpy.zeros(())}, batches, recipe, steps=6, dropout_key=None, **options,
+            checkpoints=Checkpoints(folder, every=2, keep=1), validate=validate,
+        )[0]  # fmt: skip
+
+    best = run(tmp_path / "best", best=True)
+    assert float(best["w"]) == seen[1] < seen[2]
+    seen.clear()
+    assert float(run(tmp_path / "last")["w"]) == seen[2]
+
+
+def test_a_best_run_reports_what_it_wrote(bert, tmp_path, monkeypatch):
+    values = iter([0.2, 0.8, 0.3, 0.1])
+    prepare = runs.train._classifying
+    monkeypatch.setattr(
+        runs.train, "_classifying", lambda *a: prepare(*a)._replace(validate=lambda _: next(values))
+    )
     report = train_run(bert, tmp_path / "out", RECIPE, **SHORT, best=True)
-    lines = [x for x in read_metrics(tmp_path / "out.run" / "metrics.jsonl") if "validation" in x]
-    top = max(x["validation"] for x in lines)
-    assert report["step_taken"] in {x["step"] + 1 for x in lines if x["validation"] == top}
-    assert (report["digest"] == last["digest"]) == (report["step_taken"] == 12)
+    lines = read_metrics(tmp_path / "out.run" / "metrics.jsonl")
+    assert report["step_taken"] == 6 and report["validation"] == 0.8
+    assert report["loss"] == lines[5]["loss"] and report["delta_rms"] == lines[5]["delta_rms"]
+    assert report["digest"] == params_digest(dx.load_params(tmp_path / "out"))
+
+
+def test_a_finished_run_gives_its_result_again(bert, tmp_path):
+    report = train_run(bert, tmp_path / "out", RECIPE, **SHORT)
+    shutil.rmtree(tmp_path / "out")
+    steps = []
+    again = train_run(bert, tmp_path / "out", RECIPE, **SHORT, on_step=lambda n, line: steps.append(line))
+    assert steps == [] and again == report
 
 
 # Repeating.
@@ -214,11 +302,15 @@ def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
     other = tmp_path / "other.json"
     manifest["options"]["seed"] = 1
     manifest["versions"]["jax"] = "0.0.0"
-    manifest["inputs"]["data"] = "another"
+    manifest["inputs"]["train"] = "another"
     other.write_text(json.dumps(manifest))
     result = repeat_run(other)
     assert not result["same"] and not result["outputs"]["model"][1]
-    assert {d["what"] for d in result["differences"]} == {"versions: jax", "inputs: data"}
+    assert {d["what"] for d in result["differences"]} == {
+        "versions: jax",
+        "inputs: train",
+        "inputs: held_out",
+    }
     done = CliRunner().invoke(main, ["repeat", str(other)])
     assert done.exit_code == 1 and "NOT the same bits" in done.output and "0.0.0 then" in done.output
     other.write_text(json.dumps(manifest | {"command": "eval"}))
@@ -226,8 +318,10 @@ def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
     assert done.exit_code == 1 and "is of 'eval'; what can be repeated is 'train'" in done.output
     del manifest["options"]["clip_norm"]
     other.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="lacks the option 'clip_norm'"):
+    with pytest.raises(ValueError, match="is of another version, which differs in clip_norm"):
         repeat_run(other)
+    with pytest.raises(ValueError, match="is not of a finished run, it lacks outputs"):
+        repeat_run(out.with_name("whole.run") / "manifest.json")
 
 
 # From the terminal.
@@ -242,7 +336,7 @@ def test_a_config_gives_the_options_and_the_command_line_the_last_word(bert, who
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["digest"] == report["digest"]
     assert (tmp_path / "out.run" / "train.toml").read_text() == resolved.read_text()
-    arguments[2:3] = [str(tmp_path / "shorter"), "--steps", "4"]
+    arguments[2:3] = [str(tmp_path / "shorter"), "--epochs", "0.5"]
     done = CliRunner().invoke(main, arguments)
     assert json.loads(done.stdout)["steps"] == 4
     wrong = tmp_path / "wrong.toml"
@@ -263,6 +357,9 @@ def test_an_adapter_is_trained_saved_and_merged(bert, tmp_path):
     layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in flatten_names(adapter)}
     assert layers == {"query", "value"}
     assert any(np.any(x) for name, x in flatten_names(adapter).items() if "lora_B" in name)
+    merged = np.concatenate([np.ravel(x) for x in jax.tree.leaves(dx.adapter_delta(adapter, 2.0))])
+    assert report["delta_max"] == pytest.approx(np.abs(merged).max(), rel=1e-5)
+    assert report["delta_rms"] == pytest.approx(np.sqrt(np.mean(merged**2)), rel=1e-4)
     assert json.loads((out / "darex_manifest.json").read_text())["outputs"] == {"adapter": report["digest"]}
     done = CliRunner().invoke(main, ["merge-adapter", str(bert), str(out), str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
@@ -292,11 +389,49 @@ def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
         train_run(bert, tmp_path / "out", RECIPE, task="nli")
     with pytest.raises(ValueError, match="mesh is DATAxMODEL, 4x2 say, got '8'"):
         train_run(bert, tmp_path / "out", RECIPE, mesh="8")
+    with pytest.raises(ValueError, match="mesh 3x1: a part of 8 examples does not divide into 3"):
+        train_run(bert, tmp_path / "out", RECIPE, mesh="3x1")
+    with pytest.raises(ValueError, match=r"word-problems is for decoders, .* is a bert"):
+        train_run(bert, tmp_path / "out", RECIPE, task="word-problems")
+    with pytest.raises(ValueError, match="is inside the base"):
+        train_run(bert, bert / "out", RECIPE)
+    with pytest.raises(ValueError, match="cannot be saved: 'classifier' is part of 'classifier'"):
+        train_run(bert, tmp_path / "out", RECIPE, lora_rank=2, lora_targets=("classifier", "query"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="already exists; choose another place"):
         train_run(bert, tmp_path / "full", RECIPE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs", "learning_rate", "clip_norm", "batch_size"])
+def test_recipes_out_of_range_are_refused(name):
+    others = {"learning_rate": 1e-3, **({} if name in ("steps", "epochs") else {"steps": 1})}
+    for value in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name} is a positive number, got {value}"):
+            Recipe(**(others | {name: value}))
+
+
+def test_a_base_without_a_tokenizer_is_refused(bert, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(bert / name, bare / name)
+    with pytest.raises(ValueError, match=r"bare: has no tokenizer \(tokenizer.json, "):
+        train_run(bare, tmp_path / "out", RECIPE)
+
+
+def test_a_changed_config_does_not_go_on_and_is_named_by_a_repeat(bert, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    train_run(base, tmp_path / "done", RECIPE, **SHORT)
+    interrupted(base, tmp_path / "out", 7)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.3}))
+    with pytest.raises(ValueError, match="interrupted run with another config"):
+        train_run(base, tmp_path / "out", RECIPE, **SHORT)
+    result = repeat_run(tmp_path / "done")
+    assert not result["same"] and [d["what"] for d in result["differences"]] == ["inputs: config"]
 
 
 def test_parts_of_a_mesh_train_the_same_model(bert, whole, tmp_path):
@@ -308,6 +443,10 @@ def test_parts_of_a_mesh_train_the_same_model(bert, whole, tmp_path):
         np.testing.assert_allclose(one[name], other[name], atol=2e-3, err_msg=name)
     interrupted(bert, tmp_path / "again", 7, mesh="4x2")
     assert train_run(bert, tmp_path / "again", RECIPE, **SHORT, mesh="4x2")["digest"] == split["digest"]
+    options = {"mesh": "4x2", "lora_rank": 2}
+    adapter = train_run(bert, tmp_path / "adapter", RECIPE, **SHORT, **options)
+    interrupted(bert, tmp_path / "later", 7, **options)
+    assert train_run(bert, tmp_path / "later", RECIPE, **SHORT, **options)["digest"] == adapter["digest"]
 
 
 # What is recorded.

@@ -161,10 +161,12 @@ def test_divergence_and_wrong_arguments_are_explained(tiny):
     for wrong in ({"steps": None}, {"epochs": 1.0}):
         with pytest.raises(ValueError, match="give steps or epochs, one of the two"):
             train(tiny, **wrong)
-    with pytest.raises(ValueError, match="need batch_size >= 1 and examples, got 0 and 200 examples"):
+    with pytest.raises(ValueError, match="batch_size is a positive number, got 0"):
         train(tiny, batch_size=0)
+    with pytest.raises(ValueError, match="there are no examples to train on"):
+        Recipe(learning_rate=1e-3, steps=1).total_steps(0)
     with pytest.raises(ValueError, match="need steps >= 1 and warmup_ratio in"):
-        train(tiny, steps=0)
+        warmup_linear(1.0, 0)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(tiny):
@@ -206,7 +208,7 @@ def test_adamr_keeps_the_delta_small_and_leaves_a_fresh_head_alone(tiny):
         for params, _ in runs.values()
     ]
     assert min(heads) > 0.02  # as far as without a pull
-    with pytest.raises(ValueError, match="optimizer is 'adamw' or 'adamr' and norm 'l2' or 'l1', got 'sgd'"):
+    with pytest.raises(ValueError, match="optimizer is adamw or adamr, got 'sgd'"):
         train(tiny, optimizer="sgd")
 
 

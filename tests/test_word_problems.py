@@ -94,8 +94,8 @@ def test_guessing_does_not_get_far(problems):
 
 
 def test_wrong_arguments_are_explained():
-    for wrong in ({"max_steps": 0}, {"largest": 9}):
-        with pytest.raises(ValueError, match="need max_steps >= 1 and largest >= 10, got"):
+    for wrong in ({"max_steps": 0}, {"max_steps": 11}, {"largest": 9}):
+        with pytest.raises(ValueError, match=r"need max_steps in \[1, 10\] and largest >= 10, got"):
             word_problems(**wrong)
 
 

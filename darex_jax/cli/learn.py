@@ -36,7 +36,7 @@ from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
               help="Of an answer to a problem.")  # fmt: skip
 @click.option("--records", type=PATH, help="File of the answers to problems. Default: under runs/.")
-@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1),
+@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @DTYPE
 @SEED

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from darex_jax.cli.options import BATCH_SIZE, DATA_DIR, JSON, LEARNING_RATE, PATH, SEED
 from darex_jax.cli.show import print_table, training_bar
+
+COMMAND_LINE = ParameterSource.COMMANDLINE
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -40,7 +43,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @click.option("--task", default="opinions", show_default=True,
               help="opinions, cola, sst2, mrpc, stsb; for decoders gsm8k, word-problems.")  # fmt: skip
 @DATA_DIR
-@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1),
+@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
 @click.option("--steps", type=click.IntRange(1), help="How long; or give --epochs.")
@@ -55,7 +58,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(["l2", "l1"]),
               help="Of adamr's pull.")  # fmt: skip
 @click.option("--weight-decay", default=0.01, show_default=True, type=click.FloatRange(0),
-              help="adamw: towards zero; adamr: towards the pretrained weights.")  # fmt: skip
+              help="adamw: towards zero; adamr: towards the base (adapters: zero).")  # fmt: skip
 @click.option("--clip-norm", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]),
               help="What the model computes in; weights and optimizer are float32.")  # fmt: skip
@@ -80,7 +83,8 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @click.option("--mesh", metavar="DATAxMODEL", help="Parts that batch and weights are split into.")
 @SEED
 @JSON
-def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def train(ctx: click.Context, base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
     """Fine-tune BASE on a task and write the model to OUT.
 
     Linear warm-up and decay. OUT is a Hugging Face directory (with --lora-rank, an adapter) with a manifest
@@ -90,13 +94,16 @@ def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> No
     from darex_jax.runs.train import train_run
     from darex_jax.training.loop import Recipe
 
-    if options["steps"] is None and options["epochs"] is None:
+    typed = {name for name in ("steps", "epochs") if ctx.get_parameter_source(name) == COMMAND_LINE}
+    if len(typed) == 1:  # it has the last word over the other one in a config
+        options["epochs" if "steps" in typed else "steps"] = None
+    elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
     with training_bar("fine-tuning", as_json) as on_step:
         report = train_run(
             base, out, recipe, task=task, **options,
-            say=lambda line: None if as_json else click.echo(line, err=True), on_step=on_step,
+            say=lambda line: click.echo(line, err=True), on_step=on_step,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report))
@@ -136,7 +143,10 @@ def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path |
     from darex_jax.runs.repeat import repeat_run
 
     with training_bar("repeating", as_json) as on_step:
-        report = repeat_run(manifest, base=base, data_dir=data_dir, out=out, on_step=on_step)
+        report = repeat_run(
+            manifest, base=base, data_dir=data_dir, out=out,
+            say=lambda line: click.echo(line, err=True), on_step=on_step,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report))
     else:

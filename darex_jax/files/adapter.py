@@ -99,20 +99,7 @@ def save_adapter(
     Raises: ValueError if a layer of the adapter is not the config's, has another rank, or lies in a module
       that is saved whole; FileError if `path` holds something already and `overwrite` is not given.
     """
-    extra = flatten_names(dense or {})
-    layers = config.scales(adapter)
-    own = {name for name in extra if name.rpartition(".")[0] in layers}  # of a layer that is adapted as well
-    whole = sorted({_module_of(name) for name in extra.keys() - own})
-    # Of a classifier, PEFT takes its head to be saved whole.
-    closed = [*whole, "classifier", "score"] if task_type == "SEQ_CLS" else whole
-    wrong = []
-    for layer in layers:
-        if not config.matches(layer):
-            wrong.append(f"'{layer}' is none of the config's targets, {config.targets!r}")
-        wrong += [f"'{layer}' is part of '{m}', which is saved whole" for m in closed if _inside(layer, m)]
-    wrong += [f"'{name}' is a factor and not a parameter of the base" for name in extra if _is_lora(name)]
-    if wrong:
-        raise ValueError(f"this adapter cannot be saved: {'; '.join(wrong)}.")
+    extra, own, whole = check_savable(config, adapter, dense, task_type)
     content = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -137,6 +124,30 @@ def save_adapter(
         if manifest is not None:
             (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+def check_savable(
+    config: LoraConfig, adapter: PyTree, dense: PyTree | None, task_type: str | None
+) -> tuple[dict[str, Any], set[str], list[str]]:
+    """Raises what `save_adapter` raises for an adapter that it cannot save.
+
+    Returns: `dense` by name; those of its names that belong to an adapted layer; the modules saved whole.
+    """
+    extra = flatten_names(dense or {})
+    layers = config.scales(adapter)
+    own = {name for name in extra if name.rpartition(".")[0] in layers}  # of a layer that is adapted as well
+    whole = sorted({_module_of(name) for name in extra.keys() - own})
+    # Of a classifier, PEFT takes its head to be saved whole.
+    closed = [*whole, "classifier", "score"] if task_type == "SEQ_CLS" else whole
+    wrong = []
+    for layer in layers:
+        if not config.matches(layer):
+            wrong.append(f"'{layer}' is none of the config's targets, {config.targets!r}")
+        wrong += [f"'{layer}' is part of '{m}', which is saved whole" for m in closed if _inside(layer, m)]
+    wrong += [f"'{name}' is a factor and not a parameter of the base" for name in extra if _is_lora(name)]
+    if wrong:
+        raise ValueError(f"this adapter cannot be saved: {'; '.join(wrong)}.")
+    return extra, own, whole
 
 
 def _refuse_unsupported(file: Path, stated: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def repeat_run(
     base: Path | None = None,
     data_dir: Path | None = None,
     out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[int, dict[str, Any]], None] = lambda steps, line: None,
 ) -> dict[str, Any]:
     """Repeats a training.
@@ -30,7 +32,7 @@ def repeat_run(
       manifest: darex_manifest.json as `train_run` left it, or its directory.
       base, data_dir: where these lie now; None is where they lay then.
       out: where the repeat's result goes; None is a folder that is deleted afterwards.
-      on_step: as for `train_run`.
+      say, on_step: as for `train_run`.
     Returns: {"same": whether all digests agree, "outputs": {name: [digest of the repeat, whether it agrees]},
       "differences": [{"what", "then", "now"}, ...] in inputs, versions and platform}.
     Raises: FileError for no such file; ValueError for a manifest of another command, or one with options that
@@ -40,18 +42,21 @@ def repeat_run(
     then = read_json(file)
     if then.get("command") != "train":
         raise ValueError(f"{file}: is of {then.get('command')!r}; what can be repeated is 'train'.")
+    missing = [part for part in (*PARTS, "outputs", "options") if not isinstance(then.get(part), dict)]
+    if missing or not then["outputs"]:
+        raise ValueError(f"{file}: is not of a finished run, it lacks {', '.join(missing or ['outputs'])}.")
     options = dict(then["options"])
-    try:
-        recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
-        source = Path(options.pop("base"))
-        folder = options.pop("data_dir")
-        options["lora_targets"] = tuple(options["lora_targets"])
-    except KeyError as error:
-        raise ValueError(f"{file}: lacks the option {error}; it is of another version.") from error
+    recipe_names = {field.name for field in dataclasses.fields(Recipe)}
+    known = recipe_names | set(inspect.signature(train_run).parameters) - {"out", "recipe", "say", "on_step"}
+    if other := sorted(known ^ options.keys()):
+        raise ValueError(f"{file}: is of another version, which differs in {', '.join(other)}.")
+    recipe = Recipe(**{name: options.pop(name) for name in recipe_names})
+    source, folder = Path(options.pop("base")), options.pop("data_dir")
+    options["lora_targets"] = tuple(options["lora_targets"])
     options["data_dir"] = data_dir or (folder and Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "repeat"
-        train_run(base or source, target, recipe, **options, on_step=on_step)
+        train_run(base or source, target, recipe, **options, say=say, on_step=on_step)
         now = json.loads((target / MANIFEST).read_text())
     outputs = {name: [digest, then["outputs"].get(name) == digest] for name, digest in now["outputs"].items()}
     differences = [

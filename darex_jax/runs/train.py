@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import tomli_w
 
-from darex_jax.core.lora import LoraConfig
+from darex_jax.core.lora import LoraConfig, adapter_delta
 from darex_jax.core.sharding import make_mesh, param_shardings
 from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.evaluation.classification import evaluate, predict
-from darex_jax.files.adapter import save_adapter
+from darex_jax.files.adapter import check_savable, save_adapter
 from darex_jax.files.checkpoint import read_json, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
-from darex_jax.models import Model
+from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.lora import add_adapters
 from darex_jax.tasks import TASKS, Task, load_task
 from darex_jax.tasks.answers import EncodedAnswers, answer_batches, encode_answers
@@ -31,7 +32,7 @@ from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.fine_tune import classifier_for, fine_tune
-from darex_jax.training.loop import Recipe
+from darex_jax.training.loop import Recipe, delta_size
 from darex_jax.training.record import metrics_file, plot_metrics, read_metrics
 
 PROBLEM_TASKS = ("gsm8k", "word-problems")
@@ -47,12 +48,14 @@ class Start(NamedTuple):
       params: what is trained.
       frozen: the rest of the model's parameters.
       pretrained: the pretrained value of what has one in `params`; an adapter's is zero.
+      measure: `params` -> the size of the delta, as for `train`; an adapter's is that of what it merges to.
     """
 
     model: Model
     params: Params
     frozen: Params
     pretrained: Params
+    measure: Callable[[Params], Any] | None
 
 
 class Lesson(NamedTuple):
@@ -60,14 +63,15 @@ class Lesson(NamedTuple):
 
     Attributes:
       train: `fine_tune` or `train_answers` of everything but its loop's arguments.
-      examples, digest: how many there are, and the digest of all of them.
+      examples: how many there are to train on.
+      digests: of what is trained on and what is held out, as the model gets it.
       validate: the metric on held-out examples, larger is better.
       test: what is reported in the end.
     """
 
     train: Callable[..., Any]
     examples: int
-    digest: str
+    digests: dict[str, str]
     metric_name: str
     validate: Callable[[Params], float]
     test: Callable[[Params], dict[str, Any]]
@@ -123,6 +127,9 @@ def train_run(
         raise ValueError(f"{out}: already exists; choose another place.")
     if task not in ALL_TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
+    base, data_dir = base.resolve(), data_dir and data_dir.resolve()
+    if out.resolve().is_relative_to(base):
+        raise ValueError(f"{out} is inside the base {base}; choose another place.")
     options = dataclasses.asdict(recipe) | {
         "base": str(base), "task": task, "data_dir": data_dir and str(data_dir), "difficulty": difficulty,
         "limit": limit, "validation_limit": validation_limit, "lora_rank": lora_rank,
@@ -133,11 +140,13 @@ def train_run(
     if lora_rank is not None:
         alpha = 2.0 * lora_rank if lora_alpha is None else lora_alpha
         lora = LoraConfig(lora_rank, alpha, lora_targets, rslora)
-    parts = _mesh_of(mesh)
+    parts = _mesh_of(mesh, recipe)
     key = jax.random.key(seed)
     if task in PROBLEM_TASKS:
         problems, held_out = _problems(task, data_dir, difficulty, seed)
         model, known = load_model(base, mesh=parts)
+        if not isinstance(model.config, DecoderConfig):
+            raise ValueError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, base, problems[:limit], held_out[:validation_limit], recipe, key)
     else:
@@ -147,10 +156,14 @@ def train_run(
         start = _start(model, params, known, lora, key, parts)
         lesson = _classifying(start, base, examples, limit, validation_limit, recipe, key)
     steps = recipe.total_steps(lesson.examples)
-    inputs = {"base": params_digest(known), "data": lesson.digest}
+    inputs = {
+        "base": params_digest(known),
+        "config": _json_digest(start.model.config.to_hf()),
+        **lesson.digests,
+    }
     run = out.with_name(out.name + ".run")
-    _begin(run, run_manifest("train", options, inputs, {}), say)
     checkpoints = Checkpoints(run / "checkpoints", checkpoint_every or max(1, steps // 10), keep, warn=say)
+    _begin(run, run_manifest("train", options, inputs, {}), bool(checkpoints.steps()), say)
     with metrics_file(run / "metrics.jsonl", recipe.batch_size) as write:
         params, _ = lesson.train(
             frozen=start.frozen,
@@ -158,6 +171,7 @@ def train_run(
             mesh=parts,
             checkpoints=checkpoints,
             validate=lesson.validate,
+            measure=start.measure,
             best=best,
             on_step=lambda record: on_step(steps, write(record)),
         )
@@ -171,28 +185,37 @@ def train_run(
         kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
         adapter, dense = _split(params, lambda name: ".lora_" in name)
         save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
-    last = lines[-1]
+    taken = lines[-1]
+    if best:
+        kept = [line for line in lines if "validation" in line and line["step"] + 1 in checkpoints.steps()]
+        taken = max(kept, key=lambda line: (line["validation"], line["step"]))
     return {
-        "out": str(out), "run": str(run), "task": task, "steps": steps,
-        "step_taken": checkpoints.best_step if best else steps, "loss": last["loss"],
-        "delta_rms": last["delta_rms"], "delta_max": last["delta_max"], "digest": params_digest(params),
-        "metric_name": lesson.metric_name, "validation": last["validation"],
+        "out": str(out), "run": str(run), "task": task, "steps": steps, "step_taken": taken["step"] + 1,
+        "loss": taken["loss"], "delta_rms": taken["delta_rms"], "delta_max": taken["delta_max"],
+        "digest": params_digest(params), "metric_name": lesson.metric_name, "validation": taken["validation"],
     } | lesson.test(params)  # fmt: skip
 
 
-def _mesh_of(text: str | None) -> Any:
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _mesh_of(text: str | None, recipe: Recipe) -> Any:
     if text is None:
         return None
     data, _, model = text.partition("x")
     if not (data.isdigit() and model.isdigit()):
         raise ValueError(f"mesh is DATAxMODEL, 4x2 say, got {text!r}.")
+    if recipe.batch_size // recipe.accumulate % int(data):
+        part = recipe.batch_size // recipe.accumulate
+        raise ValueError(f"mesh {text}: a part of {part} examples does not divide into {data}.")
     return make_mesh(int(data), int(model))
 
 
-def _begin(run: Path, manifest: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Writes what a run is begun with, or holds it against what it was begun with."""
+def _begin(run: Path, manifest: Mapping[str, Any], goes_on: bool, say: Callable[[str], None]) -> None:
+    """Writes what a run is begun with, or where it goes on, holds it against what it was begun with."""
     file = run / "manifest.json"
-    if not file.exists():
+    if not goes_on:
         run.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in manifest["options"].items() if value is not None}
         (run / "train.toml").write_text(tomli_w.dumps(kept), encoding="utf-8")
@@ -224,12 +247,20 @@ def _start(
         params = jax.device_put(params, param_shardings(mesh, params))
     if lora is None:
         _, pretrained = _split(params, lambda name: name in fresh)
-        return Start(model, params, {}, pretrained)
+        return Start(model, params, {}, pretrained, None)
     model, adapter = add_adapters(model, lora, jax.random.fold_in(key, 2))
     along, frozen = _split(params, lambda name: name in fresh or name.startswith("classifier."))
     _, kept_head = _split(along, lambda name: name in fresh)
+    check_savable(lora, adapter, along, "SEQ_CLS" if along else "CAUSAL_LM")
     pretrained = combine(jax.tree.map(jnp.zeros_like, adapter), kept_head)
-    return Start(model, combine(adapter, along), frozen, pretrained)
+    scales = lora.scales(adapter)
+
+    def measure(params: Params) -> Any:
+        factors, others = _split(params, lambda name: ".lora_" in name)
+        merged = adapter_delta(factors, scales)
+        return delta_size(combine(merged, others), combine(jax.tree.map(lambda _: 0.0, merged), kept_head))
+
+    return Start(model, combine(adapter, along), frozen, pretrained, measure)
 
 
 def _split(tree: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
@@ -251,10 +282,9 @@ def _classifying(
     key: jax.Array,
 ) -> Lesson:
     """A classification, or a regression."""
-    model, params, frozen, _ = start
+    model, params, frozen, *_ = start
     tokenizer = load_tokenizer(base)
-    rows = task.train.select(slice(limit))
-    train = encode(tokenizer, rows)
+    train = encode(tokenizer, task.train.select(slice(limit)))
     held_out = encode(tokenizer, task.validation.select(slice(validation_limit)))
     batches = evaluation_batches(held_out)
 
@@ -265,7 +295,7 @@ def _classifying(
     return Lesson(
         lambda **loop: fine_tune(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
-        rows.digest(),
+        {"train": train.digest(), "held_out": held_out.digest()},
         task.metric_name,
         lambda params: task.metric(predict(model, combine(frozen, params), batches), held_out.labels),
         test,
@@ -281,15 +311,15 @@ def _answering(
     key: jax.Array,
 ) -> Lesson:
     """A causal language model's answers to problems."""
-    model, params, frozen, _ = start
+    model, params, frozen, *_ = start
     tokenizer = load_tokenizer(base)
 
     def encoded(some: tuple[Problem, ...]) -> EncodedAnswers:
         prompts = [gsm8k_prompt(problem.question) for problem in some]
         return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in some])
 
-    train = encoded(problems)
-    batches = list(answer_batches(encoded(held_out), recipe.batch_size, 0, 0))
+    train, others = encoded(problems), encoded(held_out)
+    batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:
         scores = answer_scores(model, combine(frozen, params), batches)
@@ -298,7 +328,7 @@ def _answering(
     return Lesson(
         lambda **loop: train_answers(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
-        train.digest(),
+        {"train": train.digest(), "held_out": others.digest()},
         "share of the answers' tokens ranked first",
         lambda params: answer_scores(model, combine(frozen, params), batches).tokens,
         test,

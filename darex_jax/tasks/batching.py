@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,8 @@ from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
 MAX_LENGTH = BUCKETS[-1]
+# Without any of these, transformers makes up a tokenizer that knows no word.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 Batch = dict[str, NDArray]
 
 
@@ -40,6 +44,12 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens and labels, in order."""
+        digest = hashlib.sha256(json.dumps([self.input_ids, self.token_type_ids]).encode())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()
+
 
 def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] | None = None) -> Any:
     """The Hugging Face tokenizer saved at `path`; with an artifact made from that model, the fine-tune's.
@@ -48,6 +58,8 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
     """
     from transformers import AutoTokenizer
 
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
     try:
         if delta is None:
             return AutoTokenizer.from_pretrained(path)

@@ -23,6 +23,7 @@ import numpy as np
 
 from darex_jax.tasks.gsm8k import ANSWER_IS, HASHES, PROMPT, Problem
 
+MOST_STEPS = 10
 SIZES = {"train": 20_000, "validation": 500, "test": 500}
 
 
@@ -90,10 +91,13 @@ def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordP
     Args:
       max_steps: problems take 1 to `max_steps` sums, each number of sums equally often in every split.
       largest: no number is larger, in the question or on the way to the answer.
-    Raises: ValueError if `max_steps` is less than 1, or `largest` less than 10: there would be few problems.
+    Raises: ValueError if `max_steps` is not in [1, 10], beyond which stories end in dead ends, or `largest`
+      less than 10: there would be few problems.
     """
-    if max_steps < 1 or largest < 10:
-        raise ValueError(f"need max_steps >= 1 and largest >= 10, got {max_steps} and {largest}.")
+    if not 1 <= max_steps <= MOST_STEPS or largest < 10:
+        raise ValueError(
+            f"need max_steps in [1, {MOST_STEPS}] and largest >= 10, got {max_steps} and {largest}."
+        )
     rng = np.random.default_rng(seed)
     seen: set[str] = set()
 

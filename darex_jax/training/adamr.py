@@ -122,7 +122,7 @@ def scale_by_adamr(
             square = optax.tree.norm(jax.lax.optimization_barrier(grads), squared=True)
         else:
             square = jnp.square(gradient_norm)
-        size = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(grads))
+        size = float(sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(grads)))  # beyond int32
         nu_mean = b2 * state.nu_mean + (1 - b2) * square / size
         mean = nu_mean if nu_max is None else optax.tree.sum(nu_max) / size
         scale = jnp.sqrt(optax.tree.bias_correction(mean, b2, count))

@@ -36,7 +36,7 @@ def train_answers(
       params: its nested state dict, or with `frozen` the part to train; left as it is.
       key: scalar key; the order of the examples follows from it.
       loop: passed on to `darex_jax.training.loop.train`: frozen, pretrained, mesh, checkpoints, validate,
-        on_step.
+        measure, best, on_step.
     Returns, Raises: as `train`.
     """
     seed = int(jax.random.bits(key))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
+import os
+import shutil
 import warnings
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,13 @@ State = Any  # a PyTree of arrays
 
 
 class Checkpoints:
-    """A folder of checkpoints, written by orbax.
+    """A folder of checkpoints, written by orbax: `STEP/` is a state, `STEP.json` a note of it.
 
-    One appears under its final name once it is whole, so that a killed process leaves none that is half
-    written; and each has a digest of its content beside it, so that a damaged one is known.
+    The note has the state's digest, so that a damaged checkpoint is known, and the validation metric. It is
+    written last, and a checkpoint without one does not count: a killed process leaves none half written.
 
     Args:
-      folder: made at the first use.
+      folder: made at the first save.
       every: steps between two.
       keep: how many of the newest are kept; the best by validation metric is kept beside them.
       warn: told of a damaged checkpoint.
@@ -35,69 +39,111 @@ class Checkpoints:
             raise ValueError(f"need every >= 1 and keep >= 1, got {every} and {keep}.")
         self.folder, self.every, self.keep, self._warn = folder.resolve(), every, keep, warn
 
-    @cached_property
-    def _manager(self) -> Any:
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
-
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file; a bar is there to read
-        newest = policy.LatestN(self.keep)
-        best = policy.BestN(get_metric_fn=_validation, n=1, keep_checkpoints_without_metrics=False)
-        return ocp.CheckpointManager(
-            self.folder,
-            item_names=("state", "note"),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_validation,
-                preservation_policy=policy.AnyPreservationPolicy([newest, best]),
-                enable_async_checkpointing=False,  # the next step is given the arrays that are written
-                cleanup_tmp_directories=True,
-            ),
-        )
+    def steps(self) -> list[int]:
+        """After how many steps there is a checkpoint, the newest last."""
+        return sorted(int(note.stem) for note in self.folder.glob("*.json") if note.stem.isdigit())
 
     def save(self, step: int, state: State, validation: float | None = None) -> None:
         """Writes the state after `step` steps; what is neither among the newest nor the best goes."""
-        import orbax.checkpoint as ocp
-
-        note = {"step": step, "digest": _digest(state)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note))
-        metrics = None if validation is None else {"validation": validation}
-        self._manager.save(step, args=args, metrics=metrics, force=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
+            shutil.rmtree(rest)
+        with _orbax() as checkpointer:
+            checkpointer.save(self.folder / str(step), state, force=True)
+        note = json.dumps({"digest": _digest(state), "validation": validation})
+        unfinished = self.folder / f"{step}.partial"
+        unfinished.write_text(note, encoding="utf-8")
+        os.replace(unfinished, self.folder / f"{step}.json")
+        kept = {*self.steps()[-self.keep :], *self._by_validation()[:1]}
+        for old in set(self.steps()) - kept:
+            (self.folder / f"{old}.json").unlink()
+            shutil.rmtree(self.folder / str(old))
 
     def restore(self, like: State) -> tuple[int, State] | None:
         """After how many steps the newest sound checkpoint was taken, and its state; None if there is none.
 
-        Damaged ones are deleted with a warning: the training comes by them again.
+        A damaged one is set aside with a warning: the training comes by it again.
 
         Args: like: a state of the same structure, shapes, dtypes and shardings.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return step, self.read(step, like)
-            except Exception as error:  # orbax and what is under it raise all kinds for a damaged file
-                fault = str(error).partition("\n")[0] or type(error).__name__
-                self._warn(f"{self.folder / str(step)} is damaged, the one before is taken ({fault[:200]})")
-                self._manager.delete(step)
+        return self._first_sound(self.steps()[::-1], like)
+
+    def best(self, like: State) -> tuple[int, State] | None:
+        """The same of the best by validation metric; of equals the newest."""
+        return self._first_sound(self._by_validation(), like)
+
+    def _by_validation(self) -> list[int]:
+        """The steps of all checkpoints that have a validation metric, the best first."""
+        values = {step: _read_note(self.folder / f"{step}.json").get("validation") for step in self.steps()}
+        known = {step: value for step, value in values.items() if isinstance(value, int | float)}
+        return sorted(known, key=lambda step: (known[step], step), reverse=True)
+
+    def _first_sound(self, steps: list[int], like: State) -> tuple[int, State] | None:
+        for step in steps:
+            with _quiet():
+                try:
+                    return step, self._read(step, like)
+                except (
+                    ValueError,
+                    OSError,
+                    LookupError,
+                    TypeError,
+                    AttributeError,
+                ) as error:  # damaged files
+                    fault = str(error).partition("\n")[0][:160] or type(error).__name__
+                gc.collect()  # the tasks that failed along complain when they go: now, while it is quiet
+            self._warn(
+                f"{self.folder / str(step)} is damaged and set aside, the one before is taken ({fault})"
+            )
+            for name in (str(step), f"{step}.json"):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / f"{name}.damaged", ignore_errors=True)
+                    os.replace(self.folder / name, self.folder / f"{name}.damaged")
         return None
 
-    @property
-    def best_step(self) -> int | None:
-        """After how many steps the best checkpoint was taken; None where none has a validation metric."""
-        return self._manager.best_step()
-
-    def read(self, step: int, like: State) -> State:
-        """The state of one checkpoint. Raises: whatever a damaged file brings about."""
+    def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), note=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
-        if found.note != {"step": step, "digest": _digest(found.state)}:
+        with _orbax() as checkpointer:
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            state = checkpointer.restore(self.folder / str(step), target)
+        if _digest(state) != _read_note(self.folder / f"{step}.json").get("digest"):
             raise ValueError("its content does not have the digest it was written with")
-        return found.state
+        return state
 
 
-def _validation(metrics: Any) -> float:
-    return metrics["validation"]
+@contextmanager
+def _orbax() -> Iterator[Any]:
+    """Orbax's checkpointer, whose work is done when this ends."""
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        yield checkpointer
+        checkpointer.wait_until_finished()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged: orbax tells of every file that it writes, and of a damaged one in many voices."""
+    loud = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _read_note(file: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _digest(state: State) -> str | None:

@@ -52,7 +52,7 @@ def fine_tune(
       examples: integer labels train with cross-entropy, float labels (one output) with squared error.
       key: scalar key; order of the examples and dropout follow from it.
       loop: passed on to `darex_jax.training.loop.train`: frozen, pretrained, mesh, checkpoints, validate,
-        on_step.
+        measure, best, on_step.
     Returns, Raises: as `train`.
     Source: the usual recipe for BERT, arXiv:1810.04805, appendix A.3.
     """

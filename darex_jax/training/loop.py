@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from darex_jax.core.sharding import batch_sharding
+from darex_jax.core.sharding import batch_sharding, param_shardings
 from darex_jax.core.tree import combine, flatten_names
 from darex_jax.tasks.batching import Batch
 from darex_jax.training.adamr import Norm, adamr
@@ -25,6 +25,7 @@ Model = Callable[..., Any]
 # (model, params, batch, dropout key) -> the sum over the batch's examples or tokens, and their number.
 Loss = Callable[[Model, Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
 MEASURE_EVERY = 10  # steps between two looks at the delta's size
+CHOICES = {"optimizer": ("adamw", "adamr"), "norm": ("l2", "l1"), "dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Recipe:
       clip_norm: gradients are scaled down to at most this global norm.
       dtype: what the model computes in; parameters and optimizer are float32.
       dropout: as the model's config has it, or none.
+    Raises: ValueError for anything out of range.
     """
 
     learning_rate: float
@@ -55,29 +57,32 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: bool = True
 
-    def total_steps(self, examples: int) -> int:
-        """How many steps a training on so many examples takes.
-
-        Raises: ValueError for anything out of range, or nothing to train on.
-        """
+    def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of the two.")
-        if self.batch_size < 1 or not examples:
-            raise ValueError(
-                f"need batch_size >= 1 and examples, got {self.batch_size} and {examples} examples."
-            )
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
+        for name in ("learning_rate", "steps", "epochs", "batch_size", "accumulate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is a positive number, got {value}.")
+        if self.batch_size % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch_size} does not divide into accumulate = {self.accumulate} parts."
             )
-        if self.optimizer not in ("adamw", "adamr") or self.norm not in ("l2", "l1"):
-            raise ValueError(
-                f"optimizer is 'adamw' or 'adamr' and norm 'l2' or 'l1', "
-                f"got {self.optimizer!r} and {self.norm!r}."
-            )
+        if not 0.0 <= self.warmup_ratio < 1.0:
+            raise ValueError(f"warmup_ratio is a share of the steps in [0, 1), got {self.warmup_ratio}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay is a finite number of at least 0, got {self.weight_decay}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {' or '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def total_steps(self, examples: int) -> int:
+        """How many steps a training on so many examples takes. Raises: ValueError if there are none."""
+        if not examples:
+            raise ValueError("there are no examples to train on.")
         if self.steps is not None:
             return self.steps
-        return max(1, round((self.epochs or 0) * -(-examples // self.batch_size)))
+        return max(1, round((self.epochs or 0.0) * -(-examples // self.batch_size)))
 
 
 class StepRecord(NamedTuple):
@@ -133,6 +138,7 @@ def train(
     mesh: Mesh | None = None,
     checkpoints: Checkpoints | None = None,
     validate: Callable[[Params], float] | None = None,
+    measure: Callable[[Params], tuple[jax.Array, jax.Array]] | None = None,
     best: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> tuple[Params, list[StepRecord]]:
@@ -151,8 +157,11 @@ def train(
       frozen: parameters that the model has beside `params` and that are not trained.
       pretrained: the pretrained values, by name, of what has some: what AdamR pulls towards and the delta is
         measured from; None is `params`, whole. Read, never copied.
-      mesh: from `make_mesh`, over which each batch's rows are split; `params` are put on it by the caller.
+      mesh: from `make_mesh`: each batch's rows are split over it, and `params` lie on it as `param_sharding`
+        says; `frozen` and `pretrained` are put on it by the caller.
       validate: params -> a metric, larger is better; called at every checkpoint and at the end.
+      measure: params -> the delta's root mean square and largest magnitude; None is `delta_size` from
+        `pretrained`.
       best: return the checkpoint with the best validation metric instead of the last step's parameters.
       on_step: called with every step's record, in order; after a resumption from the step it goes on with.
     Returns: the float32 parameters, and the records of the steps done in this call.
@@ -160,26 +169,27 @@ def train(
     """
     schedule = warmup_linear(recipe.learning_rate, steps, recipe.warmup_ratio)
     pretrained = params if pretrained is None else pretrained
+    measure = partial(delta_size, pretrained=pretrained) if measure is None else measure
     # A copy, because `_update` donates its arguments and the caller's tree has to survive.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     state = _optimizer(recipe.optimizer, recipe.norm, 0.0, 0.0).init(params)
-    if mesh is not None:  # the moments lie as the parameters do; the counters have to be told
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+    if mesh is not None:  # moments end in the names of their parameters and lie as these do
+        params, state = (jax.device_put(tree, param_shardings(mesh, tree)) for tree in (params, state))
     history: list[StepRecord] = []
     first = 0
     if checkpoints is not None and (found := checkpoints.restore((params, state))) is not None:
         first, (params, state) = found
 
-    def finish(step: int, rate: float, numbers: tuple[Any, ...], validation: float | None = None) -> None:
+    def read(step: int, rate: float, numbers: tuple[Any, ...]) -> StepRecord:
         value, norm, *size = map(float, numbers)
-        rms, largest = size or (None, None)
-        record = StepRecord(step, value, norm, rate, rms, largest, validation)
-        if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"training diverged at step {step} of {steps} (loss {record.loss}, gradient norm "
-                f"{record.gradient_norm}); try a lower learning rate than {recipe.learning_rate:g}."
+                f"training diverged at step {step} of {steps} (loss {value}, gradient norm {norm}); "
+                f"try a lower learning rate than {recipe.learning_rate:g}."
             )
+        return StepRecord(step, value, norm, rate, *size)
+
+    def tell(record: StepRecord) -> None:
         history.append(record)
         if on_step is not None:
             on_step(record)
@@ -199,18 +209,20 @@ def train(
         last = step + 1 == steps
         stops = last or (checkpoints is not None and (step + 1) % checkpoints.every == 0)
         if stops or step % MEASURE_EVERY == 0:
-            seen += delta_size(params, pretrained)
+            seen += measure(params)
         if waiting is not None:
-            finish(*waiting)
+            tell(read(*waiting))
         waiting = (step, rate, tuple(seen))
         if stops:
-            validation = None if validate is None else validate(params)
-            finish(*waiting, validation)
+            record = read(*waiting)
+            if validate is not None:
+                record = record._replace(validation=validate(params))
+            tell(record)
             waiting = None
             if checkpoints is not None:
-                checkpoints.save(step + 1, (params, state), validation)
-    if best and checkpoints is not None and checkpoints.best_step is not None:
-        params, _ = checkpoints.read(checkpoints.best_step, (params, state))
+                checkpoints.save(step + 1, (params, state), record.validation)
+    if best and checkpoints is not None and (found := checkpoints.best((params, state))) is not None:
+        _, (params, _) = found
     return params, history
 
 
@@ -225,7 +237,8 @@ def delta_size(params: Params, pretrained: Params) -> tuple[jax.Array, jax.Array
     ]
     if not deltas:
         return jnp.float32(0), jnp.float32(0)
-    rms = jnp.sqrt(optax.tree.norm(deltas, squared=True) / sum(leaf.size for leaf in deltas))
+    size = float(sum(leaf.size for leaf in deltas))  # a model may have more entries than an int32
+    rms = jnp.sqrt(optax.tree.norm(deltas, squared=True) / size)
     return rms, jnp.stack([jnp.abs(leaf).max() for leaf in deltas]).max()
 
 

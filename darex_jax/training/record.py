@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,26 +21,31 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
     measured is left out. A training that goes on from step n keeps what the file says of the steps before n.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = read_metrics(path)
     clock: float | None = None
-    with path.open("a", encoding="utf-8") as file:
+    file = None
 
-        def write(record: StepRecord) -> dict[str, Any]:
-            nonlocal clock, before
-            if clock is None:  # the first record of this call says where the training goes on
-                file.truncate(0)
-                before = [line for line in before if line["step"] < record.step]
-                file.writelines(json.dumps(line) + "\n" for line in before)
-            now = time.monotonic()
-            line = {name: value for name, value in record._asdict().items() if value is not None}
-            if clock is not None:
-                line["examples_per_second"] = round(examples_a_step / max(now - clock, 1e-9), 2)
-            clock = now
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            return line
+    def write(record: StepRecord) -> dict[str, Any]:
+        nonlocal clock, file
+        line = {name: value for name, value in record._asdict().items() if value is not None}
+        now = time.monotonic()
+        if clock is not None:
+            line["examples_per_second"] = round(examples_a_step / max(now - clock, 1e-9), 2)
+        clock = now
+        if file is None:  # the first record of this call says where the training goes on
+            before = [line for line in read_metrics(path) if line["step"] < record.step]
+            rewritten = path.with_suffix(".partial")
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
+            os.replace(rewritten, path)
+            file = path.open("a", encoding="utf-8")
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        return line
 
+    try:
         yield write
+    finally:
+        if file is not None:
+            file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
