@@ -140,7 +140,8 @@ def write_table() -> None:
         "labels is searched on 200 rows of a tenth of the training split with one mask, q by outputs",
         "on 50 training sentences with four. `constant` is what the best constant answer scores. A row is",
         "made by `python experiments/adamr_glue.py --data-dir DIR --tasks TASK --optimizers OPTIMIZER`;",
-        "machine, versions and recipes stand in the JSON files under `adamr_glue/`.",
+        "machine, versions and recipes stand in the JSON files under `adamr_glue/`. `gain kept`: of what the",
+        "fine-tuned model gains over the constant answer, what DARE keeps, and what the better q keeps.",
         "",
     ]
     for task in BUDGETS:
@@ -153,8 +154,9 @@ def write_table() -> None:
             f"## {task}: {first['metric']}, {first['steps']} steps, "
             f"learning rate {first['learning_rate']:g}, constant {first['constant']:.3f}",
             "",
-            "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs |",
-            "|" + " --- |" * 7,
+            "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs "
+            "| gain kept |",
+            "|" + " --- |" * 8,
         ]
         for r in results:
             run = [
@@ -164,7 +166,9 @@ def write_table() -> None:
             ]
             for row in r["rates"]:
                 cells = [row[method] for method in ("dare", "q_v", "q_e")]
+                gains = [(c["mean"] - r["constant"]) / (r["fine_tuned"] - r["constant"]) for c in cells]
                 cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
+                cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}")
                 lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells])} |")
         lines.append("")
     (RESULTS.parent / "adamr_glue.md").write_text("\n".join(lines))

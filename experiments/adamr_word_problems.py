@@ -165,21 +165,25 @@ def write_table() -> None:
         "four masks (seeds 0-3). `mlp` and `self_attn` are pruned. q by labels is searched on the share of "
         "right tokens of 200 validation solutions with one mask, q by outputs on 50 training problems with "
         "four. A row is made by `python experiments/adamr_word_problems.py --optimizers OPTIMIZER`; machine, "
-        "versions and recipes stand in the JSON files under `adamr_word_problems/`."
+        "versions and recipes stand in the JSON files under `adamr_word_problems/`. `gain kept`: of what the "
+        "fine-tuned model gains over the base, what DARE keeps, and what the better q keeps."
     )
     lines = [
         "# AdamW and AdamR on word problems with a small Llama, then DARE and DAREx-q",
         "",
         *textwrap.wrap(text, 108),
         "",
-        "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs |",
-        "|" + " --- |" * 7,
+        "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs "
+        "| gain kept |",
+        "|" + " --- |" * 8,
     ]
     for r in results:
         run = [r["optimizer"], f"{r['delta_rms']:.2e}, {r['delta_max']:.2e}", f"{r['fine_tuned']:.3f}"]
         for row in r["rates"]:
             cells = [row[method] for method in ("dare", "q_v", "q_e")]
+            gains = [(c["mean"] - r["base"]) / (r["fine_tuned"] - r["base"]) for c in cells]
             cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
+            cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}")
             lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells])} |")
     (RESULTS.parent / "adamr_word_problems.md").write_text("\n".join([*lines, ""]))
 
