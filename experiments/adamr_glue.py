@@ -31,7 +31,7 @@ from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, delta_size
 
 RESULTS = Path(__file__).parent / "results" / "adamr_glue"
-BUDGETS = {"sst2": (800, 3e-4), "mrpc": (200, 3e-4), "stsb": (300, 3e-4), "cola": (500, 3e-4)}
+BUDGETS = {"sst2": (800, 3e-4), "mrpc": (345, 2e-4), "stsb": (540, 2e-4), "cola": (800, 2e-4)}
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
     "adamr-l2-0.002": {"optimizer": "adamr", "weight_decay": 0.002},
