@@ -118,13 +118,14 @@ def _influence_sums(
 
 
 def _observed(model: Model, params: Params, batch: Batch, observe: Callable[[str, jax.Array], None]) -> None:
-    model(params, **{name: batch[name] for name in INPUTS if name in batch}, observe=observe)
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
+    model(params, **inputs, observe=observe)
 
 
 def _real(x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The inputs [N, D] in float32, zero where they are no real token's, and which are: float32 [N]."""
-    mask = (batch["attention_mask"] != 0).astype(jnp.float32)
-    weight = batch.get("weight", jnp.ones(mask.shape[:1], jnp.float32))
+    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
+    weight = jnp.asarray(batch.get("weight", jnp.ones(mask.shape[:1])), jnp.float32)
     real = weight if x.ndim == 2 else mask * weight[:, None]
     return (x * real[..., None]).astype(jnp.float32).reshape(-1, x.shape[-1]), real.reshape(-1)
 
