@@ -94,7 +94,7 @@ def _published_scan(
     with np.errstate(over="ignore", invalid="ignore"):
         total, power = half(s), half(energy)
         weighted = half(number(eta**2 * float(phi(drop_rate))) * power)
-        bound = half(number(math.log(2.0 / (1.0 - prob))))
+        bound = half(np.asarray(math.log(2.0 / (1.0 - prob)), np.float32))
         best = np.full(s.shape, number(PUBLISHED_WORST))
         q_of_row = np.full(s.shape, 1.0 - drop_rate)
         stopped = np.zeros(s.shape, bool)
