@@ -20,4 +20,6 @@ from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
 from .models.generate import generate as generate
+from .q.analytic import analytic_q as analytic_q
+from .q.closed_form import closed_form_q as closed_form_q
 from .training.adamr import adamr as adamr

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models.bert import BertConfig, BertForSequenceClassification, BertModel, EncoderOutput
 from darex_jax.models.decoder import DecoderConfig, DecoderOutput
+from darex_jax.models.layers import Linear
 from darex_jax.models.llama import ARCHITECTURES as LLAMA
 from darex_jax.models.llama import read_llama_config
 from darex_jax.models.qwen2 import ARCHITECTURES as QWEN2
@@ -70,6 +72,7 @@ class Model:
         token_type_ids: Array | None = None,
         *,
         dropout_key: Array | None = None,
+        observe: Callable[[str, Array], None] | None = None,
     ) -> Any:
         """Runs the model: a pure function of its arguments, under jit and grad as well.
 
@@ -81,6 +84,8 @@ class Model:
           token_type_ids: integers [B, T], encoders only; None is all zeros.
           dropout_key: typed key (`jax.random.key`) that switches dropout on; None is evaluation. Decoders
             have no dropout.
+          observe: called with the name of each linear layer's weight and the layer's input, [B, T, D] or,
+            behind a pooler, [B, D], while the program is traced: the caller makes what it wants of them.
         Returns: `EncoderOutput` or `DecoderOutput`: hidden states [B, T, D] and, with a head, logits:
           [B, labels] of an encoder, [B, T, V] of a decoder.
         Raises: ValueError if a shape does not fit or the text is longer than the position table;
@@ -98,19 +103,24 @@ class Model:
         if isinstance(self.config, DecoderConfig):
             if token_type_ids is not None:
                 raise ValueError(f"a {self.config.model_type} model has no token_type_ids.")
-            return self.module(params)(input_ids, mask != 0)
+            return self.module(params, observe)(input_ids, mask != 0)
         if input_ids.shape[1] > self.config.max_length:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} positions, the model "
                 f"{self.config.max_length}; truncate the text."
             )
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
-        return self.module(params)(input_ids, mask != 0, types, dropout_key)
+        return self.module(params, observe)(input_ids, mask != 0, types, dropout_key)
 
-    def module(self, params: Params) -> Any:
+    def module(self, params: Params, observe: Callable[[str, Array], None] | None = None) -> Any:
         """The Flax module with these parameters in it; it shares their arrays."""
         # nnx.List counts its layers in ints, a state dict in digits.
-        return nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
+        module = nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
+        if observe is not None:
+            for path, layer in nnx.iter_modules(module):
+                if isinstance(layer, Linear):
+                    layer.observe = partial(observe, ".".join(map(str, (*path, "weight"))))
+        return module
 
 
 def read_model_config(hf: Mapping[str, Any]) -> Config:

@@ -41,6 +41,7 @@ class Linear(nnx.Module):
     lora_A: "Linear | None" = None
     lora_B: "Linear | None" = None
     scale: float = 1.0
+    observe: Callable[[Array], None] | None = None  # is shown every input, see `Model.module`
 
     def __init__(
         self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: nnx.Rngs
@@ -49,6 +50,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Array) -> Array:
+        if self.observe is not None:
+            self.observe(x)
         y = project(x, self.weight[...])
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...], y.shape)

@@ -1,0 +1,111 @@
+"""Algorithm 3 of DAREx: the q of each row of a layer, from two sums over its inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from darex_jax.core.bound import phi
+
+Rule = Literal["exact", "published"]
+PUBLISHED_STEP = 1000  # the authors' scan visits q = k / 1000
+PUBLISHED_SHARE = 0.8  # of the rows that have to see no improvement for their scan to end
+PUBLISHED_WORST = 10_000.0  # what their scan begins with as the best value of each row
+
+
+def analytic_q(
+    sums: ArrayLike,
+    energies: ArrayLike,
+    drop_rate: float,
+    eta: float,
+    prob: float = 0.95,
+    rule: Rule = "exact",
+) -> NDArray[np.float64]:
+    """The q in [1 - p, 1] of every row that minimises the magnitude of
+
+        f(q) = eta (1 - (1-p)/q) S + eta^2 Phi(p) Q / (4 q^2) + log(2 / (1 - prob)).
+
+    Args:
+      sums: S = sum_j c_j, with c_j = delta_W[i, j] mean(x_j) and a bias's delta as one more c; any shape.
+      energies: Q = sum_j c_j^2, the same shape.
+      drop_rate: p, in (0, 1).
+      eta: weighs the two terms; positive.
+      prob: the confidence of the bound, in [0, 1).
+      rule: "exact" is the minimiser itself: f is a quadratic in u = 1/q, so it is a root in [1, 1/(1-p)],
+        of which there is at most one, else the vertex or an end; of equals the smaller q. "published"
+        emulates the authors' scan over the rows of one layer, in steps of 0.001, with float16 values, which
+        ends for all rows as soon as a share of 0.8 of them has seen a value that was no better: float16 makes
+        neighbours tie, so that it ends after a few steps.
+    Returns: q, float64, the shape of `sums`. Rows without influence (S = Q = 0) get 1 - p.
+    Raises: ValueError for arguments out of range, or sums that are not finite.
+    Source: DAREx, arXiv:2410.09344, Algorithm 3 and appendix B; their code scans.
+    """
+    s, energy = np.asarray(sums, np.float64), np.asarray(energies, np.float64)
+    if s.shape != energy.shape:
+        raise ValueError(f"sums and energies have one shape, got {s.shape} and {energy.shape}.")
+    if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and eta > 0.0):
+        raise ValueError(
+            f"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got {drop_rate}, {prob} and {eta}."
+        )
+    if not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
+        raise ValueError("sums are finite, energies finite and at least 0; these are not.")
+    if rule == "published":
+        return _published_scan(s, energy, drop_rate, eta, prob)
+    if rule != "exact":
+        raise ValueError(f"rule is 'exact' or 'published', got {rule!r}.")
+    return _exact(s, energy, drop_rate, eta, prob)
+
+
+def _exact(s: NDArray, energy: NDArray, drop_rate: float, eta: float, prob: float) -> NDArray[np.float64]:
+    low, high = 1.0, 1.0 / (1.0 - drop_rate)
+    square = eta**2 * float(phi(drop_rate)) * energy / 4.0  # f(u) = square u^2 + linear u + constant
+    linear = -eta * (1.0 - drop_rate) * s
+    constant = eta * s + math.log(2.0 / (1.0 - prob))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # The roots without cancellation: one is t / square, the other constant / t; NaN where there is none.
+        t = -0.5 * (linear + np.copysign(np.sqrt(linear**2 - 4.0 * square * constant), linear))
+        roots = np.stack([t / square, constant / t])
+        vertex = -linear / (2.0 * square)
+    ends = (np.full(s.shape, high), np.full(s.shape, low))
+    u = np.stack([*roots, vertex, *ends])
+    inside = (u >= low) & (u <= high)
+    u = np.where(inside, u, high)
+    values = np.abs((square * u + linear) * u + constant)
+    values[:2] = np.where(inside[:2], 0.0, values[:2])  # but for rounding
+    best = values == values.min(axis=0)
+    return 1.0 / np.where(best, u, -np.inf).max(axis=0)
+
+
+def _published_scan(
+    s: NDArray, energy: NDArray, drop_rate: float, eta: float, prob: float
+) -> NDArray[np.float64]:
+    """The scan on row sums, each operation taken in float32 and rounded to float16, as PyTorch does it.
+
+    A number that multiplies or divides stays float32 there; one that is added becomes float16 first.
+    """
+
+    def half(x: NDArray) -> NDArray:
+        return x.astype(np.float16).astype(np.float32)
+
+    number = np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        total, power = half(s), half(energy)
+        weighted = half(number(eta**2 * float(phi(drop_rate))) * power)
+        bound = half(np.asarray(math.log(2.0 / (1.0 - prob)), np.float32))
+        best = np.full(s.shape, number(PUBLISHED_WORST))
+        q_of_row = np.full(s.shape, 1.0 - drop_rate)
+        stopped = np.zeros(s.shape, bool)
+        for step in range(int((1.0 - drop_rate) * PUBLISHED_STEP), PUBLISHED_STEP - 1):
+            q = step * 0.001
+            mean = half(number(eta) * half(number(1.0 - (1.0 - drop_rate) / q) * total))
+            spread = half(half(weighted / number(4.0 * q**2)) + bound)
+            value = np.abs(half(mean + spread))
+            better, worse = value <= best, value >= best
+            best, q_of_row = np.where(better, value, best), np.where(better, q, q_of_row)
+            stopped |= worse
+            if stopped.mean() >= PUBLISHED_SHARE:
+                break
+    return q_of_row

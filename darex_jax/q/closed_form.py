@@ -1,0 +1,34 @@
+"""q in closed form: the minimiser of the expected squared error of a layer's outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> NDArray[np.float64]:
+    """The q that minimises E[h^2], the error of outputs pruned at `drop_rate` and divided by q.
+
+    With S = sum_j c_j and Q = sum_j c_j^2 over the influences c_j = delta_W[i, j] x_j of an output,
+    E[h^2] = (1 - (1-p)/q)^2 E[S^2] + p (1-p) / q^2 E[Q], which is least at q = (1-p) + p E[Q] / E[S^2].
+
+    Args:
+      energies: E[Q] over calibration tokens: `sum_j delta_W[i, j]^2 E[x_j^2]`, any shape.
+      squares: E[S^2]: `E[(delta_W x)_i^2]`, the same shape. One q comes back for each entry; the q of a layer
+        or a model is that of the sums of both over its rows or layers.
+      drop_rate: p, in [0, 1).
+    Returns: float64, at least 1 - p; above 1 it says that rescaling should shrink. Where nothing comes out
+      (E[S^2] = 0) it is 1 - p if no influence is there either, else infinity: drop it all.
+    Raises: ValueError for a drop_rate out of range, other shapes, or what is negative or not finite.
+    Source: from the error's mean and variance in DAREx, arXiv:2410.09344, Theorem 3.1.
+    """
+    energy, square = np.asarray(energies, np.float64), np.asarray(squares, np.float64)
+    if energy.shape != square.shape:
+        raise ValueError(f"energies and squares have one shape, got {energy.shape} and {square.shape}.")
+    if not 0.0 <= drop_rate < 1.0:
+        raise ValueError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
+    if not (np.isfinite(energy).all() and np.isfinite(square).all() and min(energy.min(), square.min()) >= 0):
+        raise ValueError("energies and squares are finite and at least 0; these are not.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(energy == 0, 0.0, energy / square)
+    return (1.0 - drop_rate) + drop_rate * ratio

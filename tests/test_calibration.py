@@ -1,0 +1,159 @@
+"""Statistics of what goes into linear layers, against the raw inputs in float64; per-layer q."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import darex_jax as dx
+from darex_jax.core.sharding import batch_sharding
+from darex_jax.core.tree import flatten_names
+from darex_jax.evaluation.calibration import influence_squares, input_statistics
+from darex_jax.models import init_model, read_model_config
+from darex_jax.q.per_layer import bias_of, layer_q, row_sums, spread_q
+
+ENCODER = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 40, "type_vocab_size": 2,
+    "initializer_range": 0.3, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+}  # fmt: skip
+DECODER = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "silu", "max_position_embeddings": 64,
+    "initializer_range": 0.3, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES = {
+    "bert": ENCODER | {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
+    "roberta": ENCODER | {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]},
+    "llama": DECODER | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "qwen2": DECODER | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+}
+
+
+def make(family):
+    return init_model(read_model_config(FAMILIES[family]), jax.random.key(0))
+
+
+def make_batches(count=3, rows=8, width=12, seed=0):
+    """Right-padded rows; the last batch's last two fill up."""
+    rng = np.random.default_rng(seed)
+    batches = []
+    for i in range(count):
+        lengths = rng.integers(3, width + 1, rows)
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
+        weight = np.ones(rows, np.float32)
+        if i == count - 1:
+            weight[-2:] = 0
+        ids = rng.integers(2, 40, (rows, width)).astype(np.int32)
+        batches.append({"input_ids": np.where(mask, ids, 1), "attention_mask": mask, "weight": weight})
+    return batches
+
+
+def raw_inputs(model, params, batches):
+    """Every layer's real inputs in float64, [tokens, D], by running the model as it is."""
+    found = {}
+    for batch in batches:
+
+        def observe(name, x, batch=batch):
+            real = batch["weight"] > 0
+            if x.ndim == 3:
+                real = (batch["attention_mask"] > 0) & real[:, None]
+            found.setdefault(name, []).append(np.asarray(x, np.float64)[real])
+
+        model(params, batch["input_ids"], batch["attention_mask"], observe=observe)
+    return {name: np.concatenate(rows) for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_the_raw_inputs(family):
+    model, params = make(family)
+    batches = make_batches()
+    found = input_statistics(model, params, batches, lambda name: "mlp" in name or "dense" in name)
+    expected = raw_inputs(model, params, batches)
+    linear = {
+        name
+        for name, leaf in flatten_names(params).items()
+        if leaf.ndim == 2 and "embed" not in name and name.endswith("weight")
+    }
+    assert set(found) == set(expected) == linear
+    for name, x in expected.items():
+        seen = found[name]
+        assert int(seen.tokens) == len(x)
+        scale = np.sqrt(np.mean(x**2))
+        np.testing.assert_allclose(seen.mean, x.mean(0), atol=1e-5 * scale)
+        np.testing.assert_allclose(seen.square, (x**2).mean(0), rtol=1e-4, atol=1e-5 * scale**2)
+        if "mlp" in name or "dense" in name:
+            np.testing.assert_allclose(seen.second_moment, x.T @ x / len(x), atol=1e-4 * scale**2)
+        else:
+            assert seen.second_moment is None
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_influences_are_those_of_the_raw_inputs(family):
+    model, params = make(family)
+    batches = make_batches()
+    delta = jax.tree.map(lambda x: 0.1 * jnp.cos(100 * x), params)
+    named = flatten_names(delta)
+    found = influence_squares(model, params, delta, batches)
+    for name, x in raw_inputs(model, params, batches).items():
+        expected = ((x @ np.asarray(named[name], np.float64).T) ** 2).mean(0)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_padding_changes_nothing_and_observing_neither():
+    model, params = make("bert")
+    batches = make_batches()
+    wider = [{k: np.pad(v, ((0, 0), (0, 5))) if v.ndim == 2 else v for k, v in b.items()} for b in batches]
+    one, other = (input_statistics(model, params, b) for b in (batches, wider))
+    for name in one:
+        np.testing.assert_allclose(one[name].mean, other[name].mean, atol=1e-5)
+    with pytest.raises(ValueError, match="no batch to calibrate on"):
+        input_statistics(model, params, [])
+
+
+def test_many_tokens_in_float32_stay_near_float64():
+    model, params = make("llama")
+    batches = make_batches(count=100, rows=8, width=32)
+    found, expected = input_statistics(model, params, batches), raw_inputs(model, params, batches)
+    for name, x in expected.items():
+        scale = np.sqrt(np.mean(x**2))
+        assert np.abs(found[name].mean - x.mean(0)).max() < 1e-5 * scale
+        assert np.abs(found[name].square - (x**2).mean(0)).max() < 1e-5 * (x**2).mean(0).max()
+
+
+def test_a_sharded_model_gives_the_same():
+    model, params = make("llama")
+    mesh = dx.make_mesh(data=4)
+    sharded = jax.device_put(params, dx.param_shardings(mesh, params))
+    batches = make_batches()
+    placed = [jax.device_put(b, batch_sharding(mesh)) for b in batches]
+    one, other = input_statistics(model, params, batches), input_statistics(model, sharded, placed)
+    for name in one:
+        np.testing.assert_allclose(one[name].mean, other[name].mean, atol=1e-5)
+        np.testing.assert_allclose(one[name].square, other[name].square, rtol=1e-4, atol=1e-6)
+
+
+# Per-layer q.
+
+
+def test_row_sums_by_hand():
+    deltas = {"a.weight": jnp.array([[1.0, -2.0], [0.5, 0.0]]), "a.bias": jnp.array([3.0, 0.0])}
+    found = row_sums(deltas, {"a.weight": jnp.array([2.0, 1.0])})
+    np.testing.assert_allclose(found["a.weight"][0], [2 - 2 + 3, 1.0])
+    np.testing.assert_allclose(found["a.weight"][1], [4 + 4 + 9, 1.0])
+    no_bias = row_sums({"a.weight": deltas["a.weight"]}, {"a.weight": jnp.array([2.0, 1.0])})
+    np.testing.assert_allclose(no_bias["a.weight"][1], [8.0, 1.0])
+
+
+def test_layers_have_the_mean_of_their_rows_and_others_the_mean_of_layers():
+    sums = {"a.weight": (np.array([0.0, -5.0]), np.array([0.0, 1.0])), "b.weight": ([1.0], [2.0])}
+    by_layer = layer_q(sums, 0.99, 0.4)
+    rows = dx.analytic_q(*sums["a.weight"], 0.99, 0.4)
+    assert by_layer["a.weight"] == pytest.approx(rows.mean()) and rows[0] == pytest.approx(0.01)
+    q = spread_q(by_layer, ["a.weight", "a.bias", "b.weight", "norm.weight"])
+    assert q["a.bias"] == q["a.weight"] == by_layer["a.weight"] != q["b.weight"]
+    assert q["norm.weight"] == pytest.approx(np.mean(list(by_layer.values())))
+    assert bias_of("x.dense.weight") == "x.dense.bias"
+    with pytest.raises(ValueError, match="nothing to spread"):
+        spread_q({}, ["a"])
