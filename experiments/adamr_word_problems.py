@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import darex_jax as dx
@@ -26,6 +25,7 @@ from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import pruned_params
 from darex_jax.evaluation.find_q import masked_deltas, search_grid, split_in_scope
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.manifest import params_digest
 from darex_jax.q.search import search_q, trimmed_mean
 from darex_jax.tasks.answers import answer_batches, encode_answers
@@ -90,7 +90,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         on_step=lambda r: say(f"step {r.step} loss {r.loss:.4f}") if r.step % 100 == 0 else None,
     )
     held_out, test = batches(problems.validation[:200]), batches(problems.test)
-    calibration = batches(problems.train[:50])[0]
+    calibration = batches(problems.train[:50])
 
     def score(params) -> float:
         return answer_scores(model, params, test).answers
@@ -107,7 +107,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     scope = choose_scope("llama")
     in_scope = {n: x for n, x in flatten_names(base).items() if scope(n)}
     start, delta = split_in_scope(fine, unflatten_names(in_scope))
-    top = top_logits(model, fine, calibration)
+    references = reference_outputs(model, fine, calibration)
     for drop_rate in DROP_RATES:
         masked = masked_deltas(delta, drop_rate)
 
@@ -115,8 +115,8 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
             return answer_scores(model, pruned_params(start, masked[0], q), held_out).tokens
 
         def change(q: float, masked=masked) -> float:
-            moved = [top_change(model, pruned_params(start, m, q), calibration, *top) for m in masked]
-            return trimmed_mean(list(map(float, moved)))
+            moved = [pruned_params(start, m, q) for m in masked]
+            return trimmed_mean([output_change(model, p, calibration, references) for p in moved])
 
         q_v = search_q(metric, *search_grid(drop_rate), maximise=True)
         q_e = search_q(change, *search_grid(drop_rate), maximise=False)
@@ -127,30 +127,6 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results
-
-
-@jax.jit
-def _mean_over(values: jax.Array, real: jax.Array) -> jax.Array:
-    return jnp.sum(values * real) / jnp.sum(real)
-
-
-def top_logits(model, params, batch) -> tuple[jax.Array, jax.Array]:
-    """The five largest logits at each position, [B, T, 5], and which tokens' they are."""
-    logits = jax.jit(model)(params, batch["input_ids"], batch["attention_mask"]).logits
-    return jax.lax.top_k(logits.astype(jnp.float32), 5)
-
-
-def top_change(model, params, batch, largest: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean squared difference of the logits at the fine-tuned model's top five tokens, over real positions.
-
-    Source: the output change of DAREx for decoders (arXiv:2410.09344).
-    """
-    logits = _run(model, params, batch["input_ids"], batch["attention_mask"])
-    moved = jnp.square(jnp.take_along_axis(logits, tokens, axis=-1) - largest).mean(-1)
-    return _mean_over(moved, batch["attention_mask"])
-
-
-_run = jax.jit(lambda model, *inputs: model(*inputs).logits.astype(jnp.float32), static_argnums=0)
 
 
 def write_table() -> None:

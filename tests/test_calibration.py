@@ -9,6 +9,7 @@ import darex_jax as dx
 from darex_jax.core.sharding import batch_sharding
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import influence_squares, input_statistics
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import init_model, read_model_config
 from darex_jax.q.per_layer import bias_of, layer_q, row_sums, spread_q
 
@@ -157,3 +158,26 @@ def test_layers_have_the_mean_of_their_rows_and_others_the_mean_of_layers():
     assert bias_of("x.dense.weight") == "x.dense.bias"
     with pytest.raises(ValueError, match="nothing to spread"):
         spread_q({}, ["a"])
+
+
+# Output change.
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_decoders_change_is_that_of_its_top_logits(family):
+    model, params = make(family)
+    moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(100 * x), params)
+    batches = make_batches()
+    references = reference_outputs(model, params, batches)
+    assert output_change(model, params, batches, references) == 0.0
+    total, count = 0.0, 0
+    for batch in batches:
+        before, after = (
+            np.asarray(model(p, batch["input_ids"], batch["attention_mask"]).logits, np.float64)
+            for p in (params, moved)
+        )
+        top = np.argsort(-before, axis=-1, kind="stable")[..., :5]
+        square = (np.take_along_axis(after, top, -1) - np.take_along_axis(before, top, -1)) ** 2
+        real = (batch["attention_mask"] > 0) & (batch["weight"] > 0)[:, None]
+        total, count = total + square.mean(-1)[real].sum(), count + real.sum()
+    assert output_change(model, moved, batches, references) == pytest.approx(total / count, rel=1e-4)

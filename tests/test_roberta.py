@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import hidden_states, output_change
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import BertConfig, classifier_from_pretrained, init_model
 
 torch = pytest.importorskip("torch")
@@ -244,7 +244,7 @@ def test_output_change_is_measured_at_the_heads_dense_layer():
     ids, mask = batch()
     weight = np.array([1, 1, 0], np.float32)
     data = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids), "weight": weight}
-    reference = hidden_states(model, params, [data])
+    reference = reference_outputs(model, params, [data])
     moved = jax.tree.map(lambda x: 1.1 * x, params)
     expected = np.abs(model(moved, ids, mask).head_hidden - model(params, ids, mask).head_hidden)[:2].mean()
     np.testing.assert_allclose(output_change(model, moved, [data], reference), expected, rtol=1e-5)

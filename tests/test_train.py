@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import darex_jax.evaluation.classification as evaluation
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import evaluate, hidden_states, output_change, predict, pruned_params
+from darex_jax.evaluation import classification, outputs
+from darex_jax.evaluation.classification import evaluate, predict, pruned_params
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import BertConfig, init_model
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import Encoded, evaluation_batches
@@ -278,16 +279,16 @@ def test_pruned_params_rescale_what_has_a_delta(tiny, changed):
 def test_another_q_compiles_nothing(tiny, changed):
     model, base = tiny
     delta, batches = changed
-    reference = hidden_states(model, base, batches)
+    reference = reference_outputs(model, base, batches)
 
     def sweep(q):
         pruned = pruned_params(base, delta, q)
         return predict(model, pruned, batches), output_change(model, pruned, batches, reference)
 
     sweep(0.5)
-    compiled = [f._cache_size() for f in (pruned_params, evaluation._logits, evaluation._hidden)]
+    compiled = [f._cache_size() for f in (pruned_params, classification._logits, outputs._change)]
     (first, near), (second, far) = sweep(0.7), sweep(0.1)
-    assert compiled == [f._cache_size() for f in (pruned_params, evaluation._logits, evaluation._hidden)]
+    assert compiled == [f._cache_size() for f in (pruned_params, classification._logits, outputs._change)]
     assert far > near > 0 and np.abs(first - second).max() > 0
 
 
@@ -295,7 +296,7 @@ def test_output_change_is_the_mean_over_real_tokens(tiny, changed):
     model, base = tiny
     delta, batches = changed
     pruned = pruned_params(base, delta, 0.5)
-    assert output_change(model, base, batches, hidden_states(model, base, batches)) == 0.0
+    assert output_change(model, base, batches, reference_outputs(model, base, batches)) == 0.0
     total, count, run = 0.0, 0, jax.jit(model)
     for batch in batches:  # the same sum over real rows and tokens, spelled out
         near, far = (run(p, *(batch[n] for n in INPUTS)).last_hidden_state for p in (base, pruned))
@@ -304,6 +305,6 @@ def test_output_change_is_the_mean_over_real_tokens(tiny, changed):
                 length = batch["attention_mask"][b].sum()
                 total += np.abs(near[b, :length] - far[b, :length]).sum()
                 count += length * near.shape[-1]
-    assert output_change(model, pruned, batches, hidden_states(model, base, batches)) == pytest.approx(
+    assert output_change(model, pruned, batches, reference_outputs(model, base, batches)) == pytest.approx(
         total / count, rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""Outputs of a model over batches: its metric on a task, and how far pruning moved its hidden states.
+"""A classifier over batches: its logits, and its metric on a task; and the model that pruning makes.
 
 Everything is compiled once per model and batch shape; parameters, hence q, are arguments.
 """
@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,18 +28,6 @@ def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     if logits is None:
         raise ValueError("the model has no classifier; fine-tune it first (darex train).")
     return logits
-
-
-@partial(jax.jit, static_argnums=0)
-def _hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
-    out = model(params, **batch)
-    return out.last_hidden_state if out.head_hidden is None else out.head_hidden
-
-
-@jax.jit
-def _absolute_difference(a: jax.Array, b: jax.Array, real: jax.Array) -> jax.Array:
-    difference = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).mean(axis=-1)
-    return jnp.stack([jnp.sum(difference * real), jnp.sum(real)])
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -83,27 +70,3 @@ def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
     leaves = flatten_names(params)
     base = unflatten_names({name: leaves[name] for name in flatten_names(masked_delta)})
     return unflatten_names(leaves | flatten_names(apply_delta(base, rescale(masked_delta, q))))
-
-
-def hidden_states(model: Model, params: Params, batches: Sequence[Batch]) -> list[jax.Array]:
-    """What `output_change` compares, of every batch.
-
-    Returns: the last hidden states [B, T, D]; of a RoBERTa with a head, its dense layer's outputs [B, D].
-    """
-    return [_hidden(model, params, _inputs(batch)) for batch in batches]
-
-
-def output_change(
-    model: Model, params: Params, batches: Sequence[Batch], reference: Sequence[jax.Array]
-) -> float:
-    """Mean absolute difference of the hidden states from `reference`, over real tokens (no padding).
-
-    Source: the output change of DAREx for encoders (arXiv:2410.09344), which q_e minimises.
-    """
-    sums = []
-    for here, there, batch in zip(hidden_states(model, params, batches), reference, batches, strict=True):
-        per_token = batch["attention_mask"] * batch["weight"][:, None]
-        real = per_token if here.ndim == 3 else batch["weight"]
-        sums.append(_absolute_difference(here, there, real))
-    total, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
-    return float(total / tokens)

@@ -14,7 +14,8 @@ from darex_jax.core.delta import compute_delta, drop
 from darex_jax.core.mask import random_mask
 from darex_jax.core.scope import Scope, choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import hidden_states, output_change, predict, pruned_params
+from darex_jax.evaluation.classification import predict, pruned_params
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.model import load_model
@@ -100,7 +101,7 @@ def find_q(
 
     else:
         batches = evaluation_batches(examples, batch_size=min(CALIBRATION_SIZE, len(examples)))[:1]
-        reference = hidden_states(model, fine, batches)
+        reference = reference_outputs(model, fine, batches)
 
         def value_at(q: float) -> float:
             return trimmed_mean(

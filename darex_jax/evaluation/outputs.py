@@ -1,0 +1,84 @@
+"""How far pruning moved a model's outputs: what q_e minimises, and what needs no label.
+
+Encoders: the mean absolute difference of the hidden states. Decoders: the mean squared difference of the
+logits at the fine-tuned model's five likeliest tokens. All is compiled once per model and batch shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.models import DecoderOutput, EncoderOutput
+from darex_jax.tasks.batching import Batch
+
+Params = Any  # nested dict of float arrays, as `load_params` returns it
+Model = Callable[..., Any]
+Reference = Any  # of one batch
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TOP = 5  # tokens of a decoder that are looked at
+
+
+def reference_outputs(model: Model, params: Params, batches: Sequence[Batch]) -> list[Reference]:
+    """What `output_change` measures from, of every batch: the fine-tuned model's outputs.
+
+    Returns: for an encoder the last hidden states [B, T, D], with RoBERTa's head its dense layer's outputs
+      [B, D]; for a decoder the `TOP` largest logits [B, T, TOP] and whose they are.
+    """
+    return [_reference(model, params, batch) for batch in batches]
+
+
+def output_change(
+    model: Model, params: Params, batches: Sequence[Batch], references: Sequence[Reference]
+) -> float:
+    """The mean change over real tokens (behind RoBERTa's head: rows); no padding.
+
+    Args: batches: with what the model takes, and a `weight` of 0 for rows that do not count; references: from
+      `reference_outputs`, of the same batches.
+    Source: the output change of DAREx (arXiv:2410.09344), which q_e minimises.
+    """
+    sums = [_change(model, params, b, reference) for b, reference in zip(batches, references, strict=True)]
+    total, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
+    return float(total / tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reference(model: Model, params: Params, batch: Batch) -> Reference:
+    out = _run(model, params, batch)
+    if isinstance(out, DecoderOutput):
+        return jax.lax.top_k(_logits(out), TOP)
+    return _hidden(out)
+
+
+@partial(jax.jit, static_argnums=0)
+def _change(model: Model, params: Params, batch: Batch, reference: Reference) -> jax.Array:
+    """The sum over real tokens, and their number."""
+    out = _run(model, params, batch)
+    if isinstance(out, DecoderOutput):
+        largest, tokens = reference
+        change = jnp.square(jnp.take_along_axis(_logits(out), tokens, axis=-1) - largest).mean(axis=-1)
+    else:
+        change = jnp.abs(_hidden(out) - reference).mean(axis=-1)
+    real = jnp.asarray(batch.get("weight", jnp.ones(len(change))), jnp.float32)
+    if change.ndim == 2:
+        real = real[:, None] * jnp.asarray(batch["attention_mask"] != 0)
+    return jnp.stack([jnp.sum(change * real), jnp.sum(real)])
+
+
+def _run(model: Model, params: Params, batch: Batch) -> Any:
+    return model(params, **{name: batch[name] for name in INPUTS if name in batch})
+
+
+def _logits(out: DecoderOutput) -> jax.Array:
+    if out.logits is None:
+        raise ValueError("this decoder has no lm_head: there are no logits to compare.")
+    return out.logits.astype(jnp.float32)
+
+
+def _hidden(out: EncoderOutput) -> jax.Array:
+    return (out.last_hidden_state if out.head_hidden is None else out.head_hidden).astype(jnp.float32)
