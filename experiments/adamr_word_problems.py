@@ -157,9 +157,10 @@ def write_table() -> None:
         run = [r["optimizer"], f"{r['delta_rms']:.2e}, {r['delta_max']:.2e}", f"{r['fine_tuned']:.3f}"]
         for row in r["rates"]:
             cells = [row[method] for method in ("dare", "q_v", "q_e")]
-            gains = [(c["mean"] - r["base"]) / (r["fine_tuned"] - r["base"]) for c in cells]
+            gain = r["fine_tuned"] - r["base"]
+            gains = [(c["mean"] - r["base"]) / gain for c in cells] if gain > 0 else []
             cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
-            cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}")
+            cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}" if gains else "no gain")
             lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells])} |")
     (RESULTS.parent / "adamr_word_problems.md").write_text("\n".join([*lines, ""]))
 

@@ -124,7 +124,7 @@ def _train_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"test: {report['metric_name']}", tested))
     else:
         rows.append(("validation loss", f"{report['validation_loss']:.4f}"))
-        rows.append(("answers with every token ranked first", f"{report['validation_answers']:.4f}"))
+        rows.append(("answers right throughout", f"{report['validation_answers']:.4f}"))
     return [*rows, ("digest", report["digest"][:16] + "..."), ("numbers, curves", report["run"])]
 
 

@@ -329,7 +329,7 @@ def _answering(
         lambda **loop: train_answers(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
         {"train": train.digest(), "held_out": others.digest()},
-        "share of the answers' tokens ranked first",
+        "token accuracy",
         lambda params: answer_scores(model, combine(frozen, params), batches).tokens,
         test,
     )
