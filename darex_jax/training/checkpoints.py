@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -13,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import blake3
 import jax
-
-from darex_jax.files.manifest import params_digest
 
 State = Any  # a PyTree of arrays
 
@@ -23,7 +21,7 @@ State = Any  # a PyTree of arrays
 class Checkpoints:
     """A folder of checkpoints, written by orbax: `STEP/` is a state, `STEP.json` a note of it.
 
-    The note has the state's digest, so that a damaged checkpoint is known, and the validation metric. It is
+    The note has a digest of the files, so that a damaged checkpoint is known, and the validation metric. It is
     written last, and a checkpoint without one does not count: a killed process leaves none half written.
 
     Args:
@@ -50,7 +48,7 @@ class Checkpoints:
             shutil.rmtree(rest)
         with _orbax() as checkpointer:
             checkpointer.save(self.folder / str(step), state, force=True)
-        note = json.dumps({"digest": _digest(state), "validation": validation})
+        note = json.dumps({"digest": _digest(self.folder / str(step)), "validation": validation})
         unfinished = self.folder / f"{step}.partial"
         unfinished.write_text(note, encoding="utf-8")
         os.replace(unfinished, self.folder / f"{step}.json")
@@ -104,12 +102,13 @@ class Checkpoints:
     def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
-        with _orbax() as checkpointer:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            state = checkpointer.restore(self.folder / str(step), target)
-        if _digest(state) != _read_note(self.folder / f"{step}.json").get("digest"):
+        # Before orbax sees it: its background threads go on complaining of damage after it has given up.
+        if _digest(self.folder / str(step)) != _read_note(self.folder / f"{step}.json").get("digest"):
             raise ValueError("its content does not have the digest it was written with")
-        return state
+        with _orbax() as checkpointer:
+            return checkpointer.restore(
+                self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            )
 
 
 @contextmanager
@@ -124,7 +123,7 @@ def _orbax() -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is logged: orbax tells of every file that it writes, and of a damaged one in many voices."""
+    """Nothing is logged: orbax tells of every file that it writes."""
     loud = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loud]
     for logger in loud:
@@ -146,7 +145,11 @@ def _read_note(file: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _digest(state: State) -> str | None:
-    """None where parts lie with other processes."""
-    leaves = jax.tree.leaves(state)
-    return params_digest(state) if all(leaf.is_fully_addressable for leaf in leaves) else None
+def _digest(folder: Path) -> str:
+    """BLAKE3 over the names and contents of all files in a folder."""
+    digest = blake3.blake3()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        head = f"{file.relative_to(folder).as_posix()}\0{len(content)}\0"
+        digest.update(head.encode() + content)
+    return digest.hexdigest()
