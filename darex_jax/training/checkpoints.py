@@ -21,7 +21,7 @@ State = Any  # a PyTree of arrays
 class Checkpoints:
     """A folder of checkpoints, written by orbax: `STEP/` is a state, `STEP.json` a note of it.
 
-    The note has a digest of the files, so that a damaged checkpoint is known, and the validation metric. It is
+    The note has a digest of the files, so that damage is known, and the validation metric. It is
     written last, and a checkpoint without one does not count: a killed process leaves none half written.
 
     Args:
@@ -78,18 +78,10 @@ class Checkpoints:
 
     def _first_sound(self, steps: list[int], like: State) -> tuple[int, State] | None:
         for step in steps:
-            with _quiet():
-                try:
-                    return step, self._read(step, like)
-                except (
-                    ValueError,
-                    OSError,
-                    LookupError,
-                    TypeError,
-                    AttributeError,
-                ) as error:  # damaged files
-                    fault = str(error).partition("\n")[0][:160] or type(error).__name__
-                gc.collect()  # the tasks that failed along complain when they go: now, while it is quiet
+            try:
+                return step, self._read(step, like)
+            except (ValueError, OSError, LookupError) as error:
+                fault = str(error).partition("\n")[0][:160] or type(error).__name__
             self._warn(
                 f"{self.folder / str(step)} is damaged and set aside, the one before is taken ({fault})"
             )
