@@ -28,9 +28,8 @@ from darex_jax.evaluation.find_q import masked_deltas, search_grid, split_in_sco
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.manifest import params_digest
 from darex_jax.q.search import search_q, trimmed_mean
-from darex_jax.tasks.answers import answer_batches, encode_answers
+from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import load_tokenizer
-from darex_jax.tasks.gsm8k import gsm8k_prompt, metamath_solution
 from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
@@ -69,12 +68,8 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     model, base = dx.load_model(base_path)
     problems = word_problems(seed=1, max_steps=2)
 
-    def encoded(some):
-        prompts = [gsm8k_prompt(p.question) for p in some]
-        return encode_answers(tokenizer, prompts, [metamath_solution(p.solution) for p in some])
-
     def batches(some):
-        return list(answer_batches(encoded(some), 50, 0, 0))
+        return list(answer_batches(encode_problems(tokenizer, some), 50, 0, 0))
 
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name}: {text}", flush=True)
@@ -82,7 +77,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     fine, _ = train_answers(
         model,
         base,
-        encoded(problems.train),
+        encode_problems(tokenizer, problems.train),
         recipe,
         key=jax.random.key(1),
         pretrained=base,

@@ -22,9 +22,10 @@ import numpy as np
 import darex_jax as dx
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.runs.train import train_run
-from darex_jax.tasks.answers import answer_batches, encode_answers
+from darex_jax.tasks import hold_out_tenth
+from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import load_tokenizer
-from darex_jax.tasks.gsm8k import gsm8k_prompt, load_gsm8k, metamath_solution
+from darex_jax.tasks.gsm8k import load_gsm8k
 from darex_jax.training.causal_lm import answer_scores
 from darex_jax.training.loop import Recipe
 from darex_jax.training.record import read_metrics
@@ -57,12 +58,8 @@ def main() -> None:
     model, base = dx.load_model(options.base)
     tokenizer = load_tokenizer(options.base)
     problems = load_gsm8k("train", options.data_dir)
-    held_out = [problems[i] for i in np.random.RandomState(0).permutation(len(problems))[:16]]
-    encoded = encode_answers(
-        tokenizer,
-        [gsm8k_prompt(p.question) for p in held_out],
-        [metamath_solution(p.solution) for p in held_out],
-    )
+    held_out = [problems[i] for i in hold_out_tenth(len(problems))[1][:16]]
+    encoded = encode_problems(tokenizer, held_out)
     batches = list(answer_batches(encoded, 8, 0, 0))
     delta = dx.adapter_delta(adapter, scales)
     references = reference_outputs(model, dx.apply_delta(base, delta), batches)

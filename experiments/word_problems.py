@@ -24,8 +24,7 @@ from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.models import init_model, read_model_config
-from darex_jax.tasks.answers import encode_answers
-from darex_jax.tasks.gsm8k import gsm8k_prompt, metamath_solution
+from darex_jax.tasks.answers import encode_problems
 from darex_jax.tasks.word_problems import word_problem_tokenizer, word_problems
 from darex_jax.training.causal_lm import train_answers
 from darex_jax.training.loop import Recipe
@@ -56,12 +55,7 @@ def main() -> None:
     if not fine.exists():
         dx.save_params(base, fresh, model.config.to_hf(), overwrite=True)
         tokenizer.save_pretrained(base)
-        train = problems.train
-        examples = encode_answers(
-            tokenizer,
-            [gsm8k_prompt(p.question) for p in train],
-            [metamath_solution(p.solution) for p in train],
-        )
+        examples = encode_problems(tokenizer, problems.train)
         params, _ = train_answers(
             model,
             fresh,

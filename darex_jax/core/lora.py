@@ -102,6 +102,11 @@ class LoraConfig:
         return {name: self.scale_of(name) for name in factors}
 
 
+def is_factor(name: str) -> bool:
+    """Whether a leaf of this name is the A or B of an adapter."""
+    return _layer_of(name) is not None
+
+
 def adapter_factors(adapter: PyTree) -> dict[str, tuple[Any, Any]]:
     """`{layer: (A, B)}` of an adapter, by the layer's name; A [r, D], B [O, r].
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 from darex_jax.core.tree import flatten_names
 from darex_jax.models import Model
-from darex_jax.tasks.batching import Batch
+from darex_jax.tasks.batching import Batch, model_inputs
 
 Params = Any
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class InputStatistics(NamedTuple):
@@ -51,12 +50,7 @@ def input_statistics(
       second_moments: which weights' D x D matrix is wanted; pass the same function every time.
     Raises: ValueError if there is no batch.
     """
-    total = None
-    for batch in batches:
-        sums = _sums(model, second_moments, params, batch)
-        total = sums if total is None else _added(total, sums)
-    if total is None:
-        raise ValueError("there is no batch to calibrate on.")
+    total = _total(_sums(model, second_moments, params, batch) for batch in batches)
     return {
         name: InputStatistics(count, x / count, square / count, None if outer is None else outer / count)
         for name, (count, x, square, outer) in total.items()
@@ -70,18 +64,20 @@ def influence_squares(
 
     Args: delta: nested dict with the deltas of linear layers' weights; others in it are passed over.
     """
-    total = None
-    for batch in batches:
-        sums = _influence_sums(model, params, delta, batch)
-        total = sums if total is None else _added(total, sums)
+    total = _total(_influence_sums(model, params, delta, batch) for batch in batches)
+    return {name: squares / count for name, (count, squares) in total.items()}
+
+
+def _total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total = reduce(_added, sums, None)
     if total is None:
         raise ValueError("there is no batch to calibrate on.")
-    return {name: squares / count for name, (count, squares) in total.items()}
+    return total
 
 
 @jax.jit
 def _added(total: Any, sums: Any) -> Any:
-    return jax.tree.map(jnp.add, total, sums)
+    return sums if total is None else jax.tree.map(jnp.add, total, sums)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -97,7 +93,7 @@ def _sums(
             outer = jnp.einsum("ND,NE->DE", x, x, precision=jax.lax.Precision.HIGHEST)
         found[name] = (jnp.sum(real), jnp.sum(x, axis=0), jnp.sum(jnp.square(x), axis=0), outer)
 
-    _observed(model, params, batch, observe)
+    model(params, **model_inputs(batch), observe=observe)
     return found
 
 
@@ -113,13 +109,8 @@ def _influence_sums(
             moved = jnp.einsum("ND,OD->NO", x, deltas[name], precision=jax.lax.Precision.HIGHEST)
             found[name] = (jnp.sum(real), jnp.sum(jnp.square(moved), axis=0))
 
-    _observed(model, params, batch, observe)
+    model(params, **model_inputs(batch), observe=observe)
     return found
-
-
-def _observed(model: Model, params: Params, batch: Batch, observe: Callable[[str, jax.Array], None]) -> None:
-    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
-    model(params, **inputs, observe=observe)
 
 
 def _real(x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -128,9 +119,3 @@ def _real(x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     weight = jnp.asarray(batch.get("weight", jnp.ones(mask.shape[:1])), jnp.float32)
     real = weight if x.ndim == 2 else mask * weight[:, None]
     return (x * real[..., None]).astype(jnp.float32).reshape(-1, x.shape[-1]), real.reshape(-1)
-
-
-def layer_deltas(delta: Params, statistics: Mapping[str, InputStatistics]) -> dict[str, jax.Array]:
-    """The deltas of those weights that statistics are known of."""
-    named = flatten_names(delta)
-    return {name: named[name] for name in statistics if name in named}

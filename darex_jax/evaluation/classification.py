@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from darex_jax.core.delta import apply_delta, rescale
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks import Task
-from darex_jax.tasks.batching import Batch, Encoded, evaluation_batches
+from darex_jax.tasks.batching import Batch, Encoded, evaluation_batches, model_inputs
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mask, token_type_ids)
@@ -30,13 +30,9 @@ def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     return logits
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-
-
 def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray:
     """The logits of every real row, [N, num_labels] float32, in the order of the data set."""
-    pending = [_logits(model, params, _inputs(batch)) for batch in batches]
+    pending = [_logits(model, params, model_inputs(batch)) for batch in batches]
     rows = [batch["index"][batch["weight"] > 0] for batch in batches]
     logits = [np.asarray(x, np.float32)[b["weight"] > 0] for x, b in zip(pending, batches, strict=True)]
     return np.concatenate(logits)[np.argsort(np.concatenate(rows))]

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.models import DecoderOutput, EncoderOutput
-from darex_jax.tasks.batching import Batch
+from darex_jax.tasks.batching import Batch, model_inputs
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]
 Reference = Any  # of one batch
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TOP = 5  # tokens of a decoder that are looked at
 
 
@@ -49,7 +48,7 @@ def output_change(
 
 @partial(jax.jit, static_argnums=0)
 def _reference(model: Model, params: Params, batch: Batch) -> Reference:
-    out = _run(model, params, batch)
+    out = model(params, **model_inputs(batch))
     if isinstance(out, DecoderOutput):
         return jax.lax.top_k(_logits(out), TOP)
     return _hidden(out)
@@ -58,7 +57,7 @@ def _reference(model: Model, params: Params, batch: Batch) -> Reference:
 @partial(jax.jit, static_argnums=0)
 def _change(model: Model, params: Params, batch: Batch, reference: Reference) -> jax.Array:
     """The sum over real tokens, and their number."""
-    out = _run(model, params, batch)
+    out = model(params, **model_inputs(batch))
     if isinstance(out, DecoderOutput):
         largest, tokens = reference
         change = jnp.square(jnp.take_along_axis(_logits(out), tokens, axis=-1) - largest).mean(axis=-1)
@@ -68,10 +67,6 @@ def _change(model: Model, params: Params, batch: Batch, reference: Reference) ->
     if change.ndim == 2:
         real = real[:, None] * jnp.asarray(batch["attention_mask"] != 0)
     return jnp.stack([jnp.sum(change * real), jnp.sum(real)])
-
-
-def _run(model: Model, params: Params, batch: Batch) -> Any:
-    return model(params, **{name: batch[name] for name in INPUTS if name in batch})
 
 
 def _logits(out: DecoderOutput) -> jax.Array:

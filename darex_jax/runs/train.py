@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tomli_w
 
-from darex_jax.core.lora import LoraConfig, adapter_delta
+from darex_jax.core.lora import LoraConfig, adapter_delta, is_factor
 from darex_jax.core.sharding import make_mesh, param_shardings
 from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.evaluation.classification import evaluate, predict
@@ -24,10 +23,10 @@ from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.lora import add_adapters
-from darex_jax.tasks import TASKS, Task, load_task
-from darex_jax.tasks.answers import EncodedAnswers, answer_batches, encode_answers
+from darex_jax.tasks import TASKS, Task, hold_out_tenth, load_task
+from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, load_gsm8k, metamath_solution
+from darex_jax.tasks.gsm8k import Problem, load_gsm8k
 from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
@@ -177,22 +176,23 @@ def train_run(
         )
     lines = read_metrics(run / "metrics.jsonl")
     plot_metrics(lines, lesson.metric_name, run / "curves.png")
-    outputs = {"adapter" if lora else "model": params_digest(params)}
-    manifest = run_manifest("train", options, inputs, outputs)
+    digest = params_digest(params)
+    manifest = run_manifest("train", options, inputs, {"adapter" if lora else "model": digest})
     if lora is None:
         save_params(out, params, start.model.config.to_hf(), companions_from=base, manifest=manifest)
     else:
         kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
-        adapter, dense = _split(params, lambda name: ".lora_" in name)
+        adapter, dense = _split(params, is_factor)
         save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
     taken = lines[-1]
     if best:
-        kept = [line for line in lines if "validation" in line and line["step"] + 1 in checkpoints.steps()]
-        taken = max(kept, key=lambda line: (line["validation"], line["step"]))
+        kept = set(checkpoints.steps())
+        validated = [line for line in lines if "validation" in line and line["step"] + 1 in kept]
+        taken = max(validated, key=lambda line: (line["validation"], line["step"]))
     return {
         "out": str(out), "run": str(run), "task": task, "steps": steps, "step_taken": taken["step"] + 1,
         "loss": taken["loss"], "delta_rms": taken["delta_rms"], "delta_max": taken["delta_max"],
-        "digest": params_digest(params), "metric_name": lesson.metric_name, "validation": taken["validation"],
+        "digest": digest, "metric_name": lesson.metric_name, "validation": taken["validation"],
     } | lesson.test(params)  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def _start(
     scales = lora.scales(adapter)
 
     def measure(params: Params) -> Any:
-        factors, others = _split(params, lambda name: ".lora_" in name)
+        factors, others = _split(params, is_factor)
         merged = adapter_delta(factors, scales)
         return delta_size(combine(merged, others), combine(jax.tree.map(lambda _: 0.0, merged), kept_head))
 
@@ -314,11 +314,7 @@ def _answering(
     model, params, frozen, *_ = start
     tokenizer = load_tokenizer(base)
 
-    def encoded(some: tuple[Problem, ...]) -> EncodedAnswers:
-        prompts = [gsm8k_prompt(problem.question) for problem in some]
-        return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in some])
-
-    train, others = encoded(problems), encoded(held_out)
+    train, others = encode_problems(tokenizer, problems), encode_problems(tokenizer, held_out)
     batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:
@@ -343,5 +339,5 @@ def _problems(
         generated = word_problems(seed, difficulty)
         return generated.train, generated.validation
     every = load_gsm8k("train", data_dir)
-    order, tenth = np.random.RandomState(0).permutation(len(every)), len(every) // 10
-    return tuple(every[i] for i in order[tenth:]), tuple(every[i] for i in order[:tenth])
+    rows, held_out = hold_out_tenth(len(every))
+    return tuple(every[i] for i in rows), tuple(every[i] for i in held_out)

@@ -85,6 +85,15 @@ class Task:
         return METRICS[self.metric_name](logits, labels)
 
 
+def hold_out_tenth(count: int) -> tuple[NDArray, NDArray]:
+    """Row numbers of a training split: those that train, and the tenth that a search for q may see.
+
+    Source: the protocol of DAREx (arXiv:2410.09344), the first tenth of `RandomState(0).permutation`.
+    """
+    order, tenth = np.random.RandomState(0).permutation(count), count // 10
+    return order[tenth:], order[:tenth]
+
+
 def load_task(name: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Task:
     """Loads one of `TASKS`.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from darex_jax.tasks.batching import BUCKETS, Batch, right_padded, training_rows
+from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, metamath_solution
 
 ANSWER_BUCKETS = (*BUCKETS, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # the lengths batches are padded to
 
@@ -62,6 +63,12 @@ def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return EncodedAnswers(rows, [len(ids) for ids in before], pad)
+
+
+def encode_problems(tokenizer: Any, problems: Sequence[Problem]) -> EncodedAnswers:
+    """`encode_answers` of word problems: the protocol's prompts, and the solutions in MetaMath's form."""
+    prompts = [gsm8k_prompt(problem.question) for problem in problems]
+    return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in problems])
 
 
 def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

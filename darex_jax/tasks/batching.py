@@ -89,6 +89,11 @@ def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> 
     return Encoded(rows["input_ids"], rows["token_type_ids"], examples.labels, tokenizer.pad_token_id or 0)
 
 
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What of a batch a model takes: input_ids, attention_mask and, where it has them, token_type_ids."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
 def evaluation_batches(encoded: Encoded, batch_size: int = 64) -> list[Batch]:
     """All rows, by rising length so that little is padded; `index` says which row is where. See `_batch`."""
     order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from darex_jax.tasks import Examples, Task
+from darex_jax.tasks import Examples, Task, hold_out_tenth
 from darex_jax.tasks.parquet import find_parquet, read_split
 
 HUB_NAME = "nyu-mll/glue"
@@ -34,15 +34,14 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task
     columns, label_names, metric_name = _LAYOUT[name]
     files = None if data_dir is None else find_parquet(name, data_dir, ("train", "validation"))
     train, test = (_read(name, split, columns, label_names, files) for split in ("train", "validation"))
-    order = np.random.RandomState(0).permutation(len(train))
-    held_out = len(train) // 10
+    rows, held_out = hold_out_tenth(len(train))
     return Task(
         name=name,
         kind="classification" if label_names else "regression",
         label_names=label_names,
         metric_name=metric_name,
-        train=train.select(order[held_out:]),
-        validation=train.select(order[:held_out]),
+        train=train.select(rows),
+        validation=train.select(held_out),
         test=test,
     )
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import NDArray
 
 from darex_jax.tasks.answers import EncodedAnswers, answer_batches
 from darex_jax.tasks.batching import Batch
@@ -60,11 +61,18 @@ def answer_loss(
     Args: batch: from `answer_batches`; dropout_key: not used, decoders have no dropout.
     Returns: the sum over the batch in float32, and the number of tokens.
     """
-    logits = model(params, batch["input_ids"], batch["attention_mask"]).logits
-    before, target = logits[:, :-1].astype(jnp.float32), batch["input_ids"][:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(before, target)
-    counted = batch["loss_mask"][:, 1:]
+    losses, counted, _ = _token_losses(model, params, batch)
     return jnp.sum(losses * counted), jnp.sum(counted)
+
+
+def _token_losses(
+    model: Callable[..., Any], params: Params, batch: Batch
+) -> tuple[jax.Array, NDArray, jax.Array]:
+    """Of each token but the first, [B, T - 1]: loss, 1 where it is an answer's, whether it is ranked first."""
+    logits = model(params, batch["input_ids"], batch["attention_mask"]).logits[:, :-1].astype(jnp.float32)
+    target = batch["input_ids"][:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return losses, batch["loss_mask"][:, 1:], logits.argmax(-1) == target
 
 
 class AnswerScores(NamedTuple):
@@ -90,10 +98,8 @@ def answer_scores(model: Callable[..., Any], params: Params, batches: Sequence[B
 
 @partial(jax.jit, static_argnums=0)
 def _answer_sums(model: Callable[..., Any], params: Params, batch: Batch) -> jax.Array:
-    logits = model(params, batch["input_ids"], batch["attention_mask"]).logits[:, :-1].astype(jnp.float32)
-    target, counted = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = (logits.argmax(-1) == target) * counted
+    losses, counted, first = _token_losses(model, params, batch)
+    right = first * counted
     tokens = jnp.sum(counted, axis=1)
     whole = (jnp.sum(right, axis=1) == tokens) & (tokens > 0)
     return jnp.stack(
