@@ -9,17 +9,15 @@ is the table of all that are there.
 
 import argparse
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
+from adamr_common import DROP_RATES, HEADINGS, machine, optimizers, scored, table_rows
 
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import predict, pruned_params
+from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.find_q import find_q, masked_deltas, split_in_scope
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.model import load_model
@@ -32,14 +30,7 @@ from darex_jax.training.loop import Recipe, delta_size
 
 RESULTS = Path(__file__).parent / "results" / "adamr_glue"
 BUDGETS = {"sst2": (800, 3e-4), "mrpc": (345, 2e-4), "stsb": (540, 2e-4), "cola": (800, 2e-4)}
-OPTIMIZERS = {
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
-    "adamr-l2-0.002": {"optimizer": "adamr", "weight_decay": 0.002},
-    "adamr-l2-0.01": {"optimizer": "adamr", "weight_decay": 0.01},
-    "adamr-l2-0.05": {"optimizer": "adamr", "weight_decay": 0.05},
-    "adamr-l1-0.00002": {"optimizer": "adamr", "norm": "l1", "weight_decay": 2e-5},
-}
-DROP_RATES = (0.9, 0.99, 0.999)
+OPTIMIZERS = optimizers(l1="0.00002")
 
 
 def main() -> None:
@@ -103,8 +94,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
         "test_examples": len(test), "validation_examples": len(validation), "fine_tuned": score(fine),
         "constant": constant(task, test.labels), "delta_rms": rms, "delta_max": largest,
         "digest": params_digest(fine), "seconds_of_the_last_part": round(seconds, 1), "rates": [],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in ("jax", "flax", "optax", "numpy")},
+        **machine(),
     }  # fmt: skip
     say(f"test {task.metric_name} {results['fine_tuned']:.4f}, delta rms {rms:.3e}, largest {largest:.3e}")
     start, delta = split_in_scope(fine, unflatten_names(pretrained))
@@ -114,10 +104,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
             model, fine, start, masked[:1], drop_rate, objective="labels", examples=validation, task=task
         )
         q_e = find_q(model, fine, start, masked, drop_rate, objective="outputs", examples=train, task=task)
-        row = {"drop_rate": drop_rate}
-        for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
-            scores = [score(pruned_params(start, m, q)) for m in masked]
-            row[method] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+        row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results
@@ -154,22 +141,9 @@ def write_table() -> None:
             f"## {task}: {first['metric']}, {first['steps']} steps, "
             f"learning rate {first['learning_rate']:g}, constant {first['constant']:.3f}",
             "",
-            "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs "
-            "| gain kept |",
-            "|" + " --- |" * 8,
+            *HEADINGS,
+            *table_rows(results, "constant"),
         ]
-        for r in results:
-            run = [
-                r["optimizer"],
-                f"{r['delta_rms']:.2e}, {r['delta_max']:.2e}",
-                f"{r['fine_tuned']:.3f}",
-            ]
-            for row in r["rates"]:
-                cells = [row[method] for method in ("dare", "q_v", "q_e")]
-                gains = [(c["mean"] - r["constant"]) / (r["fine_tuned"] - r["constant"]) for c in cells]
-                cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
-                cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}")
-                lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells])} |")
         lines.append("")
     (RESULTS.parent / "adamr_glue.md").write_text("\n".join(lines))
 

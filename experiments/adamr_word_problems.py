@@ -10,15 +10,12 @@ Scores are of 500 test problems: the share of solutions that greedy decoding wri
 
 import argparse
 import json
-import os
-import platform
 import textwrap
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import numpy as np
+from adamr_common import DROP_RATES, HEADINGS, machine, optimizers, scored, table_rows
 
 import darex_jax as dx
 from darex_jax.core.scope import choose_scope
@@ -37,14 +34,7 @@ from darex_jax.training.loop import Recipe, delta_size
 
 RESULTS = Path(__file__).parent / "results" / "adamr_word_problems"
 STEPS, RATE = 1000, 1e-3
-OPTIMIZERS = {
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
-    "adamr-l2-0.002": {"optimizer": "adamr", "weight_decay": 0.002},
-    "adamr-l2-0.01": {"optimizer": "adamr", "weight_decay": 0.01},
-    "adamr-l2-0.05": {"optimizer": "adamr", "weight_decay": 0.05},
-    "adamr-l1-0.0001": {"optimizer": "adamr", "norm": "l1", "weight_decay": 1e-4},
-}
-DROP_RATES = (0.9, 0.99, 0.999)
+OPTIMIZERS = optimizers(l1="0.0001")
 
 
 def main() -> None:
@@ -95,8 +85,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         "optimizer": name, "recipe": OPTIMIZERS[name], "steps": STEPS, "learning_rate": RATE,
         "batch_size": recipe.batch_size, "test_problems": len(problems.test), "base": score(base),
         "fine_tuned": score(fine), "delta_rms": rms, "delta_max": largest, "digest": params_digest(fine),
-        "rates": [], "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in ("jax", "flax", "optax", "numpy")},
+        "rates": [], **machine(),
     }  # fmt: skip
     say(f"base {results['base']:.3f}, fine-tuned {results['fine_tuned']:.3f}, delta rms {rms:.3e}")
     scope = choose_scope("llama")
@@ -115,10 +104,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
 
         q_v = search_q(metric, *search_grid(drop_rate), maximise=True)
         q_e = search_q(change, *search_grid(drop_rate), maximise=False)
-        row = {"drop_rate": drop_rate}
-        for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
-            scores = [score(pruned_params(start, m, q)) for m in masked]
-            row[method] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+        row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results
@@ -144,19 +130,9 @@ def write_table() -> None:
         "",
         *textwrap.wrap(text, 108),
         "",
-        "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs "
-        "| gain kept |",
-        "|" + " --- |" * 8,
+        *HEADINGS,
+        *table_rows(results, "base"),
     ]
-    for r in results:
-        run = [r["optimizer"], f"{r['delta_rms']:.2e}, {r['delta_max']:.2e}", f"{r['fine_tuned']:.3f}"]
-        for row in r["rates"]:
-            cells = [row[method] for method in ("dare", "q_v", "q_e")]
-            gain = r["fine_tuned"] - r["base"]
-            gains = [(c["mean"] - r["base"]) / gain for c in cells] if gain > 0 else []
-            cells = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
-            cells.append(f"{gains[0]:.0%}, {max(gains[1:]):.0%}" if gains else "no gain")
-            lines.append(f"| {' | '.join([*run, str(row['drop_rate']), *cells])} |")
     (RESULTS.parent / "adamr_word_problems.md").write_text("\n".join([*lines, ""]))
 
 

@@ -68,7 +68,7 @@ def answer_loss(
 def _token_losses(
     model: Callable[..., Any], params: Params, batch: Batch
 ) -> tuple[jax.Array, NDArray, jax.Array]:
-    """Of each token but the first, [B, T - 1]: loss, 1 where it is an answer's, whether it is ranked first."""
+    """Of each token but the first, [B, T - 1]: loss, 1 if it is an answer's, whether it is ranked first."""
     logits = model(params, batch["input_ids"], batch["attention_mask"]).logits[:, :-1].astype(jnp.float32)
     target = batch["input_ids"][:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)

@@ -1,0 +1,63 @@
+"""What the experiments with AdamR share: the optimizers, the rows of a table, and its cells."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import numpy as np
+
+from darex_jax.evaluation.classification import pruned_params
+
+DROP_RATES = (0.9, 0.99, 0.999)
+HEADINGS = [
+    "| optimizer | delta rms, largest | fine-tuned | drop rate | DARE | q by labels | q by outputs "
+    "| gain kept |",
+    "|" + " --- |" * 8,
+]
+
+
+def optimizers(l1: str) -> dict[str, dict[str, object]]:
+    """The recipes by name: AdamW, AdamR-L2 at three strengths, AdamR-L1 at the strength `l1`."""
+    pulls = {f"adamr-l2-{w}": {"optimizer": "adamr", "weight_decay": w} for w in (0.002, 0.01, 0.05)}
+    last = {"optimizer": "adamr", "norm": "l1", "weight_decay": float(l1)}
+    return {"adamw": {"optimizer": "adamw", "weight_decay": 0.01}, **pulls, f"adamr-l1-{l1}": last}
+
+
+def machine() -> dict[str, object]:
+    """Where the numbers come from."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {p: version(p) for p in ("jax", "flax", "optax", "numpy")},
+    }
+
+
+def scored(drop_rate: float, start, masked, q_v: float, q_e: float, score) -> dict[str, object]:
+    """Mean and deviation over the masks of what `score` says of the pruned models, by method."""
+    row: dict[str, object] = {"drop_rate": drop_rate}
+    for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v), ("q_e", q_e)):
+        scores = [score(pruned_params(start, m, q)) for m in masked]
+        row[method] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+    return row
+
+
+def table_rows(results: list[dict], floor: str) -> list[str]:
+    """The lines of the table. Args: floor: the name of the score from which a gain is counted."""
+    lines = []
+    for r in results:
+        run = [r["optimizer"], f"{r['delta_rms']:.2e}, {r['delta_max']:.2e}", f"{r['fine_tuned']:.3f}"]
+        gain = r["fine_tuned"] - r[floor]
+        for row in r["rates"]:
+            cells = [row[method] for method in ("dare", "q_v", "q_e")]
+            kept = (
+                [f"{(c['mean'] - r[floor]) / gain:.0%}" for c in (cells[0], best(cells[1:]))]
+                if gain > 0
+                else []
+            )
+            texts = [f"{c['mean']:.3f} ± {c['std']:.3f} (q {c['q']:.4g})" for c in cells]
+            line = [*run, str(row["drop_rate"]), *texts, ", ".join(kept) or "no gain"]
+            lines.append(f"| {' | '.join(line)} |")
+    return lines
+
+
+def best(cells: list[dict]) -> dict:
+    return max(cells, key=lambda cell: cell["mean"])
