@@ -7,6 +7,9 @@ from importlib.metadata import version
 import numpy as np
 
 from darex_jax.evaluation.classification import pruned_params
+from darex_jax.evaluation.find_q import find_q
+from darex_jax.evaluation.objectives import Objective
+from darex_jax.q.search import SearchResult, linear_grid
 
 DROP_RATES = (0.9, 0.99, 0.999)
 HEADINGS = [
@@ -29,6 +32,13 @@ def machine() -> dict[str, object]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {p: version(p) for p in ("jax", "flax", "optax", "numpy")},
     }
+
+
+def authors_search(objective: Objective, start, masked, drop_rate: float) -> SearchResult:
+    """Algorithm 2 on a grid in steps of 1 - p (at 0.9 half of it), with the authors' stopping rule."""
+    density = round(1.0 - drop_rate, 12)
+    high, step = (5 * density, density / 2) if density >= 0.05 else (10 * density, density)
+    return find_q(objective, start, masked, linear_grid(density, high, step), whole=False)
 
 
 def scored(drop_rate: float, start, masked, q_v: float, q_e: float, score) -> dict[str, object]:

@@ -3,8 +3,8 @@
     python experiments/adamr_glue.py --data-dir DIR --tasks sst2 mrpc
 
 Each finished pair of task and optimizer leaves `results/adamr_glue/TASK_OPTIMIZER.json` and is not run again,
-and a training under way goes on from its last checkpoint: a stop loses some minutes. `results/adamr_glue.md`
-is the table of all that are there.
+and a training under way goes on from its last checkpoint: a stop loses some minutes. The fine-tuned models
+stay under `runs/adamr_glue/TASK_OPTIMIZER/fine-tuned`. `results/adamr_glue.md` is the table of all results.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from adamr_common import DROP_RATES, HEADINGS, machine, optimizers, scored, table_rows
+from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored, table_rows
 
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import find_q, masked_deltas, split_in_scope
+from darex_jax.evaluation.find_q import CALIBRATION_SIZE, masked_deltas, split_in_scope
+from darex_jax.evaluation.objectives import label_objective, output_objective
+from darex_jax.files.checkpoint import save_params
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.model import load_model
 from darex_jax.runs.demo import demo_weights
@@ -58,6 +60,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
     train = encode(tokenizer, task.train)
     validation = encode(tokenizer, task.validation.select(slice(200)))
     test = encode(tokenizer, task.test.select(slice(500)))
+    some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
     batches = evaluation_batches(test)
     body, base = load_model(demo_weights())
     key = jax.random.key(0)
@@ -83,6 +86,9 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
         on_step=on_step,
     )
     seconds = time.monotonic() - begun
+    save_params(
+        runs / "fine-tuned", fine, model.config.to_hf(), companions_from=demo_weights(), overwrite=True
+    )
 
     def score(params) -> float:
         return task.metric(predict(model, params, batches), test.labels)
@@ -98,12 +104,12 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
     }  # fmt: skip
     say(f"test {task.metric_name} {results['fine_tuned']:.4f}, delta rms {rms:.3e}, largest {largest:.3e}")
     start, delta = split_in_scope(fine, unflatten_names(pretrained))
+    by_labels = label_objective(model, task, evaluation_batches(validation))
+    by_outputs = output_objective(model, fine, evaluation_batches(some, len(some)))
     for drop_rate in DROP_RATES:
         masked = masked_deltas(delta, drop_rate)
-        q_v = find_q(
-            model, fine, start, masked[:1], drop_rate, objective="labels", examples=validation, task=task
-        )
-        q_e = find_q(model, fine, start, masked, drop_rate, objective="outputs", examples=train, task=task)
+        q_v = authors_search(by_labels, start, masked[:1], drop_rate)
+        q_e = authors_search(by_outputs, start, masked, drop_rate)
         row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")

@@ -15,16 +15,15 @@ import time
 from pathlib import Path
 
 import jax
-from adamr_common import DROP_RATES, HEADINGS, machine, optimizers, scored, table_rows
+from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored, table_rows
 
 import darex_jax as dx
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import pruned_params
-from darex_jax.evaluation.find_q import masked_deltas, search_grid, split_in_scope
-from darex_jax.evaluation.outputs import output_change, reference_outputs
+from darex_jax.evaluation.find_q import masked_deltas, split_in_scope
+from darex_jax.evaluation.objectives import answer_objective, output_objective
+from darex_jax.files.checkpoint import save_params
 from darex_jax.files.manifest import params_digest
-from darex_jax.q.search import search_q, trimmed_mean
 from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import load_tokenizer
 from darex_jax.tasks.word_problems import word_problems
@@ -74,6 +73,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         checkpoints=Checkpoints(runs, every=200, keep=1),
         on_step=lambda r: say(f"step {r.step} loss {r.loss:.4f}") if r.step % 100 == 0 else None,
     )
+    save_params(runs / "fine-tuned", fine, model.config.to_hf(), companions_from=base_path, overwrite=True)
     held_out, test = batches(problems.validation[:200]), batches(problems.test)
     calibration = batches(problems.train[:50])
 
@@ -91,19 +91,11 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     scope = choose_scope("llama")
     in_scope = {n: x for n, x in flatten_names(base).items() if scope(n)}
     start, delta = split_in_scope(fine, unflatten_names(in_scope))
-    references = reference_outputs(model, fine, calibration)
+    by_labels, by_outputs = answer_objective(model, held_out), output_objective(model, fine, calibration)
     for drop_rate in DROP_RATES:
         masked = masked_deltas(delta, drop_rate)
-
-        def metric(q: float, masked=masked) -> float:
-            return answer_scores(model, pruned_params(start, masked[0], q), held_out).tokens
-
-        def change(q: float, masked=masked) -> float:
-            moved = [pruned_params(start, m, q) for m in masked]
-            return trimmed_mean([output_change(model, p, calibration, references) for p in moved])
-
-        q_v = search_q(metric, *search_grid(drop_rate), maximise=True)
-        q_e = search_q(change, *search_grid(drop_rate), maximise=False)
+        q_v = authors_search(by_labels, start, masked[:1], drop_rate)
+        q_e = authors_search(by_outputs, start, masked, drop_rate)
         row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")

@@ -8,7 +8,12 @@ import pytest
 import darex_jax as dx
 from darex_jax.core.sharding import batch_sharding
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.calibration import influence_squares, input_statistics
+from darex_jax.evaluation.calibration import (
+    input_statistics,
+    load_statistics,
+    save_statistics,
+    squared_influences,
+)
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import init_model, read_model_config
 from darex_jax.q.per_layer import bias_of, layer_q, row_sums, spread_q
@@ -96,10 +101,12 @@ def test_influences_are_those_of_the_raw_inputs(family):
     batches = make_batches()
     delta = jax.tree.map(lambda x: 0.1 * jnp.cos(100 * x), params)
     named = flatten_names(delta)
-    found = influence_squares(model, params, delta, batches)
+    found = squared_influences(model, params, delta, batches)
     for name, x in raw_inputs(model, params, batches).items():
-        expected = ((x @ np.asarray(named[name], np.float64).T) ** 2).mean(0)
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-7)
+        weights = np.asarray(named[name], np.float64)
+        energy, square = found[name]
+        np.testing.assert_allclose(square, ((x @ weights.T) ** 2).mean(0), rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(energy, weights**2 @ (x**2).mean(0), rtol=1e-4)
 
 
 def test_padding_changes_nothing_and_observing_neither():
@@ -133,6 +140,33 @@ def test_a_sharded_model_gives_the_same():
     for name in one:
         np.testing.assert_allclose(one[name].mean, other[name].mean, atol=1e-5)
         np.testing.assert_allclose(one[name].square, other[name].square, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_go_to_a_file_and_back(tmp_path):
+    model, params = make("bert")
+    seen = input_statistics(model, params, make_batches(), lambda name: "query" in name)
+    save_statistics(tmp_path / "s", seen, {"model": "a", "data": "b"})
+    again = load_statistics(tmp_path / "s", {"model": "a", "data": "b"})
+    assert again.keys() == seen.keys()
+    for name, one in seen.items():
+        assert (one.second_moment is None) == (again[name].second_moment is None) == ("query" not in name)
+        for x, y in zip(one, again[name], strict=True):
+            assert x is y is None or np.array_equal(x, y)
+
+
+def test_statistics_of_something_else_are_refused(tmp_path):
+    model, params = make("bert")
+    file = tmp_path / "s"
+    save_statistics(file, input_statistics(model, params, make_batches()), {"model": "a", "data": "b"})
+    with pytest.raises(ValueError, match="s: was made from another data; write a new one"):
+        load_statistics(file, {"model": "a", "data": "c"})
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match="s: "):
+        load_statistics(file, {"model": "a", "data": "b"})
+    dx.save_params(tmp_path / "m", params, model.config.to_hf())
+    with pytest.raises(ValueError, match="no file of activation statistics"):
+        load_statistics(tmp_path / "m" / "model.safetensors", {})
 
 
 # Per-layer q.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import files, learn, text, train
+from darex_jax.cli import choose, files, learn, text, train
 
 
 class FriendlyGroup(click.Group):
@@ -43,7 +43,7 @@ for command in (
     train.train,
     train.repeat,
     learn.evaluate,
-    learn.find_q,
+    choose.find_q,
     learn.demo,
     text.generate,
 ):

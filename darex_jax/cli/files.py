@@ -1,6 +1,6 @@
 """Commands on files: check, prune, apply, inspect, verify, merge-adapter.
 
-They do not load transformers, and all but the last not flax either.
+They do not load transformers, and all but merge-adapter not flax either; prune --q auto runs the model.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED
-from darex_jax.cli.show import byte_bar, bytes_text, few, print_table
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
+from darex_jax.cli.show import byte_bar, bytes_text, few, point_bar, print_table, q_text
 
 
 @click.command()
@@ -68,8 +68,12 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
 @click.argument("fine", type=PATH)
 @click.argument("out", type=PATH)
 @RATE
-@click.option("--q", "q", default=None, metavar="NUMBER|FILE",
-              help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE).")  # fmt: skip
+@click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto",
+              help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by the "
+              "labels of --task, else by the model's predictions on --text, else DARE's.")  # fmt: skip
+@click.option("--task", help="For --q auto: a task with labels, as find-q takes it.")
+@DATA_DIR
+@TEXT
 @SEED
 @INCLUDE
 @EXCLUDE
@@ -83,6 +87,9 @@ def prune(
     out: Path,
     drop_rate: float,
     q: str | None,
+    task: str | None,
+    data_dir: Path | None,
+    text: Path | None,
     seed: int,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -97,6 +104,12 @@ def prune(
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.prune import prune_checkpoints
 
+    if q == "auto":
+        divisor, why = _auto_q(base, fine, drop_rate, task, data_dir, text, include, exclude, seed, as_json)
+    elif task or data_dir or text:
+        raise click.UsageError("--task, --data-dir and --text are for --q auto.")
+    else:
+        divisor, why = _read_q(q), None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = _family(f, b)
         total = sum(t.info.nbytes for c in (b, f) for t in c.tensors.values())
@@ -107,7 +120,7 @@ def prune(
                 out,
                 key=(0, seed),
                 drop_rate=drop_rate,
-                q=_read_q(q),
+                q=divisor,
                 scope=choose_scope(family, include, exclude),
                 scope_text=_scope_text(family, include, exclude),
                 allow_nonfinite=allow_nonfinite,
@@ -126,13 +139,16 @@ def prune(
         "inexact": summary.recipe.inexact,
         "nonfinite": summary.recipe.nonfinite,
     }
+    if why is not None:
+        report |= {"q": divisor, "q_chosen_by": why}
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
     density = summary.survivors / max(1, summary.pruned_size)
     rows = [
         ("survivors", f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"),
-        ("q", _q_text(summary.recipe.parameters)),
+        ("q", q_text({name: entry["q"] for name, entry in summary.recipe.parameters.items()})),
+        *([("chosen by", why)] if why else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
         ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
@@ -206,8 +222,9 @@ def inspect(delta: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
+    values = {name: entry["q"] for name, entry in recipe.parameters.items()}
     rows = [
-        ("method", f"{recipe.method}, drop rate {recipe.drop_rate}, q {_q_text(recipe.parameters)}"),
+        ("method", f"{recipe.method}, drop rate {recipe.drop_rate}, q {q_text(values)}"),
         ("key", f"{recipe.key[0]}, {recipe.key[1]} (Threefry)"),
         ("scope", recipe.scope),
         ("pruned", f"{len(recipe.parameters)} parameters, {entries:,} entries"),
@@ -283,6 +300,41 @@ def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str
     return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
 
 
+def _auto_q(
+    base: Path,
+    fine: Path,
+    drop_rate: float,
+    task: str | None,
+    data_dir: Path | None,
+    text: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    seed: int,
+    quiet: bool,
+) -> tuple[Any, str]:
+    """The best q that can be had from what is at hand, and how it was chosen."""
+    if task is None and text is None:
+        return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
+    from darex_jax.runs.choose_q import choose_q
+
+    with point_bar("choosing q", quiet) as on_value:
+        found = choose_q(
+            base,
+            fine,
+            drop_rate,
+            objective="auto",
+            task=task,
+            data_dir=data_dir,
+            text=text,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            on_value=on_value,
+        )
+    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "the squared output change"
+    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
+
+
 def _read_q(text: str | None) -> float | dict[str, float] | None:
     """--q: a number, or a q file: {"q": number or {name: number}}."""
     if text is None:
@@ -299,8 +351,3 @@ def _read_q(text: str | None) -> float | dict[str, float] | None:
     if isinstance(q, int | float) or (isinstance(q, dict) and q):
         return q
     raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
-
-
-def _q_text(parameters: dict[str, dict[str, Any]]) -> str:
-    values = sorted({entry["q"] for entry in parameters.values()})
-    return f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.4g} to {values[-1]:.4g}, one a parameter"

@@ -1,4 +1,4 @@
-"""Commands that run a model: eval, find-q, demo."""
+"""Commands that run a model: eval, demo."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,10 @@ from darex_jax.cli.options import (
     DATA_DIR,
     DELTA,
     DTYPE,
-    EXCLUDE,
-    INCLUDE,
     JSON,
     LEARNING_RATE,
     LIMIT,
     PATH,
-    RATE,
     SEED,
     TASK,
 )
@@ -165,103 +162,6 @@ def _classify_examples(
     data = getattr(task, split).select(slice(limit))
     result = evaluate(loaded, params, encode(load_tokenizer(model, delta), data), task, batch_size)
     return result, {"model": params_digest(params), "data": data.digest()}
-
-
-@click.command("find-q")
-@click.argument("base", type=PATH)
-@click.argument("fine", type=PATH)
-@RATE
-@click.option("--objective", default="labels", show_default=True, type=click.Choice(["labels", "outputs"]),
-              help="labels: the validation metric (q_v); outputs: the output change (q_e).")  # fmt: skip
-@TASK
-@DATA_DIR
-@click.option("--out", type=PATH, default="q.json", show_default=True, help="File for darex prune --q.")
-@LIMIT
-@INCLUDE
-@EXCLUDE
-@SEED
-@JSON
-def find_q(
-    base: Path,
-    fine: Path,
-    drop_rate: float,
-    objective: Any,
-    task_name: str,
-    data_dir: Path | None,
-    out: Path,
-    limit: int | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Search the q that survivors are divided by.
-
-    One q for the whole model, by Algorithm 2 of DAREx; written to a file that `darex prune --q` takes.
-    """
-    from darex_jax.core.scope import choose_scope
-    from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
-    from darex_jax.files.checkpoint import read_config
-    from darex_jax.files.manifest import params_digest, run_manifest
-    from darex_jax.tasks import load_task
-    from darex_jax.tasks.batching import encode, load_tokenizer
-
-    scope = choose_scope(read_config(fine).get("model_type"), include, exclude)
-    model, params, base_params = load_pair(base, fine, scope)
-    start, delta = split_in_scope(params, base_params)
-    task = load_task(task_name, data_dir)
-    split = task.validation if objective == "labels" else task.train
-    data = split.select(slice(limit))
-    examples = encode(load_tokenizer(fine), data)
-    seeds = (seed,) if objective == "labels" else tuple(seed + s for s in MASK_SEEDS)
-    masked = masked_deltas(delta, drop_rate, seeds)
-
-    def on_value(q: float, value: float) -> None:
-        if not as_json:
-            click.echo(f"  q {q:<10.6g} {value:.5f}", err=True)
-
-    found = find_q(
-        model,
-        params,
-        start,
-        masked,
-        drop_rate,
-        objective=objective,
-        task=task,
-        examples=examples,
-        on_value=on_value,
-    )
-    options = {
-        "drop_rate": drop_rate, "objective": objective, "task": task_name, "data_dir": data_dir,
-        "limit": limit, "include": include, "exclude": exclude, "seed": seed,
-    }  # fmt: skip
-    inputs = {
-        "base": params_digest(base_params), "fine": params_digest(params), "data": data.digest(),
-    }  # fmt: skip
-    report = {
-        "q": found.q,
-        "value": found.value,
-        "objective": objective,
-        "drop_rate": drop_rate,
-        "task": task.name,
-        "mask_seeds": list(seeds),
-        "plateau": list(found.plateau),
-        "curve": [list(point) for point in found.curve],
-        "manifest": run_manifest("find-q", options, inputs, {}),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    if as_json:
-        click.echo(json.dumps(report))
-    else:
-        what = f"validation {task.metric_name}" if objective == "labels" else "output change"
-        dare_q, dare = found.curve[0]
-        rows = [
-            ("q", f"{found.q:.6g} (DARE: {dare_q:.6g})"),
-            (what, f"{found.value:.4f} (DARE: {dare:.4f})"),
-            ("use it", f"darex prune BASE FINE OUT --drop-rate {drop_rate} --q {out} --seed {seed}"),
-        ]
-        print_table(str(out), rows)
 
 
 @click.command()

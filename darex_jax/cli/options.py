@@ -15,6 +15,7 @@ EXCLUDE = click.option("--exclude", multiple=True, metavar="REGEX", help="Do not
 TASK = click.option("--task", "task_name", default="opinions", show_default=True,
                     help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
 DATA_DIR = click.option("--data-dir", type=PATH, help="Folder with the task's parquet files; else the hub.")
+TEXT = click.option("--text", type=PATH, help="Examples from a file with one text a line, instead of a task.")
 LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so many examples of the split.")
 LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
 BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))

@@ -1,6 +1,6 @@
 """What a person sees: tables, progress bars, sizes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,14 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, plain(str(value)))
     console.print(table)
+
+
+def q_text(q: float | Mapping[str, float]) -> str:
+    """One q, or the range of many."""
+    values = sorted(set(q.values())) if isinstance(q, Mapping) else [q]
+    if len(values) == 1:
+        return f"{values[0]:.6g}"
+    return f"{values[0]:.4g} to {values[-1]:.4g}, {len(values)} values"
 
 
 @contextmanager
@@ -97,6 +105,20 @@ def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]
                 bar.close()
 
         yield on_step
+
+
+@contextmanager
+def point_bar(title: str, quiet: bool) -> Iterator[Callable[[float, float], None]]:
+    """A count of visited points, how many there will be being unknown, with the last one and its value."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=" points", disable=quiet, leave=False) as bar:
+
+        def on_value(point: float, value: float) -> None:
+            bar.set_postfix_str(f"{point:.4g}: {value:.5f}")
+            bar.update(1)
+
+        yield on_value
 
 
 @contextmanager

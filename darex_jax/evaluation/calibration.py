@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, reduce
+from os import PathLike
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from darex_jax.core.tree import flatten_names
+from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 from darex_jax.models import Model
 from darex_jax.tasks.batching import Batch, model_inputs
 
 Params = Any
+FORMAT = "darex-statistics-1"
 
 
 class InputStatistics(NamedTuple):
@@ -57,15 +60,59 @@ def input_statistics(
     }
 
 
-def influence_squares(
+def save_statistics(
+    path: str | PathLike[str], statistics: Mapping[str, InputStatistics], made_from: Mapping[str, str]
+) -> None:
+    """Writes statistics as safetensors, whole or not at all: `NAME/mean`, `NAME/square`, ...
+
+    Args: made_from: what they are of, digests of the model and the data say; `load_statistics` compares it.
+    """
+    tensors = {
+        f"{name}/{field}": array
+        for name, seen in statistics.items()
+        for field, array in seen._asdict().items()
+        if array is not None
+    }
+    write_tensors(path, tensors, {"format": FORMAT, **made_from})
+
+
+def load_statistics(path: str | PathLike[str], made_from: Mapping[str, str]) -> dict[str, InputStatistics]:
+    """Reads what `save_statistics` wrote.
+
+    Raises: FileError if the file is damaged, no file of statistics, or made from something else.
+    """
+    with SafetensorsFile(path) as file:
+        if file.metadata.get("format") != FORMAT:
+            raise FileError(f"{path}: is no file of activation statistics.")
+        other = [name for name, digest in made_from.items() if file.metadata.get(name) != digest]
+        if other:
+            raise FileError(f"{path}: was made from another {' and another '.join(other)}; write a new one.")
+        arrays = {name: jnp.asarray(file.read(name)) for name in file.tensors}
+    try:
+        return {
+            name: InputStatistics(
+                arrays[f"{name}/tokens"],
+                arrays[f"{name}/mean"],
+                arrays[f"{name}/square"],
+                arrays.get(f"{name}/second_moment"),
+            )
+            for name in sorted({entry.rpartition("/")[0] for entry in arrays})
+        }
+    except KeyError as error:
+        raise FileError(f"{path}: lacks {error}.") from error
+
+
+def squared_influences(
     model: Model, params: Params, delta: Params, batches: Iterable[Batch]
-) -> dict[str, jax.Array]:
-    """E[(delta_W x)_i^2] over real tokens, [O] float32, by the name of the weight: for the closed form.
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """E[Q] and E[S^2] over real tokens of each row's influences, [O] float32 each, by weight's name.
+
+    Q = sum_j (delta_W[i, j] x_j)^2, S = (delta_W x)_i: what `closed_form_q` takes.
 
     Args: delta: nested dict with the deltas of linear layers' weights; others in it are passed over.
     """
     total = _total(_influence_sums(model, params, delta, batch) for batch in batches)
-    return {name: squares / count for name, (count, squares) in total.items()}
+    return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
 
 
 def _total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -100,14 +147,18 @@ def _sums(
 @partial(jax.jit, static_argnums=0)
 def _influence_sums(
     model: Model, params: Params, delta: Params, batch: Batch
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     deltas, found = flatten_names(delta), {}
 
     def observe(name: str, x: jax.Array) -> None:
         if name in deltas:
             x, real = _real(x, batch)
-            moved = jnp.einsum("ND,OD->NO", x, deltas[name], precision=jax.lax.Precision.HIGHEST)
-            found[name] = (jnp.sum(real), jnp.sum(jnp.square(moved), axis=0))
+            highest = jax.lax.Precision.HIGHEST
+            moved = jnp.einsum("ND,OD->NO", x, deltas[name], precision=highest)
+            energy = jnp.einsum(
+                "D,OD->O", jnp.sum(jnp.square(x), axis=0), jnp.square(deltas[name]), precision=highest
+            )
+            found[name] = (jnp.sum(real), energy, jnp.sum(jnp.square(moved), axis=0))
 
     model(params, **model_inputs(batch), observe=observe)
     return found

@@ -1,11 +1,11 @@
-"""DAREx-q: choosing the one q by which survivors are divided, by labels (q_v) or by output change (q_e).
+"""DAREx-q: choosing what survivors are divided by, one q for the model or one for each layer.
 
-q is an argument of compiled functions here: a sweep over q compiles nothing anew.
+q is an argument of compiled functions here: a sweep over values and masks compiles nothing anew.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,20 +14,25 @@ from darex_jax.core.delta import compute_delta, drop
 from darex_jax.core.mask import random_mask
 from darex_jax.core.scope import Scope, choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.classification import predict, pruned_params
+from darex_jax.evaluation.calibration import InputStatistics, squared_influences
+from darex_jax.evaluation.classification import pruned_params
+from darex_jax.evaluation.objectives import Objective
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.model import load_model
 from darex_jax.models import Model
-from darex_jax.q.search import SearchResult, search_q, trimmed_mean
-from darex_jax.tasks import Task
-from darex_jax.tasks.batching import Encoded, evaluation_batches
+from darex_jax.q.analytic import Rule
+from darex_jax.q.closed_form import closed_form_q, two_point_q
+from darex_jax.q.per_layer import layer_q, row_sums, spread_q
+from darex_jax.q.search import SearchResult, geometric_grid, search_q
+from darex_jax.tasks.batching import Batch
 
 Params = dict[str, Any]
-Objective = Literal["labels", "outputs"]
-CALIBRATION_SIZE = 50  # sentences the output change is measured on, as the authors take for encoders
+Q = float | Mapping[str, float]
+CALIBRATION_SIZE = 50  # sentences that output changes are measured on, as the authors take for encoders
 MASK_SEEDS = (0, 1, 2, 3)
+ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
 
 
 def load_pair(
@@ -66,59 +71,115 @@ def masked_deltas(delta: Params, drop_rate: float, seeds: Sequence[int] = MASK_S
     return [drop(random_mask(jax.random.key(seed), delta, drop_rate), delta) for seed in seeds]
 
 
+def same(q: float) -> Q:
+    """The q of a search over q itself."""
+    return q
+
+
 def find_q(
+    objective: Objective,
+    start: Params,
+    masked: Sequence[Params],
+    coarse: Sequence[float],
+    *,
+    q_of: Callable[[float], Q] = same,
+    whole: bool = True,
+    on_value: Callable[[float, float], None] = lambda point, value: None,
+) -> SearchResult:
+    """Algorithm 2 over one number: q itself, or Algorithm 3's eta.
+
+    Args:
+      start, masked: from `split_in_scope` and `masked_deltas`, one tree a mask.
+      coarse: the coarse grid, `q_grid(drop_rate)` say.
+      q_of: from the number searched to q, one or a dict with one for every name in `masked`.
+      whole: visit all of the coarse grid; the authors stop after more than 3 values without improvement.
+      on_value: called with every (number, value) as it is found.
+    Source: DAREx, arXiv:2410.09344, Algorithm 2.
+    """
+
+    def value_at(point: float) -> float:
+        q = q_of(point)
+        value = objective.over_masks([objective.measure(pruned_params(start, m, q)) for m in masked])
+        on_value(point, value)
+        return value
+
+    return search_q(value_at, coarse, maximise=objective.maximise, whole=whole)
+
+
+def q_grid(drop_rate: float) -> list[float]:
+    """The coarse grid for one q: from DARE's 1 - p to 1 in steps of a factor of the square root of 2."""
+    return geometric_grid(round(1.0 - drop_rate, 12), 1.0)
+
+
+def eta_grid() -> list[float]:
+    """The coarse grid for eta: powers of 2."""
+    return geometric_grid(*ETAS, 2.0)
+
+
+def layer_rule(
+    statistics: Mapping[str, InputStatistics], delta: Params, drop_rate: float, rule: Rule
+) -> Callable[[float], dict[str, float]]:
+    """Algorithm 3: from eta to one q for every name in `delta`.
+
+    A layer's q is the mean of its rows'; see `spread_q` for the rest.
+
+    Args: statistics: from `input_statistics`.
+    """
+    deltas = flatten_names(delta)
+    means = {name: seen.mean for name, seen in statistics.items() if name in deltas}
+    pairs = row_sums(deltas, means).items()
+    sums = {name: (np.asarray(total), np.asarray(energy)) for name, (total, energy) in pairs}
+    return lambda eta: spread_q(layer_q(sums, drop_rate, eta, rule), deltas)
+
+
+class ClosedForm(NamedTuple):
+    """The q of least expected squared error in linear layers' outputs: of the model, of each layer, of rows.
+
+    Infinite where a layer's delta does nothing on the calibration text.
+    """
+
+    q: float
+    layers: dict[str, float]
+    rows: dict[str, np.ndarray]
+
+
+def closed_form(
+    model: Model, fine: Params, delta: Params, batches: Iterable[Batch], drop_rate: float
+) -> ClosedForm:
+    """`closed_form_q` from one pass over calibration batches: no label, no search.
+
+    Raises: ValueError if no linear layer is among the names of `delta`.
+    """
+    found = squared_influences(model, fine, delta, batches).items()
+    sums = {name: (np.asarray(q, np.float64), np.asarray(s, np.float64)) for name, (q, s) in found}
+    if not sums:
+        raise ValueError("no linear layer is in scope, so there is nothing to calibrate.")
+    totals = {name: (energy.sum(), square.sum()) for name, (energy, square) in sums.items()}
+    energy, square = (sum(pair[i] for pair in totals.values()) for i in (0, 1))
+    return ClosedForm(
+        float(closed_form_q(energy, square, drop_rate)),
+        {name: float(closed_form_q(q, s, drop_rate)) for name, (q, s) in totals.items()},
+        {name: closed_form_q(q, s, drop_rate) for name, (q, s) in sums.items()},
+    )
+
+
+def two_point(
     model: Model,
     fine: Params,
     start: Params,
     masked: Sequence[Params],
+    batches: Sequence[Batch],
     drop_rate: float,
-    *,
-    objective: Objective,
-    task: Task,
-    examples: Encoded,
-    on_value: Callable[[float, float], None] = lambda q, value: None,
-) -> SearchResult:
-    """Algorithm 2 with the task's metric (`labels`, q_v) or the output change (`outputs`, q_e) as objective.
+) -> tuple[float, float, float]:
+    """`two_point_q` from the squared output change of the base and of DARE: no label, no search.
 
-    Args:
-      start, masked: from `split_in_scope` and `masked_deltas`, one tree a mask. `labels` uses the mean of the
-        metric over the masks given, `outputs` the mean without the farthest.
-      examples: what the objective is measured on: validation data for `labels`; for `outputs` any text, whose
-        labels are not looked at and of which the first `CALIBRATION_SIZE` are used.
-      on_value: called with every (q, value) as it is found.
-    Returns: the search; its curve has the metric, or the mean absolute change of the last hidden state.
-    Source: DAREx, arXiv:2410.09344, Algorithm 2.
+    Returns: q; the change without any delta; that with DARE, the mean over masks.
     """
-    if objective == "labels":
-        batches = evaluation_batches(examples)
+    reference = reference_outputs(model, fine, batches)
 
-        def value_at(q: float) -> float:
-            metrics = [
-                task.metric(predict(model, pruned_params(start, m, q), batches), examples.labels)
-                for m in masked
-            ]
-            return float(np.mean(metrics))
+    def change(params: Params) -> float:
+        return output_change(model, params, batches, reference, squared=True)
 
-    else:
-        batches = evaluation_batches(examples, batch_size=min(CALIBRATION_SIZE, len(examples)))[:1]
-        reference = reference_outputs(model, fine, batches)
-
-        def value_at(q: float) -> float:
-            return trimmed_mean(
-                [output_change(model, pruned_params(start, m, q), batches, reference) for m in masked]
-            )
-
-    def observed(q: float) -> float:
-        value = value_at(q)
-        on_value(q, value)
-        return value
-
-    return search_q(observed, *search_grid(drop_rate), maximise=objective == "labels")
-
-
-def search_grid(drop_rate: float) -> tuple[float, float, float]:
-    """(low, high, step) of the coarse grid: from DARE's 1 - p upwards, to ten times it or to 1/2."""
-    density = round(1.0 - drop_rate, 12)
-    if density >= 0.05:
-        return density, max(density, min(5 * density, 1.0)), density / 2
-    return density, 10 * density, density
+    without = change(start)
+    dare = float(np.mean([change(pruned_params(start, m, 1.0 - drop_rate)) for m in masked]))
+    return float(two_point_q(without, dare, drop_rate)), without, dare

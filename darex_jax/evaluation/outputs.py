@@ -1,7 +1,8 @@
 """How far pruning moved a model's outputs: what q_e minimises, and what needs no label.
 
-Encoders: the mean absolute difference of the hidden states. Decoders: the mean squared difference of the
-logits at the fine-tuned model's five likeliest tokens. All is compiled once per model and batch shape.
+Encoders: the mean absolute difference of the hidden states, or the squared one. Decoders: the mean squared
+difference of the logits at the fine-tuned model's five likeliest tokens. All is compiled once per model and
+batch shape.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ def reference_outputs(model: Model, params: Params, batches: Sequence[Batch]) ->
 
 
 def output_change(
-    model: Model, params: Params, batches: Sequence[Batch], references: Sequence[Reference]
+    model: Model,
+    params: Params,
+    batches: Sequence[Batch],
+    references: Sequence[Reference],
+    *,
+    squared: bool = False,
 ) -> float:
     """The mean change over real tokens (behind RoBERTa's head: rows); no padding.
 
     Args: batches: with what the model takes, and a `weight` of 0 for rows that do not count; references: from
-      `reference_outputs`, of the same batches.
+      `reference_outputs`, of the same batches; squared: of an encoder, too, the squared difference.
     Source: the output change of DAREx (arXiv:2410.09344), which q_e minimises.
     """
-    sums = [_change(model, params, b, reference) for b, reference in zip(batches, references, strict=True)]
+    pairs = zip(batches, references, strict=True)
+    sums = [output_change_sums(model, squared, params, batch, reference) for batch, reference in pairs]
     total, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
     return float(total / tokens)
 
@@ -54,15 +61,18 @@ def _reference(model: Model, params: Params, batch: Batch) -> Reference:
     return _hidden(out)
 
 
-@partial(jax.jit, static_argnums=0)
-def _change(model: Model, params: Params, batch: Batch, reference: Reference) -> jax.Array:
-    """The sum over real tokens, and their number."""
+@partial(jax.jit, static_argnums=(0, 1))
+def output_change_sums(
+    model: Model, squared: bool, params: Params, batch: Batch, reference: Reference
+) -> jax.Array:
+    """Of one batch: the sum of the change over real tokens, and their number; it has a gradient."""
     out = model(params, **model_inputs(batch))
     if isinstance(out, DecoderOutput):
         largest, tokens = reference
         change = jnp.square(jnp.take_along_axis(_logits(out), tokens, axis=-1) - largest).mean(axis=-1)
     else:
-        change = jnp.abs(_hidden(out) - reference).mean(axis=-1)
+        difference = _hidden(out) - reference
+        change = (jnp.square(difference) if squared else jnp.abs(difference)).mean(axis=-1)
     real = jnp.asarray(batch.get("weight", jnp.ones(len(change))), jnp.float32)
     if change.ndim == 2:
         real = real[:, None] * jnp.asarray(batch["attention_mask"] != 0)

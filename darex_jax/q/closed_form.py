@@ -1,4 +1,4 @@
-"""q in closed form: the minimiser of the expected squared error of a layer's outputs."""
+"""q in closed form: the minimiser of an expected squared error, of layers' outputs or of the model's."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> 
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(energy == 0, 0.0, energy / square)
     return (1.0 - drop_rate) + drop_rate * ratio
+
+
+def two_point_q(without: ArrayLike, dare: ArrayLike, drop_rate: float) -> NDArray[np.float64]:
+    """The q that minimises the squared error of a model's outputs, from that error at two q.
+
+    While outputs move linearly with the delta, the error of a model pruned at `drop_rate` and divided by q is
+    a (1 - (1-p)/q)^2 + b / q^2. Without any delta (q infinite) it is a; with DARE (q = 1 - p) it is
+    b / (1-p)^2; the least error is at q = (1-p) (1 + E_DARE / E_without).
+
+    Args:
+      without: E_without, of the base; positive, any shape.
+      dare: E_DARE; at least 0, the same shape.
+      drop_rate: p, in [0, 1).
+    Returns: float64, at least 1 - p.
+    Raises: ValueError for arguments out of range.
+    """
+    base, pruned = np.asarray(without, np.float64), np.asarray(dare, np.float64)
+    if not 0.0 <= drop_rate < 1.0:
+        raise ValueError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
+    if not (np.isfinite(base).all() and np.isfinite(pruned).all() and base.min() > 0 and pruned.min() >= 0):
+        raise ValueError(f"errors are finite, that without a delta positive, got {base} and {pruned}.")
+    return (1.0 - drop_rate) * (1.0 + pruned / base)

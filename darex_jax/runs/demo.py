@@ -12,7 +12,16 @@ import numpy as np
 
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.classification import predict, pruned_params
-from darex_jax.evaluation.find_q import MASK_SEEDS, find_q, load_pair, masked_deltas, split_in_scope
+from darex_jax.evaluation.find_q import (
+    CALIBRATION_SIZE,
+    MASK_SEEDS,
+    find_q,
+    load_pair,
+    masked_deltas,
+    q_grid,
+    split_in_scope,
+)
+from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
@@ -71,6 +80,7 @@ def run_demo(
     tokenizer = load_tokenizer(base)
     rows = slice(limit)
     train = encode(tokenizer, task.train)
+    some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
     validation = encode(tokenizer, task.validation.select(rows))
     test = encode(tokenizer, task.test.select(rows))
     test_batches = evaluation_batches(test)
@@ -108,14 +118,13 @@ def run_demo(
         "rates": [],
     }
     say(f"test {task.metric_name}: fresh head {results['fresh']:.3f}, fine-tuned {results['fine_tuned']:.3f}")
+    by_labels = label_objective(model, task, evaluation_batches(validation))
+    by_outputs = output_objective(model, fine, evaluation_batches(some, len(some)))
     for drop_rate in drop_rates:
         say(f"drop rate {drop_rate}: searching q by labels and by output change")
         masked = masked_deltas(delta, drop_rate)
-        shared: dict[str, Any] = {"task": task}
-        q_v = find_q(
-            model, fine, start, masked[:1], drop_rate, objective="labels", examples=validation, **shared
-        )
-        q_e = find_q(model, fine, start, masked, drop_rate, objective="outputs", examples=train, **shared)
+        q_v = find_q(by_labels, start, masked[:1], q_grid(drop_rate))
+        q_e = find_q(by_outputs, start, masked, q_grid(drop_rate))
         row: dict[str, Any] = {"drop_rate": drop_rate, "curve_q_v": q_v.curve, "curve_q_e": q_e.curve}
         for name, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
             scores = [score(pruned_params(start, m, q)) for m in masked]
@@ -166,7 +175,7 @@ def plot_metric_by_q(results: dict[str, Any], path: Path) -> None:
         (right,) = twin.plot(*zip(*row["curve_q_e"], strict=True), "s-", color="tab:orange", markersize=3)
         fine = axes.axhline(results["fine_tuned"], color="tab:gray", linestyle=":")
         dare = axes.axvline(row["dare"]["q"], color="tab:red", linestyle="--")
-        axes.set(title=f"drop rate {row['drop_rate']}", xlabel="q", ylim=(None, 1.02))
+        axes.set(title=f"drop rate {row['drop_rate']}", xlabel="q", xscale="log", ylim=(None, 1.02))
         axes.set_ylabel(f"validation {results['metric']}", color="tab:blue")
         twin.set_ylabel("output change", color="tab:orange")
         axes.grid(alpha=0.3)

@@ -23,18 +23,16 @@ from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.lora import add_adapters
-from darex_jax.tasks import TASKS, Task, hold_out_tenth, load_task
-from darex_jax.tasks.answers import answer_batches, encode_problems
+from darex_jax.tasks import TASKS, Task, load_task
+from darex_jax.tasks.answers import PROBLEM_TASKS, answer_batches, encode_problems, load_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.gsm8k import Problem, load_gsm8k
-from darex_jax.tasks.word_problems import word_problems
+from darex_jax.tasks.gsm8k import Problem
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, delta_size
 from darex_jax.training.record import metrics_file, plot_metrics, read_metrics
 
-PROBLEM_TASKS = ("gsm8k", "word-problems")
 ALL_TASKS = (*TASKS, *PROBLEM_TASKS)
 LORA_TARGETS = ("query", "value", "q_proj", "v_proj")  # those of arXiv:2106.09685, section 7.1
 Params = dict[str, Any]
@@ -142,7 +140,7 @@ def train_run(
     parts = _mesh_of(mesh, recipe)
     key = jax.random.key(seed)
     if task in PROBLEM_TASKS:
-        problems, held_out = _problems(task, data_dir, difficulty, seed)
+        problems, held_out = load_problems(task, data_dir, difficulty, seed)
         model, known = load_model(base, mesh=parts)
         if not isinstance(model.config, DecoderConfig):
             raise ValueError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
@@ -329,15 +327,3 @@ def _answering(
         lambda params: answer_scores(model, combine(frozen, params), batches).tokens,
         test,
     )
-
-
-def _problems(
-    task_name: str, data_dir: Path | None, difficulty: int, seed: int
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The problems to train on, and those held out: a tenth of GSM8K's training split."""
-    if task_name == "word-problems":
-        generated = word_problems(seed, difficulty)
-        return generated.train, generated.validation
-    every = load_gsm8k("train", data_dir)
-    rows, held_out = hold_out_tenth(len(every))
-    return tuple(every[i] for i in rows), tuple(every[i] for i in held_out)

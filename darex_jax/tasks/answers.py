@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from darex_jax.tasks.batching import BUCKETS, Batch, right_padded, training_rows
-from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, metamath_solution
+from darex_jax.tasks import hold_out_tenth
+from darex_jax.tasks.batching import BUCKETS, MAX_LENGTH, Batch, right_padded, training_rows
+from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, load_gsm8k, metamath_solution
+from darex_jax.tasks.word_problems import word_problems
+
+PROBLEM_TASKS = ("gsm8k", "word-problems")
 
 ANSWER_BUCKETS = (*BUCKETS, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # the lengths batches are padded to
 
@@ -71,12 +76,34 @@ def encode_problems(tokenizer: Any, problems: Sequence[Problem]) -> EncodedAnswe
     return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in problems])
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int = MAX_LENGTH) -> EncodedAnswers:
+    """Plain texts, cut off at `max_length` tokens: of each, all but the first token is the answer."""
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return EncodedAnswers(rows, [1] * len(rows), pad or 0)
+
+
+def load_problems(
+    task: str, data_dir: str | os.PathLike[str] | None = None, difficulty: int = 3, seed: int = 0
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """The problems to train on, and those held out: of one of `PROBLEM_TASKS`.
+
+    GSM8K's are a tenth of its training split. Args, Raises: see `load_gsm8k` and `word_problems`.
+    """
+    if task == "word-problems":
+        generated = word_problems(seed, difficulty)
+        return generated.train, generated.validation
+    every = load_gsm8k("train", data_dir)
+    rows, held_out = hold_out_tenth(len(every))
+    return tuple(every[i] for i in rows), tuple(every[i] for i in held_out)
+
+
 def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
     """One epoch: every row once, in the order of `darex_jax.tasks.batching.training_rows`.
 
     Returns: batches of exactly `batch_size` rows, padded on the right to a bucket: input_ids, attention_mask:
       int32 [B, T]; loss_mask: float32 [B, T], 1 at the tokens of an answer and its end token, 0 everywhere in
-      a row that fills up the last batch (a repeat of the batch's first row).
+      a row that fills up the last batch (a repeat of the batch's first row); weight: float32 [B], 0 for that.
     """
     lengths = [len(ids) for ids in encoded.input_ids]
     for rows in training_rows(lengths, batch_size, seed, epoch):
@@ -90,4 +117,5 @@ def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: i
             "input_ids": right_padded(ids, encoded.pad_id, ANSWER_BUCKETS),
             "attention_mask": right_padded([[1] * len(row) for row in ids], 0, ANSWER_BUCKETS),
             "loss_mask": right_padded(answered, 0, ANSWER_BUCKETS).astype(np.float32),
+            "weight": (np.arange(batch_size) < len(rows)).astype(np.float32),
         }

@@ -1,0 +1,108 @@
+"""The command that chooses q: find-q."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
+from darex_jax.cli.show import point_bar, print_table, q_text
+
+WHAT = {
+    "labels": "the metric on held-out examples (q_v)",
+    "predictions": "agreement with the fine-tuned model's predictions",
+    "outputs": "the output change (q_e)",
+    "learned": "the output change, by gradient",
+    "two-point": "the squared output change, solved from two of its values",
+    "closed-form": "the squared error of linear layers' outputs, solved",
+}
+
+
+@click.command("find-q")
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@RATE
+@click.option("--objective", default="labels", show_default=True, type=click.Choice(list(WHAT)),
+              help="; ".join(f"{name}: {what}" for name, what in WHAT.items()) + ".")  # fmt: skip
+@click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
+              help="One q for the model, or one for each linear layer.")  # fmt: skip
+@click.option("--rule", default="exact", show_default=True, type=click.Choice(["exact", "published"]),
+              help="With --scope layer: Algorithm 3's minimiser, or the authors' float16 scan.")  # fmt: skip
+@click.option("--task", help="Where the examples come from: opinions (generated), cola, sst2, mrpc, stsb; "
+              "word-problems (generated), gsm8k. Default: the generated one.")  # fmt: skip
+@DATA_DIR
+@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
+              help="Most steps of a generated word problem.")  # fmt: skip
+@TEXT
+@click.option("--out", type=PATH, default="q.json", show_default=True,
+              help="File for darex prune --q; its curve as a picture beside it.")  # fmt: skip
+@LIMIT
+@click.option("--masks", type=click.IntRange(1),
+              help="How many masks. Default: labels, predictions and learned 1, else 4.")  # fmt: skip
+@click.option("--grid", nargs=3, type=float, metavar="LOW HIGH STEP",
+              help="A coarse grid of one's own, with the authors' stopping rule.")  # fmt: skip
+@click.option("--statistics", type=PATH, help="With --scope layer: keep the inputs' statistics in this file.")
+@click.option("--checkpoints", type=PATH, help="With learned: a folder from which it goes on after a stop.")
+@INCLUDE
+@EXCLUDE
+@SEED
+@JSON
+def find_q(
+    base: Path, fine: Path, drop_rate: float, objective: str, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Choose the q that survivors are divided by.
+
+    Written to a file that `darex prune --q` takes.
+    """
+    from darex_jax.runs.choose_q import choose_q, plot_curve
+
+    with point_bar(objective, as_json) as on_value:
+        report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    picture = out.with_suffix(".png")
+    if "curve" in report or options["scope"] == "layer":
+        plot_curve(report, picture)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    _print_report(report, out, picture)
+    seed = f" --seed {options['seed']}" if options["seed"] else ""
+    click.echo(f"Use it: darex prune {base} {fine} OUT --drop-rate {drop_rate} --q {out}{seed}")
+
+
+def _print_report(report: dict[str, Any], out: Path, picture: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    searched = report.get("value_name")
+    if searched is not None:
+        axis = "epoch" if report["objective"] == "learned" else "eta" if "eta" in report else "q"
+        taken = report.get("eta", report["q"])
+        table = Table(title=f"{searched} by {axis}")
+        table.add_column(axis, justify="right")
+        table.add_column(searched, justify="right")
+        for point, value in report["curve"]:
+            here = point == taken or (axis == "epoch" and value == report["value"])
+            table.add_row(f"{point:.6g}", f"{value:.5f}", style="bold green" if here else None)
+        Console().print(table)
+    density = 1 - report["drop_rate"]
+    rows = [("q", f"{q_text(report['q'])} (DARE: {density:.4g})")]
+    if searched is not None:
+        rows.append((searched, f"{report['value']:.5f}"))
+        first, last = report.get("plateau", (0, 0))
+        if first != last:
+            rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}; its middle is taken"))
+    if report["objective"] == "two-point":
+        rows.append(("output change", f"{report['change_without_delta']:.5g} without the delta, "
+                     f"{report['change_with_dare']:.5g} with DARE"))  # fmt: skip
+    if report["objective"] == "closed-form":
+        rows.append(("by layer", q_text(report["layers"])))
+        if not isinstance(report["q"], dict) and report["q"] > 1:
+            rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
+    used = f"{report['labels']} labels" if report["labels"] else "no labels"
+    rows.append(("cost", f"{report['evaluations']} passes over {report['examples']} examples, {used}"))
+    if picture.exists():
+        rows.append(("picture", str(picture)))
+    print_table(str(out), rows)
