@@ -1,6 +1,7 @@
 """Choosing q on tiny models: objectives, one q, one a layer, in closed form, learned; find-q and prune."""
 
 import json
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -174,37 +175,71 @@ def test_closed_form_is_that_of_the_raw_inputs(family):
 
 
 def test_two_points_give_the_minimum_of_a_linear_model():
-    """E(q) = a (1 - (1-p)/q)^2 + b / q^2, measured at q = infinity and 1 - p, against a fine scan."""
+    """E(q) = a (1 - (1-p)/q)^2 + b / q^2, measured at q = infinity and elsewhere, against a fine scan."""
     rng = np.random.default_rng(0)
     for p in (0.5, 0.9, 0.999):
         a, b = rng.uniform(0.1, 10, 2) * [1.0, (1 - p) ** 2]
-        q = two_point_q(a, b / (1 - p) ** 2, p)
+
+        def error(q, a=a, b=b, p=p):
+            return a * (1 - (1 - p) / q) ** 2 + b / q**2
+
+        q = two_point_q(a, error(1 - p), p)
         scan = np.linspace(0.5 * q, 2 * q, 200_001)
-        errors = a * (1 - (1 - p) / scan) ** 2 + b / scan**2
-        assert q == pytest.approx(scan[errors.argmin()], rel=1e-4)
-    for wrong in ((0.0, 1.0, 0.9), (1.0, -1.0, 0.9), (1.0, np.nan, 0.9), (1.0, 1.0, 1.0)):
-        with pytest.raises(ValueError, match=r"errors are finite|drop_rate is a probability"):
+        assert q == pytest.approx(scan[error(scan).argmin()], rel=1e-4)
+        assert two_point_q(a, error(3 * (1 - p)), p, 3 * (1 - p)) == pytest.approx(q)
+    assert two_point_q(1.0, 1.5, 0.9, 0.2) > 0.4
+    for wrong in (
+        (0.0, 1.0, 0.9),
+        (1.0, -1.0, 0.9),
+        (1.0, np.nan, 0.9),
+        (1.0, 1.0, 1.0),
+        (1.0, 1.0, 0.5, 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"errors are finite|need 0 <= drop_rate"):
             two_point_q(*wrong)
+
+
+def squared_change(model, fine, batches, params):
+    total = count = 0
+    for b in batches:
+        mask = (b["attention_mask"] > 0) & (b["weight"] > 0)[:, None]
+        hidden = [np.asarray(model(x, b["input_ids"], b["attention_mask"])[0]) for x in (params, fine)]
+        square = ((hidden[0] - hidden[1]) ** 2).mean(-1)
+        total, count = total + square[mask].sum(), count + mask.sum()
+    return total / count
 
 
 def test_two_point_measures_the_squared_change_of_base_and_dare():
     model, fine, start, delta = pair("bert")
     batches = make_batches()
-    masked = masked_deltas(delta, DROP_RATE)
-    q, without, dare = two_point(model, fine, start, masked, batches, DROP_RATE)
+    masked = masked_deltas(delta, DROP_RATE, (0, 1))
+    q, visited = two_point(model, fine, start, masked, batches, DROP_RATE)
+    (_, without), (first, dare), *later = visited
+    assert first == 0.1 and len(later) >= 1
+    assert without == pytest.approx(squared_change(model, fine, batches, start), rel=1e-4)
+    pruned = [squared_change(model, fine, batches, pruned_params(start, m, 0.1)) for m in masked]
+    assert dare == pytest.approx(np.mean(pruned), rel=1e-4)
+    assert later[0][0] == pytest.approx(0.1 * (1 + dare / without))
+    assert q == later[-1][0] and later[-1][1] <= 1.1 * without
 
-    def change(params):
-        total = count = 0
-        for b in batches:
-            mask = (b["attention_mask"] > 0) & (b["weight"] > 0)[:, None]
-            hidden = [np.asarray(model(x, b["input_ids"], b["attention_mask"])[0]) for x in (params, fine)]
-            square = ((hidden[0] - hidden[1]) ** 2).mean(-1)
-            total, count = total + square[mask].sum(), count + mask.sum()
-        return total / count
 
-    assert without == pytest.approx(change(start), rel=1e-4)
-    assert dare == pytest.approx(np.mean([change(pruned_params(start, m, 0.1)) for m in masked]), rel=1e-4)
-    assert q == pytest.approx(0.1 * (1 + dare / without))
+def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
+    """A change that cannot exceed 3 hides how large the noise is: q grows until it is better than none."""
+    from darex_jax.evaluation import find_q as module
+
+    p, a, b = 0.999, 1.0, 1e-4  # in the linear model, E(1 - p) is 100 and the best q 0.101
+
+    def change(model, params, batches, reference, squared):
+        q = params
+        return a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2)
+
+    monkeypatch.setattr(module, "output_change", change)
+    monkeypatch.setattr(module, "pruned_params", lambda start, masked, q: q)
+    monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
+    q, visited = two_point(None, None, None, [0], [], p)
+    values = [q for q, _ in visited[1:]]
+    assert all(2 * low <= high for low, high in pairwise(values[1:]))
+    assert q == pytest.approx(0.101) and len(values) > 3 and visited[-1][1] < 1.0
 
 
 # Learned.

@@ -95,8 +95,9 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path) -> None:
         if first != last:
             rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}; its middle is taken"))
     if report["objective"] == "two-point":
-        rows.append(("output change", f"{report['change_without_delta']:.5g} without the delta, "
-                     f"{report['change_with_dare']:.5g} with DARE"))  # fmt: skip
+        seen = [f"{change:.5g} at {q:.4g}" for q, change in report["changes"]]
+        without = f"{report['change_without_delta']:.5g} without the delta"
+        rows.append(("squared output change", ", ".join([without, *seen])))
     if report["objective"] == "closed-form":
         rows.append(("by layer", q_text(report["layers"])))
         if not isinstance(report["q"], dict) and report["q"] > 1:

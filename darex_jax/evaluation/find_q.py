@@ -3,6 +3,7 @@
 q is an argument of compiled functions here: a sweep over values and masks compiles nothing anew.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ Params = dict[str, Any]
 Q = float | Mapping[str, float]
 CALIBRATION_SIZE = 50  # sentences that output changes are measured on, as the authors take for encoders
 MASK_SEEDS = (0, 1, 2, 3)
+WORSE = 1.1  # times the change without a delta: what few texts and masks do not explain
 ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
 
 
@@ -170,16 +172,30 @@ def two_point(
     masked: Sequence[Params],
     batches: Sequence[Batch],
     drop_rate: float,
-) -> tuple[float, float, float]:
+) -> tuple[float, list[tuple[float, float]]]:
     """`two_point_q` from the squared output change of the base and of DARE: no label, no search.
 
-    Returns: q; the change without any delta; that with DARE, the mean over masks.
+    Outputs cannot move without limit, so that DARE's change says too little of a large delta. What comes out
+    is therefore measured, and while it is worse than no delta at all, the next q follows from it: at least
+    twice as large.
+
+    Returns: q; the q visited, with their changes over the masks: infinity (no delta), 1 - p, ...
     """
     reference = reference_outputs(model, fine, batches)
 
     def change(params: Params) -> float:
         return output_change(model, params, batches, reference, squared=True)
 
+    def pruned_change(q: float) -> float:
+        return float(np.mean([change(pruned_params(start, m, q)) for m in masked]))
+
     without = change(start)
-    dare = float(np.mean([change(pruned_params(start, m, 1.0 - drop_rate)) for m in masked]))
-    return float(two_point_q(without, dare, drop_rate)), without, dare
+    visited = [(math.inf, without)]
+    q = round(1.0 - drop_rate, 12)
+    while q < 1.0:
+        error = pruned_change(q)
+        visited.append((q, error))
+        if len(visited) > 2 and error <= WORSE * without:
+            break
+        q = two_point_q(without, error, drop_rate, q)
+    return q, visited

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -34,23 +36,27 @@ def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> 
     return (1.0 - drop_rate) + drop_rate * ratio
 
 
-def two_point_q(without: ArrayLike, dare: ArrayLike, drop_rate: float) -> NDArray[np.float64]:
+def two_point_q(without: float, error: float, drop_rate: float, at: float | None = None) -> float:
     """The q that minimises the squared error of a model's outputs, from that error at two q.
 
     While outputs move linearly with the delta, the error of a model pruned at `drop_rate` and divided by q is
-    a (1 - (1-p)/q)^2 + b / q^2. Without any delta (q infinite) it is a; with DARE (q = 1 - p) it is
-    b / (1-p)^2; the least error is at q = (1-p) (1 + E_DARE / E_without).
+    E(q) = a (1 - (1-p)/q)^2 + b / q^2: a is what it is without any delta (q infinite), b follows from any
+    other measurement, and E is least at q = (1-p) + b / (a (1-p)). Measured with DARE, at 1 - p, that is
+    (1-p) (1 + E(1-p) / a). Where E(at) exceeds a, the result is at least 2 `at`.
 
     Args:
-      without: E_without, of the base; positive, any shape.
-      dare: E_DARE; at least 0, the same shape.
+      without: a, positive.
+      error: E(at), at least 0.
       drop_rate: p, in [0, 1).
-    Returns: float64, at least 1 - p.
+      at: positive; None is 1 - p.
+    Returns: at least 1 - p.
     Raises: ValueError for arguments out of range.
     """
-    base, pruned = np.asarray(without, np.float64), np.asarray(dare, np.float64)
-    if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
-    if not (np.isfinite(base).all() and np.isfinite(pruned).all() and base.min() > 0 and pruned.min() >= 0):
-        raise ValueError(f"errors are finite, that without a delta positive, got {base} and {pruned}.")
-    return (1.0 - drop_rate) * (1.0 + pruned / base)
+    density = 1.0 - drop_rate
+    at = density if at is None else at
+    if not (0.0 <= drop_rate < 1.0 and 0.0 < at < math.inf):
+        raise ValueError(f"need 0 <= drop_rate < 1 and at > 0, got {drop_rate} and {at}.")
+    if not (0.0 < without < math.inf and 0.0 <= error < math.inf):
+        raise ValueError(f"errors are finite, that without a delta positive, got {without} and {error}.")
+    spread = at**2 * (error - without * (1.0 - density / at) ** 2)
+    return density + max(0.0, spread) / (without * density)

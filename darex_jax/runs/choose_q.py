@@ -167,10 +167,10 @@ def choose_q(
         q = form.q if scope == "model" else spread_q(form.layers, names)
         found = {"q": q, "layers": form.layers, "evaluations": 1, "examples": _rows(material.batches)}
     else:
-        q, without, dare = two_point(model, params, start, masked, material.batches, drop_rate)
+        q, visited = two_point(model, params, start, masked, material.batches, drop_rate)
         found = {
-            "q": q, "change_without_delta": without, "change_with_dare": dare,
-            "evaluations": 1 + count, "examples": _rows(material.batches),
+            "q": q, "change_without_delta": visited[0][1], "changes": [list(point) for point in visited[1:]],
+            "evaluations": 1 + count * len(visited[1:]), "examples": _rows(material.batches),
         }  # fmt: skip
     options = {
         "drop_rate": drop_rate, "objective": objective, "scope": scope, "rule": rule, "task": task,
