@@ -1,0 +1,259 @@
+"""What it takes to find q: the sweep beside the plain PyTorch way, Algorithm 3 beside the published scan.
+
+    python benchmarks/find_q.py --fine FINE [--base BASE] [--data-dir DIR --task sst2] [--json FILE]
+
+FINE is a fine-tuned MiniLM (`darex train`), BASE its base; without --data-dir the examples are generated.
+
+The sweep: the same values of q, masks and examples, the metric of each. The plain way has the masks' bits
+drawn beforehand, as we do; for every value and mask it rebuilds the pruned state dict, loads it into the
+PyTorch model and evaluates it, batches padded to their longest row, in the order of the data set or sorted by
+length as ours are. "from disk" also reads both models and draws the mask for every value. Everything is
+warmed up; ours is also timed once with the compilation in it. `loop` and `vmap` are one batch at four values.
+
+The solver: q of every row of a layer with random weights. `scan` is the published loop over float16 tensors,
+`rows` the time from the layer's delta to its rows' sums, `exact` the closed form on these, `emulated` the
+published rule on these. Medians of rounds, with the fastest and the slowest.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from darex_jax.core.bound import phi
+from darex_jax.core.tree import flatten_names
+from darex_jax.evaluation.classification import pruned_params
+from darex_jax.evaluation.find_q import load_pair, masked_deltas, split_in_scope
+from darex_jax.evaluation.objectives import label_objective
+from darex_jax.q.analytic import analytic_q
+from darex_jax.q.per_layer import row_sums
+from darex_jax.runs.demo import demo_weights
+from darex_jax.tasks import load_task
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer, model_inputs
+
+DROP_RATE = 0.99
+VALUES = [0.01, 0.014, 0.02, 0.028, 0.04, 0.057, 0.08, 0.11]
+LAYERS = {"768 x 3072": (768, 3072), "4096 x 11008": (4096, 11008)}
+ROUNDS = 5
+
+
+def timed(function, *args):
+    begun = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - begun, result
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+
+
+# The sweep.
+
+
+def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, examples: int) -> dict:
+    model, params, base_params = load_pair(base, fine)
+    start, delta = split_in_scope(params, base_params)
+    task = load_task(task_name, data_dir)
+    data = task.validation.select(slice(examples))
+    tokenizer = load_tokenizer(fine)
+    encoded = encode(tokenizer, data)
+    by_length = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable").tolist()
+    batches = evaluation_batches(encoded, 50)
+    goal = label_objective(model, task, batches)
+
+    def ours(masks: int, values: list[float], size: int) -> list[float]:
+        masked = masked_deltas(delta, DROP_RATE, range(masks))
+        rows = encode(tokenizer, data.select(slice(size)))
+        some = label_objective(model, task, evaluation_batches(rows, 50))
+        return [some.measure(pruned_params(start, m, q)) for q in values for m in masked]
+
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(fine).eval()
+    names = set(flatten_names(base_params))
+    state = {n: t.clone() for n, t in theirs.state_dict().items()}
+    origin = {n: torch.tensor(np.asarray(x)) for n, x in flatten_names(base_params).items()}
+
+    def plain(masks: int, values: list[float], ordered: bool) -> list[float]:
+        kept = [
+            {n: torch.tensor(np.asarray(x) != 0) for n, x in flatten_names(m).items()}
+            for m in masked_deltas(delta, DROP_RATE, range(masks))
+        ]
+        order = by_length if ordered else list(range(len(data)))
+        return [torch_metric(q, mask, order) for q in values for mask in kept]
+
+    def from_disk(values: list[float]) -> list[float]:
+        results = []
+        for q in values:
+            tuned = transformers.AutoModelForSequenceClassification.from_pretrained(fine).state_dict()
+            transformers.AutoModel.from_pretrained(base)  # its values are in `origin`; reading is what counts
+            torch.manual_seed(0)
+            drawn = {n: torch.rand(t.shape) < 1 - DROP_RATE for n, t in tuned.items() if n in names}
+            results.append(torch_metric(q, drawn, list(range(len(data)))))
+        return results
+
+    def torch_metric(q: float, mask: dict, order) -> float:
+        pruned = {}
+        for name, tensor in state.items():
+            if name not in names:
+                pruned[name] = tensor
+                continue
+            d = tensor - origin[name]
+            pruned[name] = origin[name] + torch.where(mask[name], d, 0.0) / q
+        theirs.load_state_dict(pruned)
+        logits = np.zeros((len(data), task.num_labels), np.float32)
+        for first in range(0, len(order), 50):
+            rows = order[first : first + 50]
+            width = max(len(encoded.input_ids[i]) for i in rows)
+            ids, attention, types = (np.zeros((len(rows), width), np.int64) for _ in range(3))
+            for at, i in enumerate(rows):
+                length = len(encoded.input_ids[i])
+                ids[at, :length], attention[at, :length] = encoded.input_ids[i], 1
+                types[at, :length] = encoded.token_type_ids[i]
+            with torch.inference_mode():
+                out = theirs(torch.tensor(ids), torch.tensor(attention), torch.tensor(types))
+            logits[rows] = out.logits.numpy()
+        return task.metric(logits, data.labels)
+
+    cold, _ = timed(ours, 1, VALUES, examples)
+    plain(1, VALUES[:1], True)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        seconds.setdefault("ours", []).append((one := timed(ours, 1, VALUES, examples))[0])
+        seconds.setdefault("plain, by length", []).append((two := timed(plain, 1, VALUES, True))[0])
+        seconds.setdefault("plain, in order", []).append(timed(plain, 1, VALUES, False)[0])
+        seconds.setdefault("plain, from disk", []).append(timed(from_disk, VALUES)[0])
+    growth = {}
+    for what, arguments in (
+        ("4 masks", (4, VALUES, examples)), ("half the values", (1, VALUES[:4], examples)),
+        ("half the examples", (1, VALUES, examples // 2)),
+    ):  # fmt: skip
+        timed(ours, *arguments)
+        growth[what] = statistics.median(timed(ours, *arguments)[0] for _ in range(3))
+    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
+    batch = model_inputs(batches[-1])
+
+    def logits(q):
+        return model(pruned_params(start, masked, q), **batch).logits
+
+    one_q, four = jax.jit(logits), jax.jit(jax.vmap(logits))
+    some_q = jax.numpy.asarray(VALUES[:4])
+    batched: dict[str, list[float]] = {"loop": [], "vmap": []}
+    jax.block_until_ready((one_q(some_q[0]), four(some_q)))
+    for _ in range(ROUNDS):
+        batched["loop"].append(timed(lambda: jax.block_until_ready([one_q(q) for q in some_q]))[0])
+        batched["vmap"].append(timed(lambda: jax.block_until_ready(four(some_q)))[0])
+    evaluation = [timed(goal.measure, params)[0] for _ in range(ROUNDS)]
+    rebuild = [timed(lambda q: jax.block_until_ready(pruned_params(start, masked, q)), q)[0] for q in VALUES]
+    return {
+        "task": task_name, "examples": len(data), "values": VALUES, "with_compilation": cold,
+        "largest_difference_of_metrics": float(np.abs(np.subtract(one[1], two[1])).max()),
+        "seconds": {name: spread(s) for name, s in seconds.items()}, "growth": growth,
+        "pruned_params": spread(rebuild), "evaluation": spread(evaluation),
+        "four_values_of_one_batch": {name: spread(s) for name, s in batched.items()},
+    }  # fmt: skip
+
+
+# The solver.
+
+
+def published_scan(delta: torch.Tensor, mean: torch.Tensor, eta: float, prob: float = 0.95) -> float:
+    """The rule of the published code on a whole layer in float16: rows' sums are taken at every step of q."""
+    c = delta * mean
+    best = torch.full((len(delta),), 10_000.0, dtype=torch.float16)
+    q_of_row = torch.full((len(delta),), 1 - DROP_RATE)
+    stopped = torch.zeros(len(delta), dtype=torch.bool)
+    bound = math.log(2 / (1 - prob))
+    weight = eta**2 * float(phi(DROP_RATE))
+    for step in range(int((1 - DROP_RATE) * 1000), 999):
+        q = step * 0.001
+        value = eta * ((1 - (1 - DROP_RATE) / q) * c.sum(1)) + weight * (c * c).sum(1) / (4 * q**2) + bound
+        value = value.abs()
+        better = value <= best
+        stopped |= value >= best
+        best, q_of_row = torch.where(better, value, best), torch.where(better, q, q_of_row)
+        if stopped.float().mean() >= 0.8:
+            break
+    return float(q_of_row.mean())
+
+
+def exhaustive_scan(c: torch.Tensor, eta: float, prob: float = 0.95) -> float:
+    """The same in float32 to its end: what it would take to visit every value."""
+    weight, bound = eta**2 * float(phi(DROP_RATE)), math.log(2 / (1 - prob))
+    best, q_of_row = torch.full((len(c),), math.inf), torch.zeros(len(c))
+    for step in range(int((1 - DROP_RATE) * 1000), 999):
+        q = step * 0.001
+        value = (
+            eta * (1 - (1 - DROP_RATE) / q) * c.sum(1) + weight * (c * c).sum(1) / (4 * q**2) + bound
+        ).abs()
+        better = value < best
+        best, q_of_row = torch.where(better, value, best), torch.where(better, q, q_of_row)
+    return float(q_of_row.mean())
+
+
+def solver(eta: float = 0.4) -> dict:
+    results = {}
+    for name, (rows, columns) in LAYERS.items():
+        rng = np.random.default_rng(0)
+        delta = (2e-3 * rng.standard_normal((rows, columns))).astype(np.float32)
+        mean = rng.standard_normal(columns).astype(np.float32)
+        half = torch.tensor(delta).half(), torch.tensor(mean).half()
+        on_device = {"w.weight": jax.numpy.asarray(delta)}, {"w.weight": jax.numpy.asarray(mean)}
+        sums = tuple(map(np.asarray, jax.block_until_ready(row_sums(*on_device))["w.weight"]))
+        analytic_q(*sums, DROP_RATE, eta)
+        seconds: dict[str, list[float]] = {}
+        for _ in range(ROUNDS):
+            taken, _ = timed(lambda a=on_device: jax.block_until_ready(row_sums(*a)))
+            seconds.setdefault("rows", []).append(taken)
+            seconds.setdefault("exact", []).append(timed(lambda s=sums: analytic_q(*s, DROP_RATE, eta))[0])
+            emulated = timed(lambda s=sums: analytic_q(*s, DROP_RATE, eta, rule="published"))
+            seconds.setdefault("emulated", []).append(emulated[0])
+            scan = timed(published_scan, *half, eta)
+            seconds.setdefault("scan", []).append(scan[0])
+        results[name] = {
+            "seconds": {key: spread(s) for key, s in seconds.items()},
+            "mean_q": {
+                "exact": float(analytic_q(*sums, DROP_RATE, eta).mean()),
+                "emulated": float(emulated[1].mean()),
+                "scan": scan[1],
+            },
+        }
+        if delta.size < 1e7:  # it takes minutes on the other
+            taken, q = timed(exhaustive_scan, torch.tensor(delta * mean), eta)
+            results[name] |= {"seconds_of_a_scan_to_its_end": taken, "its_mean_q": q}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--fine", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=None)
+    parser.add_argument("--task", default="opinions")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    base = options.base or demo_weights()
+    results = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {p: version(p) for p in ("jax", "torch", "transformers", "numpy")},
+        "solver": solver(),
+        "sweep": sweep(base, options.fine, options.task, options.data_dir, options.examples),
+    }  # fmt: skip
+    text = json.dumps(results, indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
