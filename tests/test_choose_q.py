@@ -410,6 +410,8 @@ def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family):
     if family == "bert":  # 500 labelled problems would take a while
         labels = darex(*prune, "--task", task)
         assert labels["q_chosen_by"].startswith("labels: validation accuracy")
+    solved = darex(*prune[:-1], "closed-form", "--text", folders / "text")
+    assert solved["q_chosen_by"] == "closed-form: solved on 3 examples" and solved["q"] > 0.1
     text = darex(*prune, "--text", folders / "text", json_too=False)
     assert "chosen by" in text and "predictions: agreement" in text
 
@@ -433,7 +435,7 @@ def test_mistakes_are_told(folders, tmp_path):
     (tmp_path / "empty").write_text("\n")
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
     assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
-    assert "--task, --data-dir and --text are for --q auto" in fails(
+    assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
     )
     assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()

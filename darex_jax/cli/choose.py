@@ -9,7 +9,7 @@ import click
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
 from darex_jax.cli.show import point_bar, print_table, q_text
 
-WHAT = {
+OBJECTIVES = {
     "labels": "the metric on held-out examples (q_v)",
     "predictions": "agreement with the fine-tuned model's predictions",
     "outputs": "the output change (q_e)",
@@ -23,8 +23,8 @@ WHAT = {
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
 @RATE
-@click.option("--objective", default="labels", show_default=True, type=click.Choice(list(WHAT)),
-              help="; ".join(f"{name}: {what}" for name, what in WHAT.items()) + ".")  # fmt: skip
+@click.option("--objective", default="labels", show_default=True, type=click.Choice(list(OBJECTIVES)),
+              help="; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()) + ".")  # fmt: skip
 @click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
               help="One q for the model, or one for each linear layer.")  # fmt: skip
 @click.option("--rule", default="exact", show_default=True, type=click.Choice(["exact", "published"]),

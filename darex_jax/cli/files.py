@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from darex_jax.cli.choose import OBJECTIVES
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
 from darex_jax.cli.show import byte_bar, bytes_text, few, point_bar, print_table, q_text
 
@@ -68,10 +69,11 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
 @click.argument("fine", type=PATH)
 @click.argument("out", type=PATH)
 @RATE
-@click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto",
+@click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
               help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by the "
-              "labels of --task, else by the model's predictions on --text, else DARE's.")  # fmt: skip
-@click.option("--task", help="For --q auto: a task with labels, as find-q takes it.")
+              "labels of --task, else by the model's predictions on --text, else DARE's; or an objective of "
+              "find-q for one q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
+@click.option("--task", help="For --q auto or OBJECTIVE: where examples come from, as find-q takes it.")
 @DATA_DIR
 @TEXT
 @SEED
@@ -104,10 +106,12 @@ def prune(
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.prune import prune_checkpoints
 
-    if q == "auto":
-        divisor, why = _auto_q(base, fine, drop_rate, task, data_dir, text, include, exclude, seed, as_json)
+    if q == "auto" or q in OBJECTIVES:
+        divisor, why = _chosen_q(
+            base, fine, drop_rate, q, task, data_dir, text, include, exclude, seed, as_json
+        )
     elif task or data_dir or text:
-        raise click.UsageError("--task, --data-dir and --text are for --q auto.")
+        raise click.UsageError("--task, --data-dir and --text are for --q auto or an objective of find-q.")
     else:
         divisor, why = _read_q(q), None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
@@ -300,10 +304,11 @@ def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str
     return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
 
 
-def _auto_q(
+def _chosen_q(
     base: Path,
     fine: Path,
     drop_rate: float,
+    objective: str,
     task: str | None,
     data_dir: Path | None,
     text: Path | None,
@@ -312,8 +317,8 @@ def _auto_q(
     seed: int,
     quiet: bool,
 ) -> tuple[Any, str]:
-    """The best q that can be had from what is at hand, and how it was chosen."""
-    if task is None and text is None:
+    """A q from what is at hand, and how it was chosen."""
+    if objective == "auto" and task is None and text is None:
         return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
     from darex_jax.runs.choose_q import choose_q
 
@@ -322,7 +327,7 @@ def _auto_q(
             base,
             fine,
             drop_rate,
-            objective="auto",
+            objective=objective,
             task=task,
             data_dir=data_dir,
             text=text,
@@ -331,7 +336,7 @@ def _auto_q(
             seed=seed,
             on_value=on_value,
         )
-    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "the squared output change"
+    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
     return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
 
 
