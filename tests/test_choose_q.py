@@ -396,6 +396,17 @@ def test_statistics_are_kept_and_checked(folders, tmp_path):
     assert result.exit_code == 1 and "made from another data; write a new one" in result.stderr
 
 
+def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    way = ("--objective", "learned", "--scope", "layer", "--limit", 6, "--out", tmp_path / "q.json")
+    kept = ("--checkpoints", tmp_path / "run")
+    first = darex("find-q", *models, "-p", 0.9, *way, *kept)
+    other = darex("find-q", *models, "-p", 0.8, *way, *kept)
+    assert other["curve"][0] != first["curve"][0] and min(other["q"].values()) >= 0.2 - 1e-6
+    assert len(list((tmp_path / "run").iterdir())) == 2
+    assert darex("find-q", *models, "-p", 0.9, *way, *kept) == first
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family):
     base, fine = folders / family / "base", folders / family / "fine"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +124,7 @@ def choose_q(
       grid: low, high and step of a coarse grid with the authors' stopping rule; None is a wider one, which
         is visited whole.
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
-      checkpoints: a folder where learning goes on after a stop.
+      checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
       on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
     Returns: what the q file holds: q, value, objective, scope, curve (of q, of eta with rule, or of epochs),
       plateau, what it cost (evaluations of so many examples, labels looked at), manifest.
@@ -161,6 +163,9 @@ def choose_q(
         if scope == "layer":
             found |= {"eta": result.q, "rule": rule}
     elif objective == "learned":
+        if checkpoints is not None:  # what was learnt from other models, data or masks is no beginning
+            made_from |= {"base": params_digest(base_params), "mask": f"{drop_rate} {seeds}"}
+            checkpoints /= hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
         found = _learned(model, params, start, masked, drop_rate, material.batches, checkpoints, on_value)
     elif objective == "closed-form":
         form = closed_form(model, params, delta, material.batches, drop_rate)
