@@ -427,6 +427,13 @@ def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family):
     assert "chosen by" in text and "predictions: agreement" in text
 
 
+def test_the_terminal_names_every_objective():
+    from darex_jax.cli.choose import OBJECTIVES as named
+    from darex_jax.runs.choose_q import OBJECTIVES as known
+
+    assert list(named) == list(known)
+
+
 def test_mistakes_are_told(folders, tmp_path):
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
 

@@ -61,8 +61,8 @@ def find_q(
         report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    picture = out.with_suffix(".png")
-    if "curve" in report or options["scope"] == "layer":
+    picture = out.with_suffix(".png") if "curve" in report or options["scope"] == "layer" else None
+    if picture is not None:
         plot_curve(report, picture)
     if as_json:
         click.echo(json.dumps(report))
@@ -72,7 +72,7 @@ def find_q(
     click.echo(f"Use it: darex prune {base} {fine} OUT --drop-rate {drop_rate} --q {out}{seed}")
 
 
-def _print_report(report: dict[str, Any], out: Path, picture: Path) -> None:
+def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -104,6 +104,6 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path) -> None:
             rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
     used = f"{report['labels']} labels" if report["labels"] else "no labels"
     rows.append(("cost", f"{report['evaluations']} passes over {report['examples']} examples, {used}"))
-    if picture.exists():
+    if picture is not None:
         rows.append(("picture", str(picture)))
     print_table(str(out), rows)

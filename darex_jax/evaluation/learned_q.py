@@ -13,7 +13,7 @@ import optax
 
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.classification import pruned_params
-from darex_jax.evaluation.outputs import Reference, output_change_sums, reference_outputs
+from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
 from darex_jax.models import Model
 from darex_jax.q.per_layer import bias_of
 from darex_jax.tasks.batching import Batch
@@ -80,10 +80,8 @@ def learn_q(
     references, held_out_references = (reference_outputs(model, fine, b) for b in (batches, held_out))
 
     def change(coefficients: jax.Array) -> float:
-        pairs = zip(held_out, held_out_references, strict=True)
-        sums = [_value(model, layout, density, coefficients, start, masked, *pair) for pair in pairs]
-        total, count = np.sum(np.asarray(sums, np.float64), axis=0)
-        return float(total / count)
+        q = dict(zip(names, _q_by_name(layout, density, coefficients), strict=True))
+        return output_change(model, pruned_params(start, masked, q), held_out, held_out_references)
 
     coefficients = jnp.zeros(len(layers), jnp.float32)
     history = np.full((epochs + 1, 2), np.nan)
@@ -126,21 +124,6 @@ def _q_by_name(layout: tuple[int, ...], density: float, coefficients: jax.Array)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _value(
-    model: Model,
-    layout: tuple[int, ...],
-    density: float,
-    coefficients: jax.Array,
-    start: Params,
-    masked: Params,
-    batch: Batch,
-    reference: Reference,
-) -> jax.Array:
-    q = dict(zip(flatten_names(masked), _q_by_name(layout, density, coefficients), strict=True))
-    return output_change_sums(model, False, pruned_params(start, masked, q), batch, reference)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(
     model: Model,
     layout: tuple[int, ...],
@@ -156,7 +139,8 @@ def _step(
     """One step: new coefficients and moments, and the change before it."""
 
     def loss(coefficients: jax.Array) -> jax.Array:
-        total, count = _value(model, layout, density, coefficients, start, masked, batch, reference)
+        q = dict(zip(flatten_names(masked), _q_by_name(layout, density, coefficients), strict=True))
+        total, count = output_change_sums(model, False, pruned_params(start, masked, q), batch, reference)
         return total / count
 
     value, gradient = jax.value_and_grad(loss)(coefficients)

@@ -19,7 +19,7 @@ from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.q.search import trimmed_mean
 from darex_jax.tasks import Task
-from darex_jax.tasks.batching import Batch, model_inputs
+from darex_jax.tasks.batching import Batch, model_inputs, row_count
 from darex_jax.training.causal_lm import answer_scores
 
 Params = Any
@@ -60,7 +60,7 @@ def label_objective(model: Model, task: Task, batches: Sequence[Batch]) -> Objec
 
 def answer_objective(model: Model, batches: Sequence[Batch]) -> Objective:
     """A decoder's share of right tokens in known answers: q_v."""
-    rows = _rows(batches)
+    rows = row_count(batches)
     return Objective(
         "right answer tokens",
         lambda params: answer_scores(model, params, batches).tokens,
@@ -82,7 +82,7 @@ def prediction_objective(
 
     Raises: ValueError for a model without a head.
     """
-    count = _rows(batches)
+    count = row_count(batches)
     if isinstance(model.config, DecoderConfig):
         references = reference_outputs(model, fine, batches)
 
@@ -115,17 +115,12 @@ def output_objective(model: Model, fine: Params, batches: Sequence[Batch]) -> Ob
         lambda params: output_change(model, params, batches, references),
         False,
         trimmed_mean,
-        _rows(batches),
+        row_count(batches),
     )
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-def _rows(batches: Sequence[Batch]) -> int:
-    """How many rows are real."""
-    return sum(int(np.sum(batch["weight"] > 0)) for batch in batches)
 
 
 def _in_order(batches: Sequence[Batch]) -> np.ndarray:

@@ -49,7 +49,7 @@ from darex_jax.tasks.answers import (
     encode_texts,
     load_problems,
 )
-from darex_jax.tasks.batching import Batch, encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.batching import Batch, encode, evaluation_batches, load_tokenizer, row_count
 from darex_jax.training.checkpoints import Checkpoints
 
 OBJECTIVES = {  # and at most so many examples of each, where nothing else is said
@@ -70,13 +70,11 @@ class Material(NamedTuple):
     Attributes:
       batches: of at most `CALIBRATION_SIZE` rows, a decoder's of 8.
       task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
-      labelled: whether there are any.
       digest: SHA-256 of the tokens.
     """
 
     batches: list[Batch]
     task: Task | None
-    labelled: bool
     digest: str
 
 
@@ -145,6 +143,7 @@ def choose_q(
     masked = [] if objective == "closed-form" else masked_deltas(delta, drop_rate, seeds)
     names = list(flatten_names(delta))
     made_from = {"model": params_digest(params), "data": material.digest}
+    base_digest = params_digest(base_params)
     found: dict[str, Any]
     if objective in SEARCHED:
         goal = _objective(objective, model, params, material)
@@ -164,18 +163,18 @@ def choose_q(
             found |= {"eta": result.q, "rule": rule}
     elif objective == "learned":
         if checkpoints is not None:  # what was learnt from other models, data or masks is no beginning
-            made_from |= {"base": params_digest(base_params), "mask": f"{drop_rate} {seeds}"}
+            made_from |= {"base": base_digest, "mask": f"{drop_rate} {seeds}"}
             checkpoints /= hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
         found = _learned(model, params, start, masked, drop_rate, material.batches, checkpoints, on_value)
     elif objective == "closed-form":
         form = closed_form(model, params, delta, material.batches, drop_rate)
         q = form.q if scope == "model" else spread_q(form.layers, names)
-        found = {"q": q, "layers": form.layers, "evaluations": 1, "examples": _rows(material.batches)}
+        found = {"q": q, "layers": form.layers, "evaluations": 1, "examples": row_count(material.batches)}
     else:
         q, visited = two_point(model, params, start, masked, material.batches, drop_rate)
         found = {
             "q": q, "change_without_delta": visited[0][1], "changes": [list(point) for point in visited[1:]],
-            "evaluations": 1 + count * len(visited[1:]), "examples": _rows(material.batches),
+            "evaluations": 1 + count * len(visited[1:]), "examples": row_count(material.batches),
         }  # fmt: skip
     options = {
         "drop_rate": drop_rate, "objective": objective, "scope": scope, "rule": rule, "task": task,
@@ -183,7 +182,7 @@ def choose_q(
         "grid": grid, "include": include, "exclude": exclude, "seed": seed,
     }  # fmt: skip
     head = {"objective": objective, "scope": scope, "drop_rate": drop_rate, "mask_seeds": seeds, "labels": 0}
-    inputs = {"base": params_digest(base_params), "fine": made_from["model"], "data": material.digest}
+    inputs = {"base": base_digest, "fine": made_from["model"], "data": material.digest}
     return head | found | {"manifest": run_manifest("find-q", options, inputs, {})}
 
 
@@ -225,10 +224,10 @@ def _read(
             raise ValueError(f"{text}: has no line of text.")
         if decoder:
             answers = encode_texts(tokenizer, lines)
-            return Material(list(answer_batches(answers, 8, 0, 0)), None, False, answers.digest())
+            return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
         examples = encode(tokenizer, Examples(tuple(lines), None, np.zeros(len(lines), np.int32)))
         size = min(CALIBRATION_SIZE, len(examples))
-        return Material(evaluation_batches(examples, size), None, False, examples.digest())
+        return Material(evaluation_batches(examples, size), None, examples.digest())
     task = task or ("word-problems" if decoder else "opinions")
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
@@ -236,11 +235,11 @@ def _read(
     if decoder:
         problems = load_problems(task, data_dir, difficulty)[held_out][:limit]
         answers = encode_problems(tokenizer, problems)
-        return Material(list(answer_batches(answers, 8, 0, 0)), None, True, answers.digest())
+        return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
     loaded = load_task(task, data_dir)
     examples = encode(tokenizer, (loaded.validation if held_out else loaded.train).select(slice(limit)))
     size = min(CALIBRATION_SIZE, len(examples))
-    return Material(evaluation_batches(examples, size), loaded, True, examples.digest())
+    return Material(evaluation_batches(examples, size), loaded, examples.digest())
 
 
 def _objective(name: str, model: Model, fine: Params, material: Material) -> Objective:
@@ -297,12 +296,8 @@ def _learned(
         "q": learned.q, "value": learned.change, "value_name": "held-out output change",
         "curve": [[epoch, change] for epoch, (_, change) in enumerate(learned.history)],
         # A backward pass counts as two.
-        "evaluations": 1 + epochs * 4, "examples": _rows(batches),
+        "evaluations": 1 + epochs * 4, "examples": row_count(batches),
     }  # fmt: skip
-
-
-def _rows(batches: Sequence[Batch]) -> int:
-    return sum(int(np.sum(batch["weight"] > 0)) for batch in batches)
 
 
 def plot_curve(report: dict[str, Any], path: Path) -> None:

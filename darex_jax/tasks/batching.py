@@ -94,6 +94,11 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
+def row_count(batches: Sequence[Batch]) -> int:
+    """How many rows are real, not filling up."""
+    return sum(int(np.sum(batch["weight"] > 0)) for batch in batches)
+
+
 def evaluation_batches(encoded: Encoded, batch_size: int = 64) -> list[Batch]:
     """All rows, by rising length so that little is padded; `index` says which row is where. See `_batch`."""
     order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
