@@ -45,6 +45,7 @@ def main() -> None:
             batch_size=32,
             seed=0,
             limit=1500,
+            drop_rates=(0.9, 0.99, 0.999),
             say=lambda line, task=task: print(f"{task}: {line}", flush=True),
             on_step=lambda r: print(f"  {r.step} {r.loss:.4f}", flush=True) if r.step % 50 == 0 else None,
         )

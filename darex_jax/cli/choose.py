@@ -27,8 +27,9 @@ OBJECTIVES = {
               help="; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()) + ".")  # fmt: skip
 @click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
               help="One q for the model, or one for each linear layer.")  # fmt: skip
-@click.option("--rule", default="exact", show_default=True, type=click.Choice(["exact", "published"]),
-              help="With --scope layer: Algorithm 3's minimiser, or the authors' float16 scan.")  # fmt: skip
+@click.option("--rule", default="published", show_default=True, type=click.Choice(["published", "exact"]),
+              help="With --scope layer: the authors' float16 scan, or Algorithm 3's minimiser, which shrinks "
+              "the delta to nearly nothing.")  # fmt: skip
 @click.option("--task", help="Where the examples come from: opinions (generated), cola, sst2, mrpc, stsb; "
               "word-problems (generated), gsm8k. Default: the generated one.")  # fmt: skip
 @DATA_DIR
@@ -43,6 +44,8 @@ OBJECTIVES = {
 @click.option("--grid", nargs=3, type=float, metavar="LOW HIGH STEP",
               help="A coarse grid of one's own, with the authors' stopping rule.")  # fmt: skip
 @click.option("--statistics", type=PATH, help="With --scope layer: keep the inputs' statistics in this file.")
+@click.option("--learning-rate", default=1e-2, show_default=True, type=click.FloatRange(0, min_open=True),
+              help="With learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
 @click.option("--checkpoints", type=PATH, help="With learned: a folder from which it goes on after a stop.")
 @INCLUDE
 @EXCLUDE

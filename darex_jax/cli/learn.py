@@ -169,6 +169,8 @@ def _classify_examples(
 @click.option("--out", type=PATH, default="runs/demo", show_default=True)
 @TASK
 @DATA_DIR
+@click.option("--drop-rate", "-p", "drop_rates", multiple=True, type=click.FloatRange(0, 1, True, True),
+              default=(0.9, 0.99, 0.999), show_default=True, help="May be given several times.")  # fmt: skip
 @click.option("--steps", default=250, show_default=True, type=click.IntRange(1))
 @LEARNING_RATE
 @BATCH_SIZE
@@ -180,6 +182,7 @@ def demo(
     out: Path,
     task_name: str,
     data_dir: Path | None,
+    drop_rates: tuple[float, ...],
     steps: int,
     learning_rate: float,
     batch_size: int,
@@ -189,7 +192,7 @@ def demo(
 ) -> None:
     """The whole way once, on real weights.
 
-    Fine-tunes an encoder, prunes its delta at 0.9, 0.99 and 0.999 with DARE and DAREx-q, stores it, restores
+    Fine-tunes an encoder, prunes its delta with DARE and DAREx-q, stores it, restores
     the model from it and evaluates.
     """
     from darex_jax.runs.demo import demo_weights, run_demo
@@ -206,6 +209,7 @@ def demo(
             batch_size=batch_size,
             seed=seed,
             limit=limit or 1000,
+            drop_rates=drop_rates,
             say=lambda line: None if as_json else click.echo(line, err=True),
             on_step=on_step,
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 
+@jax.jit
 def phi(drop_rate: ArrayLike) -> jax.Array:
     """Phi(p) = (1 - 2p) / log((1 - p) / p), the Kearns-Saul constant; 1/2 at p = 1/2, 0 at 0. Float32.
 

