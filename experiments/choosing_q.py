@@ -21,7 +21,7 @@ from adamr_common import machine
 from darex_jax.evaluation.classification import predict, pruned_params
 from darex_jax.evaluation.find_q import load_pair, masked_deltas, split_in_scope
 from darex_jax.files.manifest import params_digest
-from darex_jax.runs.choose_q import choose_q
+from darex_jax.runs.choose_q import choose_q, log_ticks
 from darex_jax.runs.demo import demo_weights
 from darex_jax.tasks import load_task
 from darex_jax.tasks.answers import answer_batches, encode_problems
@@ -212,7 +212,8 @@ def plot() -> None:
                     *zip(*w["curve"], strict=True), "o-", color=color, markersize=2.5, label=label
                 )
                 on.axvline(w["q"], color=color, linestyle=":")
-        axes.set(title=f"{r['pair'].replace('_', ', ')}, {r['drop_rate']}", xlabel="q", xscale="log")
+        axes.set(title=f"{r['pair'].replace('_', ', ')}, {r['drop_rate']}", xlabel="q")
+        log_ticks(axes)
         axes.grid(alpha=0.3)
     labels = [line.get_label() for line in lines]
     figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)

@@ -403,7 +403,9 @@ def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
     first = darex("find-q", *models, "-p", 0.9, *way, *kept)
     other = darex("find-q", *models, "-p", 0.8, *way, *kept)
     assert other["curve"][0] != first["curve"][0] and min(other["q"].values()) >= 0.2 - 1e-6
-    assert len(list((tmp_path / "run").iterdir())) == 2
+    slow = darex("find-q", *models, "-p", 0.9, *way, *kept, "--learning-rate", 1e-3)
+    assert slow["curve"][0] == first["curve"][0] and slow["curve"][1] != first["curve"][1]
+    assert len(list((tmp_path / "run").iterdir())) == 3
     assert darex("find-q", *models, "-p", 0.9, *way, *kept) == first
 
 

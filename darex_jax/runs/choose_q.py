@@ -307,6 +307,16 @@ def _learned(
     }  # fmt: skip
 
 
+def log_ticks(axes: Any) -> None:
+    """A logarithmic x axis that says 0.01, 0.03, 0.1; matplotlib's own labels collide within a decade."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(3,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+
+
 def plot_curve(report: dict[str, Any], path: Path) -> None:
     """The curve that was searched, and where q by layer was chosen, every layer's q."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -326,8 +336,9 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*report["curve"], strict=True), "o-", markersize=3)
             learned = report["objective"] == "learned"
             axis = "epoch" if learned else "eta" if report["scope"] == "layer" else "q"
-            axes.set(xlabel=axis, ylabel=report["value_name"], xscale="linear" if learned else "log")
+            axes.set(xlabel=axis, ylabel=report["value_name"])
             if not learned:
+                log_ticks(axes)
                 taken = report["eta"] if report["scope"] == "layer" else report["q"]
                 axes.axvline(taken, color="tab:red", linestyle="--", label=f"{axis} {taken:.4g}")
                 axes.legend()

@@ -28,6 +28,7 @@ from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.files.restore import apply_artifact
+from darex_jax.runs.choose_q import log_ticks
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune
@@ -176,7 +177,8 @@ def plot_metric_by_q(results: dict[str, Any], path: Path) -> None:
         (right,) = twin.plot(*zip(*row["curve_q_e"], strict=True), "s-", color="tab:orange", markersize=3)
         fine = axes.axhline(results["fine_tuned"], color="tab:gray", linestyle=":")
         dare = axes.axvline(row["dare"]["q"], color="tab:red", linestyle="--")
-        axes.set(title=f"drop rate {row['drop_rate']}", xlabel="q", xscale="log", ylim=(None, 1.02))
+        axes.set(title=f"drop rate {row['drop_rate']}", xlabel="q", ylim=(None, 1.02))
+        log_ticks(axes)
         axes.set_ylabel(f"validation {results['metric']}", color="tab:blue")
         twin.set_ylabel("output change", color="tab:orange")
         axes.grid(alpha=0.3)
