@@ -4,10 +4,7 @@ import os
 import platform
 from importlib.metadata import version
 
-import numpy as np
-
-from darex_jax.evaluation.classification import pruned_params
-from darex_jax.evaluation.find_q import find_q
+from darex_jax.evaluation.find_q import find_q, scored
 from darex_jax.evaluation.objectives import Objective
 from darex_jax.q.search import SearchResult, linear_grid
 
@@ -41,12 +38,11 @@ def authors_search(objective: Objective, start, masked, drop_rate: float) -> Sea
     return find_q(objective, start, masked, linear_grid(density, high, step), whole=False)
 
 
-def scored(drop_rate: float, start, masked, q_v: float, q_e: float, score) -> dict[str, object]:
-    """Mean and deviation over the masks of what `score` says of the pruned models, by method."""
+def scored_row(drop_rate: float, start, masked, q_v: float, q_e: float, score) -> dict[str, object]:
+    """By method, q and what `scored` says of it."""
     row: dict[str, object] = {"drop_rate": drop_rate}
     for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v), ("q_e", q_e)):
-        scores = [score(pruned_params(start, m, q)) for m in masked]
-        row[method] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+        row[method] = {"q": q, **scored(score, start, masked, q)}
     return row
 
 

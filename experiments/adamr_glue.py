@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored, table_rows
+from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored_row, table_rows
 
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import predict
@@ -110,7 +110,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
         masked = masked_deltas(delta, drop_rate)
         q_v = authors_search(by_labels, start, masked[:1], drop_rate)
         q_e = authors_search(by_outputs, start, masked, drop_rate)
-        row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
+        row = scored_row(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results

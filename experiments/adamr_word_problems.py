@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import jax
-from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored, table_rows
+from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored_row, table_rows
 
 import darex_jax as dx
 from darex_jax.core.scope import choose_scope
@@ -96,7 +96,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         masked = masked_deltas(delta, drop_rate)
         q_v = authors_search(by_labels, start, masked[:1], drop_rate)
         q_e = authors_search(by_outputs, start, masked, drop_rate)
-        row = scored(drop_rate, start, masked, q_v.q, q_e.q, score)
+        row = scored_row(drop_rate, start, masked, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results

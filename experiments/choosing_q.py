@@ -15,11 +15,10 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 from adamr_common import machine
 
-from darex_jax.evaluation.classification import predict, pruned_params
-from darex_jax.evaluation.find_q import load_pair, masked_deltas, split_in_scope
+from darex_jax.evaluation.classification import predict
+from darex_jax.evaluation.find_q import load_pair, masked_deltas, scored, split_in_scope
 from darex_jax.files.manifest import params_digest
 from darex_jax.runs.choose_q import choose_q, log_ticks
 from darex_jax.runs.demo import demo_weights
@@ -112,16 +111,12 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
 
     masked = masked_deltas(delta, drop_rate)
 
-    def scored(q) -> dict[str, float]:
-        scores = [score(pruned_params(start, m, q)) for m in masked]
-        return {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)), "scores": scores}
-
     if results is None:
         results = {
             "pair": pair, "task": task, "drop_rate": drop_rate, "metric": metric, "test_examples": count,
             "fine_tuned": score(fine), "no_delta": score(start), "digest": params_digest(fine), **machine(),
             "ways": {"DARE": {"q": round(1 - drop_rate, 12), "evaluations": 0, "labels": 0,
-                              **scored(round(1 - drop_rate, 12))}},
+                              **scored(score, start, masked, round(1 - drop_rate, 12))}},
         }  # fmt: skip
     for way, how in ways(drop_rate).items():
         if way in results["ways"]:
@@ -130,7 +125,8 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
         found = choose_q(base, fine_path, drop_rate, task=task, data_dir=data_dir, difficulty=2, **how)
         seconds = time.monotonic() - begun
         del found["manifest"]
-        results["ways"][way] = found | {"seconds": round(seconds, 1)} | scored(found["q"])
+        found["seconds"] = round(seconds, 1)
+        results["ways"][way] = found | scored(score, start, masked, found["q"])
         file.write_text(json.dumps(results, indent=1) + "\n")
         mean = results["ways"][way]["mean"]
         print(

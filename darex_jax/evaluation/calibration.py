@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from darex_jax.core.tree import flatten_names
+from darex_jax.evaluation.outputs import real_parts
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 from darex_jax.models import Model
 from darex_jax.tasks.batching import Batch, model_inputs
@@ -166,7 +167,6 @@ def _influence_sums(
 
 def _real(x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The inputs [N, D] in float32, zero where they are no real token's, and which are: float32 [N]."""
-    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
-    weight = jnp.asarray(batch.get("weight", jnp.ones(mask.shape[:1])), jnp.float32)
-    real = weight if x.ndim == 2 else mask * weight[:, None]
+    rows, tokens = real_parts(batch)
+    real = rows if x.ndim == 2 else tokens
     return (x * real[..., None]).astype(jnp.float32).reshape(-1, x.shape[-1]), real.reshape(-1)

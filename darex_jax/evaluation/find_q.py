@@ -73,6 +73,12 @@ def masked_deltas(delta: Params, drop_rate: float, seeds: Sequence[int] = MASK_S
     return [drop(random_mask(jax.random.key(seed), delta, drop_rate), delta) for seed in seeds]
 
 
+def scored(score: Callable[[Params], float], start: Params, masked: Sequence[Params], q: Q) -> dict[str, Any]:
+    """What `score` says of the models pruned with each mask: `scores`, their `mean`, their sample `std`."""
+    scores = [score(pruned_params(start, m, q)) for m in masked]
+    return {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)), "scores": scores}
+
+
 def same(q: float) -> Q:
     """The q of a search over q itself."""
     return q

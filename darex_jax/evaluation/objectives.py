@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.outputs import output_change, reference_outputs
+from darex_jax.evaluation.outputs import output_change, real_parts, reference_outputs
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.q.search import trimmed_mean
 from darex_jax.tasks import Task
@@ -135,6 +135,5 @@ def _in_order(batches: Sequence[Batch]) -> np.ndarray:
 def _same_first(model: Model, params: Params, batch: Batch, tokens: jax.Array) -> jax.Array:
     """The number of real tokens after which `tokens[..., 0]` is ranked first, and of real tokens."""
     first = model(params, **model_inputs(batch)).logits.argmax(-1)
-    real = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
-    real = real * jnp.asarray(batch["weight"], jnp.float32)[:, None]
+    _, real = real_parts(batch)
     return jnp.stack([jnp.sum((first == tokens[..., 0]) * real), jnp.sum(real)])

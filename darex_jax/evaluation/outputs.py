@@ -68,15 +68,21 @@ def output_change_sums(
     """Of one batch: the sum of the change over real tokens, and their number; it has a gradient."""
     out = model(params, **model_inputs(batch))
     if isinstance(out, DecoderOutput):
-        largest, tokens = reference
-        change = jnp.square(jnp.take_along_axis(_logits(out), tokens, axis=-1) - largest).mean(axis=-1)
+        largest, whose = reference
+        change = jnp.square(jnp.take_along_axis(_logits(out), whose, axis=-1) - largest).mean(axis=-1)
     else:
         difference = _hidden(out) - reference
         change = (jnp.square(difference) if squared else jnp.abs(difference)).mean(axis=-1)
-    real = jnp.asarray(batch.get("weight", jnp.ones(len(change))), jnp.float32)
-    if change.ndim == 2:
-        real = real[:, None] * jnp.asarray(batch["attention_mask"] != 0)
+    rows, tokens = real_parts(batch)
+    real = rows if change.ndim == 1 else tokens
     return jnp.stack([jnp.sum(change * real), jnp.sum(real)])
+
+
+def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Which rows [B] and tokens [B, T] count, float32 1 or 0: no padding, no row whose `weight` is 0."""
+    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
+    rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
+    return rows, mask * rows[:, None]
 
 
 def _logits(out: DecoderOutput) -> jax.Array:

@@ -60,23 +60,22 @@ def analytic_q(
 
 
 def _exact(s: NDArray, energy: NDArray, drop_rate: float, eta: float, prob: float) -> NDArray[np.float64]:
-    low, high = 1.0, 1.0 / (1.0 - drop_rate)
-    square = eta**2 * float(phi(drop_rate)) * energy / 4.0  # f(u) = square u^2 + linear u + constant
-    linear = -eta * (1.0 - drop_rate) * s
+    """In u = 1/q, f(u) = square u^2 - pull u + constant, and at the high end f > 0.
+
+    With S >= 0 it is positive on all of [1, high], as (1-p) u <= 1, and the vertex is best. With S < 0 it
+    rises from `constant` at u = 0: best is its root, or the low end where it is positive from there on.
+    """
+    high = 1.0 / (1.0 - drop_rate)
+    square = (eta**2 * float(phi(drop_rate)) / 4.0) * energy
+    pull = (eta * (1.0 - drop_rate)) * s
     constant = eta * s + math.log(2.0 / (1.0 - prob))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        # The roots without cancellation: one is t / square, the other constant / t; NaN where there is none.
-        t = -0.5 * (linear + np.copysign(np.sqrt(linear**2 - 4.0 * square * constant), linear))
-        roots = np.stack([t / square, constant / t])
-        vertex = -linear / (2.0 * square)
-    ends = (np.full(s.shape, high), np.full(s.shape, low))
-    u = np.stack([*roots, vertex, *ends])
-    inside = (u >= low) & (u <= high)
-    u = np.where(inside, u, high)
-    values = np.abs((square * u + linear) * u + constant)
-    values[:2] = np.where(inside[:2], 0.0, values[:2])  # but for rounding
-    best = values == values.min(axis=0)
-    return 1.0 / np.where(best, u, -np.inf).max(axis=0)
+        vertex = pull / (2.0 * square)
+        below = np.minimum(constant, 0.0)  # where f has no positive root: 0, clipped to the low end
+        root = -2.0 * below / (np.sqrt(pull * pull - 4.0 * square * below) - pull)
+        u = np.where(s < 0.0, root, vertex)
+    u[np.isnan(u)] = high  # S = Q = 0
+    return 1.0 / np.clip(u, 1.0, high)
 
 
 def _published_scan(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.classification import predict, pruned_params
@@ -19,6 +18,7 @@ from darex_jax.evaluation.find_q import (
     load_pair,
     masked_deltas,
     q_grid,
+    scored,
     split_in_scope,
 )
 from darex_jax.evaluation.objectives import label_objective, output_objective
@@ -129,8 +129,7 @@ def run_demo(
         q_e = find_q(by_outputs, start, masked, q_grid(drop_rate))
         row: dict[str, Any] = {"drop_rate": drop_rate, "curve_q_v": q_v.curve, "curve_q_e": q_e.curve}
         for name, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
-            scores = [score(pruned_params(start, m, q)) for m in masked]
-            row[name] = {"q": q, "mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1))}
+            row[name] = {"q": q, **scored(score, start, masked, q)}
         say(f"drop rate {drop_rate}: writing the artifact and restoring the model from it")
         row |= _store_and_restore(base, fine_path, out, drop_rate, q_v.q)
         in_memory = predict(model, pruned_params(start, masked[0], q_v.q), test_batches)
