@@ -12,10 +12,9 @@ from click.testing import CliRunner
 import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.calibration import input_statistics
+from darex_jax.evaluation.calibration import input_statistics, squared_influences
 from darex_jax.evaluation.classification import _logits, pruned_params
 from darex_jax.evaluation.find_q import (
-    closed_form,
     eta_grid,
     find_q,
     layer_rule,
@@ -34,7 +33,7 @@ from darex_jax.evaluation.objectives import (
 )
 from darex_jax.evaluation.outputs import output_change_sums, reference_outputs
 from darex_jax.models import init_model, read_model_config
-from darex_jax.q.closed_form import two_point_q
+from darex_jax.q.closed_form import closed_form, two_point_q
 from darex_jax.tasks import Examples, Task
 from darex_jax.training.checkpoints import Checkpoints
 from tests.test_calibration import FAMILIES, make, make_batches, raw_inputs
@@ -158,7 +157,7 @@ def test_layers_by_outputs(family, rule):
 def test_closed_form_is_that_of_the_raw_inputs(family):
     model, fine, _, delta = pair(family)
     batches = make_batches()
-    found = closed_form(model, fine, delta, batches, DROP_RATE)
+    found = closed_form(squared_influences(model, fine, delta, batches), DROP_RATE)
     named = flatten_names(delta)
     total = np.zeros(2)
     for name, x in raw_inputs(model, fine, batches).items():
@@ -171,7 +170,7 @@ def test_closed_form_is_that_of_the_raw_inputs(family):
             total += layer
     assert found.q == pytest.approx(0.1 + 0.9 * total[0] / total[1], rel=1e-3)
     with pytest.raises(ValueError, match="no linear layer is in scope"):
-        closed_form(model, fine, {"other": jnp.ones((2, 2))}, batches, DROP_RATE)
+        closed_form(squared_influences(model, fine, {"other": jnp.ones((2, 2))}, batches), DROP_RATE)
 
 
 def test_two_points_give_the_minimum_of_a_linear_model():

@@ -116,6 +116,26 @@ def squared_influences(
     return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
 
 
+def influences_from_moments(
+    statistics: Mapping[str, InputStatistics], delta: Params
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What `squared_influences` returns, of any delta, from H = E[x x^T] instead of another pass.
+
+    Q = sum_j delta_W[i, j]^2 H[j, j] and S^2 = (delta_W H delta_W^T)[i, i].
+
+    Args: statistics: from `input_statistics`; layers without a second moment are passed over.
+    """
+    deltas, highest = flatten_names(delta), jax.lax.Precision.HIGHEST
+    found = {}
+    for name, seen in statistics.items():
+        if name in deltas and seen.second_moment is not None:
+            weight = deltas[name].astype(jnp.float32)
+            energy = jnp.einsum("D,OD->O", seen.square, jnp.square(weight), precision=highest)
+            moved = jnp.einsum("OD,DE->OE", weight, seen.second_moment, precision=highest)
+            found[name] = energy, jnp.maximum(jnp.sum(moved * weight, axis=1), 0.0)
+    return found
+
+
 def _total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total = reduce(_added, sums, None)
     if total is None:

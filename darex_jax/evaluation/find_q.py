@@ -5,8 +5,8 @@ q is an argument of compiled functions here: a sweep over values and masks compi
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from darex_jax.core.delta import compute_delta, drop
 from darex_jax.core.mask import random_mask
 from darex_jax.core.scope import Scope, choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.calibration import InputStatistics, squared_influences
+from darex_jax.evaluation.calibration import InputStatistics
 from darex_jax.evaluation.classification import pruned_params
 from darex_jax.evaluation.objectives import Objective
 from darex_jax.evaluation.outputs import output_change, reference_outputs
@@ -24,7 +24,7 @@ from darex_jax.files.match import match_checkpoints
 from darex_jax.files.model import load_model
 from darex_jax.models import Model
 from darex_jax.q.analytic import Rule
-from darex_jax.q.closed_form import closed_form_q, two_point_q
+from darex_jax.q.closed_form import two_point_q
 from darex_jax.q.per_layer import layer_q, row_sums, spread_q
 from darex_jax.q.search import SearchResult, geometric_grid, search_q
 from darex_jax.tasks.batching import Batch
@@ -138,37 +138,6 @@ def layer_rule(
     pairs = row_sums(deltas, means).items()
     sums = {name: (np.asarray(total), np.asarray(energy)) for name, (total, energy) in pairs}
     return lambda eta: spread_q(layer_q(sums, drop_rate, eta, rule), deltas)
-
-
-class ClosedForm(NamedTuple):
-    """The q of least expected squared error in linear layers' outputs: of the model, of each layer, of rows.
-
-    Infinite where a layer's delta does nothing on the calibration text.
-    """
-
-    q: float
-    layers: dict[str, float]
-    rows: dict[str, np.ndarray]
-
-
-def closed_form(
-    model: Model, fine: Params, delta: Params, batches: Iterable[Batch], drop_rate: float
-) -> ClosedForm:
-    """`closed_form_q` from one pass over calibration batches: no label, no search.
-
-    Raises: ValueError if no linear layer is among the names of `delta`.
-    """
-    found = squared_influences(model, fine, delta, batches).items()
-    sums = {name: (np.asarray(q, np.float64), np.asarray(s, np.float64)) for name, (q, s) in found}
-    if not sums:
-        raise ValueError("no linear layer is in scope, so there is nothing to calibrate.")
-    totals = {name: (energy.sum(), square.sum()) for name, (energy, square) in sums.items()}
-    energy, square = (sum(pair[i] for pair in totals.values()) for i in (0, 1))
-    return ClosedForm(
-        float(closed_form_q(energy, square, drop_rate)),
-        {name: float(closed_form_q(q, s, drop_rate)) for name, (q, s) in totals.items()},
-        {name: closed_form_q(q, s, drop_rate) for name, (q, s) in sums.items()},
-    )
 
 
 def two_point(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +36,38 @@ def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> 
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(energy == 0, 0.0, energy / square)
     return (1.0 - drop_rate) + drop_rate * ratio
+
+
+class ClosedForm(NamedTuple):
+    """The q of least expected squared error in linear layers' outputs: of the model, of each layer, of rows.
+
+    Infinite where a layer's delta does nothing on the calibration text.
+    """
+
+    q: float
+    layers: dict[str, float]
+    rows: dict[str, NDArray[np.float64]]
+
+
+def closed_form(influences: Mapping[str, tuple[ArrayLike, ArrayLike]], drop_rate: float) -> ClosedForm:
+    """`closed_form_q` per row, per layer and for the model.
+
+    Args: influences: E[Q] and E[S^2] of every row, [O], by the layer's name.
+    Raises: ValueError for no layer, else as `closed_form_q`.
+    """
+    if not influences:
+        raise ValueError("no linear layer is in scope, so there is nothing to calibrate.")
+    sums = {name: np.asarray(pair, np.float64) for name, pair in influences.items()}  # [2, O] each
+    layers = {name: pair.sum(axis=1) for name, pair in sums.items()}
+
+    def best(pair: NDArray) -> NDArray[np.float64]:
+        return closed_form_q(pair[0], pair[1], drop_rate)
+
+    return ClosedForm(
+        float(best(np.sum(list(layers.values()), axis=0))),
+        {name: float(best(pair)) for name, pair in layers.items()},
+        {name: best(pair) for name, pair in sums.items()},
+    )
 
 
 def two_point_q(without: float, error: float, drop_rate: float, at: float | None = None) -> float:

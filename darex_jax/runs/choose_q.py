@@ -12,11 +12,15 @@ import numpy as np
 
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.calibration import input_statistics, load_statistics, save_statistics
+from darex_jax.evaluation.calibration import (
+    input_statistics,
+    load_statistics,
+    save_statistics,
+    squared_influences,
+)
 from darex_jax.evaluation.find_q import (
     CALIBRATION_SIZE,
     Q,
-    closed_form,
     eta_grid,
     find_q,
     layer_rule,
@@ -39,6 +43,7 @@ from darex_jax.files.checkpoint import read_config
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.models import BertConfig, DecoderConfig, Model, read_model_config
 from darex_jax.q.analytic import Rule
+from darex_jax.q.closed_form import closed_form
 from darex_jax.q.per_layer import spread_q
 from darex_jax.q.search import linear_grid
 from darex_jax.tasks import Examples, Task, load_task
@@ -172,7 +177,7 @@ def choose_q(
             model, params, start, masked, drop_rate, material.batches, learning_rate, checkpoints, on_value
         )
     elif objective == "closed-form":
-        form = closed_form(model, params, delta, material.batches, drop_rate)
+        form = closed_form(squared_influences(model, params, delta, material.batches), drop_rate)
         q = form.q if scope == "model" else spread_q(form.layers, names)
         found = {"q": q, "layers": form.layers, "evaluations": 1, "examples": row_count(material.batches)}
     else:
