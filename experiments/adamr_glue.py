@@ -105,7 +105,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
     say(f"test {task.metric_name} {results['fine_tuned']:.4f}, delta rms {rms:.3e}, largest {largest:.3e}")
     start, delta = split_in_scope(fine, unflatten_names(pretrained))
     by_labels = label_objective(model, task, evaluation_batches(validation))
-    by_outputs = output_objective(model, fine, evaluation_batches(some, len(some)))
+    by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in DROP_RATES:
         masked = masked_deltas(delta, drop_rate)
         q_v = authors_search(by_labels, start, masked[:1], drop_rate)

@@ -1,12 +1,13 @@
 """Every way to choose q, on fine-tunes with large and with small deltas, held against each other.
 
-    python experiments/adamr_glue.py --data-dir DIR --tasks sst2 mrpc    # leaves the fine-tuned classifiers
-    python experiments/word_problems.py                                  # and the Llama that knows one sum
-    python experiments/adamr_word_problems.py                            # and its fine-tunes on two
+    python experiments/adamr_glue.py --data-dir DIR --tasks sst2 mrpc stsb cola    # leaves the classifiers
+    python experiments/word_problems.py                       # leaves the Llama that knows one sum
+    python experiments/adamr_word_problems.py                 # and its fine-tunes on two
     python experiments/choosing_q.py --data-dir DIR
 
 Each way is what `darex find-q` does with the options of `WAYS`. A fine-tune and drop rate leave
-`results/choosing_q/PAIR_RATE.json`, in which every way that is done stays: a stop loses minutes.
+`results/choosing_q/PAIR_RATE.json`, in which every way that is done stays: a stop loses minutes. Ways of
+another fine-tune do not stay: training on another kind of processor ends at other bits.
 `results/choosing_q.md` is the table, `results/choosing_q.png` the metric and the output change against q.
 """
 
@@ -36,6 +37,8 @@ PAIRS = {  # task and folder of the fine-tune
     "sst2_adamr": ("sst2", f"{GLUE}/sst2_adamr-l2-0.01/fine-tuned"),
     "mrpc_adamw": ("mrpc", f"{GLUE}/mrpc_adamw/fine-tuned"),
     "mrpc_adamr": ("mrpc", f"{GLUE}/mrpc_adamr-l2-0.01/fine-tuned"),
+    "stsb_adamw": ("stsb", f"{GLUE}/stsb_adamw/fine-tuned"),
+    "cola_adamw": ("cola", f"{GLUE}/cola_adamw/fine-tuned"),
     "word-problems_adamw": ("word-problems", f"{LLAMA}/adamw/fine-tuned"),
 }
 HELD_OUT = 200  # examples for what is searched on held-out ones
@@ -90,6 +93,9 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
     if results is not None and results["ways"].keys() >= ways(drop_rate).keys():
         return
     model, fine, base_params = load_pair(base, fine_path)
+    digest = params_digest(fine)
+    if results is not None and results["digest"] != digest:
+        results = None
     start, delta = split_in_scope(fine, base_params)
     tokenizer = load_tokenizer(fine_path)
     if task == "word-problems":
@@ -114,7 +120,7 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
     if results is None:
         results = {
             "pair": pair, "task": task, "drop_rate": drop_rate, "metric": metric, "test_examples": count,
-            "fine_tuned": score(fine), "no_delta": score(start), "digest": params_digest(fine), **machine(),
+            "fine_tuned": score(fine), "no_delta": score(start), "digest": digest, **machine(),
             "ways": {"DARE": {"q": round(1 - drop_rate, 12), "evaluations": 0, "labels": 0,
                               **scored(score, start, masked, round(1 - drop_rate, 12))}},
         }  # fmt: skip

@@ -29,7 +29,7 @@ from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
 @DATA_DIR
 @click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
 @LIMIT
-@click.option("--batch-size", type=click.IntRange(1), help="Default: 64 examples, 8 problems.")
+@click.option("--batch-size", type=click.IntRange(1), help="Default: 16 examples, 8 problems.")
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
               help="Of an answer to a problem.")  # fmt: skip
 @click.option("--records", type=PATH, help="File of the answers to problems. Default: under runs/.")
@@ -76,7 +76,7 @@ def evaluate(
         )
     else:
         result, inputs = _classify_examples(
-            model, delta, dtype, task_name, data_dir, split, limit, seed, batch_size or 64
+            model, delta, dtype, task_name, data_dir, split, limit, seed, batch_size
         )
         text = f"{result['metric']:.4f} on {result['n']} examples"
     if as_json:
@@ -148,7 +148,7 @@ def _classify_examples(
     split: str,
     limit: int | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The result and the digests of what it was made from."""
     from darex_jax.evaluation.classification import evaluate

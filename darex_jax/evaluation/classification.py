@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from darex_jax.core.delta import apply_delta, rescale
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks import Task
-from darex_jax.tasks.batching import Batch, Encoded, evaluation_batches, model_inputs
+from darex_jax.tasks.batching import EVALUATION_ROWS, Batch, Encoded, evaluation_batches, model_inputs
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mask, token_type_ids)
@@ -39,14 +39,14 @@ def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray:
 
 
 def evaluate(
-    model: Model, params: Params, examples: Encoded, task: Task, batch_size: int = 64
+    model: Model, params: Params, examples: Encoded, task: Task, batch_size: int | None = None
 ) -> dict[str, Any]:
     """The task's metric on `examples`.
 
     Returns: {"metric": float, "metric_name": str, "n": int}.
     Raises: ValueError if the model's output is not finite.
     """
-    logits = predict(model, params, evaluation_batches(examples, batch_size))
+    logits = predict(model, params, evaluation_batches(examples, batch_size or EVALUATION_ROWS))
     metric = task.metric(logits, examples.labels)
     return {"metric": metric, "metric_name": task.metric_name, "n": len(examples)}
 

@@ -54,7 +54,14 @@ from darex_jax.tasks.answers import (
     encode_texts,
     load_problems,
 )
-from darex_jax.tasks.batching import Batch, encode, evaluation_batches, load_tokenizer, row_count
+from darex_jax.tasks.batching import (
+    EVALUATION_ROWS,
+    Batch,
+    encode,
+    evaluation_batches,
+    load_tokenizer,
+    row_count,
+)
 from darex_jax.training.checkpoints import Checkpoints
 
 OBJECTIVES = {  # and at most so many examples of each, where nothing else is said
@@ -73,7 +80,7 @@ class Material(NamedTuple):
     """Examples as a model gets them.
 
     Attributes:
-      batches: of at most `CALIBRATION_SIZE` rows, a decoder's of 8.
+      batches: a decoder's of 8 rows.
       task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
       digest: SHA-256 of the tokens.
     """
@@ -145,7 +152,8 @@ def choose_q(
     start, delta = split_in_scope(params, base_params)
     limit = OBJECTIVES[objective] if limit is None else limit
     held_out = objective in ("labels", "predictions")
-    material = _read(model, fine, task, data_dir, difficulty, text, held_out, limit)
+    rows = CALIBRATION_SIZE if objective == "learned" else EVALUATION_ROWS  # a step of learning takes more
+    material = _read(model, fine, task, data_dir, difficulty, text, held_out, rows, limit)
     count = masks or (1 if objective in ("labels", "predictions", "learned") else 4)
     seeds = [seed + i for i in range(count)]
     masked = [] if objective == "closed-form" else masked_deltas(delta, drop_rate, seeds)
@@ -158,7 +166,7 @@ def choose_q(
         coarse = q_grid(drop_rate)
         q_of: Callable[[float], Q] = same
         if scope == "layer":
-            seen = _statistics(model, params, material.batches[:1], statistics, made_from)
+            seen = _statistics(model, params, material.batches, statistics, made_from)
             coarse, q_of = eta_grid(), layer_rule(seen, delta, drop_rate, rule)
         coarse = linear_grid(*grid) if grid else coarse
         result = find_q(goal, start, masked, coarse, q_of=q_of, whole=grid is None, on_value=on_value)
@@ -223,6 +231,7 @@ def _read(
     difficulty: int,
     text: Path | None,
     held_out: bool,
+    rows: int,
     limit: int | None,
 ) -> Material:
     """The first `limit` examples: of the held-out ones, or of those that train."""
@@ -236,8 +245,7 @@ def _read(
             answers = encode_texts(tokenizer, lines)
             return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
         examples = encode(tokenizer, Examples(tuple(lines), None, np.zeros(len(lines), np.int32)))
-        size = min(CALIBRATION_SIZE, len(examples))
-        return Material(evaluation_batches(examples, size), None, examples.digest())
+        return Material(evaluation_batches(examples, rows), None, examples.digest())
     task = task or ("word-problems" if decoder else "opinions")
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
@@ -248,8 +256,7 @@ def _read(
         return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
     loaded = load_task(task, data_dir)
     examples = encode(tokenizer, (loaded.validation if held_out else loaded.train).select(slice(limit)))
-    size = min(CALIBRATION_SIZE, len(examples))
-    return Material(evaluation_batches(examples, size), loaded, examples.digest())
+    return Material(evaluation_batches(examples, rows), loaded, examples.digest())
 
 
 def _objective(name: str, model: Model, fine: Params, material: Material) -> Objective:

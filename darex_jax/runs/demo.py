@@ -121,7 +121,7 @@ def run_demo(
     }
     say(f"test {task.metric_name}: fresh head {results['fresh']:.3f}, fine-tuned {results['fine_tuned']:.3f}")
     by_labels = label_objective(model, task, evaluation_batches(validation))
-    by_outputs = output_objective(model, fine, evaluation_batches(some, len(some)))
+    by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in drop_rates:
         say(f"drop rate {drop_rate}: searching q by labels and by output change")
         masked = masked_deltas(delta, drop_rate)

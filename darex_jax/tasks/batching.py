@@ -21,6 +21,7 @@ from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
 MAX_LENGTH = BUCKETS[-1]
+EVALUATION_ROWS = 16  # of a batch: sorted by length little is padded, and on a CPU more rows take longer each
 # Without any of these, transformers makes up a tokenizer that knows no word.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 Batch = dict[str, NDArray]
@@ -99,9 +100,10 @@ def row_count(batches: Sequence[Batch]) -> int:
     return sum(int(np.sum(batch["weight"] > 0)) for batch in batches)
 
 
-def evaluation_batches(encoded: Encoded, batch_size: int = 64) -> list[Batch]:
+def evaluation_batches(encoded: Encoded, batch_size: int = EVALUATION_ROWS) -> list[Batch]:
     """All rows, by rising length so that little is padded; `index` says which row is where. See `_batch`."""
     order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
+    batch_size = min(batch_size, len(encoded))
     return [_batch(encoded, order[i : i + batch_size], batch_size) for i in range(0, len(order), batch_size)]
 
 
