@@ -6,9 +6,10 @@ FINE is a fine-tuned MiniLM (`darex train`), BASE its base; without --data-dir t
 
 The sweep: the same values of q, masks and examples, the metric of each. The plain way has the masks' bits
 drawn beforehand, as we do; for every value and mask it rebuilds the pruned state dict, loads it into the
-PyTorch model and evaluates it, batches padded to their longest row, in the order of the data set or sorted by
-length as ours are. "from disk" also reads both models and draws the mask for every value. Everything is
-warmed up; ours is also timed once with the compilation in it. `loop` and `vmap` are one batch at four values.
+PyTorch model and evaluates it, batches padded to their longest row: 32 rows in the order of the data set, or
+as many as ours and sorted by length like ours. "from disk" also reads both models and draws the mask for
+every value. Everything is warmed up; ours is also timed once with the compilation in it. `loop` and `vmap`
+are one batch at four values.
 
 The solver: q of every row of a layer with random weights. `scan` is the published loop over float16 tensors,
 `rows` the time from the layer's delta to its rows' sums, `exact` the closed form on these, `emulated` the
@@ -39,12 +40,13 @@ from darex_jax.q.analytic import analytic_q
 from darex_jax.q.per_layer import row_sums
 from darex_jax.runs.demo import demo_weights
 from darex_jax.tasks import load_task
-from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer, model_inputs
+from darex_jax.tasks.batching import EVALUATION_ROWS, encode, evaluation_batches, load_tokenizer, model_inputs
 
 DROP_RATE, PROB = 0.99, 0.95
 VALUES = [0.01, 0.014, 0.02, 0.028, 0.04, 0.057, 0.08, 0.11]
 LAYERS = {"768 x 3072": (768, 3072), "4096 x 11008": (4096, 11008)}
 ROUNDS = 5
+ROWS = 32  # of a batch of the plain way
 
 
 def timed(function, *args):
@@ -74,13 +76,13 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
     tokenizer = load_tokenizer(fine)
     encoded = encode(tokenizer, data)
     by_length = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable").tolist()
-    batches = evaluation_batches(encoded, 50)
+    batches = evaluation_batches(encoded)
     goal = label_objective(model, task, batches)
 
     def ours(masks: int, values: list[float], size: int) -> list[float]:
         masked = masked_deltas(delta, DROP_RATE, range(masks))
         rows = encode(tokenizer, data.select(slice(size)))
-        some = label_objective(model, task, evaluation_batches(rows, 50))
+        some = label_objective(model, task, evaluation_batches(rows))
         return [some.measure(pruned_params(start, m, q)) for q in values for m in masked]
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(fine).eval()
@@ -93,8 +95,8 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
             {n: torch.tensor(np.asarray(x) != 0) for n, x in flatten_names(m).items()}
             for m in masked_deltas(delta, DROP_RATE, range(masks))
         ]
-        order = by_length if ordered else list(range(len(data)))
-        return [torch_metric(q, mask, order) for q in values for mask in kept]
+        order, size = (by_length, EVALUATION_ROWS) if ordered else (list(range(len(data))), ROWS)
+        return [torch_metric(q, mask, order, size) for q in values for mask in kept]
 
     def from_disk(values: list[float]) -> list[float]:
         results = []
@@ -103,10 +105,10 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
             transformers.AutoModel.from_pretrained(base)  # its values are in `origin`; reading is what counts
             torch.manual_seed(0)
             drawn = {n: torch.rand(t.shape) < 1 - DROP_RATE for n, t in tuned.items() if n in names}
-            results.append(torch_metric(q, drawn, list(range(len(data)))))
+            results.append(torch_metric(q, drawn, list(range(len(data))), ROWS))
         return results
 
-    def torch_metric(q: float, mask: dict, order) -> float:
+    def torch_metric(q: float, mask: dict, order: list[int], size: int) -> float:
         pruned = {}
         for name, tensor in state.items():
             if name not in names:
@@ -116,8 +118,8 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
             pruned[name] = origin[name] + torch.where(mask[name], d, 0.0) / q
         theirs.load_state_dict(pruned)
         logits = np.zeros((len(data), task.num_labels), np.float32)
-        for first in range(0, len(order), 50):
-            rows = order[first : first + 50]
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
             width = max(len(encoded.input_ids[i]) for i in rows)
             ids, attention, types = (np.zeros((len(rows), width), np.int64) for _ in range(3))
             for at, i in enumerate(rows):
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    transformers.utils.logging.disable_progress_bar()
     base = options.base or demo_weights()
     results = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
