@@ -82,6 +82,12 @@ def test_the_published_rule_is_the_authors_scan(rows, inputs, scale, drop_rate, 
     assert q.mean() < dx.analytic_q(s, energy, drop_rate, eta).mean()  # it stopped before the minimum
 
 
+def test_the_published_rule_above_its_own_step():
+    """The authors' scan would begin at q = 0 and divide by it."""
+    q = dx.analytic_q([-1.0, 2.0, 0.0], [1.0, 3.0, 0.0], 0.9995, 0.4, rule="published")
+    assert ((q > 0) & (q <= 1)).all()
+
+
 def test_the_closed_form_minimises_the_expected_error():
     """Against the mean over many masks, for one layer and many inputs."""
     drop_rate, keys = 0.8, jax.random.split(jax.random.key(0), 3)

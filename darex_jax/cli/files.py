@@ -113,7 +113,7 @@ def prune(
     elif task or data_dir or text:
         raise click.UsageError("--task, --data-dir and --text are for --q auto or an objective of find-q.")
     else:
-        divisor, why = _read_q(q), None
+        divisor, why = _read_q(q, drop_rate), None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = _family(f, b)
         total = sum(t.info.nbytes for c in (b, f) for t in c.tensors.values())
@@ -340,8 +340,8 @@ def _chosen_q(
     return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
 
 
-def _read_q(text: str | None) -> float | dict[str, float] | None:
-    """--q: a number, or a q file: {"q": number or {name: number}}."""
+def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | None:
+    """--q: a number, or a q file: {"q": number or {name: number}}, if it says so, for `drop_rate`."""
     if text is None:
         return None
     try:
@@ -352,7 +352,12 @@ def _read_q(text: str | None) -> float | dict[str, float] | None:
         raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
     from darex_jax.files.checkpoint import read_json
 
-    q = read_json(Path(text)).get("q")
+    content = read_json(Path(text))
+    q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
+    if chosen_for != drop_rate:
+        raise click.BadParameter(
+            f"{text} was chosen for a drop rate of {chosen_for}, not of {drop_rate}.", param_hint="--q"
+        )
     if isinstance(q, int | float) or (isinstance(q, dict) and q):
         return q
     raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")

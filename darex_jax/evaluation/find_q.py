@@ -50,8 +50,9 @@ def load_pair(
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type")))
         match.raise_if_faulty()
-        if match.extra_rows:
-            raise ValueError(f"extra vocabulary rows ({', '.join(match.extra_rows)}) are not searched over.")
+        extra = [name for name in match.pruned if name in match.extra_rows]
+        if extra:
+            raise ValueError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
         named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
     return model, params, unflatten_names({name: jax.numpy.asarray(leaf) for name, leaf in named.items()})
 

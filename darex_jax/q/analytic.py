@@ -97,7 +97,8 @@ def _published_scan(
         best = np.full(s.shape, number(PUBLISHED_WORST))
         q_of_row = np.full(s.shape, 1.0 - drop_rate)
         stopped = np.zeros(s.shape, bool)
-        for step in range(int((1.0 - drop_rate) * PUBLISHED_STEP), PUBLISHED_STEP - 1):
+        first = max(1, int((1.0 - drop_rate) * PUBLISHED_STEP))  # theirs divides by 0 above 0.999
+        for step in range(first, PUBLISHED_STEP - 1):
             q = step * 0.001
             mean = half(number(eta) * half(number(1.0 - (1.0 - drop_rate) / q) * total))
             spread = half(half(weighted / number(4.0 * q**2)) + bound)
