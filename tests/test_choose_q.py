@@ -1,7 +1,9 @@
 """Choosing q on tiny models: objectives, one q, one a layer, in closed form, learned; find-q and prune."""
 
 import json
+import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +56,11 @@ def pair(family):
 def with_labels(batches):
     """Batches as `evaluation_batches` makes them, of a task with two classes."""
     rng, first = np.random.default_rng(1), 0
+    places = rng.permutation(sum(len(batch["weight"]) for batch in batches)).astype(np.int32)
     for batch in batches:
         rows = len(batch["weight"])
         batch["labels"] = rng.integers(0, 2, rows).astype(np.int32)
-        batch["index"] = np.arange(first, first + rows, dtype=np.int32)
+        batch["index"] = places[first : first + rows]
         batch["loss_mask"] = batch["attention_mask"] * batch["weight"][:, None]
         first += rows
     return batches
@@ -409,7 +412,8 @@ def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family):
+def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     base, fine = folders / family / "base", folders / family / "fine"
     prune = ("prune", base, fine, tmp_path / "delta", "-p", 0.9, "--q", "auto")
     task = {"bert": "opinions", "llama": "word-problems"}[family]
@@ -426,6 +430,13 @@ def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family):
     assert solved["q_chosen_by"] == "closed-form: solved on 3 examples" and solved["q"] > 0.1
     text = darex(*prune, "--text", folders / "text", json_too=False)
     assert "chosen by" in text and "predictions: agreement" in text
+    learned = darex(*prune[:-1], "learned", "--text", folders / "text")
+    assert learned["q_chosen_by"].startswith("learned: held-out output change")
+    find = ("find-q", base, fine, "-p", 0.9, "--objective", "closed-form", "--text", folders / "text")
+    some = ("--exclude", "layers?[.]0", "--seed", 3, "--out", tmp_path / "some q.json")
+    use = shlex.split(darex(*find, *some, json_too=False).split("Use it: ")[1])
+    assert use[0] == "darex" and use[-4:] == ["--seed", "3", "--exclude", "layers?[.]0"]
+    assert darex(*use[1:])["survivors"] > 0 and (Path.cwd() / "OUT").exists()
 
 
 def test_the_terminal_names_every_objective():

@@ -1,6 +1,7 @@
 """The command that chooses q: find-q."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,12 @@ def find_q(
         click.echo(json.dumps(report))
         return
     _print_report(report, out, picture)
-    seed = f" --seed {options['seed']}" if options["seed"] else ""
-    click.echo(f"Use it: darex prune {base} {fine} OUT --drop-rate {drop_rate} --q {out}{seed}")
+    again: list[Any] = ["--seed", options["seed"]] if options["seed"] else []
+    again += [
+        part for name in ("include", "exclude") for each in options[name] for part in (f"--{name}", each)
+    ]
+    use = ["darex", "prune", base, fine, "OUT", "--drop-rate", drop_rate, "--q", out, *again]
+    click.echo(f"Use it: {shlex.join(map(str, use))}")
 
 
 def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> None:

@@ -72,7 +72,7 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
 @click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
               help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by the "
               "labels of --task, else by the model's predictions on --text, else DARE's; or an objective of "
-              "find-q for one q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
+              "find-q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
 @click.option("--task", help="For --q auto or OBJECTIVE: where examples come from, as find-q takes it.")
 @DATA_DIR
 @TEXT
@@ -328,6 +328,7 @@ def _chosen_q(
             fine,
             drop_rate,
             objective=objective,
+            scope="layer" if objective == "learned" else "model",
             task=task,
             data_dir=data_dir,
             text=text,

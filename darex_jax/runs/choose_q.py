@@ -117,8 +117,8 @@ def choose_q(
 
     Args:
       base, fine: Hugging Face directories.
-      objective: one of `OBJECTIVES`, or "auto": labels where a task is named, else predictions, which a
-        model without a head does not make: two-point.
+      objective: one of `OBJECTIVES`, or "auto": labels where a task is named, else predictions, or two-point
+        for an encoder that predicts no classes.
         labels: the metric on held-out examples (q_v), the only one that looks at labels.
         predictions: agreement with the fine-tuned model's own predictions on held-out examples.
         outputs: the output change (q_e). learned: the same by gradient, of each layer.
@@ -144,8 +144,9 @@ def choose_q(
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
-        headless = isinstance(config := read_model_config(read_config(fine)), BertConfig) and config.headless
-        objective = "labels" if task is not None else "two-point" if headless else "predictions"
+        config = read_model_config(read_config(fine))
+        no_classes = isinstance(config, BertConfig) and (config.headless or config.num_labels == 1)
+        objective = "labels" if task is not None else "two-point" if no_classes else "predictions"
     _check(objective, scope, task, text, masks, drop_rate)
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
     model, params, base_params = load_pair(base, fine, chosen)
