@@ -342,7 +342,7 @@ def _chosen_q(
 
 
 def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | None:
-    """--q: a number, or a q file: {"q": number or {name: number}}, if it says so, for `drop_rate`."""
+    """--q: a number, or a q file: {"q": number or {name: number}}, of `drop_rate` if it names one."""
     if text is None:
         return None
     try:
