@@ -4,6 +4,7 @@ from .core.delta import compute_delta as compute_delta
 from .core.delta import drop as drop
 from .core.delta import prune as prune
 from .core.delta import rescale as rescale
+from .core.errors import DarexError as DarexError
 from .core.importance import magnitude_mask as magnitude_mask
 from .core.importance import structured_mask as structured_mask
 from .core.importance import wanda_mask as wanda_mask

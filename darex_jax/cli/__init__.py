@@ -4,21 +4,41 @@ Imports stay inside the commands: `darex --help` must not wait for jax, and the 
 neither transformers nor, merge-adapter apart, flax.
 """
 
+import traceback
 from typing import Any
 
 import click
 
 from darex_jax.cli import choose, files, learn, text, train
+from darex_jax.core.errors import DarexError
 
 
 class FriendlyGroup(click.Group):
-    """A user's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130."""
+    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130.
+
+    So does a fault of this library, in a line that says so; `--debug` shows its traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (DarexError, OSError, FloatingPointError) as error:
+            _show_traceback(ctx)
             raise click.ClickException(_one_message(error)) from error
+        except Exception as error:
+            _show_traceback(ctx)
+            lines = str(error).strip().splitlines() or [""]
+            raise click.ClickException(
+                f"a fault of darex_jax, not yours: {type(error).__name__}: {lines[0]:.200} "
+                "(darex --debug COMMAND ... shows where; please report it)"
+            ) from error
+
+
+def _show_traceback(ctx: click.Context) -> None:
+    if ctx.params.get("debug"):
+        traceback.print_exc()
 
 
 def _one_message(error: Exception) -> str:
@@ -28,8 +48,9 @@ def _one_message(error: Exception) -> str:
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, expose_value=True, help="Show the traceback of an error.")
 @click.version_option(package_name="darex_jax")
-def main() -> None:
+def main(debug: bool) -> None:
     """Prune the delta of a fine-tuned model: drop 90-99.9 % of it, rescale what is left, keep the ability."""
 
 

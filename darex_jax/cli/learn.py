@@ -19,6 +19,7 @@ from darex_jax.cli.options import (
     TASK,
 )
 from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
+from darex_jax.core.errors import DarexError
 
 
 @click.command("eval")
@@ -95,7 +96,7 @@ def _problems(task_name: str, data_dir: Path | None, split: str, seed: int, diff
     if task_name == "word-problems":
         return getattr(word_problems(seed, difficulty), split)
     if split != "test":
-        raise ValueError("GSM8K has no validation split; leave out --split.")
+        raise DarexError("GSM8K has no validation split; leave out --split.")
     return load_gsm8k("test", data_dir)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from darex_jax.cli.options import DELTA, DTYPE, JSON, PATH, SEED
+from darex_jax.core.errors import DarexError
 
 
 @click.command()
@@ -45,7 +46,7 @@ def generate(
     loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
     if chat:
         if not tokenizer.chat_template:
-            raise ValueError(f"{model}: its tokenizer has no chat template; leave out --chat.")
+            raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     begun, pieces = time.monotonic(), []
@@ -82,7 +83,7 @@ def open_text_model(
 
     loaded, params = load_model(model, dtype, delta=delta)
     if not isinstance(loaded.config, DecoderConfig):
-        raise ValueError(f"{model}: a {loaded.config.model_type} model does not write text.")
+        raise DarexError(f"{model}: a {loaded.config.model_type} model does not write text.")
     file = model / "generation_config.json"
     stated = read_json(file) if file.is_file() else {}
     return (

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import compiler_options, survivors, traced_threshold
 from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 
@@ -97,7 +98,7 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
     def prune_leaf(name: str, leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
+            raise DarexError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
         own_key = keys[name]
         if isinstance(leaf, jax.core.Tracer) or isinstance(own_key, jax.core.Tracer):
             # Part of the caller's program, whose options count.
@@ -135,14 +136,14 @@ def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
     """`{name: float32 1/q}` for every leaf of `tree`."""
     names = flatten_names(tree)
     if q is None:
-        raise ValueError("q is missing; DARE is q = 1 - drop_rate.")
+        raise DarexError("q is missing; DARE is q = 1 - drop_rate.")
     by_name = flatten_names(q)
     if list(by_name) == [""]:  # a single number
         scale = _reciprocal(q)
         return dict.fromkeys(names, scale)
     missing, unknown = sorted(names.keys() - by_name.keys()), sorted(by_name.keys() - names.keys())
     if missing or unknown:
-        raise ValueError(f"q by name does not fit the tree: no q for {missing}; no leaf for {unknown}.")
+        raise DarexError(f"q by name does not fit the tree: no q for {missing}; no leaf for {unknown}.")
     return {name: _reciprocal(by_name[name]) for name in names}
 
 
@@ -155,7 +156,7 @@ def _reciprocal(q: Any) -> Any:
     if isinstance(q, jax.Array):  # an array may be traced: it is not looked at
         return _traced_reciprocal(q)
     if not float(q) > 0.0:
-        raise ValueError(f"q divides the survivors and must be positive, got {q}.")
+        raise DarexError(f"q divides the survivors and must be positive, got {q}.")
     return np.float32(1.0) / np.float32(q)
 
 
@@ -170,4 +171,4 @@ def _check_same(left: PyTree, right: PyTree, left_word: str, right_word: str) ->
         if name in right_shapes and right_shapes[name] != shape
     ]
     if faults:
-        raise ValueError("the trees do not match: " + "; ".join(faults) + ".")
+        raise DarexError("the trees do not match: " + "; ".join(faults) + ".")

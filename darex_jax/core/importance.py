@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 
@@ -46,14 +47,14 @@ def wanda_mask(
     """
     keep_threshold(drop_rate)
     if group not in ("row", "matrix"):
-        raise ValueError(f"group is 'row' or 'matrix', got {group!r}.")
+        raise DarexError(f"group is 'row' or 'matrix', got {group!r}.")
     norms = flatten_names(input_norms)
     shapes = {name: jnp.shape(leaf) for name, leaf in flatten_names(delta).items()}
     for name, norm in norms.items():
         if name not in shapes:
-            raise ValueError(f"input_norms has '{name}', the delta has not.")
+            raise DarexError(f"input_norms has '{name}', the delta has not.")
         if len(shapes[name]) != 2 or jnp.shape(norm) != shapes[name][1:]:
-            raise ValueError(
+            raise DarexError(
                 f"input_norms of '{name}' has shape {list(jnp.shape(norm))}; a weight of shape "
                 f"{list(shapes[name])} needs one norm an input feature."
             )

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, flatten_names, unflatten_names
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
@@ -69,7 +70,7 @@ class LoraConfig:
             except (re.error, OverflowError, RecursionError) as error:
                 wrong.append(f"{pattern!r:.80} is not a regular expression: {error}")
         if wrong:
-            raise ValueError(f"LoRA config: {'; '.join(wrong)}.")
+            raise DarexError(f"LoRA config: {'; '.join(wrong)}.")
 
     def matches(self, module: str) -> bool:
         """Whether the linear layer of this name has an adapter."""
@@ -98,7 +99,7 @@ class LoraConfig:
             if a.shape[0] != self.rank_of(name)
         ]
         if wrong:
-            raise ValueError(f"the adapter does not fit its config: {'; '.join(wrong)}.")
+            raise DarexError(f"the adapter does not fit its config: {'; '.join(wrong)}.")
         return {name: self.scale_of(name) for name in factors}
 
 
@@ -125,7 +126,7 @@ def adapter_factors(adapter: PyTree) -> dict[str, tuple[Any, Any]]:
             wrong.append(f"'{layer}' has A {list(a.shape)} and B {list(b.shape)}, expected [r, in], [out, r]")
         factors[layer] = (a, b)
     if wrong:
-        raise ValueError(f"this is no adapter: {'; '.join(wrong)}.")
+        raise DarexError(f"this is no adapter: {'; '.join(wrong)}.")
     return factors
 
 
@@ -155,7 +156,7 @@ def scales_by_layer(scales: float | Mapping[str, float], layers: Iterable[str]) 
         return dict.fromkeys(layers, scales)
     missing = [layer for layer in layers if layer not in scales]
     if missing:
-        raise ValueError(f"no scale for {', '.join(missing)}.")
+        raise DarexError(f"no scale for {', '.join(missing)}.")
     return {layer: scales[layer] for layer in layers}
 
 

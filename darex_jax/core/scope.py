@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterable
 
+from darex_jax.core.errors import DarexError
+
 ENCODERS = ("bert", "roberta")
 DECODERS = ("llama", "qwen2")
 
@@ -26,7 +28,7 @@ def family_scope(model_type: str | None) -> Scope:
     if model_type in DECODERS:
         return lambda name: bool(DECODER_LAYER.search(name))
     known = ", ".join((*ENCODERS, *DECODERS))
-    raise ValueError(
+    raise DarexError(
         f"no default scope for model_type {model_type!r} (known: {known}); "
         "say what to prune with --include REGEX."
     )
@@ -42,7 +44,7 @@ def choose_scope(model_type: str | None, include: Iterable[str] = (), exclude: I
         included = [re.compile(pattern) for pattern in include]
         excluded = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
-        raise ValueError(f"{error.pattern!r} is not a regular expression: {error}.") from error
+        raise DarexError(f"{error.pattern!r} is not a regular expression: {error}.") from error
     default = (lambda name: True) if included else family_scope(model_type)
 
     def scope(name: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, map_named
 
 DATA, MODEL = "data", "model"  # the mesh's axes: rows of a batch, parts of a matrix
@@ -43,7 +44,7 @@ def make_mesh(data: int = 1, model: int | None = None, devices: Sequence[jax.Dev
     devices = jax.devices() if devices is None else devices
     model = len(devices) // max(data, 1) if model is None else model
     if data * model != len(devices):
-        raise ValueError(f"a mesh of {data} x {model} (data x model) does not fit {len(devices)} devices.")
+        raise DarexError(f"a mesh of {data} x {model} (data x model) does not fit {len(devices)} devices.")
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from darex_jax.core.errors import DarexError
+
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -38,7 +40,7 @@ def keep_threshold(drop_rate: float) -> int:
             "drop_rate must be a Python float: the threshold is computed from it in float64."
         ) from error
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
+        raise DarexError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
     return round((1.0 - rate) * 2**32)
 
 

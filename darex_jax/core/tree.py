@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from darex_jax.core.errors import DarexError
+
 PyTree = Any
 
 
@@ -32,9 +34,9 @@ def unflatten_names(named: Mapping[str, Any]) -> dict[str, Any]:
         for branch in branches:
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                raise ValueError(f"'{name}' passes through another parameter of that name.")
+                raise DarexError(f"'{name}' passes through another parameter of that name.")
         if last in node:
-            raise ValueError(f"'{name}' is both a parameter and the prefix of another.")
+            raise DarexError(f"'{name}' is both a parameter and the prefix of another.")
         node[last] = leaf
     return tree
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.outputs import real_parts
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
@@ -139,7 +140,7 @@ def influences_from_moments(
 def _total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total = reduce(_added, sums, None)
     if total is None:
-        raise ValueError("there is no batch to calibrate on.")
+        raise DarexError("there is no batch to calibrate on.")
     return total
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.core.delta import apply_delta, rescale
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import EVALUATION_ROWS, Batch, Encoded, evaluation_batches, model_inputs
@@ -26,7 +27,7 @@ Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mas
 def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     logits = model(params, **batch).logits
     if logits is None:
-        raise ValueError("the model has no classifier; fine-tune it first (darex train).")
+        raise DarexError("the model has no classifier; fine-tune it first (darex train).")
     return logits
 
 

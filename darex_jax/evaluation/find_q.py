@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from darex_jax.core.delta import compute_delta, drop
+from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import random_mask
 from darex_jax.core.scope import Scope, choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
@@ -52,7 +53,7 @@ def load_pair(
         match.raise_if_faulty()
         extra = [name for name in match.pruned if name in match.extra_rows]
         if extra:
-            raise ValueError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
+            raise DarexError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
         named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
     return model, params, unflatten_names({name: jax.numpy.asarray(leaf) for name, leaf in named.items()})
 

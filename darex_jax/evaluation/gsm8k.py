@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks.gsm8k import ANSWER_IS, PROMPT, Problem, extract_answer, gsm8k_prompt
 
 
@@ -43,7 +44,7 @@ def evaluate_gsm8k(
     Raises: ValueError if the file holds something else or was written with other settings.
     """
     if batch_size < 1 or not problems:
-        raise ValueError(f"need batch_size >= 1 and problems, got {batch_size} and {len(problems)} problems.")
+        raise DarexError(f"need batch_size >= 1 and problems, got {batch_size} and {len(problems)} problems.")
     path = Path(records)
     header = _line({"settings": {**settings, **_protocol(problems, marker)}})
     found, size = _read_records(path, header, len(problems))
@@ -59,7 +60,7 @@ def evaluate_gsm8k(
             batch = left[start : start + batch_size]
             completions = generate([prompts[i] for i in batch])
             if len(completions) != len(batch):
-                raise ValueError(f"generate gave {len(completions)} completions for {len(batch)} prompts.")
+                raise DarexError(f"generate gave {len(completions)} completions for {len(batch)} prompts.")
             new = {
                 i: _record(i, problems[i], prompts[i], completion, marker)
                 for i, completion in zip(batch, completions, strict=True)
@@ -129,9 +130,9 @@ def _read_records(path: Path, header: bytes, count: int) -> tuple[dict[int, dict
             record = json.loads(line)
             index, _, _ = record["index"], record["extracted"], record["correct"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is damaged; delete the line or the file.") from error
+            raise DarexError(f"{path}: line {number} is damaged; delete the line or the file.") from error
         if index not in range(count) or index in records:
-            raise ValueError(f"{path}: line {number} has no business here, its index is {index}.")
+            raise DarexError(f"{path}: line {number} has no business here, its index is {index}.")
         records[index] = record
     return records, size
 
@@ -141,10 +142,10 @@ def _check_settings(path: Path, first: bytes, header: bytes) -> None:
     try:
         there = json.loads(first)["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of GSM8K records; choose another name for them.") from error
+        raise DarexError(f"{path} is no file of GSM8K records; choose another name for them.") from error
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
-            raise ValueError(
+            raise DarexError(
                 f"{path} was written with other settings: {name} is {there.get(name)!r} there and "
                 f"{here.get(name)!r} here. Choose another file, or delete this one to begin anew."
             )

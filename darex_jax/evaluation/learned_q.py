@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.classification import pruned_params
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
@@ -73,7 +74,7 @@ def learn_q(
     Source: the authors' code for DAREx, arXiv:2410.09344.
     """
     if not layers or not batches or not held_out:
-        raise ValueError("learning q takes at least one layer, one batch and one held-out batch.")
+        raise DarexError("learning q takes at least one layer, one batch and one held-out batch.")
     names = tuple(flatten_names(masked))
     number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
     layout = tuple(number.get(name, -1) for name in names)  # -1: the mean of all

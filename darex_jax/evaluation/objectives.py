@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.outputs import output_change, real_parts, reference_outputs
 from darex_jax.models import DecoderConfig, Model
@@ -96,7 +97,7 @@ def prediction_objective(
     logits = predict(model, fine, batches)
     answers = logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(-1)
     if metric is None and logits.shape[-1] == 1:
-        raise ValueError("a model with one output needs its task's metric to compare scores.")
+        raise DarexError("a model with one output needs its task's metric to compare scores.")
     compare = metric or (lambda moved, same_as: float(np.mean(moved.argmax(-1) == same_as)))
     return Objective(
         "agreement of predictions",

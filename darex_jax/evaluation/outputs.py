@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.models import DecoderOutput, EncoderOutput
 from darex_jax.tasks.batching import Batch, model_inputs
 
@@ -87,7 +88,7 @@ def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _logits(out: DecoderOutput) -> jax.Array:
     if out.logits is None:
-        raise ValueError("this decoder has no lm_head: there are no logits to compare.")
+        raise DarexError("this decoder has no lm_head: there are no logits to compare.")
     return out.logits.astype(jnp.float32)
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from darex_jax.core.errors import DarexError
 from darex_jax.models import Model, Params
 from darex_jax.models.generate import decode, end_tokens, padding_token, prefill, sampling_of, stop_tokens
 
@@ -22,7 +23,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[ND
     """
     longest = max(map(len, rows))
     if not min(map(len, rows)) or longest > PROMPT_BUCKETS[-1]:
-        raise ValueError(f"a prompt has {longest} tokens, expected 1 to {PROMPT_BUCKETS[-1]}.")
+        raise DarexError(f"a prompt has {longest} tokens, expected 1 to {PROMPT_BUCKETS[-1]}.")
     width = next(bucket for bucket in PROMPT_BUCKETS if longest <= bucket)
     ids, mask = np.full((batch, width), pad, np.int32), np.zeros((batch, width), np.int32)
     for i in range(batch):

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_factors
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import PyTree, flatten_names
@@ -146,7 +147,7 @@ def check_savable(
         wrong += [f"'{layer}' is part of '{m}', which is saved whole" for m in closed if _inside(layer, m)]
     wrong += [f"'{name}' is a factor and not a parameter of the base" for name in extra if _is_lora(name)]
     if wrong:
-        raise ValueError(f"this adapter cannot be saved: {'; '.join(wrong)}.")
+        raise DarexError(f"this adapter cannot be saved: {'; '.join(wrong)}.")
     return extra, own, whole
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import blake3
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.files.checkpoint import COMPANIONS
 from darex_jax.files.safetensors import (
@@ -192,28 +193,28 @@ def _check_recipe(recipe: Recipe) -> None:
     Raises: ValueError, or what Python raises where an entry is missing or of another type.
     """
     if type(recipe.drop_rate) not in (int, float):
-        raise ValueError("drop_rate is not a number")
+        raise DarexError("drop_rate is not a number")
     keep_threshold(recipe.drop_rate)
     first, second = recipe.key
     if not (_is_natural(first, 2**32) and _is_natural(second, 2**32)):
-        raise ValueError("the key is not two uint32")
+        raise DarexError("the key is not two uint32")
     for name, entry in recipe.parameters.items():
         if not _is_shape(entry["shape"]):
-            raise ValueError(f"shape of '{name}'")
+            raise DarexError(f"shape of '{name}'")
         if not is_q(entry["q"]):
-            raise ValueError(f"q of '{name}'")
+            raise DarexError(f"q of '{name}'")
     for name, entry in recipe.base.items():
         if not (entry["dtype"] in DTYPES and _is_shape(entry["shape"])):
-            raise ValueError(f"shape of '{name}' in the base")
+            raise DarexError(f"shape of '{name}' in the base")
         if len(bytes.fromhex(entry["blake3"])) != 32:
-            raise ValueError(f"fingerprint of '{name}'")
+            raise DarexError(f"fingerprint of '{name}'")
     texts = [recipe.method, recipe.scope, recipe.data_blake3, *recipe.base_only]
     for table in (recipe.base_names, recipe.versions):
         texts += [*table.keys(), *table.values()]
     if not (isinstance(recipe.base_only, list) and all(isinstance(text, str) for text in texts)):
-        raise ValueError("a number or a list where a text belongs")
+        raise DarexError("a number or a list where a text belongs")
     if not (_is_natural(recipe.inexact, 2**63) and _is_natural(recipe.nonfinite, 2**63)):
-        raise ValueError("a count that is none")
+        raise DarexError("a count that is none")
 
 
 def _is_natural(value: Any, end: int) -> bool:
@@ -238,9 +239,9 @@ def resolve_q(q: float | Mapping[str, float] | None, drop_rate: float, names: li
     by_name = {name: q.get(name) if isinstance(q, Mapping) else q for name in names}
     for name, value in by_name.items():
         if value is None:
-            raise ValueError(f"there is no q for '{name}'.")
+            raise DarexError(f"there is no q for '{name}'.")
         if not is_q(value):
-            raise ValueError(f"q of '{name}' must be a positive number that float32 holds, got {value}.")
+            raise DarexError(f"q of '{name}' must be a positive number that float32 holds, got {value}.")
     return {name: float(value) for name, value in by_name.items() if value is not None}
 
 
@@ -284,7 +285,7 @@ def save_delta(
     bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
     for name, leaf in deltas.items():
         if name not in bases or bases[name].shape != leaf.shape:
-            raise ValueError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
+            raise DarexError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
     by_name = flatten_names(q) if isinstance(q, Mapping) else q
     q_by_name = resolve_q(by_name, drop_rate, list(deltas))
     tensors = {}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from darex_jax.core.delta import apply_delta
+from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
@@ -64,7 +65,7 @@ def merge_adapter(
         if name in named and named[name].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{adapter} does not fit {base}: {'; '.join(sorted(wrong))}.")
+        raise DarexError(f"{adapter} does not fit {base}: {'; '.join(sorted(wrong))}.")
     named |= {name: x.astype(named[name].dtype) for name, x in dense.items()}
     scales = config.scales(factors_tree)
     for layer, pair in factors.items():
@@ -72,7 +73,7 @@ def merge_adapter(
         name = f"{layer}.weight"
         named |= apply_delta({name: named[name]}, adapter_delta(pieces, scales))
         if not bool(jnp.isfinite(named[name]).all()):
-            raise ValueError(f"{adapter}: '{name}' of {base} would hold infinity or NaN.")
+            raise DarexError(f"{adapter}: '{name}' of {base} would hold infinity or NaN.")
     save_params(out, named, model.config.to_hf(), companions_from=base, overwrite=overwrite)
     return MergeSummary(len(factors), sorted(dense), sum(x.nbytes for x in named.values()))
 
@@ -96,7 +97,7 @@ def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> t
     kept = {name for name in kept if not name.startswith("classifier.")}
     missing = sorted(shapes.keys() - kept - dense.keys())
     if missing:
-        raise ValueError(f"a classifier also needs {', '.join(missing)}, which neither base nor adapter has.")
+        raise DarexError(f"a classifier also needs {', '.join(missing)}, which neither base nor adapter has.")
     # What this makes anew the adapter replaces: the key plays no part.
     model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0))
     return model, flatten_names(params)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_params
@@ -71,7 +72,7 @@ def _fit(
     try:
         config = read_model_config(hf)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise DarexError(f"{path}: {error}") from error
     floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
     if isinstance(config, DecoderConfig):
         unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
@@ -89,7 +90,7 @@ def _fit(
     ]
     if wrong:
         stated = f"its config.json ({config.architectures[0]})"
-        raise ValueError(f"{path} does not fit {stated}: {'; '.join(sorted(wrong))}.")
+        raise DarexError(f"{path} does not fit {stated}: {'; '.join(sorted(wrong))}.")
     return model, list(shapes)
 
 
@@ -112,7 +113,7 @@ def _without_copies(
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     tied = hf.get("tie_word_embeddings")
     if tied and head is not None and table is not None and not _same_numbers(head, table):
-        raise ValueError(
+        raise DarexError(
             f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties the two."
         )
     return {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in tensors.items()}

@@ -17,6 +17,8 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from darex_jax.core.errors import DarexError
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -38,7 +40,7 @@ MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are walked recursively
 
 
-class FileError(ValueError):
+class FileError(DarexError):
     """A file that cannot be used as it is; the message is for the person who named it."""
 
 
@@ -170,7 +172,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"duplicate name {name!r}")
+        raise DarexError(f"duplicate name {name!r}")
     return table
 
 
@@ -206,7 +208,7 @@ def encode_header(
     Raises: ValueError for a tensor with the one name that the format keeps for itself.
     """
     if "__metadata__" in tensors:
-        raise ValueError("'__metadata__' is not a name that a tensor can have in a safetensors file.")
+        raise DarexError("'__metadata__' is not a name that a tensor can have in a safetensors file.")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models.bert import BertConfig, BertForSequenceClassification, BertModel, EncoderOutput
 from darex_jax.models.decoder import DecoderConfig, DecoderOutput
@@ -93,19 +94,19 @@ class Model:
         """
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {input_ids.shape}, expected [batch, positions].")
+            raise DarexError(f"input_ids has shape {input_ids.shape}, expected [batch, positions].")
         for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if value is not None and jnp.shape(value) != input_ids.shape:
-                raise ValueError(f"{name} has shape {jnp.shape(value)}, input_ids {input_ids.shape}.")
+                raise DarexError(f"{name} has shape {jnp.shape(value)}, input_ids {input_ids.shape}.")
         if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
             raise TypeError(f"dropout_key is an array of {dropout_key.dtype}, expected jax.random.key(seed).")
         mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
         if isinstance(self.config, DecoderConfig):
             if token_type_ids is not None:
-                raise ValueError(f"a {self.config.model_type} model has no token_type_ids.")
+                raise DarexError(f"a {self.config.model_type} model has no token_type_ids.")
             return self.module(params, observe)(input_ids, mask != 0)
         if input_ids.shape[1] > self.config.max_length:
-            raise ValueError(
+            raise DarexError(
                 f"input_ids has {input_ids.shape[1]} positions, the model "
                 f"{self.config.max_length}; truncate the text."
             )
@@ -127,7 +128,7 @@ def read_model_config(hf: Mapping[str, Any]) -> Config:
     """The config that a config.json describes. Raises: ValueError for an unsupported family or field."""
     family = hf.get("model_type")
     if family not in CONFIGS:
-        raise ValueError(f"model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
+        raise DarexError(f"model_type is {family!r}, supported: {', '.join(CONFIGS)}.")
     return CONFIGS[family](hf)
 
 
@@ -166,7 +167,7 @@ def classifier_from_pretrained(
     Raises: ValueError if `num_labels` or `problem_type` is not possible, or the model is a decoder.
     """
     if not isinstance(model.config, BertConfig):
-        raise ValueError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
+        raise DarexError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
     headless, family = model.config.headless, model.config.model_type
     config = model.config.as_classifier(num_labels, problem_type)
     kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}

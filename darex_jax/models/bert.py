@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from darex_jax.core.errors import DarexError
 from darex_jax.models.config import INERT, read_fields, refuse
 from darex_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split_key
 
@@ -153,9 +154,9 @@ class BertConfig:
     def as_classifier(self, num_labels: int, problem_type: str | None = None) -> "BertConfig":
         """The config of a classifier with this body, its labels named LABEL_0 and so on."""
         if problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
+            raise DarexError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
         if num_labels < 1:
-            raise ValueError(f"num_labels is {num_labels}, a classifier needs at least 1.")
+            raise DarexError(f"num_labels is {num_labels}, a classifier needs at least 1.")
         drop = {"id2label", "label2id", "num_labels", "problem_type"}
         notes = {name: value for name, value in self.notes.items() if name not in drop}
         if problem_type is not None:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from darex_jax.core.errors import DarexError
+
 # Fields of any family that change no number: carried along, never read.
 INERT = frozenset(
     """
@@ -54,4 +56,4 @@ def read_fields(
 def refuse(family: str, wrong: Collection[str]) -> None:
     """Raises: ValueError that names all that is wrong, if anything is."""
     if wrong:
-        raise ValueError(f"{family} config: " + "; ".join(wrong) + ".")
+        raise DarexError(f"{family} config: " + "; ".join(wrong) + ".")

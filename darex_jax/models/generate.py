@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from darex_jax.core.errors import DarexError
 from darex_jax.models import Model, Params
 from darex_jax.models.decoder import Cache, CausalLM, DecoderConfig, empty_cache
 
@@ -56,7 +57,7 @@ def generate(
     Raises: ValueError for a model without a head over the vocabulary, or arguments that do not fit.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        raise DarexError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     sampling, stops = sampling_of(key, temperature), stop_tokens(eos_token_id)
     state = prefill(
         model,
@@ -93,10 +94,10 @@ def prefill(
     Raises: ValueError if the model cannot generate, or prompts and slots do not fit.
     """
     if not (isinstance(model.config, DecoderConfig) and model.config.architectures[0].endswith("CausalLM")):
-        raise ValueError(f"{model.config.architectures[0]} has no head over the vocabulary to generate with.")
+        raise DarexError(f"{model.config.architectures[0]} has no head over the vocabulary to generate with.")
     shape = jnp.shape(input_ids)
     if len(shape) != 2 or jnp.shape(attention_mask) != shape or not 0 < shape[1] < slots:
-        raise ValueError(
+        raise DarexError(
             f"input_ids {shape} and attention_mask {jnp.shape(attention_mask)} must be [batch, prompt], with "
             f"fewer positions than the cache has slots ({slots})."
         )
@@ -180,11 +181,11 @@ def _feed(
 def sampling_of(key: Array | None, temperature: float) -> Sampling:
     """Raises: ValueError for a negative temperature, or one above 0 without a key."""
     if not temperature >= 0.0:
-        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more.")
+        raise DarexError(f"temperature is {temperature}, expected 0 (greedy) or more.")
     if temperature == 0.0:
         return None
     if key is None:
-        raise ValueError("a temperature above 0 draws tokens: pass key=jax.random.key(seed).")
+        raise DarexError("a temperature above 0 draws tokens: pass key=jax.random.key(seed).")
     return key, jnp.float32(temperature)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_factors, scales_by_layer
 from darex_jax.core.tree import PyTree, leaf_keys, unflatten_names
 from darex_jax.models import Model, new_module
@@ -37,7 +38,7 @@ def add_adapters(model: Model, config: LoraConfig, key: Array) -> tuple[Model, d
     layers = sorted(name for name in shapes if config.matches(name))
     if not layers:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
-        raise ValueError(f"{config.targets!r} matches no linear layer of this model; it has {known}.")
+        raise DarexError(f"{config.targets!r} matches no linear layer of this model; it has {known}.")
     # By the layer's name, not the leaf's: `prune` draws the mask of A from the leaf's under the same key.
     keys = leaf_keys(key, layers)
     named = {}
@@ -69,7 +70,7 @@ def attach_adapters(model: Model, adapter: PyTree, scales: float | Mapping[str, 
         if name in linears and linears[name].weight.shape != (b.shape[0], a.shape[1])
     ]
     if wrong:
-        raise ValueError(f"the adapter does not fit the model: {'; '.join(wrong)}.")
+        raise DarexError(f"the adapter does not fit the model: {'; '.join(wrong)}.")
     for name, (a, b) in factors.items():
         layer = linears[name]
         layer.lora_A, layer.lora_B = (_shapes_of_linear(x.shape) for x in (a, b))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from darex_jax.core.bound import phi
+from darex_jax.core.errors import DarexError
 
 Rule = Literal["exact", "published"]
 PUBLISHED_STEP = 1000  # the authors' scan visits q = k / 1000
@@ -45,17 +46,17 @@ def analytic_q(
     """
     s, energy = np.asarray(sums, np.float64), np.asarray(energies, np.float64)
     if s.shape != energy.shape:
-        raise ValueError(f"sums and energies have one shape, got {s.shape} and {energy.shape}.")
+        raise DarexError(f"sums and energies have one shape, got {s.shape} and {energy.shape}.")
     if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and eta > 0.0):
-        raise ValueError(
+        raise DarexError(
             f"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got {drop_rate}, {prob} and {eta}."
         )
     if not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
-        raise ValueError("sums are finite, energies finite and at least 0; these are not.")
+        raise DarexError("sums are finite, energies finite and at least 0; these are not.")
     if rule == "published":
         return _published_scan(s, energy, drop_rate, eta, prob)
     if rule != "exact":
-        raise ValueError(f"rule is 'exact' or 'published', got {rule!r}.")
+        raise DarexError(f"rule is 'exact' or 'published', got {rule!r}.")
     return _exact(s, energy, drop_rate, eta, prob)
 
 

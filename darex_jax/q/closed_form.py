@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from darex_jax.core.errors import DarexError
+
 
 def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> NDArray[np.float64]:
     """The q that minimises E[h^2], the error of outputs pruned at `drop_rate` and divided by q.
@@ -28,11 +30,11 @@ def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> 
     """
     energy, square = np.asarray(energies, np.float64), np.asarray(squares, np.float64)
     if energy.shape != square.shape:
-        raise ValueError(f"energies and squares have one shape, got {energy.shape} and {square.shape}.")
+        raise DarexError(f"energies and squares have one shape, got {energy.shape} and {square.shape}.")
     if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
+        raise DarexError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
     if not (np.isfinite(energy).all() and np.isfinite(square).all() and min(energy.min(), square.min()) >= 0):
-        raise ValueError("energies and squares are finite and at least 0; these are not.")
+        raise DarexError("energies and squares are finite and at least 0; these are not.")
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(energy == 0, 0.0, energy / square)
     return (1.0 - drop_rate) + drop_rate * ratio
@@ -56,7 +58,7 @@ def closed_form(influences: Mapping[str, tuple[ArrayLike, ArrayLike]], drop_rate
     Raises: ValueError for no layer, else as `closed_form_q`.
     """
     if not influences:
-        raise ValueError("no linear layer is in scope, so there is nothing to calibrate.")
+        raise DarexError("no linear layer is in scope, so there is nothing to calibrate.")
     sums = {name: np.asarray(pair, np.float64) for name, pair in influences.items()}  # [2, O] each
     layers = {name: pair.sum(axis=1) for name, pair in sums.items()}
 
@@ -89,8 +91,8 @@ def two_point_q(without: float, error: float, drop_rate: float, at: float | None
     density = 1.0 - drop_rate
     at = density if at is None else at
     if not (0.0 <= drop_rate < 1.0 and 0.0 < at < math.inf):
-        raise ValueError(f"need 0 <= drop_rate < 1 and at > 0, got {drop_rate} and {at}.")
+        raise DarexError(f"need 0 <= drop_rate < 1 and at > 0, got {drop_rate} and {at}.")
     if not (0.0 < without < math.inf and 0.0 <= error < math.inf):
-        raise ValueError(f"errors are finite, that without a delta positive, got {without} and {error}.")
+        raise DarexError(f"errors are finite, that without a delta positive, got {without} and {error}.")
     spread = at**2 * (error - without * (1.0 - density / at) ** 2)
     return density + max(0.0, spread) / (without * density)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from darex_jax.core.errors import DarexError
 from darex_jax.q.analytic import Rule, analytic_q
 
 
@@ -54,7 +55,7 @@ def spread_q(by_layer: Mapping[str, float], names: Iterable[str]) -> dict[str, f
     Raises: ValueError for no layer.
     """
     if not by_layer:
-        raise ValueError("no layer has a q, so there is nothing to spread.")
+        raise DarexError("no layer has a q, so there is nothing to spread.")
     mean = float(np.mean(list(by_layer.values())))
     by_name = {**{bias_of(name): q for name, q in by_layer.items()}, **by_layer}
     return {name: by_name.get(name, mean) for name in names}

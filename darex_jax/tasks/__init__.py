@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks.metrics import METRICS
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb")
@@ -78,7 +79,7 @@ class Task:
         Raises: ValueError if the logits are another number, or not finite.
         """
         if np.shape(logits)[-1] != self.num_labels:
-            raise ValueError(
+            raise DarexError(
                 f"{self.name!r} has {self.num_labels} outputs, this model {np.shape(logits)[-1]}: "
                 "it was fine-tuned for another task."
             )
@@ -112,4 +113,4 @@ def load_task(name: str, data_dir: str | os.PathLike[str] | None = None, seed: i
         from darex_jax.tasks.glue import load_glue
 
         return load_glue(name, data_dir)
-    raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}.")
+    raise DarexError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}.")

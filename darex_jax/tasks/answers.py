@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks import hold_out_tenth
 from darex_jax.tasks.batching import BUCKETS, MAX_LENGTH, Batch, right_padded, training_rows
 from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, load_gsm8k, metamath_solution
@@ -52,9 +53,9 @@ def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str
     Raises: ValueError for no prompts, a tokenizer without an end token, or a row beyond the longest bucket.
     """
     if not prompts or len(prompts) != len(answers):
-        raise ValueError(f"need as many prompts as answers, got {len(prompts)} and {len(answers)}.")
+        raise DarexError(f"need as many prompts as answers, got {len(prompts)} and {len(answers)}.")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise DarexError(
             "the tokenizer has no end token (eos_token), so the model would never learn to stop."
         )
     before = tokenizer(list(prompts))["input_ids"]
@@ -62,7 +63,7 @@ def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str
     rows = [[*p, *a, tokenizer.eos_token_id] for p, a in zip(before, after, strict=True)]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if len(rows[longest]) > ANSWER_BUCKETS[-1]:
-        raise ValueError(
+        raise DarexError(
             f"row {longest} has {len(rows[longest])} tokens with its answer, at most {ANSWER_BUCKETS[-1]} "
             "are possible; leave it out."
         )

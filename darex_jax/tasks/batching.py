@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from darex_jax.core.errors import DarexError
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.restore import restore_companions
 from darex_jax.files.safetensors import FileError
@@ -60,7 +61,7 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
     from transformers import AutoTokenizer
 
     if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
+        raise DarexError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
     try:
         if delta is None:
             return AutoTokenizer.from_pretrained(path)
@@ -70,15 +71,15 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
     except FileError:
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        raise DarexError(f"{path}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:
     """Tokenises texts (or pairs of texts), truncated to `max_length` tokens, special tokens included."""
     if not 0 < max_length <= MAX_LENGTH:
-        raise ValueError(f"max_length is between 1 and {MAX_LENGTH}, got {max_length}.")
+        raise DarexError(f"max_length is between 1 and {MAX_LENGTH}, got {max_length}.")
     if not len(examples):
-        raise ValueError("there are no examples to encode.")
+        raise DarexError("there are no examples to encode.")
     rows = tokenizer(
         list(examples.texts),
         None if examples.pairs is None else list(examples.pairs),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks import Examples, Task, hold_out_tenth
 from darex_jax.tasks.parquet import find_parquet, read_split
 
@@ -60,6 +61,6 @@ def _read(
     labels = np.asarray(rows["label"], dtype=np.int32 if label_names else np.float32)
     if label_names and not np.isin(labels, range(len(label_names))).all():
         source = HUB_NAME if of_split is None else of_split[0]
-        raise ValueError(f"'{source}' has labels other than 0 to {len(label_names) - 1} in {split!r}.")
+        raise DarexError(f"'{source}' has labels other than 0 to {len(label_names) - 1} in {split!r}.")
     texts, *pairs = (tuple(rows[c]) for c in columns)
     return Examples(texts, pairs[0] if pairs else None, labels)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks.parquet import find_parquet, read_split
 
 HUB = ("openai/gsm8k", "main")
@@ -47,7 +48,7 @@ def load_gsm8k(split: str = "test", data_dir: str | os.PathLike[str] | None = No
       layout, and for a solution that does not end in `#### N`.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
+        raise DarexError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
     files = None if data_dir is None else find_parquet("gsm8k", data_dir, (split,))[split]
     columns = ("question", "answer")
     rows = read_split("gsm8k", split, columns, files=files, hub=HUB, generated="word-problems")
@@ -70,7 +71,7 @@ def gold_answer(solution: str) -> Fraction:
     """N of a solution that ends in `#### N`. Raises: ValueError if there is none."""
     answer = extract_answer(solution, HASHES)
     if answer is None:
-        raise ValueError(f"no '#### N' in the solution {solution[-80:]!r}.")
+        raise DarexError(f"no '#### N' in the solution {solution[-80:]!r}.")
     return answer
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from darex_jax.core.errors import DarexError
+
 
 def _classes(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
     scores, gold = np.asarray(logits), np.asarray(labels)
     if scores.ndim != 2 or gold.shape != scores.shape[:1] or not len(gold):
-        raise ValueError(f"need logits [N, classes] and labels [N], got {scores.shape} and {gold.shape}.")
+        raise DarexError(f"need logits [N, classes] and labels [N], got {scores.shape} and {gold.shape}.")
     _refuse_non_finite(scores)
     return scores.argmax(axis=1), gold
 
@@ -23,7 +25,7 @@ def _classes(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
 def _refuse_non_finite(scores: NDArray) -> None:
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
-        raise ValueError(f"the model's output is NaN or infinite for {bad} of {len(scores)} examples.")
+        raise DarexError(f"the model's output is NaN or infinite for {bad} of {len(scores)} examples.")
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -57,7 +59,7 @@ def pearson_and_spearman(logits: ArrayLike, labels: ArrayLike) -> float:
     predicted = np.asarray(logits, dtype=np.float64)
     gold = np.asarray(labels, dtype=np.float64)
     if gold.ndim != 1 or not len(gold) or predicted.shape not in (gold.shape, (*gold.shape, 1)):
-        raise ValueError(f"need scores [N] or [N, 1] and labels [N], got {predicted.shape} and {gold.shape}.")
+        raise DarexError(f"need scores [N] or [N, 1] and labels [N], got {predicted.shape} and {gold.shape}.")
     _refuse_non_finite(predicted)
     predicted = predicted.reshape(-1)
     # Float32 predictions that differ in the last bits only are constant; their correlation would be noise.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import DarexError
+
 
 def find_parquet(
     name: str, data_dir: str | os.PathLike[str], splits: Sequence[str]
@@ -53,7 +55,7 @@ def read_split(
             rows = datasets.load_dataset("parquet", data_files={split: list(files)}, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if files is not None:
-            raise ValueError(f"'{source}' cannot be read as parquet: {error}") from error
+            raise DarexError(f"'{source}' cannot be read as parquet: {error}") from error
         raise FileNotFoundError(
             f"the Hugging Face hub did not give {source!r} ({type(error).__name__}). Name a folder with "
             f"the parquet files of {name!r} (data_dir, --data-dir), or take {generated!r}, which needs "
@@ -61,7 +63,7 @@ def read_split(
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        raise ValueError(
+        raise DarexError(
             f"'{source}' lacks the column {missing[0]!r} of {name!r}; it has {rows.column_names}."
         )
     return rows

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.tasks.gsm8k import ANSWER_IS, HASHES, PROMPT, Problem
 
 MOST_STEPS = 10
@@ -95,7 +96,7 @@ def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordP
       less than 10: there would be few problems.
     """
     if not 1 <= max_steps <= MOST_STEPS or largest < 10:
-        raise ValueError(
+        raise DarexError(
             f"need max_steps in [1, {MOST_STEPS}] and largest >= 10, got {max_steps} and {largest}."
         )
     rng = np.random.default_rng(seed)

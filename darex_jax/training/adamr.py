@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 
 Norm = Literal["l2", "l1"]
@@ -83,7 +84,7 @@ def scale_by_adamr(
 ) -> optax.GradientTransformationExtraArgs:
     """`adamr` without the learning rate: Adam's direction plus the pull, to be subtracted."""
     if norm not in ("l2", "l1"):
-        raise ValueError(f"norm is 'l2' or 'l1', got {norm!r}.")
+        raise DarexError(f"norm is 'l2' or 'l1', got {norm!r}.")
     pulls = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def init(params: PyTree) -> ScaleByAdamRState:
@@ -130,7 +131,7 @@ def scale_by_adamr(
 
         if params is None or pretrained is None:
             missing = "params" if params is None else "pretrained"
-            raise ValueError(
+            raise DarexError(
                 f"adamr pulls towards the pretrained weights and was given no {missing}: "
                 "call update(grads, state, params, pretrained=...)."
             )
@@ -153,13 +154,13 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
     known = {name: leaf for name, leaf in flatten_names(pretrained).items() if name in named}
     if named and not known:
         given = list(flatten_names(pretrained))[:2]
-        raise ValueError(
+        raise DarexError(
             "no parameter has a pretrained value: the parameters are called "
             f"{', '.join(list(named)[:2])}, ..., the pretrained ones {', '.join(given)}, ..."
         )
     for name, leaf in known.items():
         if jnp.shape(leaf) != jnp.shape(named[name]):
-            raise ValueError(
+            raise DarexError(
                 f"'{name}' is {jnp.shape(named[name])}, its pretrained value {jnp.shape(leaf)}; "
                 "leave it out of `pretrained` if it is not to be pulled."
             )

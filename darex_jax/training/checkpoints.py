@@ -15,6 +15,8 @@ from typing import Any
 import blake3
 import jax
 
+from darex_jax.core.errors import DarexError
+
 State = Any  # a PyTree of arrays
 
 
@@ -34,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, every: int, keep: int = 2, warn: Callable[[str], None] = warnings.warn):
         if every < 1 or keep < 1:
-            raise ValueError(f"need every >= 1 and keep >= 1, got {every} and {keep}.")
+            raise DarexError(f"need every >= 1 and keep >= 1, got {every} and {keep}.")
         self.folder, self.every, self.keep, self._warn = folder.resolve(), every, keep, warn
 
     def steps(self) -> list[int]:
@@ -96,7 +98,7 @@ class Checkpoints:
 
         # Before orbax sees it: its background threads go on complaining of damage after it has given up.
         if _digest(self.folder / str(step)) != _read_note(self.folder / f"{step}.json").get("digest"):
-            raise ValueError("its content does not have the digest it was written with")
+            raise DarexError("its content does not have the digest it was written with")
         with _orbax() as checkpointer:
             return checkpointer.restore(
                 self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

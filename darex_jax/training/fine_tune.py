@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from numpy.typing import NDArray
 
+from darex_jax.core.errors import DarexError
 from darex_jax.models import Model, classifier_from_pretrained
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import Batch, Encoded, training_batches
@@ -29,7 +30,7 @@ def example_losses(logits: jax.Array, labels: jax.Array | NDArray) -> jax.Array:
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if logits.shape[-1] != 1:
-        raise ValueError(
+        raise DarexError(
             f"labels that are scores need a model with 1 output, this one has {logits.shape[-1]}."
         )
     return jnp.square(logits[..., 0] - labels)

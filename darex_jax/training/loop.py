@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.sharding import batch_sharding, param_shardings
 from darex_jax.core.tree import combine, flatten_names
 from darex_jax.tasks.batching import Batch
@@ -59,27 +60,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, one of the two.")
+            raise DarexError("give steps or epochs, one of the two.")
         for name in ("learning_rate", "steps", "epochs", "batch_size", "accumulate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is a positive number, got {value}.")
+                raise DarexError(f"{name} is a positive number, got {value}.")
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise DarexError(
                 f"a batch of {self.batch_size} does not divide into accumulate = {self.accumulate} parts."
             )
         if not 0.0 <= self.warmup_ratio < 1.0:
-            raise ValueError(f"warmup_ratio is a share of the steps in [0, 1), got {self.warmup_ratio}.")
+            raise DarexError(f"warmup_ratio is a share of the steps in [0, 1), got {self.warmup_ratio}.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay is a finite number of at least 0, got {self.weight_decay}.")
+            raise DarexError(f"weight_decay is a finite number of at least 0, got {self.weight_decay}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {' or '.join(choices)}, got {getattr(self, name)!r}.")
+                raise DarexError(f"{name} is {' or '.join(choices)}, got {getattr(self, name)!r}.")
 
     def total_steps(self, examples: int) -> int:
         """How many steps a training on so many examples takes. Raises: ValueError if there are none."""
         if not examples:
-            raise ValueError("there are no examples to train on.")
+            raise DarexError("there are no examples to train on.")
         if self.steps is not None:
             return self.steps
         return max(1, round((self.epochs or 0.0) * -(-examples // self.batch_size)))
@@ -110,7 +111,7 @@ def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -
     Returns: step -> learning rate; the peak is at step `int(warmup_ratio * steps)`, and no step has rate 0.
     """
     if steps < 1 or not 0.0 <= warmup_ratio < 1.0:
-        raise ValueError(f"need steps >= 1 and warmup_ratio in [0, 1), got {steps} and {warmup_ratio}.")
+        raise DarexError(f"need steps >= 1 and warmup_ratio in [0, 1), got {steps} and {warmup_ratio}.")
     warmup = int(warmup_ratio * steps)
 
     def schedule(step: Any) -> Any:

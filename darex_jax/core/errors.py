@@ -1,0 +1,9 @@
+"""The error for a person's mistakes, told apart from faults of this library or of those under it."""
+
+
+class DarexError(ValueError):
+    """What was given cannot be used; the message says what is wrong, where, and what to do.
+
+    Everything this library raises on purpose about its input is one of these. The command line shows it as
+    one line; any other exception is a fault, and keeps its traceback behind `darex --debug`.
+    """
