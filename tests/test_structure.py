@@ -6,7 +6,9 @@ from pathlib import Path
 import darex_jax
 
 ROOT = Path(darex_jax.__file__).parent
-LAYERS = ("core", "q", "models", "files", "tasks", "training", "evaluation", "runs", "cli")
+LAYERS = (
+    "core", "parts", "methods", "q", "models", "files", "tasks", "training", "evaluation", "runs", "cli",
+)  # fmt: skip
 
 
 def imported(file):

@@ -1,0 +1,181 @@
+"""Arrays as bytes, entropy-coded where that pays, by libraries: pcodec for numbers, zstandard for bytes.
+
+What is read is not believed: how many numbers there are is declared, checked against what they are for, and
+bounds what a coder may produce before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import zstandard
+from pcodec import ChunkConfig, standalone
+
+from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, FileError, as_bytes
+
+LEVEL = 8  # of pcodec, its default
+ZSTD_LEVEL = 19
+MOST = 64  # bytes that a coded byte may stand for: what a reader makes room for stays in proportion
+FREE = 1 << 12  # bytes that any stream may decode to
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Stream(NamedTuple):
+    """One array in a file.
+
+    Attributes:
+      coder: of `CODERS`.
+      dtype: a safetensors name: F32, BF16, U32, I8, ...
+      count: how many numbers.
+      data: its bytes.
+    """
+
+    coder: str
+    dtype: str
+    count: int
+    data: bytes
+
+
+def coder_versions() -> dict[str, str]:
+    """What a file says of its coders."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("pcodec", "zstandard")}
+
+
+def encode(array: np.ndarray, bits: int | None = None) -> Stream:
+    """The shortest of what the coders make of a flat array.
+
+    Args: bits: of int8 from -(2^(bits-1) - 1) to its opposite, with 1 bit -1 and 1: they can be packed.
+    """
+    array = np.ascontiguousarray(array)
+    candidates = {"raw": bytes(as_bytes(array))}
+    if bits is not None and bits < 8:
+        candidates["packed"] = _pack(array, bits)
+    if array.dtype == np.uint8:
+        candidates["zstd"] = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(candidates["raw"])
+    elif array.size and bits != 1:
+        config = ChunkConfig(compression_level=LEVEL)
+        candidates["pco"] = standalone.simple_compress(_as_coded(array), config)
+    allowed = {c: data for c, data in candidates.items() if c == "raw" or _bounded(array.nbytes, len(data))}
+    coder = min(allowed, key=lambda c: (len(allowed[c]), c != "raw"))
+    return Stream(coder, DTYPE_NAMES[array.dtype], array.size, allowed[coder])
+
+
+def decode(stream: Stream, bits: int | None = None) -> np.ndarray:
+    """The array of a stream, which may be anybody's; a flat one of its dtype.
+
+    Raises: FileError if it is not what it declares.
+    """
+    dtype = DTYPES.get(stream.dtype)
+    if dtype is None or stream.coder not in CODERS:
+        raise FileError(f"a stream of unknown dtype or coder ({stream.dtype!r:.40}, {stream.coder!r:.40})")
+    if type(stream.count) is not int or stream.count < 0:
+        raise FileError("a stream of no number of values")
+    nbytes = stream.count * dtype.itemsize
+    if stream.coder != "raw" and not _bounded(nbytes, len(stream.data)):
+        raise FileError(f"a stream of {len(stream.data)} bytes that claims {nbytes}")
+    try:
+        found = CODERS[stream.coder](stream.data, dtype, stream.count, bits)
+    except (KeyboardInterrupt, SystemExit, FileError):
+        raise
+    except BaseException as error:  # a coder's panic is no Exception
+        raise FileError(f"a damaged stream ({type(error).__name__})") from error
+    if found.size != stream.count or found.dtype != dtype:
+        raise FileError("a stream that ends early")
+    return found
+
+
+def _bounded(decoded: int, coded: int) -> bool:
+    return decoded <= FREE + MOST * coded
+
+
+def _raw(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
+    if len(data) != count * dtype.itemsize:
+        raise FileError("a stream that is not as long as it says")
+    return np.frombuffer(data, dtype)
+
+
+def _zstd(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
+    if dtype != np.uint8 or zstandard.get_frame_parameters(data).content_size != count:
+        raise FileError("a stream that is not as long as it says")
+    return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
+
+
+def _pco(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
+    numbers = _expand(data, _coded_dtype(dtype), count)
+    if dtype == BFLOAT16:
+        return ((numbers >> np.uint16(1)) | (numbers << np.uint16(15))).view(dtype)
+    if dtype == np.int8:
+        if numbers.size and not (numbers.min() >= -128 and numbers.max() <= 127):
+            raise FileError("an integer that does not fit")
+        return numbers.astype(np.int8)
+    return numbers
+
+
+def _packed(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
+    if dtype != np.int8 or bits not in (1, 2, 4) or len(data) != -(-count * bits // 8):
+        raise FileError("packed integers that are not as many as they say")
+    flat = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * bits]
+    numbers = np.zeros(count, np.int8)
+    for i in range(bits):
+        numbers |= (flat[i::bits] << i).astype(np.int8)
+    return (2 * numbers - 1 if bits == 1 else numbers - (2 ** (bits - 1) - 1)).astype(np.int8)
+
+
+CODERS: dict[str, Callable[[bytes, np.dtype, int, int | None], np.ndarray]] = {
+    "raw": _raw,
+    "zstd": _zstd,
+    "pco": _pco,
+    "packed": _packed,
+}
+
+
+def _expand(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    numbers = np.empty(count, dtype)
+    if count:
+        progress = standalone.simple_decompress_into(data, numbers)
+        if not progress.finished or progress.n_processed != count:
+            raise FileError("a stream that is not as long as it says")
+    return numbers
+
+
+def _coded_dtype(dtype: np.dtype) -> np.dtype:
+    """What pcodec sees: it knows neither bfloat16 nor, without being asked, 8 bits."""
+    return {BFLOAT16: np.dtype(np.uint16), np.dtype(np.int8): np.dtype(np.int16)}.get(dtype, dtype)
+
+
+def _as_coded(array: np.ndarray) -> np.ndarray:
+    if array.dtype == BFLOAT16:  # the sign last, so that exponents lead
+        word = array.view(np.uint16)
+        return (word << np.uint16(1)) | (word >> np.uint16(15))
+    return array.astype(_coded_dtype(array.dtype))
+
+
+def to_gaps(positions: np.ndarray) -> np.ndarray:
+    """Strictly rising unsigned integers as what lies between them: their first, then differences less 1."""
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1] + positions.dtype.type(1)
+    return gaps
+
+
+def from_gaps(gaps: np.ndarray) -> np.ndarray:
+    """The inverse of `to_gaps`. Raises: FileError if the positions do not fit their dtype."""
+    if gaps.dtype.kind != "u":
+        raise FileError("positions that are no unsigned integers")
+    positions = np.cumsum(gaps, dtype=np.uint64) + np.arange(gaps.size, dtype=np.uint64)
+    if positions.size and (
+        positions[-1] > np.iinfo(gaps.dtype).max or (positions[1:] <= positions[:-1]).any()
+    ):
+        raise FileError("positions that do not rise")
+    return positions.astype(gaps.dtype)
+
+
+def _pack(integers: np.ndarray, bits: int) -> bytes:
+    codes = ((integers + 1) // 2 if bits == 1 else integers + (2 ** (bits - 1) - 1)).astype(np.uint8)
+    planes = [(codes >> i) & 1 for i in range(bits)]
+    return np.packbits(np.stack(planes, axis=1).reshape(-1), bitorder="little").tobytes()

@@ -1,0 +1,1 @@
+"""Ways to prune a delta: one file, one function each. Pure; no model, no file."""

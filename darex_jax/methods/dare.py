@@ -1,0 +1,71 @@
+"""DARE and DAREx-q: a random mask that is never stored, and a divisor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
+from darex_jax.methods.budget import RAW_BITS, Budget
+from darex_jax.parts.random import Random
+from darex_jax.parts.total import Parts
+from darex_jax.parts.values import Values, cell, quantise
+
+ROW_VALUES = 32  # on average, from which on a row has a scale of its own
+
+
+def dare(
+    delta: PyTree,
+    budget: Budget,
+    evidence: Any = None,
+    *,
+    key: jax.Array,
+    q: float | Mapping[str, float] | None = None,
+    bits: int | None = None,
+    dtype: Any = None,
+) -> PyTree:
+    """Survivors of the key's mask.
+
+    Args:
+      delta: tree of floating arrays.
+      budget: at a drop rate, the share that is dropped; bytes hold values alone, since no place is stored.
+      key: scalar typed Threefry key.
+      q: divisor, one or by name; None is 1 - drop rate, which is DARE.
+      bits: 8, 4, 2 or 1 a value, with scales by least squares, per row where rows have many survivors; None
+        keeps floats.
+      dtype: floats are rounded to it; None keeps each leaf's.
+    Returns: a tree like `delta` with a `Parts` for each leaf.
+    Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344; survivors in few bits: arXiv:2504.13237.
+    """
+    names = flatten_names(delta)
+    stored = bits or 8 * np.dtype(dtype or "bfloat16").itemsize if budget.drop_rate is None else RAW_BITS
+    drop_rate = budget.drop_rate
+    if drop_rate is None:
+        drop_rate = 1.0 - budget.density(stored, places=False)
+    keys = {name: jax.random.key_data(k) for name, k in leaf_keys(key, names).items()}
+
+    def prune_leaf(name: str, leaf: Any) -> Parts:
+        divisor = 1.0 - drop_rate if q is None else q[name] if isinstance(q, Mapping) else q
+        flat, shape = np.asarray(leaf).reshape(-1), tuple(np.shape(leaf))
+        part = Random(Values(flat), np.asarray(keys[name]), np.asarray(np.float32(divisor)), drop_rate, shape)
+        places = part.located().positions
+        values = survivors_values(flat, np.asarray(places), shape, bits, dtype)
+        return Parts((Random(values, part.key, part.q, drop_rate, shape),), shape)
+
+    return map_named(prune_leaf, delta)
+
+
+def survivors_values(
+    flat: np.ndarray, places: np.ndarray, shape: tuple[int, ...], bits: int | None, dtype: Any
+) -> Values:
+    """The values at rising `places` of a flat parameter, as floats or in few bits."""
+    kept = flat[places.astype(np.int64)]
+    if bits is None:
+        return Values(kept if dtype is None else kept.astype(dtype))
+    rows, _ = cell(places.astype(np.int64), shape)
+    by_row = len(shape) == 2 and len(kept) >= ROW_VALUES * shape[0]
+    matrix = (shape[0], shape[1]) if len(shape) == 2 else (1, flat.size)
+    return quantise(kept, bits, "row" if by_row else "matrix", rows=rows, shape=matrix)

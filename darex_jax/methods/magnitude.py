@@ -1,0 +1,45 @@
+"""Magnitude pruning: the largest entries of each parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.importance import magnitude_mask
+from darex_jax.core.tree import PyTree
+from darex_jax.methods.budget import Budget
+from darex_jax.methods.dare import survivors_values
+from darex_jax.parts.sparse import Sparse
+from darex_jax.parts.total import Parts
+
+
+def magnitude(
+    delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None = None, dtype: Any = jnp.bfloat16
+) -> PyTree:
+    """The `1 - p` largest `|delta|` of each parameter; no rescaling. Of equal entries the first are kept.
+
+    Args:
+      delta: tree of floating arrays.
+      budget: bytes pay for values and for their places.
+      bits, dtype: of values, as in `dare`.
+    Returns: a tree like `delta` with a `Parts` for each leaf.
+    Source: MP of DAREx, arXiv:2410.09344.
+    """
+    density = budget.density(value_bits(bits, dtype), places=True)
+    masks = magnitude_mask(delta, 1.0 - density) if density > 0 else None
+    return jax.tree.map(lambda leaf, mask: kept_parts(leaf, mask, bits, dtype), delta, masks)
+
+
+def value_bits(bits: int | None, dtype: Any) -> int:
+    return 8 * np.dtype(dtype).itemsize if bits is None else bits
+
+
+def kept_parts(leaf: Any, mask: Any, bits: int | None, dtype: Any) -> Parts:
+    """What is kept of a leaf under a mask, places stored and q = 1."""
+    flat, shape = np.asarray(leaf).reshape(-1), tuple(np.shape(leaf))
+    places = np.flatnonzero(np.asarray(mask)).astype(np.uint32 if flat.size < 2**32 else np.uint64)
+    values = survivors_values(flat, places, shape, bits, dtype)
+    return Parts((Sparse(values, places, np.asarray(np.float32(1)), shape),), shape)

@@ -1,0 +1,88 @@
+"""Truncated singular value decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.methods.budget import RAW_BITS, Budget
+from darex_jax.methods.vectors import is_matrix, numbers_stored, vector_parts
+from darex_jax.parts.low_rank import LowRank
+from darex_jax.parts.total import Parts
+from darex_jax.parts.values import quantise
+
+
+class Factors(NamedTuple):
+    """`left @ diag(values) @ right`: [out, n], [n], [n, in], the largest first."""
+
+    left: Any
+    values: Any
+    right: Any
+
+
+def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None = None) -> PyTree:
+    """The best low-rank approximations of all matrices together; vectors as in `vector_parts`.
+
+    Ranks are bought where a number stored explains most: by s^2 / (out + in), over all matrices.
+
+    Args:
+      budget: of numbers stored; bits: of factors, None is bfloat16; scales per column of A and row of B.
+    Returns: a tree like `delta` with a `Parts` for each leaf.
+    """
+    small = vector_parts(delta, budget)
+    sizes = {name: int(np.size(leaf)) for name, leaf in flatten_names(delta).items()}
+    spent = sum(numbers_stored(parts) for parts in small.values())
+    room = budget.numbers(sum(sizes.values()), bits or RAW_BITS) - spent
+    factors = {name: decompose(leaf) for name, leaf in flatten_names(delta).items() if is_matrix(leaf)}
+    ranks = choose_ranks(factors, room)
+
+    def prune_leaf(name: str, leaf: Any) -> Parts:
+        if name in small:
+            return small[name]
+        shape = tuple(np.shape(leaf))
+        return Parts((low_rank(factors[name], ranks[name], bits),) if ranks[name] else (), shape)
+
+    return map_named(prune_leaf, delta)
+
+
+@jax.jit
+def _decomposed(matrix: jax.Array) -> Factors:
+    return Factors(*jnp.linalg.svd(matrix, full_matrices=False))
+
+
+def decompose(matrix: Any) -> Factors:
+    """Args: matrix: [out, in], float32."""
+    return Factors(*(np.asarray(x) for x in _decomposed(jnp.asarray(matrix, jnp.float32))))
+
+
+def choose_ranks(factors: Mapping[str, Factors], room: float) -> dict[str, int]:
+    """How many singular values of each matrix are kept, for `room` numbers stored in all."""
+    cost = {name: f.left.shape[0] + f.right.shape[1] for name, f in factors.items()}
+    worth = [
+        (-(float(s) ** 2) / cost[name], name) for name, f in factors.items() for s in f.values if float(s) > 0
+    ]
+    ranks = dict.fromkeys(factors, 0)
+    for _, name in sorted(worth):
+        if cost[name] <= room:
+            ranks[name] += 1
+            room -= cost[name]
+    return ranks
+
+
+def low_rank(factors: Factors, rank: int, bits: int | None) -> LowRank:
+    """The first singular values, their square root in each factor."""
+    root = np.sqrt(factors.values[:rank])
+    a, b = factors.left[:, :rank] * root, factors.right[:rank] * root[:, None]
+    number = np.arange(rank)
+    shape = (a.shape[0], b.shape[1])
+    return LowRank(
+        quantise(a, bits, "column", columns=number[None], shape=a.shape),
+        quantise(b, bits, "row", rows=number[:, None], shape=b.shape),
+        np.asarray(np.float32(1)),
+        shape,
+    )

@@ -1,0 +1,41 @@
+"""What the methods for matrices do with the rest: norms, biases, anything that is no matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.tree import PyTree, flatten_names
+from darex_jax.methods.budget import RAW_BITS, WHOLE, Budget
+from darex_jax.methods.magnitude import magnitude
+from darex_jax.parts.dense import Dense
+from darex_jax.parts.total import Parts
+from darex_jax.parts.values import Values
+
+
+def is_matrix(leaf: Any) -> bool:
+    return np.ndim(leaf) == 2
+
+
+def vector_parts(delta: PyTree, budget: Budget) -> dict[str, Parts]:
+    """Parts for every leaf that is no matrix, by name.
+
+    Whole in bfloat16 where all of them take at most a tenth of the budget, else the largest entries of each.
+    """
+    leaves = flatten_names(delta)
+    vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
+    entries = sum(int(np.size(leaf)) for leaf in leaves.values())
+    if sum(int(np.size(leaf)) for leaf in vectors.values()) > WHOLE * budget.numbers(entries, RAW_BITS):
+        return magnitude(vectors, budget) if vectors else {}
+    one = np.asarray(np.float32(1))
+    return {
+        name: Parts((Dense(Values(jnp.asarray(leaf, jnp.bfloat16)), one, np.shape(leaf)),), np.shape(leaf))
+        for name, leaf in vectors.items()
+    }
+
+
+def numbers_stored(parts: Parts) -> int:
+    """How many numbers a sum of parts holds, places and scales included."""
+    return sum(int(np.size(x)) for part in parts.parts for x in part.arrays().values())

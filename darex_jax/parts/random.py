@@ -1,0 +1,137 @@
+"""Survivors of a random mask: the mask follows from its key, so no place is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.errors import DarexError
+from darex_jax.core.mask import STREAM_CHUNKS, stream_mask, survivors, traced_threshold
+from darex_jax.core.threefry import keep_threshold, threefry2x32
+from darex_jax.parts.sparse import Sparse
+from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
+
+BLOCK = 1 << 19  # entries of the matrix that a product draws at a time
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "key", "q"], meta_fields=["drop_rate", "shape"]
+)
+@dataclass(frozen=True)
+class Random:
+    """`mask * values / q`: DARE and DAREx-q.
+
+    Attributes:
+      values: the survivors [S] in index order, before they are divided.
+      key: uint32[2], the data of the parameter's own key (`core.tree.leaf_key`).
+      q: divisor, a scalar.
+      drop_rate: of the mask; shape: of the parameter.
+    Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
+    """
+
+    kind: ClassVar[str] = "random"
+    values: Values
+    key: Array
+    q: Array
+    drop_rate: float
+    shape: Shape
+
+    def to_dense(self) -> jax.Array:
+        """float32 [shape]; the mask is drawn anew."""
+        part = on_device(self)
+        leaf_key = jax.random.wrap_key_data(part.key, impl="threefry2x32")
+        mask = survivors(leaf_key, self.shape, *traced_threshold(self.drop_rate)).reshape(-1)
+        index = jnp.arange(mask.size, dtype=jnp.int32)
+        return _spread(part, mask, jnp.int32(0), *cell(index, self.shape)).reshape(self.shape)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ dense.T`, [..., in] -> [..., out]; some rows of the matrix are drawn at a time.
+
+        For many products `located().matmul` draws the mask but once.
+        """
+        part = on_device(self)
+        (out, width), threshold = self.shape, np.uint32(min(keep_threshold(self.drop_rate), 2**32 - 1))
+        if out * width >= 2**32 or self.drop_rate == 0.0:
+            raise DarexError("a product with a part this large or without a mask takes to_dense().")
+        rows = min(out, max(1, BLOCK // width))
+        index = jnp.arange(rows * width, dtype=jnp.uint32)
+
+        def block(used: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+            flat = first.astype(jnp.uint32) * np.uint32(width) + index
+            high, low = threefry2x32(part.key, jnp.zeros_like(flat), flat)
+            mask = ((high ^ low) < threshold) & (flat < np.uint32(out * width))
+            weights = _spread(part, mask, used, *cell(flat.astype(jnp.int32), self.shape))
+            product = jnp.einsum("...D,OD->O...", x, weights.reshape(rows, width))
+            return used + jnp.sum(mask, dtype=jnp.int32), product
+
+        firsts = jnp.arange(0, out, rows, dtype=jnp.int32)
+        products = jax.lax.scan(block, jnp.int32(0), firsts)[1]
+        return jnp.moveaxis(products.reshape(-1, *x.shape[:-1])[:out], 0, -1)
+
+    def located(self) -> Sparse:
+        """The same part with its places written out; on the host."""
+        key, size = np.asarray(self.key), int(np.prod(self.shape, dtype=np.int64))
+        chunks = [
+            start + kept for start, kept in _survivor_chunks(key, size, self.drop_rate, STREAM_CHUNKS[0])
+        ]
+        positions = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+        return Sparse(
+            self.values, positions.astype(np.uint32 if size < 2**32 else np.uint64), self.q, self.shape
+        )
+
+    def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
+        part, size, used = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64)), 0
+        for start, kept in _survivor_chunks(part.key, size, self.drop_rate, length):
+            places = np.arange(used, used + len(kept))
+            if used + len(kept) > len(self.values):
+                raise DarexError("there are fewer values than the mask has survivors")
+            numbers = part.values.read(places, *cell(start + kept, self.shape)) * reciprocal(part.q)
+            yield kept, numbers
+            used += len(kept)
+        if used != len(self.values):
+            raise DarexError("there are more values than the mask has survivors")
+
+    def fields(self) -> dict[str, Any]:
+        return {"q": float(self.q), "drop_rate": self.drop_rate, "values": self.values.fields()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return self.values.arrays()
+
+    @classmethod
+    def read(
+        cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape, key: np.ndarray
+    ) -> Random:
+        """Args: key: uint32[2]. Raises: DarexError for what is no random part of this shape.
+
+        That there are as many values as survivors is seen by `chunks`, which draws the mask.
+        """
+        rate = fields.get("drop_rate")
+        if type(rate) not in (int, float):
+            raise DarexError("drop_rate is no number")
+        keep_threshold(rate)
+        form = fields.get("values") or {}
+        count = max((x.size for name, x in arrays.items() if name != "scales"), default=0)
+        width, size = shape[-1] if shape else 1, int(np.prod(shape, dtype=np.int64))
+        values = values_from(form, arrays, (count,), size // width if width else 0, width)
+        return cls(values, key, np.asarray(check_q(fields.get("q"))), float(rate), shape)
+
+
+def _spread(part: Random, mask: jax.Array, used: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """The values where the flat mask is True, from number `used` on, zero elsewhere."""
+    place = jnp.maximum(used + jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
+    return jnp.where(mask, part.values.read(place, rows, columns) * reciprocal(part.q), 0.0)
+
+
+def _survivor_chunks(
+    key: np.ndarray, size: int, drop_rate: float, length: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    threshold = keep_threshold(drop_rate)
+    for start in range(0, size, length):
+        yield start, np.flatnonzero(stream_mask(key, start, min(length, size - start), threshold))

@@ -1,0 +1,113 @@
+"""The sign of every entry, and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.errors import DarexError
+from darex_jax.parts.values import Array, Shape, cell, check_q, on_device, reciprocal
+
+BLOCK = 1 << 19  # entries of the matrix that a product unpacks at a time
+SignPer = Literal["matrix", "row", "column"]
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["packed", "scales", "q"], meta_fields=["per", "shape"]
+)
+@dataclass(frozen=True)
+class Sign:
+    """`scale * sign / q`.
+
+    Attributes:
+      packed: uint8 [ceil(size / 8)], entry i is bit i % 8 of byte i // 8, set where the sign is +.
+      scales: floats, one for the matrix, each row or each column.
+      q: divisor, a scalar.
+      per: "matrix", "row" or "column".
+      shape: of the parameter.
+    Source: BitDelta, arXiv:2402.10193.
+    """
+
+    kind: ClassVar[str] = "sign"
+    packed: Array
+    scales: Array
+    q: Array
+    per: SignPer
+    shape: Shape
+
+    def to_dense(self) -> jax.Array:
+        """float32 [shape]."""
+        part, size = on_device(self), int(np.prod(self.shape, dtype=np.int64))
+        plus = _unpacked(part.packed)[:size].reshape(self.shape)
+        index = jnp.arange(size, dtype=jnp.int32).reshape(self.shape)
+        scale = part._scale(index)
+        return jnp.where(plus, scale, -scale)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ dense.T`, [..., in] -> [..., out]; some rows of the matrix are unpacked at a time."""
+        part, (out, width) = on_device(self), self.shape
+        whole = 8 // np.gcd(width, 8)  # so many rows are a whole number of bytes
+        rows = int(min(-(-out // whole), max(1, BLOCK // (width * whole))) * whole)
+        blocks = -(-out // rows)
+        padded = jnp.pad(part.packed, (0, blocks * rows * width // 8 - len(part.packed)))
+        scale = part.scales.astype(jnp.float32) * reciprocal(part.q)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        y = x * scale if self.per == "column" else x
+
+        def block(packed: jax.Array) -> jax.Array:
+            sign = jnp.where(_unpacked(packed), 1.0, -1.0).reshape(rows, width)
+            return jnp.einsum("...D,OD->O...", y, sign)
+
+        products = jax.lax.map(block, padded.reshape(blocks, -1)).reshape(-1, *x.shape[:-1])[:out]
+        found = jnp.moveaxis(products, 0, -1)
+        return found if self.per == "column" else found * scale
+
+    def chunks(self, length: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """For every so many entries in turn: all of them, float32."""
+        part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
+        for start in range(0, size, length):
+            stop = min(start + length, size)
+            bits = np.unpackbits(part.packed[start // 8 : -(-stop // 8)], bitorder="little")
+            scale = part._scale(np.arange(start, stop))
+            yield slice(None), np.where(bits[start % 8 :][: stop - start] != 0, scale, -scale)
+
+    def _scale(self, index: Array) -> Array:
+        rows, columns = cell(index, self.shape)
+        number = {"matrix": index * 0, "row": rows, "column": columns}[self.per]
+        return self.scales.astype(np.float32)[number] * reciprocal(self.q)
+
+    def fields(self) -> dict[str, Any]:
+        return {"q": float(self.q), "per": self.per}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"signs": np.asarray(self.packed), "scales": np.asarray(self.scales)}
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Sign:
+        """Raises: DarexError for what are no signs of this shape."""
+        packed, scales, per = arrays.get("signs"), arrays.get("scales"), fields.get("per")
+        size, width = int(np.prod(shape, dtype=np.int64)), shape[-1] if shape else 1
+        if packed is None or packed.dtype != np.uint8 or packed.size != -(-size // 8):
+            raise DarexError("there is not one sign for every entry")
+        groups = {"matrix": 1, "row": size // width if width else 0, "column": width}
+        if per not in groups or scales is None or scales.dtype.kind not in "fV" or scales.size != groups[per]:
+            raise DarexError("the scales are not those of signs")
+        return cls(packed, scales, np.asarray(check_q(fields.get("q"))), per, shape)
+
+
+def _unpacked(packed: jax.Array) -> jax.Array:
+    bits = (packed[:, None] >> jnp.arange(8, dtype=jnp.uint8)[None]) & 1
+    return bits.reshape(-1) != 0
+
+
+def pack_signs(delta: jax.Array) -> jax.Array:
+    """`Sign.packed` of a parameter's delta: + where an entry is not negative. Any shape -> uint8."""
+    plus = jnp.reshape(delta, -1) >= 0
+    padded = jnp.pad(plus, (0, -plus.size % 8)).reshape(-1, 8)
+    return jnp.sum(padded.astype(jnp.uint8) << jnp.arange(8, dtype=jnp.uint8)[None], axis=1, dtype=jnp.uint8)

@@ -1,0 +1,89 @@
+"""Survivors whose places are stored: the largest entries, say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.errors import DarexError
+from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
+
+PRODUCTS = 1 << 24  # of an input and a value that are held at a time
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "positions", "q"], meta_fields=["shape"])
+@dataclass(frozen=True)
+class Sparse:
+    """`values / q` at `positions`, zero elsewhere.
+
+    Attributes:
+      values: [S].
+      positions: rising flat indices [S], integers of any width.
+      q: divisor, a scalar.
+      shape: of the parameter.
+    """
+
+    kind: ClassVar[str] = "sparse"
+    values: Values
+    positions: Array
+    q: Array
+    shape: Shape
+
+    def to_dense(self) -> jax.Array:
+        """float32 [shape]."""
+        part = on_device(self)
+        size = int(np.prod(self.shape, dtype=np.int64))
+        numbers = part.numbers()
+        flat = jnp.zeros(size, jnp.float32).at[part.positions].set(numbers, unique_indices=True)
+        return flat.reshape(self.shape)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ dense.T`, [..., in] -> [..., out]: a gather of inputs and a sum by rows of the matrix."""
+        part = on_device(self)
+        rows, columns = cell(part.positions, self.shape)
+        numbers, (out, width) = part.numbers(), self.shape
+
+        def one(row: jax.Array) -> jax.Array:
+            products = row[columns].astype(jnp.float32) * numbers
+            return jax.ops.segment_sum(products, rows, out, indices_are_sorted=True)
+
+        flat = x.reshape(-1, width)
+        together = max(1, min(len(flat), PRODUCTS // max(1, len(numbers))))
+        return jax.lax.map(one, flat, batch_size=together).reshape(*x.shape[:-1], out)
+
+    def numbers(self) -> Array:
+        """What stands at `positions`, float32 [S]."""
+        return self.values.read(None, *cell(self.positions, self.shape)) * reciprocal(self.q)
+
+    def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
+        part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
+        numbers = part.numbers()
+        for start in range(0, size, length):
+            first, stop = np.searchsorted(part.positions, (start, start + length))
+            yield part.positions[first:stop].astype(np.int64) - start, numbers[first:stop]
+
+    def fields(self) -> dict[str, Any]:
+        return {"q": float(self.q), "values": self.values.fields()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"positions": np.asarray(self.positions), **self.values.arrays()}
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Sparse:
+        """Raises: DarexError for what is no sparse part of this shape."""
+        positions, size = arrays.get("positions"), int(np.prod(shape, dtype=np.int64))
+        if positions is None or positions.dtype.kind != "u":
+            raise DarexError("there are no positions")
+        if positions.size and (int(positions[-1]) >= size or not (positions[1:] > positions[:-1]).all()):
+            raise DarexError("positions do not rise within the parameter")
+        width = shape[-1] if shape else 1
+        rows = size // width if width else 0
+        values = values_from(fields.get("values") or {}, arrays, positions.shape, rows, width)
+        return cls(values, positions, np.asarray(check_q(fields.get("q"))), shape)

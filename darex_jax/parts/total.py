@@ -1,0 +1,69 @@
+"""A parameter's delta: the sum of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.parts.columns import Columns
+from darex_jax.parts.dense import Dense
+from darex_jax.parts.low_rank import LowRank
+from darex_jax.parts.random import Random
+from darex_jax.parts.sign import Sign
+from darex_jax.parts.sparse import Sparse
+from darex_jax.parts.values import Shape
+
+Part = Random | Sparse | Columns | LowRank | Sign | Dense
+PARTS = {part.kind: part for part in (Random, Sparse, Columns, LowRank, Sign, Dense)}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["shape"])
+@dataclass(frozen=True)
+class Parts:
+    """`parts[0] + parts[1] + ...`, in float32 and in this order; none is zero.
+
+    A leaf of a delta: `apply_delta` takes it as it takes an array.
+
+    Attributes: parts: of one parameter; shape: its shape.
+    """
+
+    parts: tuple[Part, ...]
+    shape: Shape
+
+    def to_dense(self) -> jax.Array:
+        """float32 [shape]."""
+        total = jnp.zeros(self.shape, jnp.float32)
+        for part in self.parts:
+            total = total + part.to_dense()
+        return total
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x @ to_dense().T`, [..., in] -> [..., out], by each part's own product."""
+        total = jnp.zeros((*x.shape[:-1], self.shape[0]), jnp.float32)
+        for part in self.parts:
+            total = total + part.matmul(x)
+        return total
+
+    def chunks(self, length: int) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
+        """For every so many entries in turn: which of them may be other than zero, and their float32 numbers.
+
+        On the host, and the definition of the bits: what a file restores is this, whatever reads it.
+        """
+        size = int(np.prod(self.shape, dtype=np.int64))
+        if len(self.parts) == 1:
+            yield from self.parts[0].chunks(length)
+            return
+        streams = [part.chunks(length) for part in self.parts]
+        for start in range(0, size, length):
+            total = np.zeros(min(length, size - start), np.float32)
+            for stream in streams:
+                index, numbers = next(stream)
+                total[index] += numbers
+            yield slice(None), total
+        for stream in streams:  # what a part still has to say at its end
+            next(stream, None)

@@ -1,0 +1,198 @@
+"""The numbers of a part: raw floats, or integers of a few bits times scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.errors import DarexError
+
+Array = Any  # a NumPy or a JAX array: both are read alike
+BITS = (8, 4, 2, 1)
+Per = Literal["matrix", "row", "column"] | int
+Shape = tuple[int, ...]
+FITS = 8  # rounds of choosing the integers for a scale and the scale for the integers
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["numbers", "scales"], meta_fields=["bits", "per"])
+@dataclass(frozen=True)
+class Values:
+    """`scale * integer` for every value, or the value itself.
+
+    Attributes:
+      numbers: any shape; floats of any dtype, or int8 with `bits`.
+      scales: floats [groups], one for each group of integers; None beside floats.
+      bits: 8, 4, 2 (integers from -(2^(bits-1) - 1) to its opposite) or 1 (-1 and 1); None for floats.
+      per: what shares a scale: the "matrix", a "row" or a "column" of the parameter, or so many values that
+        follow each other.
+    """
+
+    numbers: Array
+    scales: Array | None = None
+    bits: int | None = None
+    per: Per = "matrix"
+
+    def __len__(self) -> int:
+        return int(np.prod(np.shape(self.numbers), dtype=np.int64))
+
+    def read(self, places: Array = None, rows: Array = None, columns: Array = None) -> Array:
+        """All values in float32, or of flat ones those at `places`: one multiplication each, or none.
+
+        Args: rows, columns: where in the parameter these values lie, integers that broadcast against them;
+          needed for scales per row or per column.
+        """
+        numbers = self.numbers if places is None else self.numbers[places]
+        if self.bits is None:
+            return numbers.astype(np.float32)
+        assert self.scales is not None
+        if self.per == "matrix":
+            scale = self.scales[0]
+        elif self.per in ("row", "column"):
+            scale = self.scales[rows if self.per == "row" else columns]
+        else:
+            if places is None:
+                places = np.arange(len(self)).reshape(np.shape(numbers))
+            scale = self.scales[places // self.per]
+        return numbers.astype(np.float32) * scale.astype(np.float32)
+
+    def fields(self) -> dict[str, Any]:
+        """What a file says of them beside their arrays; {} for floats."""
+        return {} if self.bits is None else {"bits": self.bits, "per": self.per}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a file holds of them, flat: `values`, or `int8`, `int4`, ... and `scales`."""
+        if self.bits is None:
+            return {"values": np.asarray(self.numbers).reshape(-1)}
+        return {
+            f"int{self.bits}": np.asarray(self.numbers).reshape(-1),
+            "scales": np.asarray(self.scales).reshape(-1),
+        }
+
+
+def values_from(
+    fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape, rows: int, columns: int
+) -> Values:
+    """The inverse of `fields` and `arrays`, which may be anybody's.
+
+    Args: shape: of the values; rows, columns: how many scales there are per row or per column.
+    Raises: DarexError unless they are values of that shape.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    if not fields:
+        numbers = arrays.get("values")
+        if numbers is None or numbers.dtype.kind not in "fV" or numbers.size != size:
+            raise DarexError(f"expected {size} floating values")
+        return Values(numbers.reshape(shape))
+    bits, per = fields.get("bits"), fields.get("per")
+    if bits not in BITS or not (per in ("matrix", "row", "column") or (type(per) is int and per > 0)):
+        raise DarexError("unknown bits or scales of values")
+    numbers, scales = arrays.get(f"int{bits}"), arrays.get("scales")
+    groups = -(-size // per) if isinstance(per, int) else {"matrix": 1, "row": rows, "column": columns}[per]
+    if numbers is None or numbers.dtype != np.int8 or numbers.size != size:
+        raise DarexError(f"expected {size} integers")
+    if scales is None or scales.dtype.kind not in "fV" or scales.size != groups:
+        raise DarexError(f"expected {groups} scales")
+    most = largest_integer(bits)
+    if size and (numbers.max() > most or numbers.min() < -most or (bits == 1 and not numbers.all())):
+        raise DarexError(f"an integer that {bits} bits do not hold")
+    return Values(numbers.reshape(shape), scales, bits, per)
+
+
+def largest_integer(bits: int) -> int:
+    return 1 if bits == 1 else 2 ** (bits - 1) - 1
+
+
+def quantise(
+    numbers: Array,
+    bits: int | None,
+    per: Per = "matrix",
+    *,
+    rows: Array = None,
+    columns: Array = None,
+    shape: tuple[int, int] | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> Values:
+    """Values near `numbers` in the sense of least squares.
+
+    One bit: the sign (+ for 0) and the mean magnitude, which is the best scale for it. More: the nearest
+    integers for a scale and the best scale for these integers, in turn.
+
+    Args:
+      numbers: floats, any shape.
+      bits: None rounds them to `dtype` and no further.
+      per, rows, columns: as in `Values`; rows and columns broadcast against `numbers`.
+      shape: [rows, columns] of the parameter, for scales per row or per column.
+      dtype: of the scales.
+    Raises: DarexError for other bits.
+    """
+    x = jnp.asarray(numbers)
+    if bits is None:
+        return Values(x.astype(dtype))
+    if bits not in BITS:
+        raise DarexError(f"values have {', '.join(map(str, BITS))} bits, got {bits}.")
+    if per == "matrix":
+        group, groups = jnp.zeros(x.shape, jnp.int32), 1
+    elif isinstance(per, int):
+        group, groups = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape) // per, -(-x.size // per)
+    else:
+        group = jnp.broadcast_to(jnp.asarray(rows if per == "row" else columns, jnp.int32), x.shape)
+        groups = (shape or x.shape)[0 if per == "row" else 1]
+    integers, scales = _fit(x.astype(jnp.float32).reshape(-1), group.reshape(-1), max(1, groups), bits)
+    return Values(integers.reshape(x.shape), scales[:groups].astype(dtype), bits, per)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _fit(x: jax.Array, group: jax.Array, groups: int, bits: int) -> tuple[jax.Array, jax.Array]:
+    def total(values: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values, group, groups)
+
+    def ratio(above: jax.Array, below: jax.Array, other: jax.Array | float) -> jax.Array:
+        return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), other)
+
+    count, most = total(jnp.ones_like(x)), largest_integer(bits)
+    if bits == 1:
+        return jnp.where(x < 0, -1, 1).astype(jnp.int8), ratio(total(jnp.abs(x)), count, 0.0)
+
+    def nearest(scales: jax.Array) -> jax.Array:
+        scale = scales[group]
+        return jnp.clip(jnp.round(x / jnp.where(scale > 0, scale, 1.0)), -most, most)
+
+    def refit(_: int, scales: jax.Array) -> jax.Array:
+        integers = nearest(scales)
+        return ratio(total(integers * x), total(integers * integers), scales)
+
+    largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), group, groups), 0.0)
+    # With few bits and a long tail the largest magnitude is too large a step to begin with.
+    start = jnp.minimum(largest, 3.0 * jnp.sqrt(ratio(total(x * x), count, 0.0))) / most
+    scales = jax.lax.fori_loop(0, FITS, refit, largest / most if bits == 8 else start)
+    integers = nearest(scales)
+    return integers.astype(jnp.int8), ratio(total(integers * x), total(integers * integers), scales)
+
+
+def on_device(part: Any) -> Any:
+    """A part whose arrays are JAX's, so that it can be read inside a compiled function."""
+    return jax.tree.map(jnp.asarray, part)
+
+
+def reciprocal(q: Array) -> Array:
+    """1/q in float32, what values are multiplied by."""
+    return np.float32(1) / q.astype(np.float32)
+
+
+def cell(index: Array, shape: Shape) -> tuple[Array, Array]:
+    """Row and column of flat indices in a matrix; of a vector, row 0."""
+    width = shape[-1] if shape else 1
+    return index // width, index % width
+
+
+def check_q(q: Any) -> np.float32:
+    """A divisor as float32. Raises: DarexError unless it and its reciprocal are positive normal numbers."""
+    if type(q) not in (int, float) or not 2.0**-126 <= q <= 2.0**126:
+        raise DarexError("q is no positive number that float32 holds")
+    return np.float32(q)

@@ -1,0 +1,315 @@
+"""Every part, by one table: dense, product and chunks agree, and its bytes come back as they were."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import darex_jax as dx
+from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import leaf_key
+from darex_jax.files.blocks import pack, unpack
+from darex_jax.files.coding import CODERS, Stream, decode, encode, from_gaps, to_gaps
+from darex_jax.methods.budget import Budget, entropy
+from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.table import METHODS
+from darex_jax.parts.columns import Columns
+from darex_jax.parts.dense import Dense
+from darex_jax.parts.low_rank import LowRank
+from darex_jax.parts.random import Random
+from darex_jax.parts.sign import Sign, pack_signs
+from darex_jax.parts.sparse import Sparse
+from darex_jax.parts.total import PARTS, Parts
+from darex_jax.parts.values import Values, quantise
+
+SHAPE = (24, 37)
+DELTA = np.random.default_rng(0).normal(0, 1e-2, SHAPE).astype(np.float32)
+Q = np.asarray(np.float32(0.3))
+KEY = np.asarray(jax.random.key_data(leaf_key(jax.random.key(7), "layer.weight")))
+FORMS = [(None, "matrix"), (8, "row"), (2, 16), (1, "column")]
+
+
+def values_of(numbers, form, places=None):
+    bits, per = form
+    rows, columns = (None, None) if places is None else np.divmod(places, SHAPE[1])
+    return quantise(numbers, bits, per, rows=rows, columns=columns, shape=SHAPE)
+
+
+def make(kind, form):
+    """A part of each kind with its values in a form."""
+    places = np.flatnonzero(np.abs(DELTA).reshape(-1) > 0.012).astype(np.uint32)
+    if kind == "sparse":
+        return Sparse(values_of(DELTA.reshape(-1)[places], form, places), places, Q, SHAPE)
+    if kind == "random":
+        part = Random(Values(np.zeros(0)), KEY, Q, 0.9, SHAPE)
+        places = np.asarray(part.located().positions)
+        return Random(values_of(DELTA.reshape(-1)[places], form, places), KEY, Q, 0.9, SHAPE)
+    if kind == "columns":
+        columns = np.array([0, 3, 4, 17, 36], np.uint32)
+        cells = np.arange(SHAPE[0])[:, None] * SHAPE[1] + columns[None]
+        return Columns(values_of(DELTA[:, columns], form, cells), columns, Q, SHAPE)
+    if kind == "low_rank":
+        u, s, v = np.linalg.svd(DELTA, full_matrices=False)
+        bits, per = form
+        a = quantise(u[:, :5] * s[:5], bits, per, rows=np.arange(24)[:, None], columns=np.arange(5)[None])
+        b = quantise(v[:5], bits, per, rows=np.arange(5)[:, None], columns=np.arange(37)[None])
+        return LowRank(a, b, Q, SHAPE)
+    if kind == "sign":
+        per = form[1] if isinstance(form[1], str) else "row"
+        scales = np.abs(DELTA).mean({"matrix": None, "row": 1, "column": 0}[per]).reshape(-1)
+        return Sign(np.asarray(pack_signs(DELTA)), scales.astype(ml_dtypes.bfloat16), Q, per, SHAPE)
+    return Dense(values_of(DELTA, form, np.arange(DELTA.size).reshape(SHAPE)), Q, SHAPE)
+
+
+def from_chunks(part, length):
+    flat = np.zeros(int(np.prod(part.shape)), np.float32)
+    for i, (index, numbers) in enumerate(part.chunks(length)):
+        flat[i * length : (i + 1) * length][index] = numbers
+    return flat.reshape(part.shape)
+
+
+def read_back(part):
+    entry, data = pack({"a": Parts((part,), SHAPE), "layer.weight": Parts((part, part), SHAPE)})
+    entry = json.loads(json.dumps(entry))
+    found = unpack(entry, data, {"a": SHAPE, "layer.weight": SHAPE}, (0, 7))
+    return found["layer.weight"].parts[1]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("kind", list(PARTS))
+def test_part(kind, form):
+    part = make(kind, form)
+    dense = np.asarray(part.to_dense())
+    assert dense.shape == SHAPE and dense.dtype == np.float32 and np.any(dense)
+    close = dict(rtol=1e-6, atol=1e-8) if kind == "low_rank" else dict(rtol=0, atol=0)
+    for length in (1 << 20, 64, 5):  # chunks have the same numbers, wherever they are cut
+        np.testing.assert_allclose(from_chunks(part, length), dense, **close)
+    np.testing.assert_array_equal(jax.jit(lambda p: p.to_dense())(part), dense)
+    x = np.random.default_rng(1).normal(size=(2, 3, SHAPE[1])).astype(np.float32)
+    for product in (part.matmul(jnp.asarray(x)), jax.jit(lambda p, x: p.matmul(x))(part, x)):
+        assert product.shape == (2, 3, SHAPE[0])
+        np.testing.assert_allclose(product, x @ dense.T, rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(from_chunks(read_back(part), 64), from_chunks(part, 64))
+
+
+@pytest.mark.parametrize("kind", list(PARTS))
+def test_part_is_a_pytree_of_its_arrays(kind):
+    part = make(kind, (4, "row"))
+    twice = jax.tree.map(lambda x: x, part)
+    assert type(twice) is type(part) and twice.shape == SHAPE
+    assert len(jax.tree.leaves(part)) >= 2
+
+
+def test_sum_of_parts():
+    pair = Parts((make("sign", (None, "matrix")), make("sparse", (None, "matrix"))), SHAPE)
+    expected = np.asarray(pair.parts[0].to_dense()) + np.asarray(pair.parts[1].to_dense())
+    np.testing.assert_array_equal(pair.to_dense(), expected)
+    np.testing.assert_array_equal(from_chunks(pair, 100), expected)
+    x = np.ones((2, SHAPE[1]), np.float32)
+    np.testing.assert_allclose(pair.matmul(jnp.asarray(x)), x @ expected.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(Parts((), SHAPE).to_dense(), np.zeros(SHAPE))
+
+
+def test_random_part_is_prune():
+    """A random part is what `prune` makes, bit for bit."""
+    delta = {"layer": {"weight": jnp.asarray(DELTA)}}
+    expected = dx.prune(jax.random.key(7), delta, 0.9, q=0.3)["layer"]["weight"]
+    part = Random(Values(DELTA[np.asarray(expected) != 0]), KEY, Q, 0.9, SHAPE)
+    np.testing.assert_array_equal(part.to_dense(), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+def test_quantised_values_are_least_squares(bits):
+    """No other scale does better for the integers chosen, and more bits do better."""
+    x = np.random.default_rng(2).standard_t(4, 4096).astype(np.float32)
+    values = quantise(x, bits, dtype=jnp.float32)
+    error = np.sum((np.asarray(values.read()) - x) ** 2)
+    for factor in (0.98, 1.02):
+        moved = Values(values.numbers, values.scales * factor, values.bits, values.per)
+        assert np.sum((np.asarray(moved.read()) - x) ** 2) > error
+    limits = {8: 1e-3, 4: 0.06, 2: 0.25, 1: 0.6}
+    assert error < limits[bits] * np.sum(x * x)
+
+
+@pytest.mark.parametrize("fault", ["count", "rising", "outside", "q", "scales", "integers"])
+def test_forged_parts_are_refused(fault):
+    part = make("sparse", (4, "row"))
+    fields, arrays = part.fields(), dict(part.arrays())
+    if fault == "count":
+        arrays["int4"] = arrays["int4"][:-1]
+    if fault == "rising":
+        arrays["positions"] = arrays["positions"][::-1].copy()
+    if fault == "outside":
+        arrays["positions"] = arrays["positions"] + np.uint32(DELTA.size)
+    if fault == "q":
+        fields["q"] = float("nan")
+    if fault == "scales":
+        arrays["scales"] = arrays["scales"][:-1]
+    if fault == "integers":
+        arrays["int4"] = np.full_like(arrays["int4"], 8)
+    with pytest.raises(DarexError):
+        Sparse.read(fields, arrays, SHAPE)
+
+
+# Streams
+
+
+ARRAYS = {
+    "float32": np.random.default_rng(0).normal(size=1000).astype(np.float32),
+    "bfloat16": np.random.default_rng(0).normal(size=1000).astype(ml_dtypes.bfloat16),
+    "float16": np.random.default_rng(0).normal(size=999).astype(np.float16),
+    "nonfinite": np.array([0.0, -0.0, np.inf, -np.inf, np.nan], ml_dtypes.bfloat16),
+    "integers": np.random.default_rng(0).integers(-7, 8, 1001).astype(np.int8),
+    "bytes": np.frombuffer(b"the same words " * 50, np.uint8),
+    "empty": np.zeros(0, np.float32),
+    "constant": np.zeros(100_000, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", list(ARRAYS))
+def test_streams_come_back(name):
+    array = ARRAYS[name]
+    bits = 4 if name == "integers" else None
+    stream = encode(array, bits=bits)
+    np.testing.assert_array_equal(decode(stream, bits).view(np.uint8), array.view(np.uint8))
+    assert len(stream.data) <= array.nbytes
+
+
+@pytest.mark.parametrize("positions", [[], [0], [5], [0, 1, 2], [3, 900, 2**32 - 1]])
+def test_positions_come_back(positions):
+    array = np.array(positions, np.uint32)
+    np.testing.assert_array_equal(from_gaps(decode(encode(to_gaps(array)))), array)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_packed_integers_come_back(bits):
+    most = max(1, 2 ** (bits - 1) - 1)
+    choices = [-1, 1] if bits == 1 else list(range(-most, most + 1))
+    array = np.random.default_rng(0).choice(choices, 77).astype(np.int8)
+    stream = encode(array, bits=bits)
+    assert len(stream.data) <= -(-77 * bits // 8)
+    np.testing.assert_array_equal(decode(stream, bits), array)
+
+
+@pytest.mark.parametrize("drop_rate", [0.9, 0.99, 0.999])
+def test_positions_near_the_entropy_of_their_mask(drop_rate):
+    size = 1 << 23
+    places = np.flatnonzero(np.random.default_rng(0).random(size) >= drop_rate).astype(np.uint32)
+    least = size * entropy(len(places) / size) / 8
+    assert len(encode(to_gaps(places)).data) <= 1.03 * least
+
+
+def test_damaged_streams_are_refused():
+    """Bytes changed, cut or claimed otherwise: an error or other numbers, never a crash or a large array."""
+    rng = np.random.default_rng(0)
+    places = np.sort(rng.choice(10_000, 500, replace=False)).astype(np.uint32)
+    good = [encode(ARRAYS[name]) for name in ARRAYS] + [encode(to_gaps(places))]
+    for _ in range(300):
+        stream = good[rng.integers(len(good))]
+        data = bytearray(stream.data)
+        for _ in range(rng.integers(0, 4)):
+            if data:
+                data[rng.integers(len(data))] = rng.integers(256)
+        cut = len(data) - int(rng.integers(0, 3))
+        count = stream.count + int(rng.choice([0, 0, 1, -1, 2**40]))
+        coder = str(rng.choice([stream.coder, *CODERS]))
+        try:
+            found = decode(Stream(coder, stream.dtype, count, bytes(data[:cut])))
+        except DarexError:
+            continue
+        assert found.size == count <= 200_000
+
+
+# Methods
+
+
+TREE = {
+    "layer": {"weight": jnp.asarray(np.random.default_rng(3).normal(0, 1e-2, (64, 96)), jnp.float32),
+              "bias": jnp.asarray(np.random.default_rng(4).normal(0, 1e-2, 64), jnp.float32)},
+    "other": {"weight": jnp.asarray(np.random.default_rng(5).normal(0, 1e-3, (32, 64)), jnp.float32)},
+}  # fmt: skip
+EVIDENCE = Evidence(input_norms={"layer.weight": jnp.linspace(1.0, 3.0, 96)})
+
+
+def run(name, budget, tree=TREE):
+    method = METHODS[name]
+    return method.prune(tree, budget, EVIDENCE, **({"key": jax.random.key(0)} if method.random else {}))
+
+
+def stored(parts):
+    """Bytes of all arrays before they are coded, positions at their entropy."""
+    total = 0.0
+    for leaf in jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, Parts)):
+        for part in leaf.parts:
+            for name, array in part.arrays().items():
+                if name == "positions":
+                    size = int(np.prod(part.shape))
+                    total += size * entropy(len(array) / size) / 8
+                else:
+                    total += array.nbytes
+    return total
+
+
+@pytest.mark.parametrize("room", [0.4, 0.16])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_method_keeps_to_its_bytes(name, room):
+    entries = sum(x.size for x in jax.tree.leaves(TREE))
+    options = {"dtype": jnp.bfloat16} if name == "dare" else {}
+    method = METHODS[name]
+    key = {"key": jax.random.key(0)} if method.random else {}
+    parts = method.prune(TREE, Budget(bytes_per_parameter=room), EVIDENCE, **key, **options)
+    assert set(parts) == set(TREE)
+    dense = jax.tree.map(lambda p: p.to_dense(), parts, is_leaf=lambda x: isinstance(x, Parts))
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, TREE)
+    # Random survivors are not as many as expected to the one, and signs come as they are.
+    assert 0.8 * min(room, 0.125) * entries < stored(parts) <= 1.1 * room * entries
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_method_is_deterministic_and_says_less_for_more_room(name):
+    def error(room):
+        parts = run(name, Budget(bytes_per_parameter=room))
+        leaf = parts["layer"]["weight"].to_dense()
+        return float(
+            jnp.sum((leaf * float(parts["layer"]["weight"].parts[0].q) - TREE["layer"]["weight"]) ** 2)
+        )
+
+    assert error(0.5) == error(0.5)
+    assert error(0.5) <= error(0.2)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.leafwise])
+def test_leafwise_methods_take_leaves_alone(name):
+    budget = Budget(drop_rate=0.8)
+    whole = run(name, budget)["layer"]["weight"].to_dense()
+    alone = run(name, budget, {"layer": {"weight": TREE["layer"]["weight"]}})["layer"]["weight"].to_dense()
+    np.testing.assert_array_equal(whole, alone)
+
+
+def test_signs_do_not_fit_every_budget():
+    with pytest.raises(DarexError, match=r"0\.125 bytes a parameter"):
+        run("sign", Budget(bytes_per_parameter=0.1))
+
+
+def test_budgets_say_one_thing():
+    for wrong in (
+        {},
+        {"drop_rate": 0.9, "bytes_per_parameter": 1.0},
+        {"drop_rate": 1.0},
+        {"bytes_per_parameter": 0.0},
+    ):
+        with pytest.raises(DarexError):
+            Budget(**wrong)
+    density = Budget(bytes_per_parameter=0.02).density(16, places=True)
+    assert density * 16 + entropy(density) == pytest.approx(0.16, rel=1e-6)
+    assert Budget(drop_rate=0.9).density(16, places=True) == pytest.approx(0.1)
+
+
+def test_svd_spends_where_it_explains_most():
+    """The matrix of the larger delta gets the ranks."""
+    parts = run("svd", Budget(bytes_per_parameter=0.2))
+    ranks = {n: sum(p.rank for p in parts[n]["weight"].parts) for n in ("layer", "other")}
+    assert ranks["layer"] > ranks["other"]
