@@ -391,9 +391,16 @@ POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bi
                 "method": [1],
             }.items()
         ],
-        (lambda r: r.update(drop_rate=10**400), "int too large"),
-        (lambda r: r.update(base_only="bert"), "where a text belongs"),
-        (lambda r: r["base_names"].update({POOLER: ["x"]}), "where a text belongs"),
+        (lambda r: r.update(drop_rate=10**400), "drop_rate is not what it should be"),
+        (lambda r: r.update(base_only="bert"), "base_only is not what it should be"),
+        (lambda r: r["base_names"].update({POOLER: ["x"]}), "base_names is not what it should be"),
+        (lambda r: r.pop("versions"), "it has no versions"),
+        (lambda r: r.update(format=2), "format 2, this version reads 1; update darex_jax"),
+        (lambda r: r.update(format="\x1b[31m"), "format is not what it should be"),
+        (lambda r: r.update(base_files={"config.json": 1}), "base_files is not what it should be"),
+        (lambda r: r["parameters"][POOLER].update(dtype="F99"), f"dtype of '{POOLER}'"),
+        (lambda r: r["parameters"][POOLER].update(dtype="I8"), f"'{POOLER}' would be restored in I8"),
+        (lambda r: r["base"].update({"a\nb": {}}), "a tensor 'a.nb' in the base"),
         (lambda r: r["base"]["pooler.dense.weight"].update(shape=5), "in the base"),
         (lambda r: r["base"]["pooler.dense.weight"].update(blake3="ab"), "fingerprint"),
         (lambda r: r["base_names"].update({"x": "pooler.dense.weight"}), "made from one of the base's"),
@@ -652,7 +659,7 @@ def test_read_into_stops_at_a_shrunk_file(tmp_path):
 def test_artifact_size_at_one_percent(tmp_path):
     rng = np.random.default_rng(0)
     base = {f"bert.layer.{i}.weight": rng.normal(size=(1500, 1000)).astype(BF16) for i in range(2)}
-    fine = {n: (v.astype(np.float32) * 1.001).astype(BF16) for n, v in base.items()}
+    fine = {n: (v.astype(np.float32) * 1.01).astype(BF16) for n, v in base.items()}
     write(tmp_path / "base", base)
     write(tmp_path / "fine", fine)
     summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.99)
