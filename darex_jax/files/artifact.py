@@ -217,7 +217,9 @@ class DeltaFile(SafetensorsFile):
             digest.update(as_bytes(values))
             start += count
             if start == info.size:
-                self._handed_out[name] = digest.hexdigest()
+                now = digest.hexdigest()
+                if self._handed_out.setdefault(name, now) != now:
+                    raise FileError(f"{self.path}: changed while it was read.")
             return values
 
         return take

@@ -28,7 +28,6 @@ from darex_jax.files.checkpoint import (
     StoredTensor,
     atomic_directory,
     companion_files,
-    read_config,
 )
 from darex_jax.files.safetensors import (
     CHUNK,
@@ -76,7 +75,6 @@ def apply_artifact(
     outputs = restored_layout(base, delta, dtype)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         restore_companions(base.path, delta, folder, allow_changed_files=allow_changed_files)
-        _name_dtype(folder / "config.json", outputs)
         total = 0
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
@@ -104,6 +102,7 @@ def apply_artifact(
         ):
             _check_digest(delta, name, digest)
         delta.check_data()
+        _name_dtype(base, delta, folder, outputs)
         if len(outputs) > 1:
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -231,17 +230,17 @@ def _companions(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict
     return found
 
 
-def _name_dtype(config_file: Path, layout: Layout) -> None:
+def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout) -> None:
     """Where config.json names a dtype, it is to be the one that most floating entries have."""
+    config = delta.config() if "config.json" in delta.names("file") else base.config
     entries: Counter[str] = Counter()
     for tensors in layout.values():
         for dtype, shape in tensors.values():
             entries[dtype.name] += element_count(shape) if dtype.kind in "fV" else 0
-    config = read_config(config_file.parent)
     [(name, count)] = entries.most_common(1) or [("", 0)]
     stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
     if count and stale:
-        config_file.write_text(json.dumps(config | dict.fromkeys(stale, name), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(stale, name), indent=2) + "\n")
 
 
 def verify_artifact(
