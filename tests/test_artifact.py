@@ -5,7 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import blake3
@@ -20,13 +24,16 @@ from hypothesis import strategies as st
 
 import darex_jax as dx
 from darex_jax.cli import main
+from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.files.artifact import DeltaFile, canonical_json, tensor_line
+from darex_jax.files import stream
+from darex_jax.files.artifact import DeltaFile, canonical_json, survivor_indices, tensor_line
 from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
+from darex_jax.tasks.batching import load_tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -391,9 +398,16 @@ POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bi
                 "method": [1],
             }.items()
         ],
-        (lambda r: r.update(drop_rate=10**400), "int too large"),
-        (lambda r: r.update(base_only="bert"), "where a text belongs"),
-        (lambda r: r["base_names"].update({POOLER: ["x"]}), "where a text belongs"),
+        (lambda r: r.update(drop_rate=10**400), "drop_rate is not what it should be"),
+        (lambda r: r.update(base_only="bert"), "base_only is not what it should be"),
+        (lambda r: r["base_names"].update({POOLER: ["x"]}), "base_names is not what it should be"),
+        (lambda r: r.pop("versions"), "it has no versions"),
+        (lambda r: r.update(format=2), "format 2, this version reads 1; update darex_jax"),
+        (lambda r: r.update(format="\x1b[31m"), "format is not what it should be"),
+        (lambda r: r.update(base_files={"config.json": 1}), "base_files is not what it should be"),
+        (lambda r: r["parameters"][POOLER].update(dtype="F99"), f"dtype of '{POOLER}'"),
+        (lambda r: r["parameters"][POOLER].update(dtype="I8"), f"'{POOLER}' would be restored in I8"),
+        (lambda r: r["base"].update({"a\nb": {}}), "a tensor 'a.nb' in the base"),
         (lambda r: r["base"]["pooler.dense.weight"].update(shape=5), "in the base"),
         (lambda r: r["base"]["pooler.dense.weight"].update(blake3="ab"), "fingerprint"),
         (lambda r: r["base_names"].update({"x": "pooler.dense.weight"}), "made from one of the base's"),
@@ -652,7 +666,7 @@ def test_read_into_stops_at_a_shrunk_file(tmp_path):
 def test_artifact_size_at_one_percent(tmp_path):
     rng = np.random.default_rng(0)
     base = {f"bert.layer.{i}.weight": rng.normal(size=(1500, 1000)).astype(BF16) for i in range(2)}
-    fine = {n: (v.astype(np.float32) * 1.001).astype(BF16) for n, v in base.items()}
+    fine = {n: (v.astype(np.float32) * 1.01).astype(BF16) for n, v in base.items()}
     write(tmp_path / "base", base)
     write(tmp_path / "fine", fine)
     summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.99)
@@ -690,3 +704,357 @@ def test_load_delta_of_a_checkpoint_pair(tmp_path, pair):
     prune(*pair, tmp_path / "d")
     assert list(flatten_names(dx.load_kept(tmp_path / "d"))) == ["classifier.weight"]
     assert "bert.pooler.dense.weight" in flatten_names(dx.load_delta(tmp_path / "d"))
+
+
+FILES = {"config.json": '{"model_type": "bert", "layer_norm_eps": 1e-12}', "vocab.txt": "[UNK]\na\n"}
+
+
+def with_files(path, files=FILES):
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("config.json", FILES["config.json"].replace("1e-12", "1e-5"), "held something else"),
+        ("vocab.txt", "[UNK]\nb\n", "held something else"),
+        ("vocab.txt", None, "is missing; it was there"),
+        ("tokenizer.json", "{}", "was not there"),
+    ],
+)
+def test_a_base_whose_files_changed_is_refused(tmp_path, pair, name, content, what):
+    base, fine = with_files(pair[0]), with_files(pair[1])
+    delta, out = tmp_path / "d", tmp_path / "out"
+    darex("prune", base, fine, delta, "-p", 0.9)
+    assert darex("verify", delta, "--base", base).stderr == ""
+    (base / name).unlink() if content is None else (base / name).write_text(content)
+    (base / "chat_template.jinja").touch()  # named second
+    fault = f"{base / name}, which the restored model takes over, {what} when {delta} was made"
+    for command in (("apply", base, delta, out), ("verify", delta, "--base", base)):
+        assert fault in darex(*command, code=1).stderr
+        allowed = darex(*command, "--allow-changed-files", "--json")
+        assert f"warning: {fault}: allowed." in allowed.stderr
+        assert len(json.loads(allowed.stdout)["warnings"]) == 2
+    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()}
+    with pytest.raises(FileError, match="which the restored model takes over"):
+        dx.load_model(base, delta=delta)
+    (base / "vocab.txt").touch()
+    with pytest.raises(FileError, match="which the restored model takes over"):
+        load_tokenizer(base, delta)
+
+
+def test_files_of_the_delta_may_change_in_the_base(tmp_path, pair):
+    base, fine = with_files(pair[0]), pair[1]  # the fine-tune has another config.json and no vocab.txt
+    darex("prune", base, fine, tmp_path / "d", "-p", 0.9)
+    (base / "config.json").write_text('{"model_type": "bert", "layer_norm_eps": 1}')
+    assert darex("apply", base, tmp_path / "d", tmp_path / "out").stderr == ""
+    assert (tmp_path / "out/config.json").read_bytes() == (fine / "config.json").read_bytes()
+    assert (tmp_path / "out/vocab.txt").read_text() == FILES["vocab.txt"]
+
+
+@pytest.mark.parametrize(("of_base", "of_fine"), [(BF16, np.float32), (np.float32, BF16), (BF16, np.float16)])
+@pytest.mark.parametrize("written", [None, "float32", "bfloat16"])
+def test_a_model_is_restored_in_the_fine_tunes_dtype(tmp_path, of_base, of_fine, written):
+    """The config.json that both models have is of no help: it names the base's dtype."""
+    base, fine = encoder(0, of_base), encoder(1, of_fine, step=1e-4)
+    config = {"torch_dtype": np.dtype(of_base).name, "num_labels": 2}
+    write(tmp_path / "base", base, config)
+    write(tmp_path / "fine", fine, config)
+    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.5)
+    command = ("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    darex(*command, *(["--dtype", written] if written else []))
+    dtype = np.dtype(of_fine if written is None else written)
+    restored = read_all(tmp_path / "out")
+    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
+        in_memory = dict(restored_params(b, d, written))
+        mask = {
+            n: survivor_indices(d.recipe.key, n, base[n].size, d.threshold()) for n in d.recipe.parameters
+        }
+    assert {n: x.tobytes() for n, x in restored.items()} == {n: x.tobytes() for n, x in in_memory.items()}
+    for name, kept in mask.items():
+        start = base[name].astype(np.float32).reshape(-1)
+        delta = (fine[name].astype(np.float32).reshape(-1) - start).astype(of_fine).astype(np.float32)[kept]
+        start[kept] += np.where(delta == 0, 0, delta * (np.float32(1) / np.float32(0.5)))
+        assert restored[name].dtype == dtype
+        assert restored[name].tobytes() == start.astype(dtype).tobytes()
+    assert restored["classifier.weight"].dtype == dtype
+    assert restored["bert.embeddings.position_ids"].dtype == np.int64
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype.name
+
+
+def test_a_dtype_that_does_not_hold_the_numbers_is_refused(tmp_path):
+    write(tmp_path / "base", {"bert.w": np.array([1e20, 1, 2], BF16)})
+    write(tmp_path / "fine", {"bert.w": np.array([1e20, 1, 3], BF16)})
+    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
+    command = ("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    assert "'bert.w' does not fit float16" in darex(*command, "--dtype", "float16", code=1).stderr
+    darex(*command)
+    refused_ = pytest.raises(DarexError, match="in a floating dtype, not in int32")
+    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d, refused_:
+        apply_artifact(b, d, tmp_path / "other", dtype=np.int32)
+
+
+def test_what_is_seldom_meant_is_warned_of(tmp_path, pair):
+    base, fine = pair
+    out = tmp_path / "d"
+
+    def warned(*options, fine=fine):
+        run = darex("prune", base, fine, out, *options, "--json")
+        lines = json.loads(run.stdout)["warnings"]
+        assert run.stderr == "".join(f"warning: {line}\n" for line in lines)
+        return "".join(lines)
+
+    assert warned("-p", 0.9) == warned("-p", 0.99, "--q", 0.01) == warned("-p", 0.9, "--q", 0.5) == ""
+    assert "q = 0.05 of 'bert." in warned("-p", 0.9, "--q", 0.05)
+    assert "every delta is zero" in warned("-p", 0.9, fine=base)
+    assert "keeps nothing: 1 - drop rate is less than masks resolve" in warned("-p", 1 - 2**-33, "--q", 1)
+    assert "nothing survived the drop rate of 0.99999" in warned("-p", 0.99999)
+    darex("apply", base, out, tmp_path / "out")
+    with pytest.warns(DarexWarning, match="every delta is zero"):
+        dx.save_delta(out, jax.random.key(0), {"w": jnp.zeros(50)}, 0.5, base={"w": jnp.ones(50)})
+
+
+def test_save_delta_counts_and_refuses_like_prune(tmp_path):
+    base = {"a": jnp.ones(40), "b": [jnp.ones((5, 8)), jnp.zeros(3)]}
+    delta = {"a": jnp.ones(40).at[3].set(jnp.nan).at[4].set(-jnp.inf), "b": [jnp.ones((5, 8)), jnp.ones(3)]}
+    key = jax.random.key(0)
+
+    def save(q, delta=delta):
+        return dx.save_delta(tmp_path / "d", key, delta, 0.5, q, base=base)
+
+    assert save(None).nonfinite == 2
+    by_leaf = {"a": 0.5, "b.0": 0.6, "b.1": 0.7}
+    for q in ({"a": 0.5, "b": [0.6, 0.7]}, by_leaf, {"a": np.float32(0.5), "b": (0.6, jnp.float32(0.7))}):
+        recipe = save(q)
+        assert {name: round(entry["q"], 6) for name, entry in recipe.parameters.items()} == by_leaf
+    as_list = dx.save_delta(tmp_path / "d", key, [delta["a"]], 0.5, [0.8], base=[base["a"]])
+    assert as_list.parameters["0"]["q"] == 0.8
+    assert dx.load_delta(tmp_path / "d")["0"].shape == (40,)
+    for q, text in (
+        (by_leaf | {"c": 1.0}, "there is no parameter for the q of 'c'"),
+        ({"a": 0.5}, "there is no q for 'b.0'; there is no q for 'b.1'"),
+        (by_leaf | {"a": 0}, "q of 'a' must be a positive number"),
+        (by_leaf | {"a": jnp.ones(2)}, "q of 'a' must be a positive number"),
+    ):
+        with pytest.raises(DarexError, match=text):
+            save(q)
+    with pytest.raises(DarexError, match="'a' of the delta holds int32: only floating"):
+        save(None, {"a": jnp.ones(40, jnp.int32)})
+    with pytest.raises(DarexError, match="is not a name that a parameter can have in a file"):
+        dx.save_delta(tmp_path / "d", key, {"a\n": jnp.ones(3)}, 0.5, base={"a\n": jnp.ones(3)})
+
+
+def test_names_of_q_that_fit_nothing_are_refused(tmp_path, pair):
+    q = dict.fromkeys(encoder(1), 0.5) | {"classifier.weight": 0.5}  # it is out of scope: no harm
+    prune(*pair, tmp_path / "d", q=q)
+    with pytest.raises(DarexError, match=r"there is no parameter for the q of 'bert\.pooler'"):
+        prune(*pair, tmp_path / "d", q=q | {"bert.pooler": 0.5})
+
+
+@pytest.mark.parametrize(("drop_rate", "shape"), [(1 - 2**-33, [2**46]), (1 - 2**-32, [2**40])])
+def test_a_small_file_cannot_claim_a_large_model(tmp_path, pair, drop_rate, shape):
+    prune(*pair, tmp_path / "d")
+
+    def huge(recipe):
+        for entry in (recipe["parameters"][POOLER], recipe["base"]["pooler.dense.weight"]):
+            entry["shape"] = shape
+        recipe["drop_rate"] = drop_rate
+
+    def thin(tensors):
+        for name in tensors:
+            if name.startswith("values/"):
+                tensors[name] = tensors[name][:0]
+        tensors[f"values/{POOLER}"] = np.ones(round(shape[0] * (1 - drop_rate)) % 2**13, np.float32)
+
+    path = forge(tmp_path / "forged", tmp_path / "d", huge, thin)
+    claims = (
+        f"claims {shape[0] + 1856:,} entries in a file of .* bytes; without the base only .* are believed"
+    )
+    with pytest.raises(FileError, match=claims):
+        dx.load_delta(path)
+    assert "(--max-entries) allows them" in darex("verify", path, code=1).stderr
+    assert "not the base" in darex("verify", path, "--base", pair[0], code=1).stderr
+    assert "not the base" in darex("apply", pair[0], path, tmp_path / "out", code=1).stderr
+
+
+def test_the_bound_of_entries_is_an_argument(tmp_path, pair):
+    entries = prune(*pair, tmp_path / "d").pruned_size
+    darex("verify", tmp_path / "d", "--max-entries", entries)
+    assert "only 10 are believed" in darex("verify", tmp_path / "d", "--max-entries", 10, code=1).stderr
+    dx.load_delta(tmp_path / "d", max_entries=entries)
+    with pytest.raises(FileError, match=f"claims {entries:,} entries"):
+        dx.load_delta(tmp_path / "d", max_entries=entries - 1)
+
+
+def load_restored(base, delta):
+    with Checkpoint(base) as b, DeltaFile(delta) as d:
+        return dict(restored_params(b, d))
+
+
+@pytest.mark.parametrize("kind", ["values", "dense", "rows", "file"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, kind):
+    """Every route gives what has the digest, or an error: whatever was read first, and put back since."""
+    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
+    fine = encoder(1, rows=53 if kind == "rows" else 50)
+    (with_files(write(tmp_path / "fine", fine)) / "config.json").write_text('{"num_labels": 2}')
+    prune(base, tmp_path / "fine", tmp_path / "d", 0.5)
+    (base / "vocab.txt").touch()
+    with DeltaFile(tmp_path / "d") as d:
+        at = next(d.tensors[name].offset for name in d.tensors if name.startswith(f"{kind}/"))
+    good = (tmp_path / "d").read_bytes()
+    check = DeltaFile.check_data
+
+    def put_back(self):
+        (tmp_path / "d").write_bytes(good)
+        check(self)
+
+    monkeypatch.setattr(DeltaFile, "check_data", put_back)
+    routes = {
+        "values": lambda: dx.load_delta(tmp_path / "d"),
+        "dense": lambda: dx.load_kept(tmp_path / "d"),
+        "file": lambda: load_tokenizer(base, tmp_path / "d"),
+    }
+    changed = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+    (tmp_path / "d").write_bytes(changed)
+    error = darex("apply", base, tmp_path / "d", tmp_path / "out", code=1).stderr
+    assert "changed while it was read" in error and not (tmp_path / "out").exists()
+    (tmp_path / "d").write_bytes(changed)
+    with pytest.raises(FileError, match="changed while it was read"):
+        routes.get(kind, lambda: load_restored(base, tmp_path / "d"))()
+
+
+def test_one_digest_one_model(tmp_path, pair):
+    """What `inspect` calls the digest covers everything that a restored model follows from, and no more."""
+    prune(*pair, tmp_path / "d")
+
+    def digest(change=None, change_tensors=None):
+        path = forge(tmp_path / "forged", tmp_path / "d", change, change_tensors)
+        return json.loads(darex("inspect", path, "--json").stdout)["digest"]
+
+    def renamed(recipe):
+        recipe["base_names"]["bert.encoder.layer.0.output.LayerNorm.weight"] = (
+            "encoder.layer.0.output.dense.bias"
+        )
+        recipe["base_names"][BIAS] = "encoder.layer.0.output.LayerNorm.weight"
+
+    same = digest()
+    assert same in darex("inspect", tmp_path / "forged").stdout.replace("\n", "").replace("│", "").replace(
+        " ", ""
+    )
+    assert digest(lambda r: r["versions"].update(jax="9")) == same
+    others = [
+        digest(renamed),
+        digest(lambda r: r["parameters"][POOLER].update(q=0.5)),
+        digest(lambda r: r["parameters"][POOLER].update(dtype="BF16")),
+        digest(lambda r: r.update(key=[0, 1])),
+        digest(lambda r: r.update(scope="another")),
+        digest(lambda r: r.update(drop_rate=0.90001)),
+        digest(lambda r: r.update(base_files={"vocab.txt": "0" * 64})),
+        digest(lambda r: r["base"]["pooler.dense.weight"].update(blake3="0" * 64)),
+        digest(None, lambda t: t[f"values/{POOLER}"].__setitem__(0, 7)),
+    ]
+    assert len({same, *others}) == 10
+
+
+def test_texts_of_a_file_never_reach_the_terminal(tmp_path, pair):
+    evil = "\x1b[31m\u202e\r\nError: all is well\x07"
+    prune(*pair, tmp_path / "d")
+    changes = (
+        lambda r: r.update(scope=evil, method=evil, versions={evil: evil}),
+        lambda r: r["base"].update({evil: r["base"]["pooler.dense.weight"]}),
+        lambda r: r["base_only"].append(evil),
+        lambda r: r.update(format=evil),
+        lambda r: r.update({"data_blake3": evil}),
+    )
+    base = pair[0]
+    runs = []
+    for change in changes:
+        forged = forge(tmp_path / "forged", tmp_path / "d", change)
+        for command in (("inspect", forged), ("verify", forged), ("apply", base, forged, tmp_path / "out")):
+            runs.append(CliRunner().invoke(main, [str(a) for a in command]))
+    (base / "config.json").write_text(json.dumps({"model_type": evil, "hidden_act": evil}))
+    (pair[1] / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_act": "gelu"}))
+    q_file = tmp_path / "q.json"
+    q_file.write_text(json.dumps({"q": {evil: 0.5}}))
+    (tmp_path / "stale.json").write_text(json.dumps({"q": 0.5, "drop_rate": evil}))
+    runs += [
+        CliRunner().invoke(main, [str(a) for a in command])
+        for command in (
+            ("check", *pair),
+            ("prune", *pair, tmp_path / "e", "-p", 0.9),
+            ("prune", pair[1], pair[1], tmp_path / "e", "-p", 0.9, "--q", q_file),
+            ("prune", pair[1], pair[1], tmp_path / "e", "-p", 0.9, "--q", tmp_path / "stale.json"),
+        )
+    ]
+    assert all(run.exit_code == 1 for run in runs[3:-1]) and sum("all is well" in r.output for r in runs) > 4
+    for run in runs:
+        assert run.exception is None or isinstance(run.exception, SystemExit)
+        assert not set(run.output) & {"\x1b", "\u202e", "\r", "\x07"}
+        assert not any(line.startswith("Error: all is well") for line in run.output.splitlines())
+
+
+def test_results_in_order_wait_for_their_turn():
+    """The generators do not run ahead of whoever takes their results, however long they are."""
+    lock, made, taken, too_far = threading.Lock(), 0, 0, threading.Event()
+    bound = stream.WAITING + 4 * (os.cpu_count() or 1)
+
+    def make(item):
+        nonlocal made
+        for i in range(5000):
+            with lock:
+                made += 1
+                if made - taken > bound:
+                    too_far.set()
+            yield item, i
+
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        closing(stream.in_order(pool, make, range(3))) as all_,
+    ):
+        for item, results in all_:
+            for i, result in enumerate(results):
+                assert result == (item, i)
+                if taken == 0:
+                    assert not too_far.wait(0.2)
+                with lock:
+                    taken += 1
+            assert i == 4999
+    assert taken == made == 15000 and not too_far.is_set()
+
+
+def test_a_failure_in_order_ends_everything():
+    begun = []
+
+    def make(item):
+        begun.append(item)
+        yield item
+        if item == 1:
+            raise OSError("the disk")
+        yield from range(10_000)
+
+    with (
+        pytest.raises(OSError, match="the disk"),
+        ThreadPoolExecutor(2) as pool,
+        closing(stream.in_order(pool, make, range(100))) as results,
+    ):
+        for _, parts in results:
+            for _ in parts:
+                pass
+    assert len(begun) < 20
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_load_delta_needs_no_more_than_its_result(tmp_path, drop_rate):
+    entries = 6 << 20
+    base = {"w": np.zeros(entries, np.float32)}
+    dx.save_delta(tmp_path / "d", jax.random.key(0), {"w": base["w"] + 1}, drop_rate, base=base)
+    dx.load_delta(tmp_path / "d")  # compiled
+    tracemalloc.start()
+    try:
+        dx.load_delta(tmp_path / "d")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * entries + (34 << 20)  # the leaf, and some for a chunk of a million entries

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from darex_jax.cli import choose, files, learn, text, train
+from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.core.errors import DarexError
 
 
@@ -21,8 +22,12 @@ class FriendlyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            with warnings_shown() as ctx.obj:  # a command's context has the list, too
+                return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = plain(error.message)  # it may quote a q file, say
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except (DarexError, OSError, FloatingPointError) as error:
             _show_traceback(ctx)
@@ -31,7 +36,7 @@ class FriendlyGroup(click.Group):
             _show_traceback(ctx)
             lines = str(error).strip().splitlines() or [""]
             raise click.ClickException(
-                f"a fault of darex_jax, not yours: {type(error).__name__}: {lines[0]:.200} "
+                f"a fault of darex_jax, not yours: {type(error).__name__}: {plain(lines[0]):.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
 
@@ -43,8 +48,8 @@ def _show_traceback(ctx: click.Context) -> None:
 
 def _one_message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return str(error)
+        return plain(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
+    return plain(str(error))
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})

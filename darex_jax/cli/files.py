@@ -12,7 +12,12 @@ import click
 
 from darex_jax.cli.choose import OBJECTIVES
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
-from darex_jax.cli.show import byte_bar, bytes_text, few, point_bar, print_table, q_text
+from darex_jax.cli.show import byte_bar, bytes_text, few, plain, point_bar, print_table, q_text
+
+ALLOW_CHANGED_FILES = click.option(
+    "--allow-changed-files", is_flag=True,
+    help="Take the base's configuration and tokenizer files though they have changed since.",
+)  # fmt: skip
 
 
 @click.command()
@@ -55,12 +60,12 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
         ]
         print_table(f"{fine} against {base}", rows)
         for line in match.warnings:
-            click.echo(f"warning: {line}")
+            click.echo(f"warning: {plain(line)}")
     if match.faults:
         if not as_json:
             click.echo("These models do not fit together:", err=True)
             for line in match.faults:
-                click.echo(f"  {line}", err=True)
+                click.echo(f"  {plain(line)}", err=True)
         sys.exit(1)
 
 
@@ -142,6 +147,8 @@ def prune(
         "bytes_per_parameter": summary.file_bytes / max(1, summary.pruned_size),
         "inexact": summary.recipe.inexact,
         "nonfinite": summary.recipe.nonfinite,
+        "digest": summary.recipe.digest(),
+        "warnings": _warnings(),
     }
     if why is not None:
         report |= {"q": divisor, "q_chosen_by": why}
@@ -165,12 +172,24 @@ def prune(
 @click.argument("base", type=PATH)
 @click.argument("delta", type=PATH)
 @click.argument("out", type=PATH)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of all floating parameters. Default: of each the fine-tuned model's own.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@ALLOW_CHANGED_FILES
 @JSON
-def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+def apply(
+    base: Path,
+    delta: Path,
+    out: Path,
+    dtype: str | None,
+    overwrite: bool,
+    allow_changed_files: bool,
+    as_json: bool,
+) -> None:
     """Restore a model: write BASE plus DELTA to OUT.
 
-    OUT becomes a complete Hugging Face directory. Another base than the delta was made from is refused.
+    OUT becomes a complete Hugging Face directory. Another base than the delta was made from is refused, and
+    so is one whose configuration or tokenizer files have changed.
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
@@ -179,9 +198,17 @@ def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) ->
     with Checkpoint(base) as b, DeltaFile(delta) as d:
         total = 2 * sum(t.info.nbytes for t in b.tensors.values())
         with byte_bar("applying", total, as_json) as progress:
-            written = apply_artifact(b, d, out, overwrite=overwrite, progress=progress)
+            written = apply_artifact(
+                b,
+                d,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                allow_changed_files=allow_changed_files,
+                progress=progress,
+            )
     if as_json:
-        click.echo(json.dumps({"out": str(out), "bytes": written}))
+        click.echo(json.dumps({"out": str(out), "bytes": written, "warnings": _warnings()}))
     else:
         print_table(str(out), [("written", bytes_text(written)), ("base", f"{base}, fingerprint verified")])
 
@@ -192,7 +219,7 @@ def apply(base: Path, delta: Path, out: Path, overwrite: bool, as_json: bool) ->
 def inspect(delta: Path, as_json: bool) -> None:
     """What is in a delta and how it was made."""
     from darex_jax.files.artifact import KINDS, DeltaFile
-    from darex_jax.files.safetensors import element_count
+    from darex_jax.files.safetensors import DTYPES, element_count
 
     with DeltaFile(delta) as d:
         recipe = d.recipe
@@ -202,6 +229,7 @@ def inspect(delta: Path, as_json: bool) -> None:
         survivors = sum(d.tensors[f"values/{name}"].size for name in recipe.parameters)
         files, dense, extra = d.names("file"), d.names("dense"), d.names("rows")
     entries = sum(element_count(tuple(e["shape"])) for e in recipe.parameters.values())
+    dtypes = sorted({DTYPES[e["dtype"]].name for e in recipe.parameters.values() if "dtype" in e})
     size = Path(delta).stat().st_size
     report = {
         "method": recipe.method,
@@ -221,7 +249,9 @@ def inspect(delta: Path, as_json: bool) -> None:
         "bytes_by_kind": by_kind,
         "bytes_per_parameter": size / max(1, entries),
         "versions": recipe.versions,
+        "dtypes": dtypes,
         "data_blake3": recipe.data_blake3,
+        "digest": recipe.digest(),
     }
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -232,13 +262,14 @@ def inspect(delta: Path, as_json: bool) -> None:
         ("key", f"{recipe.key[0]}, {recipe.key[1]} (Threefry)"),
         ("scope", recipe.scope),
         ("pruned", f"{len(recipe.parameters)} parameters, {entries:,} entries"),
+        ("restored in", ", ".join(dtypes) or "the base's dtype"),
         ("survivors", f"{survivors:,} ({survivors / max(1, entries):.4%})"),
         ("kept dense", few(dense + extra)),
         ("files", ", ".join(files) or "none"),
         ("inexact values", f"{recipe.inexact:,}"),
         ("size", f"{bytes_text(size)}, {report['bytes_per_parameter']:.5f} bytes a parameter"),
         ("made with", ", ".join(f"{k} {v}" for k, v in recipe.versions.items())),
-        ("content", recipe.data_blake3[:16] + "..."),
+        ("digest", recipe.digest()),
     ]
     print_table(str(delta), rows)
 
@@ -246,12 +277,18 @@ def inspect(delta: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("delta", type=PATH)
 @click.option("--base", type=PATH, help="Also check that this is the base the delta was made from.")
+@click.option("--max-entries", type=click.IntRange(0),
+              help="Of all masks, without --base: nothing is computed for a file that claims more. Default: "
+              "2**36, and no more than 8192 for each byte of the file.")  # fmt: skip
+@ALLOW_CHANGED_FILES
 @JSON
-def verify(delta: Path, base: Path | None, as_json: bool) -> None:
+def verify(
+    delta: Path, base: Path | None, max_entries: int | None, allow_changed_files: bool, as_json: bool
+) -> None:
     """Check a delta: digests, mask, base.
 
     The digest of the data, the number of survivors against the mask made anew from the key, and with --base
-    every tensor of the base against its fingerprint.
+    every tensor of the base and each of its files that the restored model takes over against its fingerprint.
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
@@ -259,12 +296,12 @@ def verify(delta: Path, base: Path | None, as_json: bool) -> None:
 
     with DeltaFile(delta) as d:
         if base is None:
-            result = verify_artifact(d)
+            result = verify_artifact(d, max_entries=max_entries)
         else:
             with Checkpoint(base) as b:
-                result = verify_artifact(d, b)
+                result = verify_artifact(d, b, allow_changed_files=allow_changed_files)
     if as_json:
-        click.echo(json.dumps({"delta": str(delta)} | result))
+        click.echo(json.dumps({"delta": str(delta), **result, "warnings": _warnings()}))
     else:
         print_table(str(delta), list(result.items()))
 
@@ -293,6 +330,11 @@ def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json
         ("written", bytes_text(summary.bytes)),
     ]
     print_table(str(out), rows)
+
+
+def _warnings() -> list[str]:
+    """What has been warned of so far, for --json."""
+    return click.get_current_context().obj or []
 
 
 def _family(fine: Any, base: Any) -> str | None:

@@ -1,8 +1,40 @@
-"""What a person sees: tables, progress bars, sizes."""
+"""What a person sees: tables, warnings, progress bars, sizes."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import click
+
+from darex_jax.core.errors import DarexWarning
+
+
+def plain(text: str) -> str:
+    """The text without anything that a terminal would obey: names and messages may come from anybody's file.
+
+    Control characters, line breaks and marks that turn the direction of writing become escapes.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def warnings_shown() -> Iterator[list[str]]:
+    """Each of the library's warnings once, as a line on stderr; gives the list of them, for --json."""
+    shown: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DarexWarning)
+        default = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, DarexWarning):
+                default(message, category, *place, **more)
+            elif (text := plain(str(message))) not in shown:
+                shown.append(text)
+                click.echo(f"warning: {text}", err=True)
+
+        warnings.showwarning = show
+        yield shown
 
 
 def few(names: list[str]) -> str:
@@ -19,21 +51,18 @@ def bytes_text(count: float) -> str:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A table of names and texts. The texts may come from a file: they are shown as they are."""
+    """A table of names and texts; both, and the title, as `plain` shows them."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    def plain(text: str) -> Text:  # no markup, and nothing that a terminal would obey
-        return Text("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
-
     console = Console()
-    console.print(plain(title), style="bold", soft_wrap=True, highlight=False)
+    console.print(Text(plain(title)), style="bold", soft_wrap=True, highlight=False)  # Text: no markup
     table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, plain(str(value)))
+        table.add_row(Text(plain(name)), Text(plain(str(value))))
     console.print(table)
 
 

@@ -7,3 +7,7 @@ class DarexError(ValueError):
     Everything this library raises on purpose about its input is one of these. The command line shows it as
     one line; any other exception is a fault, and keeps its traceback behind `darex --debug`.
     """
+
+
+class DarexWarning(UserWarning):
+    """Something that was done as asked and is seldom meant; the command line shows it as one line."""

@@ -30,9 +30,11 @@ class Match:
     warnings: list[str] = field(default_factory=list)
 
     def raise_if_faulty(self) -> None:
-        """Raises: FileError listing every mismatch."""
+        """Raises: FileError with the first mismatches, in one line."""
         if self.faults:
-            raise FileError("the models do not fit together:\n  " + "\n  ".join(self.faults))
+            more = len(self.faults) - 5
+            rest = f" And {more} more; darex check BASE FINE lists them." if more > 0 else ""
+            raise FileError(f"the models do not fit together: {' '.join(self.faults[:5])}{rest}")
 
 
 def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match:
@@ -106,10 +108,12 @@ def _without(prefix: str, name: str) -> str:
 def _match_configs(match: Match, base: Checkpoint, fine: Checkpoint) -> None:
     kinds = base.config.get("model_type"), fine.config.get("model_type")
     if None not in kinds and kinds[0] != kinds[1]:
-        match.faults.append(f"the base is a {kinds[0]} model and the fine-tuned one a {kinds[1]} model.")
+        match.faults.append(
+            f"the base is a {kinds[0]!s:.80} model and the fine-tuned one a {kinds[1]!s:.80} model."
+        )
     if fine.config.get("tie_word_embeddings") and "lm_head.weight" in fine.tensors:
         match.warnings.append("the head is tied to the embeddings, yet stored: both copies are kept.")
     for key in ("hidden_act", "layer_norm_eps", "rms_norm_eps", "rope_theta", "num_attention_heads"):
         values = base.config.get(key), fine.config.get(key)
         if None not in values and values[0] != values[1]:
-            match.warnings.append(f"config.json differs in {key}: {values[0]} and {values[1]}.")
+            match.warnings.append(f"config.json differs in {key}: {values[0]!r:.80} and {values[1]!r:.80}.")

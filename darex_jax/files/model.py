@@ -12,7 +12,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_params
-from darex_jax.files.restore import restored_layout, restored_params
+from darex_jax.files.restore import check_companions, restored_layout, restored_params
 from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
 
 BODIES = {
@@ -28,6 +28,7 @@ def load_model(
     mesh: Mesh | None = None,
     *,
     delta: str | PathLike[str] | None = None,
+    allow_changed_files: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """Reads a Hugging Face directory: the model that config.json names, and its weights.
 
@@ -40,6 +41,7 @@ def load_model(
       mesh: from `make_mesh`: the weights lie as `param_sharding` says. None: the default device.
       delta: an artifact of `darex prune` made from `path`: the fine-tuned model that it restores is loaded,
         bit for bit the one that `darex apply` writes. Every parameter then passes through the host whole.
+      allow_changed_files: with a delta, take the configuration of `path` though it has changed.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
       Buffers such as `embeddings.position_ids` are left out, and so is the stored copy of a tied head; a body
       saved without a pooler has none. Of a BERT or RoBERTa with its masked-language head the body is read.
@@ -54,6 +56,7 @@ def load_model(
             model, names = _fit(path, hf, _without_copies(path, hf, tensors))
             return model, read_params({name: tensors[name] for name in names}, dtype, mesh)
         file = stack.enter_context(DeltaFile(delta))
+        check_companions(checkpoint.path, file, allow_changed_files=allow_changed_files)
         infos = {n: info for part in restored_layout(checkpoint, file).values() for n, info in part.items()}
         model, names = _fit(path, file.config() or checkpoint.config, infos)
         restored = restored_params(checkpoint, file)  # to its end: only then is everything verified

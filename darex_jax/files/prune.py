@@ -5,19 +5,22 @@ computes the masks; nothing else of it is used.
 """
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import blake3
 import numpy as np
 
+from darex_jax.core.errors import DarexWarning
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
-from darex_jax.files.artifact import FORMAT, Recipe, resolve_q, tensor_line, versions
+from darex_jax.files.artifact import FORMAT, Recipe, resolve_q, tensor_line, versions, warn_of_little
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.safetensors import (
@@ -32,6 +35,7 @@ from darex_jax.files.safetensors import (
 from darex_jax.files.stream import Progress, count_nonfinite, in_order, keep_inputs, tensor_digest
 
 CHUNK = STREAM_CHUNKS[0]
+READ_BACK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,18 @@ class PruneSummary:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One tensor of an artifact, and what was noticed on the way.
+class _Seen:
+    """What was noticed while the chunks of one tensor of an artifact were made; it comes after the last.
 
-    `data` is ready, or still a stored tensor to be copied; None where the base has the same bits.
+    stored: False where the base has the same bits, so that nothing is to be stored.
+    changed: whether the fine-tuned model has other numbers than the base.
     """
 
-    name: str
-    data: np.ndarray | StoredTensor | None
     inexact: int = 0
     nonfinite: int = 0
     base_digest: str | None = None
+    stored: bool = True
+    changed: bool = True
 
 
 def prune_checkpoints(
@@ -78,43 +83,43 @@ def prune_checkpoints(
       key: the two words of a Threefry key, `jax.random.key_data(key)`; (0, seed) for a seed.
       q: divisor of the survivors, a number or one by name; None is 1 - drop_rate.
     Raises: FileError if the models do not fit together, are damaged, or hold NaN or infinity (unless
-      allowed); ValueError for a drop_rate or q out of range.
+      allowed); ValueError for a drop_rate or q out of range, or names of q that no parameter has.
+    Warns: DarexWarning where the models differ in a way that is seldom meant, every delta is zero, nothing
+      survives, or a q is below 1 - drop_rate.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
     """
     keep_inputs(out, base, fine)
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     threshold = keep_threshold(drop_rate)
-    q_by_name = resolve_q(q, drop_rate, match.pruned)
+    q_by_name = resolve_q(q, drop_rate, match.pruned, unused=fine.tensors)
 
     # Widest dtype first: so every tensor of the file is aligned. Files last: they are bytes.
     work = [("values", name) for name in match.pruned]
     work += [("rows", name) for name in match.extra_rows if name in match.pruned]
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
     work.sort(key=lambda item: -fine.tensors[item[1]].info.dtype.itemsize)
-    files = _changed_companions(base.path, fine.path)
+    files, base_files = _companions(base.path, fine.path)
     base_only = [name for name in base.tensors if name not in set(match.base_names.values())]
 
-    def make(item: tuple[str, str]) -> _Piece:
+    def make(item: tuple[str, str]) -> Iterator[np.ndarray | _Seen]:
         kind, name = item
         tensor = fine.tensors[name]
         stored = base.tensors.get(match.base_names.get(name, ""))
         if kind == "values":
             assert stored is not None
             leaf_key = numpy_leaf_key(key, name_words(name))
-            return _pruned_values(name, leaf_key, threshold, stored, tensor, progress)
+            return _pruned_values(leaf_key, threshold, stored, tensor, progress)
         if kind == "rows":
-            first = element_count(tensor.info.shape[1:]) * (tensor.info.shape[0] - match.extra_rows[name])
-            rows = np.empty(tensor.info.size - first, tensor.info.dtype)
-            tensor.file.read_into(tensor.info, first, rows)
-            return _Piece(f"rows/{name}", rows.reshape(match.extra_rows[name], -1))
-        return _dense_values(name, stored, tensor, progress)
+            return _last_rows(tensor, match.extra_rows[name])
+        return _dense_values(stored, tensor, progress)
 
     def fingerprint_only(name: str) -> tuple[str, str]:
         return name, tensor_digest(base.tensors[name], progress)
 
     digests: dict[str, str] = {}
     inexact = nonfinite = survivor_count = 0
+    changed = False
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     data_digest = blake3.blake3()
 
@@ -126,7 +131,11 @@ def prune_checkpoints(
             key=key,
             scope=scope_text,
             parameters={
-                name: {"shape": list(base.tensors[match.base_names[name]].info.shape), "q": q_by_name[name]}
+                name: {
+                    "shape": list(base.tensors[match.base_names[name]].info.shape),
+                    "q": q_by_name[name],
+                    "dtype": DTYPE_NAMES[fine.tensors[name].info.dtype],
+                }
                 for name in match.pruned
             },
             base={
@@ -143,6 +152,7 @@ def prune_checkpoints(
             nonfinite=nonfinite,
             versions=versions(),
             data_blake3=data_digest.hexdigest(),
+            base_files=base_files,
         )
 
     # How many survive is known only at the end, but no header is longer than this one.
@@ -157,50 +167,58 @@ def prune_checkpoints(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(out) as file:
         position = header_bytes
 
-        def append(name: str, data: np.ndarray | StoredTensor) -> int:
-            info, chunks = (data.info, data.chunks()) if isinstance(data, StoredTensor) else (data, (data,))
-            tensors[name] = (info.dtype, info.shape)
-            data_digest.update(tensor_line(name, info.dtype, info.shape))
-            end = position
-            for chunk in chunks:
-                data_digest.update(as_bytes(chunk))
-                end = write_at(file, chunk, end)
-            return end
+        def stored_from(start: int, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+            """Notes and digests a tensor once it is written: its line, which comes first, tells its size."""
+            tensors[name] = (dtype, shape)
+            data_digest.update(tensor_line(name, dtype, shape))
+            for at in range(start, position, READ_BACK):
+                data_digest.update(os.pread(file, min(READ_BACK, position - at), at))
 
-        for piece in in_order(pool, make, work):
-            inexact += piece.inexact
-            nonfinite += piece.nonfinite
-            kind, name = piece.name.split("/", 1)
-            if piece.base_digest is not None:
-                digests[match.base_names[name]] = piece.base_digest
-            if piece.nonfinite and not allow_nonfinite:
-                raise FileError(
-                    f"'{name}' holds {piece.nonfinite} NaN or infinite entries in one of the two models; "
-                    "--allow-nonfinite carries them along."
-                )
-            if piece.data is not None:
-                position = append(piece.name, piece.data)
-                survivor_count += tensors[piece.name][1][0] if kind == "values" else 0
+        with closing(in_order(pool, make, work)) as results:
+            for (kind, name), parts in results:
+                start, seen, info = position, _Seen(), fine.tensors[name].info
+                for part in parts:
+                    if isinstance(part, _Seen):
+                        seen = part
+                    else:
+                        position = write_at(file, part, position)
+                inexact += seen.inexact
+                nonfinite += seen.nonfinite
+                if seen.base_digest is not None:
+                    digests[match.base_names[name]] = seen.base_digest
+                if seen.nonfinite and not allow_nonfinite:
+                    raise FileError(
+                        f"'{name}' holds {seen.nonfinite} NaN or infinite entries in one of the two models; "
+                        "--allow-nonfinite carries them along."
+                    )
+                shape = info.shape
+                if kind == "values":
+                    shape = ((position - start) // info.dtype.itemsize,)
+                    survivor_count += shape[0]
+                    changed |= seen.changed
+                elif kind == "rows":
+                    shape = (match.extra_rows[name], *shape[1:])
+                if seen.stored:
+                    stored_from(start, f"{kind}/{name}", info.dtype, shape)
         for name, content in files.items():
-            position = append(f"file/{name}", np.frombuffer(content, np.uint8))
-        digests.update(in_order(pool, fingerprint_only, base_only))
+            start, position = position, write_at(file, content, position)
+            stored_from(start, f"file/{name}", np.dtype(np.uint8), (len(content),))
+        digests.update(pool.map(fingerprint_only, base_only))
         final = recipe()
         write_at(file, encode_header(tensors, final.to_metadata(), header_bytes), 0)
+    for text in match.warnings:
+        warnings.warn(text, DarexWarning, stacklevel=2)
+    warn_of_little(drop_rate, q_by_name, same=not changed, survivors=survivor_count)
     pruned_size = sum(element_count(tuple(entry["shape"])) for entry in final.parameters.values())
     return PruneSummary(final, match, survivor_count, pruned_size, position)
 
 
 def _pruned_values(
-    name: str,
-    leaf_key: np.ndarray,
-    threshold: int,
-    base: StoredTensor,
-    fine: StoredTensor,
-    progress: Progress,
-) -> _Piece:
+    leaf_key: np.ndarray, threshold: int, base: StoredTensor, fine: StoredTensor, progress: Progress
+) -> Iterator[np.ndarray | _Seen]:
     """The survivors of one parameter, in index order; the base is fingerprinted in the same pass."""
     size, digest = base.info.size, blake3.blake3()
-    values, inexact, nonfinite = [], 0, 0
+    inexact, nonfinite, changed = 0, 0, False
     base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
     fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
     for start in range(0, size, CHUNK):
@@ -210,6 +228,7 @@ def _pruned_values(
         fine.file.read_into(fine.info, start, f)
         digest.update(as_bytes(b))
         nonfinite += count_nonfinite(b) + count_nonfinite(f)
+        changed = changed or not _same_numbers(b, f)
         kept = np.flatnonzero(stream_mask(leaf_key, start, length, threshold))
         kept_base, kept_fine = b[kept], f[kept]
         with np.errstate(invalid="ignore", over="ignore"):
@@ -220,14 +239,33 @@ def _pruned_values(
             inexact += int(
                 np.count_nonzero((exact[0] + exact[2] != exact[1]) | (exact[1] - exact[0] != exact[2]))
             )
-        values.append(stored)
+        yield stored
         progress(b.nbytes + f.nbytes)
-    data = np.concatenate(values) if values else np.empty(0, fine.info.dtype)
-    return _Piece(f"values/{name}", data, inexact, nonfinite, digest.hexdigest())
+    yield _Seen(inexact, nonfinite, digest.hexdigest(), changed=changed)
 
 
-def _dense_values(name: str, base: StoredTensor | None, fine: StoredTensor, progress: Progress) -> _Piece:
-    """A parameter out of scope: to be copied whole if its bits are not the base's."""
+def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.dtype == b.dtype:
+        return np.array_equal(a.view(np.uint8), b.view(np.uint8))
+    return np.array_equal(a.astype(np.float32), b.astype(np.float32))
+
+
+def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Seen]:
+    """The last rows of a matrix, flat."""
+    first = element_count(fine.info.shape[1:]) * (fine.info.shape[0] - rows)
+    nonfinite = 0
+    for start in range(first, fine.info.size, CHUNK):
+        chunk = np.empty(min(CHUNK, fine.info.size - start), fine.info.dtype)
+        fine.file.read_into(fine.info, start, chunk)
+        nonfinite += count_nonfinite(chunk)
+        yield chunk
+    yield _Seen(nonfinite=nonfinite)
+
+
+def _dense_values(
+    base: StoredTensor | None, fine: StoredTensor, progress: Progress
+) -> Iterator[np.ndarray | _Seen]:
+    """A parameter out of scope: whole if its bits are not the base's, else not at all."""
     nonfinite, digest = 0, blake3.blake3()
     twin = base is not None and (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
     base_chunks = base.chunks() if base is not None and twin else None
@@ -240,20 +278,22 @@ def _dense_values(name: str, base: StoredTensor | None, fine: StoredTensor, prog
             digest.update(as_bytes(original))
             same = same and np.array_equal(original.view(np.uint8), chunk.view(np.uint8))
             progress(original.nbytes)
-    data = None if same else fine
-    if base is None:
-        return _Piece(f"dense/{name}", data, nonfinite=nonfinite)
-    base_digest = digest.hexdigest() if twin else tensor_digest(base, progress)
-    return _Piece(f"dense/{name}", data, nonfinite=nonfinite, base_digest=base_digest)
+    if not same:
+        for chunk in fine.chunks():
+            yield chunk.copy()  # the next one is read into the same memory
+    base_digest = None
+    if base is not None:
+        base_digest = digest.hexdigest() if twin else tensor_digest(base, progress)
+    yield _Seen(nonfinite=nonfinite, base_digest=base_digest, stored=not same)
 
 
-def _changed_companions(base: Path, fine: Path) -> dict[str, bytes]:
-    """The fine-tune's configuration and tokenizer files that the base does not have alike."""
-    if not fine.is_dir():
-        return {}
-    changed = {}
-    for file in companion_files(fine):
-        content, twin = file.read_bytes(), base / file.name
-        if not (twin.is_file() and twin.read_bytes() == content):
-            changed[file.name] = content
-    return changed
+def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The fine-tune's configuration and tokenizer files that the base does not have alike, and the digests of
+    the others of the base, which the restored model takes over."""
+    ours = {file.name: file.read_bytes() for file in companion_files(base)}
+    theirs = {file.name: file.read_bytes() for file in companion_files(fine)}
+    changed = {name: content for name, content in theirs.items() if ours.get(name) != content}
+    taken = {
+        name: blake3.blake3(content).hexdigest() for name, content in ours.items() if name not in changed
+    }
+    return changed, taken

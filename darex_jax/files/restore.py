@@ -5,6 +5,8 @@ A chunk of a tensor at a time, on every core; the base's tensors are checked as 
 
 import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
+from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.mask import stream_mask
 from darex_jax.core.threefry import numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import (
+    COMPANIONS,
     INDEX,
     SINGLE,
     Checkpoint,
@@ -26,16 +30,19 @@ from darex_jax.files.checkpoint import (
     companion_files,
 )
 from darex_jax.files.safetensors import (
+    CHUNK,
     DTYPE_NAMES,
+    DTYPES,
     FileError,
     as_bytes,
     element_count,
     encode_header,
     write_at,
 )
-from darex_jax.files.stream import Progress, count_nonfinite, in_order, keep_inputs, tensor_digest
+from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
 
-CHUNK = STREAM_CHUNKS[0]
+MOST_VERIFIED_ENTRIES = 2**36  # about a minute's work
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 Layout = dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # file -> name -> (dtype, shape)
 
 
@@ -44,39 +51,47 @@ def apply_artifact(
     delta: DeltaFile,
     out: str | os.PathLike[str],
     *,
+    dtype: Any = None,
     overwrite: bool = False,
+    allow_changed_files: bool = False,
     progress: Progress = lambda _: None,
 ) -> int:
     """`base + delta` as a complete Hugging Face directory, sharded like the base. Returns the bytes written.
 
     The directory appears whole or not at all; it is not forced to the disk, since base and delta restore it.
+    What it is made of are the very bytes that have the digests of the recipe.
 
-    Raises: FileError if the base is not the one the delta was made from (the first tensor that differs is
-      named), or if the artifact is damaged.
+    Args:
+      dtype: of all floating parameters. None: of each the fine-tune's own (the base's for a delta that does
+        not say). Where config.json names a dtype, it names the one that most of what is written has.
+      allow_changed_files: take the base's configuration and tokenizer files though they have changed.
+    Raises: FileError if the base is not the one the delta was made from (the first tensor or file that
+      differs is named), or if the artifact is damaged or changes meanwhile; ValueError for a dtype that
+      is none.
+    Warns: DarexWarning if nothing is known of the base's files, or changed ones are allowed.
     """
     keep_inputs(out, base, delta)
     _check_same_tensors(base, delta)
-    outputs = restored_layout(base, delta)
+    outputs = restored_layout(base, delta, dtype)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        restore_companions(base.path, delta, folder)
+        restore_companions(base.path, delta, folder, allow_changed_files=allow_changed_files)
         total = 0
-        data_check = pool.submit(delta.check_data)
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
-            offsets, position = {}, len(header)
-            for name, (dtype, shape) in tensors.items():
+            offsets, dtypes, position = {}, {}, len(header)
+            for name, (dtypes[name], shape) in tensors.items():
                 offsets[name] = position
-                position += element_count(shape) * dtype.itemsize
+                position += element_count(shape) * dtypes[name].itemsize
             file = os.open(folder / file_name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 write_at(file, header, 0)
 
-                def write(name: str, file: int = file, offsets: dict[str, int] = offsets) -> None:
-                    position = offsets[name]
-                    for chunk in _restored_chunks(name, base, delta, progress):
+                def write(name: str, file: int = file, places: Any = (offsets, dtypes)) -> None:
+                    position = places[0][name]
+                    for chunk in _restored_chunks(name, base, delta, places[1][name], progress):
                         position = write_at(file, chunk, position)
 
-                for _ in in_order(pool, write, tensors):
+                for _ in pool.map(write, tensors):
                     pass
             finally:
                 os.close(file)
@@ -86,7 +101,8 @@ def apply_artifact(
             unused, pool.map(lambda n: tensor_digest(base.tensors[n], progress), unused), strict=True
         ):
             _check_digest(delta, name, digest)
-        data_check.result()
+        delta.check_data()
+        _name_dtype(base, delta, folder, outputs)
         if len(outputs) > 1:
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -94,18 +110,21 @@ def apply_artifact(
     return total
 
 
-def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, np.ndarray]]:
+def restored_params(
+    base: Checkpoint, delta: DeltaFile, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """`base + delta` in memory, one parameter at a time: the very bits that `apply_artifact` writes.
 
-    Yields: (name, array), a fresh array each, in the base's dtypes and layouts.
-    Raises: FileError as `apply_artifact`; what was yielded before is then not to be used.
+    Yields: (name, array), a fresh array each, in the base's layouts.
+    Raises: FileError as `apply_artifact`; what was yielded before is then not to be used. Companion files are
+      not looked at: see `check_companions`.
     """
     _check_same_tensors(base, delta)
-    layout = restored_layout(base, delta)
+    layout = restored_layout(base, delta, dtype)
     for tensors in layout.values():
-        for name, (dtype, shape) in tensors.items():
-            array, start = np.empty(element_count(shape), dtype), 0
-            for chunk in _restored_chunks(name, base, delta, lambda _: None):
+        for name, (own_dtype, shape) in tensors.items():
+            array, start = np.empty(element_count(shape), own_dtype), 0
+            for chunk in _restored_chunks(name, base, delta, own_dtype, lambda _: None):
                 array[start : start + chunk.size] = chunk
                 start += chunk.size
             yield name, array.reshape(shape)
@@ -114,8 +133,18 @@ def restored_params(base: Checkpoint, delta: DeltaFile) -> Iterator[tuple[str, n
     delta.check_data()
 
 
-def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
-    """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it."""
+def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> Layout:
+    """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it.
+
+    Args: dtype: of all floating parameters, as for `apply_artifact`.
+    """
+    wanted = None if dtype is None else np.dtype(dtype)
+    if wanted is not None and (wanted not in DTYPE_NAMES or wanted.kind not in "fV"):
+        raise DarexError(f"parameters are restored in a floating dtype, not in {wanted}.")
+
+    def choose(stored: np.dtype) -> np.dtype:
+        return wanted if wanted is not None and stored.kind in "fV" else stored
+
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
     layout: Layout = {}
@@ -129,21 +158,22 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
             shape = tensor.info.shape
             if name in dense:
                 info = delta.tensors[f"dense/{name}"]
-                layout[file_name][name] = (info.dtype, info.shape)
+                layout[file_name][name] = (choose(info.dtype), info.shape)
             elif name in pruned:
                 rows = delta.tensors.get(f"rows/{name}")
                 more = rows.shape[0] if rows is not None else 0
+                stated = pruned[name].get("dtype")
                 layout[file_name][name] = (
-                    tensor.info.dtype,
+                    choose(DTYPES[stated] if stated else tensor.info.dtype),
                     (shape[0] + more, *shape[1:]) if shape else shape,
                 )
             elif base_name not in delta.recipe.base_only:
-                layout[file_name][name] = (tensor.info.dtype, shape)
+                layout[file_name][name] = (choose(tensor.info.dtype), shape)
     placed = {name for tensors in layout.values() for name in tensors}
     last = list(layout)[-1]
     for name in sorted(dense - placed):
         info = delta.tensors[f"dense/{name}"]
-        layout[last][name] = (info.dtype, info.shape)
+        layout[last][name] = (choose(info.dtype), info.shape)
     return {
         file_name: dict(sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
         for file_name, tensors in layout.items()
@@ -151,21 +181,90 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
     }
 
 
-def restore_companions(base: Path, delta: DeltaFile, folder: Path) -> None:
-    """Writes the restored model's companion files: the base's, and over them those the delta carries."""
-    for source in companion_files(base):
-        (folder / source.name).write_bytes(source.read_bytes())
+def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> None:
+    """Whether the companion files that a restored model takes from the base are those of the delta's making.
+
+    Raises: FileError naming the first one that is not, unless that is allowed.
+    Warns: DarexWarning where the delta does not say, or where it is allowed.
+    """
+    _companions(base, delta, allow_changed_files)
+
+
+def restore_companions(
+    base: Path, delta: DeltaFile, folder: Path, *, allow_changed_files: bool = False
+) -> None:
+    """Writes the restored model's companion files: the base's, checked, and over them the delta's own.
+
+    Raises: as `check_companions`. The delta's own are sound only once `delta.check_data` has been called.
+    """
+    for name, content in _companions(base, delta, allow_changed_files).items():
+        (folder / name).write_bytes(content)
     for name in delta.names("file"):
         (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
 
 
+def _companions(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
+    """What the restored model takes from the base, by the file's name; checked as `check_companions` says."""
+    own, stated = set(delta.names("file")), delta.recipe.base_files
+    found = {file.name: file.read_bytes() for file in companion_files(base) if file.name not in own}
+    if stated is None:
+        if found:
+            text = (
+                f"{delta.path}: does not say what the base's {', '.join(found)} held when it was made; "
+                f"{'they are' if len(found) > 1 else 'it is'} taken as found."
+            )
+            warnings.warn(text, DarexWarning, stacklevel=4)
+        return found
+    for name in COMPANIONS:
+        digest = blake3.blake3(found[name]).hexdigest() if name in found else None
+        if name in own or digest == stated.get(name):
+            continue
+        if name not in found:
+            what = "is missing; it was there"
+        else:
+            what = "held something else" if name in stated else "was not there"
+        fault = f"{base / name}, which the restored model takes over, {what} when {delta.path} was made"
+        if not allow_changed_files:
+            raise FileError(f"{fault}; --allow-changed-files (allow_changed_files=True) carries on.")
+        warnings.warn(f"{fault}: allowed.", DarexWarning, stacklevel=4)
+    return found
+
+
+def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout) -> None:
+    """Where config.json names a dtype, it is to be the one that most floating entries have."""
+    config = delta.config() if "config.json" in delta.names("file") else base.config
+    entries: Counter[str] = Counter()
+    for tensors in layout.values():
+        for dtype, shape in tensors.values():
+            entries[dtype.name] += element_count(shape) if dtype.kind in "fV" else 0
+    [(name, count)] = entries.most_common(1) or [("", 0)]
+    stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
+    if count and stale:
+        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(stale, name), indent=2) + "\n")
+
+
 def verify_artifact(
-    delta: DeltaFile, base: Checkpoint | None = None, progress: Progress = lambda _: None
+    delta: DeltaFile,
+    base: Checkpoint | None = None,
+    progress: Progress = lambda _: None,
+    *,
+    allow_changed_files: bool = False,
+    max_entries: int | None = None,
 ) -> dict[str, Any]:
     """Digests, the mask again from its key, and with `base` its fingerprint.
 
+    Args:
+      allow_changed_files: of the base, as for `apply_artifact`.
+      max_entries: of all masks, where there is no base whose shapes they must have. None: 2**36, and no more
+        than 8,192 for each byte of the file, so that a small file cannot keep this busy for days.
     Returns: what was checked. Raises: FileError naming the first thing that is wrong.
+    Warns: as `check_companions`.
     """
+    if base is None:
+        delta.check_entries(max_entries, MOST_VERIFIED_ENTRIES)
+    else:
+        _check_same_tensors(base, delta)
+        check_companions(base.path, delta, allow_changed_files=allow_changed_files)
     delta.check_data()
     threshold, entries = delta.threshold(), 0
     for name, entry in delta.recipe.parameters.items():
@@ -181,7 +280,6 @@ def verify_artifact(
         entries += size
         progress(size)
     if base is not None:
-        _check_same_tensors(base, delta)
         for name in delta.recipe.base:
             _check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
     return {
@@ -192,60 +290,67 @@ def verify_artifact(
 
 
 def _restored_chunks(
-    name: str, base: Checkpoint, delta: DeltaFile, progress: Progress
+    name: str, base: Checkpoint, delta: DeltaFile, dtype: np.dtype, progress: Progress
 ) -> Iterator[np.ndarray]:
     """One parameter of the restored model in pieces; the base's tensor is checked on the way."""
     base_name = delta.base_name(name)
     stored = base.tensors.get(base_name)
     if stored is not None and base_name in delta.recipe.base:
         digest = blake3.blake3()
-        pruned = name in delta.recipe.parameters
         dense = f"dense/{name}" in delta.tensors
-        chunks = _summed_chunks(name, stored, delta, digest) if pruned else _hashed_chunks(stored, digest)
+        chunks = _hashed_chunks(stored, digest, progress)
+        if name in delta.recipe.parameters:
+            chunks = _summed_chunks(name, chunks, delta, dtype)
         for chunk in chunks:
-            progress(2 * chunk.nbytes)
             if not dense:
-                yield chunk
+                yield _cast(name, chunk, dtype)
         _check_digest(delta, base_name, digest.hexdigest())
     for kind in ("dense", "rows"):
         if info := delta.tensors.get(f"{kind}/{name}"):
-            for chunk in delta.chunks(info):
-                yield chunk.astype(stored.info.dtype) if kind == "rows" and stored is not None else chunk
+            take = delta.stream(f"{kind}/{name}")
+            for start in range(0, info.size, CHUNK):
+                yield _cast(name, take(min(CHUNK, info.size - start)), dtype)
 
 
-def _hashed_chunks(stored: StoredTensor, digest: Any) -> Iterator[np.ndarray]:
+def _hashed_chunks(stored: StoredTensor, digest: Any, progress: Progress) -> Iterator[np.ndarray]:
     for chunk in stored.chunks():
         digest.update(as_bytes(chunk))
+        progress(2 * chunk.nbytes)
         yield chunk
 
 
-def _summed_chunks(name: str, stored: StoredTensor, delta: DeltaFile, digest: Any) -> Iterator[np.ndarray]:
+def _summed_chunks(
+    name: str, chunks: Iterator[np.ndarray], delta: DeltaFile, dtype: np.dtype
+) -> Iterator[np.ndarray]:
     """base + values / q, chunk by chunk: the same float32 arithmetic as `prune` then `apply_delta`."""
-    info = delta.tensors[f"values/{name}"]
-    leaf_key = numpy_leaf_key(delta.recipe.key, name_words(name))
-    scale = np.float32(1.0) / np.float32(delta.recipe.parameters[name]["q"])
-    start = used = 0
-    for chunk in _hashed_chunks(stored, digest):
-        kept = np.flatnonzero(stream_mask(leaf_key, start, len(chunk), delta.threshold()))
-        if used + len(kept) > info.size:
-            raise FileError(f"{delta.path}: '{name}' has fewer values than its mask has survivors.")
-        values = np.empty(len(kept), info.dtype)
-        delta.read_into(info, used, values)
+    for chunk, (kept, pruned) in zip(chunks, delta.survivors(name), strict=True):
+        kept_base = chunk[kept]
         with np.errstate(invalid="ignore", over="ignore"):
-            pruned = values.astype(np.float32) * scale
-            kept_base = chunk[kept]
-            total = (kept_base.astype(np.float32) + pruned).astype(chunk.dtype)
-        if not delta.recipe.nonfinite and count_nonfinite(total):
-            q = delta.recipe.parameters[name]["q"]
-            raise FileError(
-                f"'{name}' does not fit {chunk.dtype} once its delta is divided by q = {q:g}; prune with a "
-                "larger --q, or models in a wider dtype."
+            total = (kept_base.astype(np.float32) + pruned).astype(dtype)
+        if not delta.recipe.nonfinite and dtype.kind in "fV" and count_nonfinite(total):
+            raise _does_not_fit(
+                name, dtype, f"its delta is divided by q = {delta.recipe.parameters[name]['q']:g}"
             )
-        chunk[kept] = np.where(pruned == 0, kept_base, total)
-        start, used = start + len(chunk), used + len(kept)
-        yield chunk
-    if used != info.size:
-        raise FileError(f"{delta.path}: '{name}' has more values than its mask has survivors.")
+        restored = _cast(name, chunk, dtype)
+        restored[kept] = np.where(pruned == 0, restored[kept], total)
+        yield restored
+
+
+def _cast(name: str, chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Raises: FileError if a finite number becomes infinite."""
+    if chunk.dtype == dtype:
+        return chunk
+    with np.errstate(invalid="ignore", over="ignore"):
+        cast = chunk.astype(dtype)
+    if dtype.kind in "fV" and chunk.dtype.kind in "fV" and count_nonfinite(cast) > count_nonfinite(chunk):
+        raise _does_not_fit(name, dtype, f"it is rounded from {chunk.dtype}")
+    return cast
+
+
+def _does_not_fit(name: str, dtype: np.dtype, when: str) -> FileError:
+    return FileError(
+        f"'{name}' does not fit {dtype} once {when}; apply with a wider --dtype, or prune with a larger --q."
+    )
 
 
 def _unused(base: Checkpoint, delta: DeltaFile, layout: Layout) -> list[str]:

@@ -2,9 +2,11 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event
 from typing import TypeVar
 
 import blake3
@@ -15,6 +17,7 @@ from darex_jax.files.checkpoint import Checkpoint, StoredTensor
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes that are done
+WAITING = 64  # results, chunks of tensors say, that wait for their turn: 256 MB of float32
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -53,17 +56,53 @@ def count_nonfinite(values: np.ndarray) -> int:
 
 
 def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """`pool.map` that keeps only a few results in memory at a time; a failure cancels what has not begun."""
-    waiting: deque[Future[Result]] = deque()
+    pool: ThreadPoolExecutor, make: Callable[[Item], Iterator[Result]], items: Iterable[Item]
+) -> Generator[tuple[Item, Iterator[Result]]]:
+    """Runs one generator an item on the pool and hands on what they make in the order of the items.
+
+    Results that wait for their turn are few, however many an item has: whoever is too far ahead waits. Take
+    all of an item's results before the next item, and close this iterator before the pool, which else waits
+    for those who wait.
+
+    Args: make: `item` -> what is made of it; no result may be None.
+    """
+    ahead = 2 * (os.cpu_count() or 1)
+    room = max(1, WAITING // ahead)
+    abandoned = Event()
+
+    def put(results: Queue[Result | None], result: Result | None) -> None:
+        while not abandoned.is_set():
+            try:
+                return results.put(result, timeout=0.1)
+            except Full:
+                pass
+
+    def run(item: Item, results: Queue[Result | None]) -> None:
+        try:
+            for result in make(item):
+                put(results, result)
+                if abandoned.is_set():
+                    return
+        finally:
+            put(results, None)
+
+    def take(future: Future[None], results: Queue[Result | None]) -> Iterator[Result]:
+        while (result := results.get()) is not None:
+            yield result
+        future.result()  # raises what the generator raised
+
+    waiting: deque[tuple[Item, Future[None], Queue[Result | None]]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * (os.cpu_count() or 1):
-                yield waiting.popleft().result()
+            results: Queue[Result | None] = Queue(room)
+            waiting.append((item, pool.submit(run, item, results), results))
+            if len(waiting) > ahead:
+                item, future, results = waiting.popleft()
+                yield item, take(future, results)
         while waiting:
-            yield waiting.popleft().result()
+            item, future, results = waiting.popleft()
+            yield item, take(future, results)
     finally:
-        for future in waiting:
+        abandoned.set()
+        for _, future, _ in waiting:
             future.cancel()

@@ -53,10 +53,16 @@ class Encoded:
         return digest.hexdigest()
 
 
-def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] | None = None) -> Any:
+def load_tokenizer(
+    path: str | os.PathLike[str],
+    delta: str | os.PathLike[str] | None = None,
+    *,
+    allow_changed_files: bool = False,
+) -> Any:
     """The Hugging Face tokenizer saved at `path`; with an artifact made from that model, the fine-tune's.
 
-    Raises: ValueError if there is none that can be read.
+    Args: allow_changed_files: with an artifact, take the files of `path` though they have changed.
+    Raises: ValueError if there is none that can be read, or it has changed since the artifact was made.
     """
     from transformers import AutoTokenizer
 
@@ -66,7 +72,8 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
         if delta is None:
             return AutoTokenizer.from_pretrained(path)
         with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
-            restore_companions(Path(path), file, Path(folder))
+            restore_companions(Path(path), file, Path(folder), allow_changed_files=allow_changed_files)
+            file.check_data()
             return AutoTokenizer.from_pretrained(folder)
     except FileError:
         raise
