@@ -28,9 +28,10 @@ from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files import stream
-from darex_jax.files.artifact import DeltaFile, canonical_json, survivor_indices, tensor_line
+from darex_jax.files.artifact import DeltaFile, survivor_indices
 from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
 from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
@@ -402,7 +403,7 @@ POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bi
         (lambda r: r.update(base_only="bert"), "base_only is not what it should be"),
         (lambda r: r["base_names"].update({POOLER: ["x"]}), "base_names is not what it should be"),
         (lambda r: r.pop("versions"), "it has no versions"),
-        (lambda r: r.update(format=2), "format 2, this version reads 1; update darex_jax"),
+        (lambda r: r.update(format=3), "format 3, this version reads up to 2; update darex_jax"),
         (lambda r: r.update(format="\x1b[31m"), "format is not what it should be"),
         (lambda r: r.update(base_files={"config.json": 1}), "base_files is not what it should be"),
         (lambda r: r["parameters"][POOLER].update(dtype="F99"), f"dtype of '{POOLER}'"),

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from darex_jax.core.errors import DarexWarning
-from darex_jax.files.artifact import DeltaFile, load_delta, load_kept, tensor_line
+from darex_jax.files.artifact import DeltaFile, load_delta, load_kept
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.recipe import tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params, verify_artifact
 from darex_jax.files.safetensors import as_bytes
 

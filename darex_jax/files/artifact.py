@@ -1,104 +1,68 @@
-"""The delta artifact: one safetensors file that holds a pruned delta without a single index.
+"""The delta artifact: one safetensors file that holds a pruned delta.
 
-Tensors, by the prefix of their names:
-  values/NAME   the survivors of parameter NAME, in index order: delta before rescaling, fine-tune's dtype
+Tensors of both formats, by the prefix of their names:
   dense/NAME    a whole parameter as the fine-tune has it (task head; changed parameters out of scope)
   rows/NAME     the rows NAME has beyond the base's (a larger vocabulary)
   file/NAME     a companion file (config.json, ...) that differs from the base's, as bytes
-The metadata entry `darex` is a JSON object; `Recipe` says what is in it. The mask follows from the key,
-so the values' places need not be stored: see `darex_jax.core.mask` for its definition.
+Format 1, DARE and DAREx-q as they come, has a `Recipe` as JSON in the metadata entry `darex`, and
+  values/NAME   the survivors of parameter NAME, in index order: delta before rescaling, fine-tune's dtype
+The mask follows from the key, so no place is stored: see `darex_jax.core.mask` for its definition.
+Format 2, a sum of parts for each parameter, has
+  parts         blocks of coded parts, see `darex_jax.files.blocks`
+  recipe        the `Recipe`: zstandard-compressed JSON
 """
 
 import json
 import math
 import os
-import platform
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import Any
 
 import blake3
 import numpy as np
+import zstandard
 
-from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
+from darex_jax.core.tree import name_words
+from darex_jax.files.blocks import unpack
 from darex_jax.files.checkpoint import COMPANIONS
+from darex_jax.files.coding import FREE, MOST
+from darex_jax.files.recipe import (
+    FORMATS,
+    METADATA,
+    Recipe,
+    is_name,
+    recipe_from,
+    resolve_q,
+    tensor_line,
+    versions,
+    warn_of_little,
+)
 from darex_jax.files.safetensors import (
     CHUNK,
     DTYPE_NAMES,
     DTYPES,
-    MAX_NAME,
     FileError,
     SafetensorsFile,
     as_bytes,
     element_count,
     write_tensors,
 )
+from darex_jax.parts.random import Random
+from darex_jax.parts.total import Parts
+from darex_jax.parts.values import Values
 
-FORMAT = 1
-METADATA = "darex"
 KINDS = ("values", "dense", "rows", "file")
+PARTS, RECIPE = "parts", "recipe"  # the tensors of format 2
+BLOCKS_HELD = 4  # unpacked ones, of which parameters are being read
 # What a file may claim that is read without its base. The file's own size counts too: of 10,000 entries one
 # survivor of two bytes is as thin as an honest file gets.
 ENTRIES_PER_BYTE = 2**13
 MOST_DENSE_ENTRIES = 2**31  # 8 GiB in float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a delta was made: everything but the numbers, as JSON in the file's metadata.
-
-    key: the two words of the Threefry key (`jax.random.key(seed)` is (0, seed)).
-    parameters: name -> {"shape": of the mask, "q": divisor of the survivors, "dtype": of the restored
-      parameter}, for every pruned one. Older files have no dtype: it is the base's.
-    base: fingerprint; name -> {"dtype", "shape", "blake3"} of every tensor, by the base's own names.
-    base_names: fine-tuned name -> the base's, where they differ.
-    base_only: tensors of the base that the fine-tune does not have (another head).
-    inexact: how many stored values are not the exact difference, being rounded to the fine-tune's dtype.
-    data_blake3: digest of all tensors in file order: of each its `tensor_line`, then its data.
-    base_files: BLAKE3 of the base's companion files that the restored model takes over, by name. None where
-      nothing is known of them: in older files, and where the base was a tree.
-    """
-
-    format: int
-    method: str
-    drop_rate: float
-    key: tuple[int, int]
-    scope: str
-    parameters: dict[str, dict[str, Any]]
-    base: dict[str, dict[str, Any]]
-    base_names: dict[str, str]
-    base_only: list[str]
-    inexact: int
-    nonfinite: int
-    versions: dict[str, str]
-    data_blake3: str
-    base_files: dict[str, str] | None = None
-
-    def digest(self) -> str:
-        """BLAKE3 of all that a restored model follows from: two artifacts that have one restore one model.
-
-        What only tells of the making (versions, counts, the method's name) is no part of it.
-        """
-        aside = ("method", "inexact", "nonfinite", "versions")
-        meaning = {k: v for k, v in asdict(self).items() if k not in aside and v is not None}
-        return blake3.blake3(canonical_json(meaning).encode()).hexdigest()
-
-    def to_metadata(self) -> dict[str, str]:
-        """The metadata of the file, closed by a digest of the recipe itself."""
-        text = canonical_json(asdict(self))
-        return {METADATA: text, "blake3": blake3.blake3(text.encode()).hexdigest()}
-
-
-def tensor_line(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """What goes into the digest of the data before a tensor's bytes, so that no name or shape can change."""
-    return f"{name} {DTYPE_NAMES[dtype]} {list(shape)}\n".encode()
-
-
-def canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+MOST_VERIFIED_ENTRIES = 2**36  # about a minute's work
 
 
 class DeltaFile(SafetensorsFile):
@@ -110,6 +74,9 @@ class DeltaFile(SafetensorsFile):
     def __init__(self, path: Any):
         super().__init__(path)
         self._handed_out: dict[str, str] = {}  # tensor -> BLAKE3 of the bytes that `stream` gave
+        self._blocks: OrderedDict[int, dict[str, Parts]] = OrderedDict()  # those unpacked last
+        self._lock = Lock()
+        self.base_digests: dict[str, str] = {}  # of the base's tensors, as far as they have been read
         try:
             self.recipe = self._read_recipe()
             self._check_tensors()
@@ -121,31 +88,59 @@ class DeltaFile(SafetensorsFile):
         text = self.metadata.get(METADATA)
         if text is None:
             raise FileError(f"{self.path}: a safetensors file, but not a delta made by darex.")
+        version = self._json(text).get("format")
+        if type(version) is int and version > max(FORMATS):
+            raise FileError(
+                f"{self.path}: format {version!s:.20}, this version reads up to {max(FORMATS)}; "
+                "update darex_jax."
+            )
+        if version == 2:
+            text = self._compressed_recipe()
         if not text.isascii() or blake3.blake3(text.encode()).hexdigest() != self.metadata.get("blake3"):
             raise FileError(f"{self.path}: damaged (the metadata does not have its digest).")
+        table = self._json(text)
+        if table.get("format") != version:
+            raise FileError(f"{self.path}: damaged metadata (two formats).")
+        try:
+            return recipe_from(table)
+        except DarexError as error:
+            raise FileError(f"{self.path}: damaged metadata ({error}).") from error
+
+    def _json(self, text: str) -> dict[str, Any]:
         try:
             table = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FileError(f"{self.path}: damaged metadata (it is no JSON).") from error
-        version = table.get("format") if isinstance(table, dict) else None
-        if type(version) is int and version > FORMAT:
-            raise FileError(
-                f"{self.path}: format {version!s:.20}, this version reads {FORMAT}; update darex_jax."
-            )
+        return table if isinstance(table, dict) else {}
+
+    def _compressed_recipe(self) -> str:
+        info = self.tensors.get(RECIPE)
+        if info is None or info.dtype != np.uint8:
+            raise FileError(f"{self.path}: damaged metadata (there is no recipe).")
+        data = self.read(RECIPE).tobytes()
         try:
-            return _recipe_from(table)
-        except DarexError as error:
-            raise FileError(f"{self.path}: damaged metadata ({error}).") from error
+            size = zstandard.get_frame_parameters(data).content_size
+            if not 0 <= size <= FREE + MOST * len(data):
+                raise FileError(f"{self.path}: damaged metadata (a recipe of {size} bytes).")
+            return zstandard.ZstdDecompressor().decompress(data).decode()
+        except (zstandard.ZstdError, UnicodeDecodeError, MemoryError) as error:
+            raise FileError(f"{self.path}: damaged metadata (its compression).") from error
 
     def _check_tensors(self) -> None:
         stored = {kind: self.names(kind) for kind in KINDS}
-        unknown = self.tensors.keys() - {f"{kind}/{name}" for kind in KINDS for name in stored[kind]}
-        if unknown:
-            raise FileError(f"{self.path}: unknown tensor '{min(unknown)}'.")
-        if set(stored["values"]) != self.recipe.parameters.keys():
+        own = {PARTS, RECIPE} if self.recipe.format == 2 else set()
+        unknown = self.tensors.keys() - own - {f"{kind}/{name}" for kind in KINDS for name in stored[kind]}
+        if unknown or own - self.tensors.keys():
+            name = min(unknown or own - self.tensors.keys())
+            raise FileError(f"{self.path}: {'unknown' if unknown else 'missing'} tensor '{name}'.")
+        if set(stored["values"]) != (set() if own else self.recipe.parameters.keys()):
             raise FileError(f"{self.path}: the stored values are not those the recipe names.")
+        if own:
+            claimed, info = sum(block["bytes"] for block in self.recipe.blocks or ()), self.tensors[PARTS]
+            if info.dtype != np.uint8 or len(info.shape) != 1 or info.size != claimed:
+                raise FileError(f"{self.path}: the parts are not as long as the recipe says.")
         for name, entry in self.recipe.parameters.items():
-            info, size = self.tensors[f"values/{name}"], element_count(tuple(entry["shape"]))
+            size = element_count(tuple(entry["shape"]))
             base = self.recipe.base.get(self.base_name(name))
             rows = self.tensors.get(f"rows/{name}")
             if base is None or list(base["shape"]) != list(entry["shape"]):
@@ -155,9 +150,14 @@ class DeltaFile(SafetensorsFile):
                 raise FileError(
                     f"{self.path}: parameter '{name}' would be restored in {dtype}, not floating."
                 )
+            shape = entry["shape"]
+            if rows is not None and not (len(rows.shape) == len(shape) == 2 and rows.shape[1] == shape[1]):
+                raise FileError(f"{self.path}: the extra rows of '{name}' do not fit it.")
+            if self.recipe.format == 2:
+                continue
             # Ten standard deviations: no mask is that far off, and a file cannot claim a shape much larger
             # than its values, which whoever restores it would have to make room for.
-            expected = size * self.threshold() / 2**32
+            info, expected = self.tensors[f"values/{name}"], size * self.threshold() / 2**32
             if len(info.shape) != 1 or abs(info.size - expected) > 40 + 10 * math.sqrt(expected):
                 raise FileError(
                     f"{self.path}: parameter '{name}' stores values of shape {list(info.shape)}, "
@@ -165,9 +165,6 @@ class DeltaFile(SafetensorsFile):
                 )
             if info.dtype.kind not in "fV":
                 raise FileError(f"{self.path}: the values of '{name}' are {info.dtype}, not floating.")
-            shape = entry["shape"]
-            if rows is not None and not (len(rows.shape) == len(shape) == 2 and rows.shape[1] == shape[1]):
-                raise FileError(f"{self.path}: the extra rows of '{name}' do not fit it.")
         named = {*self.recipe.parameters, *stored["dense"], *self.recipe.base_names}
         if len({self.base_name(name) for name in named}) < len(named):
             raise FileError(f"{self.path}: two parameters are made from one of the base's.")
@@ -224,14 +221,59 @@ class DeltaFile(SafetensorsFile):
 
         return take
 
-    def survivors(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A parameter's survivors, a stretch of `safetensors.CHUNK` entries of its mask after the other.
+    def chunks_of(self, name: str) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
+        """A pruned parameter's delta, for each stretch of `safetensors.CHUNK` entries in turn.
 
-        Yields: (kept, values): places in the stretch, ascending, and float32 values divided by q.
-        Raises: FileError if there are more values, or fewer, than survivors.
+        Yields: which entries of the stretch may be other than zero, and their float32 numbers.
+        Raises: FileError for what does not fit the parameter, a count that is not the mask's, say.
         """
+        if self.recipe.format == 1:
+            yield from self._survivors(name)
+            return
+        try:
+            with np.errstate(invalid="ignore", over="ignore"):
+                yield from self.parts(name).chunks(CHUNK)
+        except FileError:
+            raise
+        except DarexError as error:
+            raise FileError(f"{self.path}: '{name}': {error}.") from error
+
+    def parts(self, name: str) -> Parts:
+        """A pruned parameter's parts, on the host. Raises: FileError for a damaged block."""
+        if self.recipe.format == 1:
+            entry, values = self.recipe.parameters[name], self.read(f"values/{name}")
+            key = numpy_leaf_key(self.recipe.key, name_words(name))
+            q, shape = np.asarray(np.float32(entry["q"])), tuple(entry["shape"])
+            assert self.recipe.drop_rate is not None
+            return Parts((Random(Values(values), key, q, self.recipe.drop_rate, shape),), shape)
+        with self._lock:
+            for number, block in enumerate(self.recipe.blocks or ()):
+                if name in block["parameters"]:
+                    if number not in self._blocks:
+                        self._blocks[number] = self._unpacked(number)
+                    self._blocks.move_to_end(number)
+                    while len(self._blocks) > BLOCKS_HELD:
+                        self._blocks.popitem(last=False)
+                    return self._blocks[number][name]
+        raise KeyError(name)
+
+    def _unpacked(self, number: int) -> dict[str, Parts]:
+        """A block out of bytes that have its digest."""
+        blocks = self.recipe.blocks or []
+        block, start = blocks[number], sum(before["bytes"] for before in blocks[:number])
+        data = np.empty(block["bytes"], np.uint8)
+        self.read_into(self.tensors[PARTS], start, data)
+        if blake3.blake3(as_bytes(data)).hexdigest() != block["blake3"]:
+            raise FileError(f"{self.path}: damaged (block {number} of its parts).")
+        shapes = {name: tuple(entry["shape"]) for name, entry in self.recipe.parameters.items()}
+        try:
+            return unpack(block, data.tobytes(), shapes, self.recipe.key)
+        except (DarexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(f"{self.path}: damaged block {number} of its parts ({error!s:.200}).") from error
+
+    def _survivors(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`chunks_of` of format 1, of which only a stretch is held."""
         from darex_jax.core.mask import stream_mask
-        from darex_jax.core.tree import name_words
 
         entry, stored = self.recipe.parameters[name], self.tensors[f"values/{name}"].size
         leaf_key = numpy_leaf_key(self.recipe.key, name_words(name))
@@ -255,6 +297,8 @@ class DeltaFile(SafetensorsFile):
         """
         digest, changed = blake3.blake3(), False
         for name, info in self.tensors.items():
+            if name == RECIPE and self.recipe.format == 2:  # has its own digest, and holds this one
+                continue
             digest.update(tensor_line(name, info.dtype, info.shape))
             own = blake3.blake3() if name in self._handed_out else None
             for chunk in self.chunks(info):
@@ -283,164 +327,9 @@ class DeltaFile(SafetensorsFile):
             )
 
     def threshold(self) -> int:
+        """Of the masks of format 1."""
+        assert self.recipe.drop_rate is not None
         return keep_threshold(self.recipe.drop_rate)
-
-
-def _recipe_from(table: Any) -> Recipe:
-    """A recipe out of JSON, the type and range of everything looked at: who forges it forges its digest, too.
-
-    Raises: DarexError saying what is wrong.
-    """
-    checks: dict[str, Callable[[Any], bool]] = {
-        "format": lambda version: type(version) is int and version == FORMAT,
-        "method": _is_text,
-        "drop_rate": lambda rate: type(rate) in (int, float) and 0 <= rate < 1,
-        "key": lambda key: (
-            isinstance(key, list) and len(key) == 2 and all(_is_natural(w, 2**32) for w in key)
-        ),
-        "scope": _is_text,
-        "parameters": _is_table,
-        "base": _is_table,
-        "base_names": _is_table_of(_is_name),
-        "base_only": lambda names: isinstance(names, list) and all(map(_is_name, names)),
-        "inexact": lambda count: _is_natural(count, 2**63),
-        "nonfinite": lambda count: _is_natural(count, 2**63),
-        "versions": _is_table_of(_is_text),
-        "data_blake3": _is_digest,
-        "base_files": lambda files: files is None or _is_table_of(_is_digest)(files),
-    }
-    if not isinstance(table, dict):
-        raise DarexError("it is no table")
-    for name, valid in checks.items():
-        if name not in table and name != "base_files":
-            raise DarexError(f"it has no {name}")
-        if not valid(table.get(name)):
-            raise DarexError(f"{name} is not what it should be")
-    for name, entry in table["parameters"].items():
-        if not (_is_name(name) and isinstance(entry, dict)):
-            raise DarexError(f"a parameter {name!r:.60}")
-        if not _is_shape(entry.get("shape")):
-            raise DarexError(f"shape of '{name}'")
-        if not (type(entry.get("q")) in (int, float) and is_q(entry["q"])):
-            raise DarexError(f"q of '{name}'")
-        if "dtype" in entry and not _is_dtype(entry["dtype"]):
-            raise DarexError(f"dtype of '{name}'")
-    for name, entry in table["base"].items():
-        if not (_is_name(name) and isinstance(entry, dict)):
-            raise DarexError(f"a tensor {name!r:.60} in the base")
-        if not (_is_dtype(entry.get("dtype")) and _is_shape(entry.get("shape"))):
-            raise DarexError(f"dtype or shape of '{name}' in the base")
-        if not _is_digest(entry.get("blake3")):
-            raise DarexError(f"fingerprint of '{name}'")
-    recipe = {f.name: table.get(f.name) for f in fields(Recipe)}
-    return Recipe(**(recipe | {"key": tuple(table["key"])}))
-
-
-def _is_natural(value: Any, end: int) -> bool:
-    return type(value) is int and 0 <= value < end
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and value in DTYPES
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_table_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda table: (
-        isinstance(table, dict) and all(map(_is_text, table)) and all(map(valid, table.values()))
-    )
-
-
-def _is_shape(value: Any) -> bool:
-    natural = isinstance(value, list) and len(value) <= 32 and all(_is_natural(n, 2**48) for n in value)
-    return natural and math.prod(filter(None, value)) < 2**48
-
-
-def is_q(value: Any) -> bool:
-    """Whether survivors can be divided by it: a number that, like its reciprocal, is a normal float32."""
-    if isinstance(value, list | tuple):
-        return False
-    number = np.asarray(value)
-    return number.shape == () and number.dtype.kind in "iuf" and 2.0**-126 <= float(number) <= 2.0**126
-
-
-def resolve_q(
-    q: float | Mapping[str, Any] | None, drop_rate: float, names: list[str], unused: Iterable[str] = ()
-) -> dict[str, float]:
-    """`{name: q}` for every name; None is DARE's 1 - drop_rate.
-
-    Args: unused: names that a q may have, too: of parameters that are not pruned.
-    Raises: ValueError for a q that is missing, fits no name, or is no divisor.
-    """
-    if q is None:
-        q = 1.0 - drop_rate
-    by_name = q if isinstance(q, Mapping) else dict.fromkeys(names, q)
-    missing = [name for name in names if name not in by_name]
-    unknown = sorted(by_name.keys() - set(names) - set(unused))
-    if missing or unknown:
-        faults = [f"there is no q for '{name}'" for name in missing[:4]]
-        faults += [f"there is no parameter for the q of {name!r:.80}" for name in unknown[:4]]
-        raise DarexError("; ".join(faults) + ".")
-    for name in names:
-        if not is_q(by_name[name]):
-            raise DarexError(
-                f"q of '{name}' must be a positive number that float32 holds, got {by_name[name]}."
-            )
-    return {name: float(by_name[name]) for name in names}
-
-
-def warn_of_little(
-    drop_rate: float, q: Mapping[str, float], *, same: bool, survivors: int, stacklevel: int = 3
-) -> None:
-    """Warns where an artifact is made as asked and hardly as meant.
-
-    Args:
-      same: the two models are equal in all that is pruned.
-      survivors: how many there are.
-    """
-    texts = []
-    if same:
-        texts.append("every delta is zero: in what is pruned the fine-tuned model is the base.")
-    if keep_threshold(drop_rate) == 0:
-        texts.append(
-            f"a drop rate of {drop_rate} keeps nothing: 1 - drop rate is less than masks resolve, 2**-33."
-        )
-    elif not survivors:
-        texts.append(f"nothing survived the drop rate of {drop_rate}; the delta holds no values.")
-    small = [name for name in q if q[name] < (1.0 - drop_rate) * (1 - 1e-6)]
-    if small:
-        texts.append(
-            f"q = {q[small[0]]:g} of '{small[0]}' is below 1 - drop rate = {1.0 - drop_rate:g}: survivors "
-            "become larger than DARE's rescaling makes them."
-        )
-    for text in texts:
-        warnings.warn(text, DarexWarning, stacklevel=stacklevel)
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Of Python, of what a mask or a value could depend on, and of `more` packages where installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("darex_jax", "jax", "jaxlib", "numpy", *more):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def save_delta(
@@ -472,7 +361,7 @@ def save_delta(
     deltas = {name: np.asarray(leaf) for name, leaf in flatten_names(delta).items()}
     bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
     for name, leaf in bases.items():
-        if not _is_name(f"values/{name}"):
+        if not is_name(f"values/{name}"):
             raise DarexError(f"{name[:80]!a} is not a name that a parameter can have in a file.")
         if leaf.dtype not in DTYPE_NAMES:
             raise DarexError(f"'{name}' of the base is {leaf.dtype}, which an artifact cannot hold.")
@@ -495,7 +384,7 @@ def save_delta(
         digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
         digest.update(as_bytes(tensors[name]))
     recipe = Recipe(
-        format=FORMAT,
+        format=1,
         method="dare" if q is None else "darex-q",
         drop_rate=float(drop_rate),
         key=(int(words[0]), int(words[1])),
@@ -529,31 +418,39 @@ def _count_nonfinite(array: np.ndarray) -> int:
     return int(np.count_nonzero(~np.isfinite(array)))
 
 
-def load_delta(path: str | os.PathLike[str], *, max_entries: int | None = None) -> dict[str, Any]:
+def load_delta(
+    path: str | os.PathLike[str], *, parts: bool = False, max_entries: int | None = None
+) -> dict[str, Any]:
     """The pruned, rescaled delta of an artifact: a nested dict of float32 arrays for `apply_delta`.
 
     Only the pruned parameters; what the artifact keeps whole (a task head, say) is `load_kept`'s. Besides the
     result one parameter's worth is held.
 
-    Args: max_entries: how many the result may have. None: 2**31, and no more than 8,192 for each byte of the
-      file, so that a small file cannot fill the memory.
+    Args:
+      parts: leave every parameter a `Parts`, in the size that it has in the file.
+      max_entries: how many the result may have. None: 2**31, and no more than 8,192 for each byte of the
+        file, so that a small file cannot fill the memory.
     Raises: FileError for a damaged file, one that claims more entries, or one with extra vocabulary rows
       (`darex apply` restores those).
     """
+    import jax
     import jax.numpy as jnp
 
     from darex_jax.core.tree import unflatten_names
 
-    named = {}
+    named: dict[str, Any] = {}
     with DeltaFile(path) as file:
         if file.names("rows"):
             raise FileError(
                 f"{path}: has extra rows for {', '.join(file.names('rows'))}; restore it with darex apply."
             )
-        file.check_entries(max_entries, MOST_DENSE_ENTRIES)
+        file.check_entries(max_entries, MOST_VERIFIED_ENTRIES if parts else MOST_DENSE_ENTRIES)
         for name, entry in file.recipe.parameters.items():
+            if parts:
+                named[name] = jax.tree.map(jnp.asarray, file.parts(name))
+                continue
             dense = np.zeros(element_count(tuple(entry["shape"])), np.float32)
-            for i, (kept, values) in enumerate(file.survivors(name)):
+            for i, (kept, values) in enumerate(file.chunks_of(name)):
                 dense[i * CHUNK : (i + 1) * CHUNK][kept] = values
             named[name] = jnp.asarray(dense.reshape(entry["shape"]))
         file.check_data()

@@ -6,7 +6,7 @@ are put end to end over all parameters of a block and coded as one stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,9 @@ INTEGERS = ("int8", "int4", "int2", "int1")
 MOST_PARTS = 16  # of one parameter
 
 
-def in_blocks(parameters: Iterable[tuple[str, Parts]]) -> Iterator[dict[str, Parts]]:
-    """Parameters in their order, grouped into blocks."""
-    block: dict[str, Parts] = {}
-    numbers = 0
-    for name, parts in parameters:
-        block[name] = parts
-        numbers += sum(x.size for part in parts.parts for x in part.arrays().values())
-        if numbers >= BLOCK_NUMBERS:
-            yield block
-            block, numbers = {}, 0
-    if block:
-        yield block
+def numbers_in(parts: Parts) -> int:
+    """How many numbers a parameter's parts hold."""
+    return sum(int(x.size) for part in parts.parts for x in part.arrays().values())
 
 
 def pack(block: Mapping[str, Parts]) -> tuple[dict[str, Any], bytes]:

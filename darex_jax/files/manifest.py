@@ -7,7 +7,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.files.artifact import tensor_line, versions
+from darex_jax.files.recipe import tensor_line, versions
 from darex_jax.files.safetensors import as_bytes
 
 

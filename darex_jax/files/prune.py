@@ -1,28 +1,42 @@
 """Prune checkpoints without loading them: a chunk of a tensor at a time, on every core.
 
 Both models are read once, but for a changed parameter out of scope, which is read again as it is copied. JAX
-computes the masks; nothing else of it is used.
+computes the masks of DARE; nothing else of it is used there. Methods of `darex_jax.methods` get one parameter's
+delta at a time, or all where they weigh parameters against each other.
 """
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import blake3
 import numpy as np
+import zstandard
 
 from darex_jax.core.errors import DarexWarning
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
-from darex_jax.files.artifact import FORMAT, Recipe, resolve_q, tensor_line, versions, warn_of_little
+from darex_jax.files.artifact import PARTS, RECIPE
+from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
+from darex_jax.files.coding import ZSTD_LEVEL, coder_versions
 from darex_jax.files.match import Match, match_checkpoints
+from darex_jax.files.recipe import (
+    CUT,
+    Recipe,
+    fingerprint,
+    resolve_q,
+    tensor_line,
+    versions,
+    warn_of_little,
+)
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     FileError,
@@ -33,6 +47,7 @@ from darex_jax.files.safetensors import (
     write_at,
 )
 from darex_jax.files.stream import Progress, count_nonfinite, in_order, keep_inputs, tensor_digest
+from darex_jax.parts.total import Parts
 
 CHUNK = STREAM_CHUNKS[0]
 READ_BACK = 1 << 22  # bytes
@@ -40,7 +55,7 @@ READ_BACK = 1 << 22  # bytes
 
 @dataclass(frozen=True)
 class PruneSummary:
-    """What `prune_checkpoints` wrote."""
+    """What was written. survivors: of DARE, how many; of a method, the numbers stored."""
 
     recipe: Recipe
     match: Match
@@ -51,7 +66,7 @@ class PruneSummary:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was noticed while the chunks of one tensor of an artifact were made; it comes after the last.
+    """What was noticed while one tensor of an artifact was made; it comes after the last piece.
 
     stored: False where the base has the same bits, so that nothing is to be stored.
     changed: whether the fine-tuned model has other numbers than the base.
@@ -62,6 +77,23 @@ class _Seen:
     base_digest: str | None = None
     stored: bool = True
     changed: bool = True
+
+
+@dataclass
+class _Written:
+    """What is known of an artifact while it is written."""
+
+    digests: dict[str, str] = field(default_factory=dict)  # of the base's tensors
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    inexact: int = 0
+    nonfinite: int = 0
+    survivors: int = 0
+    changed: bool = False
+    data_blake3: str = "0" * 64
+
+
+Piece = np.ndarray | Parts | _Seen
 
 
 def prune_checkpoints(
@@ -77,7 +109,7 @@ def prune_checkpoints(
     allow_nonfinite: bool = False,
     progress: Progress = lambda _: None,
 ) -> PruneSummary:
-    """DARE / DAREx-q on two checkpoints: writes the artifact `out`, whole or not at all.
+    """DARE / DAREx-q on two checkpoints: writes the artifact `out`, whole or not at all, in format 1.
 
     Args:
       key: the two words of a Threefry key, `jax.random.key_data(key)`; (0, seed) for a seed.
@@ -94,123 +126,261 @@ def prune_checkpoints(
     threshold = keep_threshold(drop_rate)
     q_by_name = resolve_q(q, drop_rate, match.pruned, unused=fine.tensors)
 
-    # Widest dtype first: so every tensor of the file is aligned. Files last: they are bytes.
-    work = [("values", name) for name in match.pruned]
-    work += [("rows", name) for name in match.extra_rows if name in match.pruned]
+    def make(name: str) -> Iterator[Piece]:
+        stored, leaf_key = base.tensors[match.base_names[name]], numpy_leaf_key(key, name_words(name))
+        return _pruned_values(leaf_key, threshold, stored, fine.tensors[name], progress)
+
+    def recipe(common: dict[str, Any], written: _Written) -> Recipe:
+        parameters = {name: entry | {"q": q_by_name[name]} for name, entry in common["parameters"].items()}
+        method = "dare" if q is None else "darex-q"
+        own = {"format": 1, "method": method, "drop_rate": float(drop_rate), "parameters": parameters}
+        return Recipe(**(common | own | {"key": key, "scope": scope_text}))
+
+    recipe_of, written, size = _write(
+        base, fine, out, match, "values", make, recipe, allow_nonfinite, progress
+    )
+    warn_of_little(drop_rate, q_by_name, same=not written.changed, survivors=written.survivors)
+    return _summary(recipe_of, match, written, size)
+
+
+def prune_parts(
+    base: Checkpoint,
+    fine: Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    method: str,
+    make_parts: Callable[[dict[str, np.ndarray]], dict[str, Parts]],
+    leafwise: bool,
+    key: tuple[int, int] = (0, 0),
+    budget: Mapping[str, float],
+    options: Mapping[str, Any],
+    evidence: Mapping[str, str],
+    scope: Scope,
+    scope_text: str = "default",
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda _: None,
+) -> PruneSummary:
+    """Any method on two checkpoints: writes the artifact `out`, whole or not at all, in format 2.
+
+    Args:
+      method, budget, options, evidence: what the file says of how it was made; see `Recipe`.
+      make_parts: deltas by name, float32, to their parts.
+      leafwise: whether it takes one delta at a time; else all are held in memory.
+      key: as for `prune_checkpoints`; random parts are drawn again from it.
+    Raises, Warns: as `prune_checkpoints`.
+    """
+    keep_inputs(out, base, fine)
+    match = match_checkpoints(base, fine, scope)
+    match.raise_if_faulty()
+
+    def delta_of(name: str) -> tuple[np.ndarray, _Seen]:
+        return _delta(base.tensors[match.base_names[name]], fine.tensors[name], progress)
+
+    together: dict[str, Parts] = {}
+    noticed: dict[str, _Seen] = {}
+    if not leafwise:
+        deltas = {}
+        for name in match.pruned:
+            deltas[name], noticed[name] = delta_of(name)
+        together = make_parts(deltas)
+        del deltas
+
+    def make(name: str) -> Iterator[Piece]:
+        if leafwise:
+            delta, seen = delta_of(name)
+            yield make_parts({name: delta})[name]
+            yield seen
+        else:
+            yield together[name]
+            yield noticed[name]
+
+    def recipe(common: dict[str, Any], written: _Written) -> Recipe:
+        whole = common["base"]
+        cut = {name: entry | {"blake3": entry["blake3"][:CUT]} for name, entry in whole.items()}
+        own = {
+            "format": 2, "method": method, "drop_rate": None, "key": key, "scope": scope_text, "base": cut,
+            "budget": dict(budget), "options": dict(options), "evidence": dict(evidence),
+            "blocks": written.blocks, "base_blake3": fingerprint(whole),
+            "versions": common["versions"] | coder_versions(),
+        }  # fmt: skip
+        return Recipe(**(common | own))
+
+    recipe_of, written, size = _write(base, fine, out, match, PARTS, make, recipe, allow_nonfinite, progress)
+    if not written.changed:
+        text = "every delta is zero: in what is pruned the fine-tuned model is the base."
+        warnings.warn(text, DarexWarning, stacklevel=2)
+    return _summary(recipe_of, match, written, size)
+
+
+def _summary(recipe: Recipe, match: Match, written: _Written, file_bytes: int) -> PruneSummary:
+    for text in match.warnings:
+        warnings.warn(text, DarexWarning, stacklevel=3)
+    pruned_size = sum(element_count(tuple(entry["shape"])) for entry in recipe.parameters.values())
+    return PruneSummary(recipe, match, written.survivors, pruned_size, file_bytes)
+
+
+def _write(
+    base: Checkpoint,
+    fine: Checkpoint,
+    out: str | os.PathLike[str],
+    match: Match,
+    pruned_kind: str,
+    make_pruned: Callable[[str], Iterator[Piece]],
+    make_recipe: Callable[[dict[str, Any], _Written], Recipe],
+    allow_nonfinite: bool,
+    progress: Progress,
+) -> tuple[Recipe, _Written, int]:
+    """Writes an artifact: pruned parameters as `make_pruned` gives them, all else as it has to be kept.
+
+    Returns: its recipe, what was noticed, the file's bytes.
+    """
+    # Widest dtype first: so every tensor of the file is aligned. Coded parts and files are bytes: they are last.
+    work = [("rows", name) for name in match.extra_rows if name in match.pruned]
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
+    work += [(pruned_kind, name) for name in match.pruned] if pruned_kind != PARTS else []
     work.sort(key=lambda item: -fine.tensors[item[1]].info.dtype.itemsize)
+    restored = sorted(match.pruned, key=lambda name: (-fine.tensors[name].info.dtype.itemsize, name))
+    work += [(PARTS, name) for name in restored] if pruned_kind == PARTS else []
     files, base_files = _companions(base.path, fine.path)
     base_only = [name for name in base.tensors if name not in set(match.base_names.values())]
+    written = _Written()
 
-    def make(item: tuple[str, str]) -> Iterator[np.ndarray | _Seen]:
+    def make(item: tuple[str, str]) -> Iterator[Piece]:
         kind, name = item
-        tensor = fine.tensors[name]
-        stored = base.tensors.get(match.base_names.get(name, ""))
-        if kind == "values":
-            assert stored is not None
-            leaf_key = numpy_leaf_key(key, name_words(name))
-            return _pruned_values(leaf_key, threshold, stored, tensor, progress)
+        if kind == pruned_kind:
+            return make_pruned(name)
         if kind == "rows":
-            return _last_rows(tensor, match.extra_rows[name])
-        return _dense_values(stored, tensor, progress)
+            return _last_rows(fine.tensors[name], match.extra_rows[name])
+        return _dense_values(base.tensors.get(match.base_names.get(name, "")), fine.tensors[name], progress)
 
     def fingerprint_only(name: str) -> tuple[str, str]:
         return name, tensor_digest(base.tensors[name], progress)
 
-    digests: dict[str, str] = {}
-    inexact = nonfinite = survivor_count = 0
-    changed = False
-    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    data_digest = blake3.blake3()
-
     def recipe() -> Recipe:
-        return Recipe(
-            format=FORMAT,
-            method="dare" if q is None else "darex-q",
-            drop_rate=float(drop_rate),
-            key=key,
-            scope=scope_text,
-            parameters={
+        common = {
+            "parameters": {
                 name: {
                     "shape": list(base.tensors[match.base_names[name]].info.shape),
-                    "q": q_by_name[name],
                     "dtype": DTYPE_NAMES[fine.tensors[name].info.dtype],
                 }
                 for name in match.pruned
             },
-            base={
+            "base": {
                 name: {
                     "dtype": DTYPE_NAMES[tensor.info.dtype],
                     "shape": list(tensor.info.shape),
-                    "blake3": digests.get(name, "0" * 64),
+                    "blake3": written.digests.get(name, "0" * 64),
                 }
                 for name, tensor in base.tensors.items()
             },
-            base_names={name: b for name, b in match.base_names.items() if name != b},
-            base_only=base_only,
-            inexact=inexact,
-            nonfinite=nonfinite,
-            versions=versions(),
-            data_blake3=data_digest.hexdigest(),
-            base_files=base_files,
-        )
+            "base_names": {name: b for name, b in match.base_names.items() if name != b},
+            "base_only": base_only, "inexact": written.inexact, "nonfinite": written.nonfinite,
+            "versions": versions(), "data_blake3": written.data_blake3, "base_files": base_files,
+        }  # fmt: skip
+        return make_recipe(common, written)
 
-    # How many survive is known only at the end, but no header is longer than this one.
+    # How many numbers are stored is known only at the end, but no header is longer than this one.
     longest = {
         f"{kind}/{name}": (fine.tensors[name].info.dtype, fine.tensors[name].info.shape)
         for kind, name in work
+        if kind != PARTS
     }
     longest |= {f"file/{name}": (np.dtype(np.uint8), (len(content),)) for name, content in files.items()}
-    longest_recipe = replace(recipe(), inexact=2**62, nonfinite=2**62)
-    header_bytes = len(encode_header(longest, longest_recipe.to_metadata()))
+    if pruned_kind == PARTS:
+        longest |= {name: (np.dtype(np.uint8), (2**48,)) for name in (PARTS, RECIPE)}
+    most = replace(recipe(), inexact=2**62, nonfinite=2**62)
+    header_bytes = len(encode_header(longest, most.to_metadata()))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(out) as file:
-        position = header_bytes
+        position, data_digest = header_bytes, blake3.blake3()
+        block: dict[str, Parts] = {}
+        parts_start: int | None = None
 
         def stored_from(start: int, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
             """Notes and digests a tensor once it is written: its line, which comes first, tells its size."""
-            tensors[name] = (dtype, shape)
+            written.tensors[name] = (dtype, shape)
             data_digest.update(tensor_line(name, dtype, shape))
             for at in range(start, position, READ_BACK):
                 data_digest.update(os.pread(file, min(READ_BACK, position - at), at))
 
+        def write_block() -> int:
+            entry, data = pack(block)
+            digest = blake3.blake3(data).hexdigest()
+            written.blocks.append(entry | {"bytes": len(data), "blake3": digest})
+            block.clear()
+            return write_at(file, data, position)
+
         with closing(in_order(pool, make, work)) as results:
-            for (kind, name), parts in results:
+            for (kind, name), pieces in results:
                 start, seen, info = position, _Seen(), fine.tensors[name].info
-                for part in parts:
-                    if isinstance(part, _Seen):
-                        seen = part
+                parts_start = position if kind == PARTS and parts_start is None else parts_start
+                for piece in pieces:
+                    if isinstance(piece, _Seen):
+                        seen = piece
+                    elif isinstance(piece, Parts):
+                        block[name] = piece
                     else:
-                        position = write_at(file, part, position)
-                inexact += seen.inexact
-                nonfinite += seen.nonfinite
+                        position = write_at(file, piece, position)
+                written.inexact += seen.inexact
+                written.nonfinite += seen.nonfinite
                 if seen.base_digest is not None:
-                    digests[match.base_names[name]] = seen.base_digest
+                    written.digests[match.base_names[name]] = seen.base_digest
                 if seen.nonfinite and not allow_nonfinite:
                     raise FileError(
                         f"'{name}' holds {seen.nonfinite} NaN or infinite entries in one of the two models; "
                         "--allow-nonfinite carries them along."
                     )
+                if kind == PARTS:
+                    written.survivors += numbers_in(block[name])
+                    written.changed |= seen.changed
+                    if sum(map(numbers_in, block.values())) >= BLOCK_NUMBERS:
+                        position = write_block()
+                    continue
                 shape = info.shape
                 if kind == "values":
                     shape = ((position - start) // info.dtype.itemsize,)
-                    survivor_count += shape[0]
-                    changed |= seen.changed
+                    written.survivors += shape[0]
+                    written.changed |= seen.changed
                 elif kind == "rows":
                     shape = (match.extra_rows[name], *shape[1:])
                 if seen.stored:
                     stored_from(start, f"{kind}/{name}", info.dtype, shape)
+        if block:
+            position = write_block()
+        if parts_start is not None:
+            stored_from(parts_start, PARTS, np.dtype(np.uint8), (position - parts_start,))
         for name, content in files.items():
             start, position = position, write_at(file, content, position)
             stored_from(start, f"file/{name}", np.dtype(np.uint8), (len(content),))
-        digests.update(pool.map(fingerprint_only, base_only))
+        written.digests.update(pool.map(fingerprint_only, base_only))
+        written.data_blake3 = data_digest.hexdigest()
         final = recipe()
-        write_at(file, encode_header(tensors, final.to_metadata(), header_bytes), 0)
-    for text in match.warnings:
-        warnings.warn(text, DarexWarning, stacklevel=2)
-    warn_of_little(drop_rate, q_by_name, same=not changed, survivors=survivor_count)
-    pruned_size = sum(element_count(tuple(entry["shape"])) for entry in final.parameters.values())
-    return PruneSummary(final, match, survivor_count, pruned_size, position)
+        if final.format == 2:
+            data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(final.to_json().encode())
+            written.tensors[RECIPE] = (np.dtype(np.uint8), (len(data),))
+            position = write_at(file, data, position)
+        write_at(file, encode_header(written.tensors, final.to_metadata(), header_bytes), 0)
+    return final, written, position
+
+
+def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Seen]:
+    """`fine - base` of the rows that both have, float32, and what was noticed."""
+    size, digest = base.info.size, blake3.blake3()
+    nonfinite, changed, delta = 0, False, np.empty(base.info.size, np.float32)
+    base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
+    fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
+    for start in range(0, size, CHUNK):
+        length = min(CHUNK, size - start)
+        b, f = base_buffer[:length], fine_buffer[:length]
+        base.file.read_into(base.info, start, b)
+        fine.file.read_into(fine.info, start, f)
+        digest.update(as_bytes(b))
+        nonfinite += count_nonfinite(b) + count_nonfinite(f)
+        changed = changed or not _same_numbers(b, f)
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.subtract(f.astype(np.float32), b.astype(np.float32), out=delta[start : start + length])
+        progress(b.nbytes + f.nbytes)
+    return delta.reshape(base.info.shape), _Seen(0, nonfinite, digest.hexdigest(), changed=changed)
 
 
 def _pruned_values(

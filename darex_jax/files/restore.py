@@ -16,10 +16,7 @@ import blake3
 import numpy as np
 
 from darex_jax.core.errors import DarexError, DarexWarning
-from darex_jax.core.mask import stream_mask
-from darex_jax.core.threefry import numpy_leaf_key
-from darex_jax.core.tree import name_words
-from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.checkpoint import (
     COMPANIONS,
     INDEX,
@@ -29,6 +26,7 @@ from darex_jax.files.checkpoint import (
     atomic_directory,
     companion_files,
 )
+from darex_jax.files.recipe import fingerprint
 from darex_jax.files.safetensors import (
     CHUNK,
     DTYPE_NAMES,
@@ -41,7 +39,6 @@ from darex_jax.files.safetensors import (
 )
 from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
 
-MOST_VERIFIED_ENTRIES = 2**36  # about a minute's work
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 Layout = dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # file -> name -> (dtype, shape)
 
@@ -101,6 +98,7 @@ def apply_artifact(
             unused, pool.map(lambda n: tensor_digest(base.tensors[n], progress), unused), strict=True
         ):
             _check_digest(delta, name, digest)
+        _check_fingerprint(base, delta)
         delta.check_data()
         _name_dtype(base, delta, folder, outputs)
         if len(outputs) > 1:
@@ -130,6 +128,7 @@ def restored_params(
             yield name, array.reshape(shape)
     for name in _unused(base, delta, layout):
         _check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
+    _check_fingerprint(base, delta)
     delta.check_data()
 
 
@@ -266,22 +265,16 @@ def verify_artifact(
         _check_same_tensors(base, delta)
         check_companions(base.path, delta, allow_changed_files=allow_changed_files)
     delta.check_data()
-    threshold, entries = delta.threshold(), 0
+    entries = 0
     for name, entry in delta.recipe.parameters.items():
-        size = element_count(tuple(entry["shape"]))
-        leaf_key = numpy_leaf_key(delta.recipe.key, name_words(name))
-        count = sum(
-            int(np.count_nonzero(stream_mask(leaf_key, start, min(CHUNK, size - start), threshold)))
-            for start in range(0, size, CHUNK)
-        )
-        stored = delta.tensors[f"values/{name}"].size
-        if count != stored:
-            raise FileError(f"{delta.path}: '{name}' stores {stored} values, its mask has {count} survivors.")
-        entries += size
+        for _ in delta.chunks_of(name):
+            pass
+        entries += (size := element_count(tuple(entry["shape"])))
         progress(size)
     if base is not None:
         for name in delta.recipe.base:
             _check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
+        _check_fingerprint(base, delta)
     return {
         "digest": "ok",
         "mask": f"ok, {len(delta.recipe.parameters)} parameters, {entries} entries",
@@ -323,14 +316,12 @@ def _summed_chunks(
     name: str, chunks: Iterator[np.ndarray], delta: DeltaFile, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """base + values / q, chunk by chunk: the same float32 arithmetic as `prune` then `apply_delta`."""
-    for chunk, (kept, pruned) in zip(chunks, delta.survivors(name), strict=True):
+    for chunk, (kept, pruned) in zip(chunks, delta.chunks_of(name), strict=True):
         kept_base = chunk[kept]
         with np.errstate(invalid="ignore", over="ignore"):
             total = (kept_base.astype(np.float32) + pruned).astype(dtype)
         if not delta.recipe.nonfinite and dtype.kind in "fV" and count_nonfinite(total):
-            raise _does_not_fit(
-                name, dtype, f"its delta is divided by q = {delta.recipe.parameters[name]['q']:g}"
-            )
+            raise _does_not_fit(name, dtype, "its delta is divided by its q")
         restored = _cast(name, chunk, dtype)
         restored[kept] = np.where(pruned == 0, restored[kept], total)
         yield restored
@@ -379,7 +370,16 @@ def _check_same_tensors(base: Checkpoint, delta: DeltaFile) -> None:
 
 
 def _check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
-    if delta.recipe.base[base_name]["blake3"] != digest:
+    stated = delta.recipe.base[base_name]["blake3"]
+    delta.base_digests[base_name] = digest
+    if stated != digest[: len(stated)]:
         raise FileError(
             f"this is not the base that {delta.path} was made from: '{base_name}' holds other numbers."
         )
+
+
+def _check_fingerprint(base: Checkpoint, delta: DeltaFile) -> None:
+    """The whole of it, where the recipe has only the beginnings of the tensors' digests."""
+    whole = {n: entry | {"blake3": delta.base_digests[n]} for n, entry in delta.recipe.base.items()}
+    if delta.recipe.base_blake3 not in (None, fingerprint(whole)):
+        raise FileError(f"{base.path} is not the base of {delta.path}: its fingerprint is another.")
