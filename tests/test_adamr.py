@@ -221,18 +221,141 @@ def test_composes_and_compiles_once(name):
         )
 
 
-def test_bfloat16_parameters_have_float32_moments():
+def test_updates_are_rounded_once_to_the_parameters_dtype():
+    """Moments and arithmetic are float32; a mixed tree keeps each leaf's dtype."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(0))
-    transform = dx.adamr(1e-3, weight_decay=1e-2)
+    half["head"] = jax.tree.map(lambda x: x.astype(jnp.float16), half["head"])
+    transform = dx.adamr(1e-5, weight_decay=1e-2)  # a rate that float16 hardly holds
     state = transform.init(half)
     assert {x.dtype for x in jax.tree.leaves((state[0].mu, state[0].nu))} == {jnp.dtype(jnp.float32)}
     pretrained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(1))
     updates, state = transform.update(half, state, half, pretrained=pretrained)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (half, pretrained))
     expected, _ = transform.update(wide[0], transform.init(wide[0]), wide[0], pretrained=wide[1])
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
-    after = optax.apply_updates(half, updates)
-    assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
+    assert [x.dtype for x in jax.tree.leaves(updates)] == [x.dtype for x in jax.tree.leaves(half)]
+    jax.tree.map(lambda u, e: np.testing.assert_array_equal(u, e.astype(u.dtype)), updates, expected)
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    grads, _ = dx.adamr(1e-3, weight_decay=0.0).update(half, state)  # no parameters: the gradients' dtypes
+    assert [x.dtype for x in jax.tree.leaves(grads)] == [x.dtype for x in jax.tree.leaves(half)]
+
+
+# What optax asks of every optimizer (optax/contrib/_common_test.py has seven tests): takes arguments that it
+# does not know, compiles once, gets to the minimum, keeps shapes and dtypes of parameters and state, can be
+# accumulated, wrapped in inject_hyperparams (above), and takes a schedule for a rate.
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+TARGETS = {
+    "vector": (jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])),
+    "matrix": (jnp.zeros((2, 2)), jnp.array([[3.0, -2.0], [1.0, 4.0]])),
+    "pair": ((jnp.zeros(3), jnp.zeros((2, 2))), (jnp.array([1.0, -1.0, 2.0]), jnp.eye(2))),
+    "valley": (jnp.zeros(2), jnp.ones(2)),
+}
+
+
+def far(name, target):
+    """How far from the target: squares, or Rosenbrock's valley."""
+    if name == "valley":
+        return lambda p: (1.0 - p[0]) ** 2 + 100.0 * (p[1] - p[0] ** 2) ** 2
+    return lambda params: optax.tree.norm(optax.tree.sub(params, target), squared=True)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_it_gets_to_the_minimum(name):
+    start, target = TARGETS[name]
+    transform = dx.adamr(1e-2, weight_decay=1e-4)
+    state = optax.tree.map_params(transform, lambda leaf: leaf, transform.init(start))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = transform.update(
+            jax.grad(far(name, target))(params), state, params, pretrained=target, not_known=1
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (start, state), length=20_000)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-2), params, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_and_dtypes_are_stable(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = {"w": jnp.array([1.0, 2.0], dtype), "b": jnp.ones((), dtype)}
+        pretrained = jax.tree.map(jnp.zeros_like, params)
+        plain = dx.adamr(optax.constant_schedule(1e-2), weight_decay=1e-2, amsgrad=True)
+        for transform in (plain, optax.apply_if_finite(plain, 2), optax.MultiSteps(plain, 2)):
+            state = transform.init(params)
+
+            @jax.jit
+            def step(params, state, grads, transform=transform):
+                updates, state = jax.lax.cond(
+                    jnp.isfinite(state_sum(state)),  # nothing that a compiler decides beforehand
+                    lambda: transform.update(grads, state, params, pretrained=pretrained),
+                    lambda: (params, state),
+                )
+                return optax.apply_updates(params, updates), state
+
+            after, later = step(params, state, params)
+            again, _ = step(after, later, params)
+            assert step._cache_size() == 1
+            for a, b in zip(jax.tree.leaves((again, later)), jax.tree.leaves((params, state)), strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (again["w"] < params["w"]).all()
+
+
+def state_sum(state):
+    return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_with_a_nan_is_left_out(dtype):
+    params = {"w": jnp.array([1.0, 2.0], dtype)}
+    transform = optax.apply_if_finite(dx.adamr(1e-2), 2)
+    state = transform.init(params)
+    nan = {"w": jnp.array([jnp.nan, 1.0], dtype)}
+    updates, state = transform.update(nan, state, params, pretrained=params)
+    assert updates["w"].dtype == dtype and not updates["w"].any() and int(state.notfinite_count) == 1
+    updates, state = transform.update(params, state, params, pretrained=params)
+    assert updates["w"].dtype == dtype and (updates["w"] < 0).all() and int(state.inner_state[0].count) == 1
+
+
+def test_float64_is_float64():
+    """Under x64 the whole step is: against Algorithm 1, far below what float32 resolves."""
+    with jax.enable_x64(True):
+        wide = lambda seed: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_tree(seed))  # noqa: E731
+        start, pretrained, grads = wide(0), wide(1), wide(2)
+        transform = dx.adamr(1e-2, weight_decay=1e-2)
+        params, state = start, transform.init(start)
+        update = jax.jit(transform.update)
+        for _ in range(3):
+            updates, state = update(grads, state, params, pretrained=pretrained)
+            params = optax.tree.add(params, updates)
+        assert {x.dtype for x in jax.tree.leaves((params, state[0].mu, state[0].nu_mean))} == {
+            jnp.dtype(jnp.float64)
+        }
+        expected = algorithm_1(
+            flat(start), flat(pretrained), lambda theta, t: flat(grads), [1e-2] * 3,
+            decay=1e-2, norm="l2", amsgrad=False, pulled=set(flat(start)),
+        )  # fmt: skip
+        for name, leaf in flat(params).items():
+            np.testing.assert_allclose(leaf, expected[name], rtol=1e-12)
+
+
+def test_each_group_of_a_partition_pulls_what_has_a_pretrained_value():
+    """Two rates, body and head: the head's group has no pretrained value at all."""
+    params, pretrained, grads = random_tree(0), without_head(random_tree(1)), random_tree(2)
+    groups = {"body": dx.adamr(1e-3, weight_decay=1e-2), "head": dx.adamr(1e-2, weight_decay=1e-2)}
+    transform = optax.partition(groups, {"body": "body", "frozen": "body", "head": "head"})
+    updates, _ = jax.jit(transform.update)(grads, transform.init(params), params, pretrained=pretrained)
+    free = dx.adamr(1e-2, weight_decay=0.0)
+    expected, _ = free.update({"head": grads["head"]}, free.init({"head": params["head"]}))
+    np.testing.assert_allclose(updates["head"]["weight"], expected["head"]["weight"], rtol=1e-6)
+    bodies = [without_head(tree) for tree in (grads, params)]
+    expected, _ = groups["body"].update(
+        bodies[0], groups["body"].init(bodies[1]), bodies[1], pretrained=pretrained
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), without_head(updates), expected)
+    with pytest.raises(ValueError, match="no parameter has a pretrained value"):  # of neither group
+        transform.update(grads, transform.init(params), params, pretrained={"model": pretrained})
 
 
 def test_shardings_are_kept_and_buffers_can_be_donated():

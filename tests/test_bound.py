@@ -36,6 +36,19 @@ def test_violations_stay_under_gamma(drop_rate, ratio, gamma):
     assert float(jnp.max(bound)) < 20 * float(jnp.std(errors))  # not so loose that it says nothing
 
 
+def test_without_influence_the_bound_and_its_gradients_are_zero():
+    """A row of the delta may well be zero, and nothing may be dropped."""
+    c = jnp.array([[0.0, 0.0], [1.0, -2.0]])
+    bound, gradients = jax.value_and_grad(
+        lambda *args: dx.output_error_bound(*args, 0.05)[0], argnums=(0, 1, 2)
+    )(c, 0.9, 0.3)
+    assert bound == 0 and all((g == 0).all() for g in gradients)
+    for drop_rate in (0.0, 0.9):
+        slopes = jax.grad(lambda c, p=drop_rate: dx.output_error_bound(c, p, 1 - p, 0.05).sum())(c)
+        assert np.isfinite(slopes).all()
+    assert dx.output_error_bound(c, 0.0, 1.0, 0.05).tolist() == [0, 0]
+
+
 def test_mean_and_variance_of_the_error():
     c = np.asarray(jax.random.normal(jax.random.key(0), (256,)) + 0.2, np.float64)
     p, q, draws = 0.9, 0.25, 40_000

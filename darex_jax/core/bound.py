@@ -32,11 +32,14 @@ def output_error_bound(
       gamma: the probability of being wrong, in (0, 1).
     Returns: the bound over the last axis, [...], float32:
       |1 - (1-p)/q| |S| + sqrt(Phi(p) log(2/gamma) Q) / q, with S = sum c and Q = sum c^2.
+      Where there is no influence it is 0, and so is its gradient.
     Source: DAREx, arXiv:2410.09344, Theorem 3.1, with the square root of appendix equation 8, which the
       theorem as printed in the main text lacks.
     """
     c = jnp.asarray(influence, jnp.float32)
     p, q = jnp.asarray(drop_rate, jnp.float32), jnp.asarray(q, jnp.float32)
     bias = jnp.abs((1.0 - (1.0 - p) / q) * jnp.sum(c, axis=-1))
-    spread = jnp.sqrt(phi(p) * jnp.log(2.0 / jnp.asarray(gamma, jnp.float32)) * jnp.sum(c * c, axis=-1))
+    square = phi(p) * jnp.log(2.0 / jnp.asarray(gamma, jnp.float32)) * jnp.sum(c * c, axis=-1)
+    # The root's slope is infinite at 0, where the bound has its minimum: 0 is taken.
+    spread = jnp.where(square > 0.0, jnp.sqrt(jnp.where(square > 0.0, square, 1.0)), 0.0)
     return bias + spread / q

@@ -1,6 +1,10 @@
-"""Delta algebra: subtract, drop, rescale, add back. Pure functions on PyTrees, all of them jit-able.
+"""Delta algebra: subtract, drop, rescale, add back. Pure functions on PyTrees.
 
-Arithmetic is float32; `apply_delta` rounds once, to the base's dtype.
+Trees are any PyTrees, nested dicts as well as modules; two trees meet by the names of their leaves, and a
+result is a tree like the first. Arithmetic is float32, of float64 leaves float64; `apply_delta` rounds once,
+to the base's dtype. All of it works under jit, grad, vmap and shard_map; mapped, a leaf is what the function
+sees: one of a stack, one device's block. To prune a sharded model call `prune` on it as it is, outside of
+shard_map: it goes entry by entry and needs no communication.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,64 +19,106 @@ from jax.typing import ArrayLike
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import compiler_options, survivors, traced_threshold
-from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
+from darex_jax.core.tree import (
+    PyTree,
+    as_array,
+    flatten_names,
+    leaf_keys,
+    map_named,
+    shape_of,
+    working_dtype,
+)
 
 Q = float | jax.Array | Mapping[str, Any] | None
 
 
 def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
-    """`fine - base` in float32, leaf by leaf; zero for integer leaves, which are never touched.
+    """`fine - base` in float32 (float64 where one of them is), leaf by leaf.
+
+    Zero for integer leaves, which are never touched.
 
     Args: fine, base: trees with the same names and shapes, any floating dtypes.
-    Raises: ValueError naming every leaf that is in one tree only or has another shape.
+    Returns: a tree like `fine`.
+    Raises: ValueError naming every leaf that is in one tree only or has another shape, or is no array.
     """
-    _check_same(fine, base, "fine", "base")
+    bases = flatten_names(base)
+    _check_same(flatten_names(fine), bases, "fine", "base")
 
-    def subtract(f: jax.Array, b: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(jnp.asarray(f).dtype, jnp.floating):
-            return jnp.zeros(jnp.shape(f), jnp.float32)
-        return jnp.asarray(f, jnp.float32) - jnp.asarray(b, jnp.float32)
+    def subtract(name: str, leaf: Any) -> jax.Array:
+        f, b = as_array(name, leaf), as_array(name, bases[name])
+        if not jnp.issubdtype(f.dtype, jnp.floating):
+            return jnp.zeros(f.shape, jnp.float32)
+        dtype = working_dtype(f.dtype, b.dtype)
+        return f.astype(dtype) - b.astype(dtype)
 
-    return jax.tree.map(subtract, fine, base)
+    return map_named(subtract, fine)
 
 
 def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
-    """`base + delta` in float32, rounded once to the base's dtypes.
+    """`base + delta` in float32 (float64 where one of them is), rounded once to the base's dtypes.
 
     Where the delta is zero the base's own bits stay (also a -0.0). So do integer leaves, and leaves that
-    the delta does not have.
+    the delta does not have, arrays or not.
 
+    Returns: a tree like `base`.
     Raises: ValueError naming every leaf that is in the delta only or has another shape.
     """
     deltas = flatten_names(delta)
     in_delta = {name: leaf for name, leaf in flatten_names(base).items() if name in deltas}
     _check_same(in_delta, deltas, "base", "delta")
 
-    def add(name: str, b: jax.Array) -> jax.Array:
-        b = jnp.asarray(b)
-        if name not in deltas or not jnp.issubdtype(b.dtype, jnp.floating):
-            return b
-        d = deltas[name]
-        total = (b.astype(jnp.float32) + jnp.asarray(d, jnp.float32)).astype(b.dtype)
-        return jnp.where(d == 0, b, total)
+    def add(name: str, leaf: Any) -> Any:
+        if name not in deltas:
+            return leaf
+        b = as_array(name, leaf)
+        return _add(b, as_array(name, deltas[name])) if jnp.issubdtype(b.dtype, jnp.floating) else b
 
     return map_named(add, base)
 
 
+@jax.custom_jvp
+def _add(b: jax.Array, d: jax.Array) -> jax.Array:
+    return jnp.where(d == 0, b, _sum(b, d))
+
+
+@_add.defjvp
+def _add_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    # The select keeps the base's bits where the delta is zero; the derivative there is 1 all the same.
+    return _add(*primals), _sum(*tangents)
+
+
+def _sum(b: jax.Array, d: jax.Array) -> jax.Array:
+    dtype = working_dtype(b.dtype, d.dtype)
+    return (b.astype(dtype) + d.astype(dtype)).astype(b.dtype)
+
+
 def drop(mask: PyTree, delta: PyTree) -> PyTree:
-    """`delta` where `mask` is True, zero elsewhere. Shapes and dtypes of `delta`."""
-    return jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros((), d.dtype)), mask, delta)
+    """`delta` where `mask` is True, zero elsewhere. A tree like `delta`: same shapes and dtypes.
+
+    Raises: ValueError naming every leaf that is in one tree only or has another shape.
+    """
+    masks = flatten_names(mask)
+    _check_same(masks, flatten_names(delta), "mask", "delta")
+
+    def drop_leaf(name: str, leaf: Any) -> jax.Array:
+        d = as_array(name, leaf)
+        return jnp.where(masks[name], d, jnp.zeros((), d.dtype))
+
+    return map_named(drop_leaf, delta)
 
 
 def rescale(delta: PyTree, q: Q) -> PyTree:
     """`delta / q`, q a number or one per leaf (a tree, or a dict by name). Shapes and dtypes of `delta`.
 
-    A q is read as a float32 and entries are multiplied by its float32 reciprocal: the one rounding that
-    every platform does alike. Raises: ValueError for a q that is not positive or names that do not match.
+    A q is read in the precision of the arithmetic (float32, of float64 leaves float64) and entries are
+    multiplied by its reciprocal: the one rounding that every platform does alike. A quotient beyond a
+    leaf's dtype is infinite there, as in any cast: above 65,504 in float16.
+
+    Raises: ValueError for a q that is not positive or has no finite reciprocal, names that do not match, or
+      leaves that are not floating.
     """
     scales = _scale_of(q, delta)
-    # Every entry is kept, but through the same select: see `_drop_and_rescale`.
-    return map_named(lambda name, d: _drop_and_rescale(d != 0, d, scales[name]), delta)
+    return map_named(lambda name, leaf: _rescale(_floating(name, leaf), scales[name]), delta)
 
 
 def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donate: bool = False) -> PyTree:
@@ -80,12 +126,13 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
 
     Args:
       key: scalar typed Threefry key; the mask of a leaf depends on it and on the leaf's name alone.
-      delta: tree of floating arrays, any shapes.
+      delta: tree of floating arrays, any shapes. Of a float16 model take `compute_delta`'s float32: in a
+        float16 delta a survivor whose quotient is above 65,504 becomes infinite, as in any cast.
       drop_rate: probability that an entry is dropped, a Python float in [0, 1).
       q: divisor of the survivors, a number or one per leaf (a tree, or a dict by name); it may be traced.
         None is 1 - drop_rate, which keeps the mean (DARE).
       donate: give the delta's buffers to the result, which spares a copy of the model; the delta is
-        unusable afterwards. Ignored under jit, where `jax.jit(..., donate_argnums=...)` says it.
+        unusable afterwards. Ignored in a traced program, where `jax.jit(..., donate_argnums=...)` says it.
     Returns: a tree like `delta`: same names, shapes, dtypes and shardings.
     Raises: ValueError for a drop_rate or q out of range; TypeError for another kind of key.
     Source: DARE, arXiv:2311.03099; free q: DAREx, arXiv:2410.09344, section 3. Unlike the authors' code the
@@ -96,17 +143,20 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
     scales = _scale_of(1.0 - drop_rate if q is None else q, delta)
 
     def prune_leaf(name: str, leaf: Any) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise DarexError(f"'{name}' holds {leaf.dtype}: only floating parameters are pruned.")
-        own_key = keys[name]
-        if isinstance(leaf, jax.core.Tracer) or isinstance(own_key, jax.core.Tracer):
-            # Part of the caller's program, whose options count.
-            return _prune(leaf, own_key, *threshold, scales[name])
-        platform = next(iter(leaf.devices())).platform
-        return _compiled_prune(platform, donate)(leaf, own_key, *threshold, scales[name])
+        arguments = (_floating(name, leaf), keys[name], *threshold, scales[name])
+        if any(isinstance(argument, jax.core.Tracer) for argument in arguments):
+            return _traced_prune(*arguments)  # part of the caller's program, whose options count
+        platform = next(iter(arguments[0].devices())).platform
+        return _compiled_prune(platform, donate)(*arguments)
 
     return map_named(prune_leaf, delta)
+
+
+def _floating(name: str, leaf: Any) -> jax.Array:
+    array = as_array(name, leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise DarexError(f"'{name}' holds {array.dtype}: only floating parameters are pruned.")
+    return array
 
 
 def _prune(
@@ -115,6 +165,11 @@ def _prune(
     return _drop_and_rescale(survivors(key, leaf.shape, below, all_kept), leaf, scale)
 
 
+# In one piece also where the caller's program is not compiled: under a bare grad or vmap.
+_traced_prune = jax.jit(_prune, inline=True)
+
+
+@jax.custom_jvp
 def _drop_and_rescale(keep: jax.Array, leaf: jax.Array, scale: ArrayLike) -> jax.Array:
     # The select comes after the product on purpose: it keeps a compiler from contracting the product and
     # a later `base + ...` into one fused multiply-add, which rounds differently from one program to the next.
@@ -123,8 +178,30 @@ def _drop_and_rescale(keep: jax.Array, leaf: jax.Array, scale: ArrayLike) -> jax
         rounded = lax.reduce_precision(leaf.astype(jnp.float32) * scale, exponent_bits=8, mantissa_bits=7)
         bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
         return lax.bitcast_convert_type(jnp.where(keep, bits, jnp.uint16(0)), jnp.bfloat16)
-    scaled = (leaf.astype(jnp.float32) * scale).astype(leaf.dtype)
+    scaled = (leaf.astype(working_dtype(leaf.dtype)) * scale).astype(leaf.dtype)
     return jnp.where(keep, scaled, jnp.zeros((), leaf.dtype))
+
+
+@_drop_and_rescale.defjvp
+def _drop_and_rescale_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (keep, leaf, scale), (_, leaf_dot, scale_dot) = primals, tangents
+    tangent = _product_tangent(leaf, scale, leaf_dot, scale_dot)
+    return _drop_and_rescale(keep, leaf, scale), jnp.where(keep, tangent, jnp.zeros((), leaf.dtype))
+
+
+@jax.custom_jvp
+def _rescale(leaf: jax.Array, scale: ArrayLike) -> jax.Array:
+    return _drop_and_rescale(leaf != 0, leaf, scale)  # the same select, which keeps all there is
+
+
+@_rescale.defjvp
+def _rescale_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _rescale(*primals), _product_tangent(*primals, *tangents)
+
+
+def _product_tangent(leaf: jax.Array, scale: Any, leaf_dot: jax.Array, scale_dot: jax.Array) -> jax.Array:
+    dtype = working_dtype(leaf.dtype)
+    return (leaf_dot.astype(dtype) * scale + leaf.astype(dtype) * scale_dot).astype(leaf.dtype)
 
 
 @cache
@@ -133,36 +210,42 @@ def _compiled_prune(platform: str, donate: bool) -> Callable[..., jax.Array]:
 
 
 def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
-    """`{name: float32 1/q}` for every leaf of `tree`."""
-    names = flatten_names(tree)
+    """`{name: 1/q}` for every leaf of `tree`, in the dtype of the leaf's arithmetic."""
+    dtypes = {name: working_dtype(jnp.result_type(leaf)) for name, leaf in flatten_names(tree).items()}
     if q is None:
         raise DarexError("q is missing; DARE is q = 1 - drop_rate.")
     by_name = flatten_names(q)
     if list(by_name) == [""]:  # a single number
-        scale = _reciprocal(q)
-        return dict.fromkeys(names, scale)
-    missing, unknown = sorted(names.keys() - by_name.keys()), sorted(by_name.keys() - names.keys())
+        of_dtype = {dtype: _reciprocal(by_name[""], dtype) for dtype in set(dtypes.values())}
+        return {name: of_dtype[dtype] for name, dtype in dtypes.items()}
+    missing, unknown = sorted(dtypes.keys() - by_name.keys()), sorted(by_name.keys() - dtypes.keys())
     if missing or unknown:
         raise DarexError(f"q by name does not fit the tree: no q for {missing}; no leaf for {unknown}.")
-    return {name: _reciprocal(by_name[name]) for name in names}
+    return {name: _reciprocal(by_name[name], dtype) for name, dtype in dtypes.items()}
 
 
-@partial(jax.jit, inline=True)
-def _traced_reciprocal(q: jax.Array) -> jax.Array:
-    return jnp.float32(1.0) / q.astype(jnp.float32)
+@partial(jax.jit, static_argnums=1, inline=True)
+def _traced_reciprocal(q: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.ones((), dtype) / q.astype(dtype)
 
 
-def _reciprocal(q: Any) -> Any:
+def _reciprocal(q: Any, dtype: Any) -> Any:
+    if np.shape(q) != ():
+        raise DarexError(f"q is a number, or one number per leaf; got an array of shape {np.shape(q)}.")
     if isinstance(q, jax.Array):  # an array may be traced: it is not looked at
-        return _traced_reciprocal(q)
+        return _traced_reciprocal(q, dtype)
     if not float(q) > 0.0:
         raise DarexError(f"q divides the survivors and must be positive, got {q}.")
-    return np.float32(1.0) / np.float32(q)
+    with np.errstate(over="ignore", divide="ignore"):
+        scale = dtype(1.0) / dtype(q)
+    if not np.isfinite(scale):
+        raise DarexError(f"q divides the survivors; {q} is so small that 1/q is infinite.")
+    return scale
 
 
-def _check_same(left: PyTree, right: PyTree, left_word: str, right_word: str) -> None:
-    left_shapes = {name: jnp.shape(leaf) for name, leaf in flatten_names(left).items()}
-    right_shapes = {name: jnp.shape(leaf) for name, leaf in flatten_names(right).items()}
+def _check_same(left: Mapping[str, Any], right: Mapping[str, Any], left_word: str, right_word: str) -> None:
+    left_shapes = {name: shape_of(name, leaf) for name, leaf in left.items()}
+    right_shapes = {name: shape_of(name, leaf) for name, leaf in right.items()}
     faults = [f"'{name}' is only in {left_word}" for name in left_shapes if name not in right_shapes]
     faults += [f"'{name}' is only in {right_word}" for name in right_shapes if name not in left_shapes]
     faults += [

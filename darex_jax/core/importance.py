@@ -10,7 +10,15 @@ from jax import lax
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold
-from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
+from darex_jax.core.tree import (
+    PyTree,
+    as_array,
+    flatten_names,
+    leaf_keys,
+    map_named,
+    shape_of,
+    working_dtype,
+)
 
 
 def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
@@ -23,11 +31,11 @@ def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
     """
     keep_threshold(drop_rate)
 
-    def leaf_mask(leaf: Any) -> jax.Array:
-        scores = jnp.abs(jnp.asarray(leaf, jnp.float32)).reshape(-1)
-        return _largest(scores, _count(drop_rate, scores.size)).reshape(jnp.shape(leaf))
+    def leaf_mask(name: str, leaf: Any) -> jax.Array:
+        scores = _magnitudes(name, leaf)
+        return _largest(scores.reshape(-1), _count(drop_rate, scores.size)).reshape(scores.shape)
 
-    return jax.tree.map(leaf_mask, delta)
+    return map_named(leaf_mask, delta)
 
 
 def wanda_mask(
@@ -49,7 +57,7 @@ def wanda_mask(
     if group not in ("row", "matrix"):
         raise DarexError(f"group is 'row' or 'matrix', got {group!r}.")
     norms = flatten_names(input_norms)
-    shapes = {name: jnp.shape(leaf) for name, leaf in flatten_names(delta).items()}
+    shapes = {name: shape_of(name, leaf) for name, leaf in flatten_names(delta).items()}
     for name, norm in norms.items():
         if name not in shapes:
             raise DarexError(f"input_norms has '{name}', the delta has not.")
@@ -60,9 +68,9 @@ def wanda_mask(
             )
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
-        scores = jnp.abs(jnp.asarray(leaf, jnp.float32))
+        scores = _magnitudes(name, leaf)
         if name in norms:
-            scores = scores * jnp.broadcast_to(jnp.asarray(norms[name], jnp.float32), scores.shape)
+            scores = scores * jnp.broadcast_to(jnp.asarray(norms[name], scores.dtype), scores.shape)
         if name not in norms or group == "matrix":
             return _largest(scores.reshape(-1), _count(drop_rate, scores.size)).reshape(scores.shape)
         return _largest(scores, _count(drop_rate, scores.shape[-1]))
@@ -85,11 +93,12 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
     keys = leaf_keys(key, flatten_names(tree))
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
-        features = leaf.shape[-1] if leaf.shape else 1
+        shape = shape_of(name, leaf)
+        features = shape[-1] if shape else 1
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], (features,), jnp.uint32)
         keep = _largest_bits(bits, max(1, _count(drop_rate, features)))
-        return jnp.broadcast_to(keep if leaf.shape else keep[0], leaf.shape)
+        return jnp.broadcast_to(keep if shape else keep[0], shape)
 
     return map_named(leaf_mask, tree)
 
@@ -98,27 +107,34 @@ def _count(drop_rate: float, size: int) -> int:
     return round((1.0 - float(drop_rate)) * size)
 
 
+def _magnitudes(name: str, leaf: Any) -> jax.Array:
+    array = as_array(name, leaf)
+    return jnp.abs(array.astype(working_dtype(array.dtype)))
+
+
 def _largest(scores: jax.Array, count: int) -> jax.Array:
-    """The mask of the `count` largest of non-negative float32 `scores` along the last axis."""
-    return _largest_bits(lax.bitcast_convert_type(scores, jnp.uint32), count)
+    """The mask of the `count` largest of non-negative `scores` along the last axis; float32 or float64."""
+    bits = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+    return _largest_bits(lax.bitcast_convert_type(lax.stop_gradient(scores), bits), count)
 
 
 @partial(jax.jit, static_argnums=1)
 def _largest_bits(scores: jax.Array, count: int) -> jax.Array:
-    """The mask of the `count` largest uint32 along the last axis; the first of equals.
+    """The mask of the `count` largest unsigned integers along the last axis; the first of equals.
 
     Non-negative floats are ordered as their bits are, so the smallest score kept is found bit by bit:
-    32 passes that count, where a sort would take far longer and a copy of everything.
+    as many passes that count, where a sort would take far longer and a copy of everything.
     """
+    dtype, width = scores.dtype, 8 * scores.dtype.itemsize
     if count == 0:
         return jnp.zeros(scores.shape, bool)
 
     def settle_bit(i: jax.Array, least: jax.Array) -> jax.Array:
-        trial = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        trial = least | (jnp.ones((), dtype) << (width - 1 - i).astype(dtype))
         enough = jnp.sum(scores >= trial, axis=-1, keepdims=True, dtype=jnp.uint32) >= count
         return jnp.where(enough, trial, least)
 
-    least = lax.fori_loop(0, 32, settle_bit, jnp.zeros((*scores.shape[:-1], 1), jnp.uint32))
+    least = lax.fori_loop(0, width, settle_bit, jnp.zeros((*scores.shape[:-1], 1), dtype))
     above, equal = scores > least, scores == least
     room = np.uint32(count) - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)
     return above | (

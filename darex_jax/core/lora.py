@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import PyTree, flatten_names, unflatten_names
+from darex_jax.core.tree import PyTree, flatten_names, unflatten_names, working_dtype
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
 
@@ -161,10 +161,10 @@ def scales_by_layer(scales: float | Mapping[str, float], layers: Iterable[str]) 
 
 
 def _product(b: Any, a: Any) -> jax.Array:
+    b, a = jnp.asarray(b), jnp.asarray(a)
+    dtype = working_dtype(b.dtype, a.dtype)
     # At full precision, which accelerators do not take for float32 unless they are told.
-    return jnp.matmul(
-        jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.matmul(b.astype(dtype), a.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def _layer_of(name: str) -> str | None:

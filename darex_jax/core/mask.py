@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from darex_jax.core.threefry import keep_threshold, threefry2x32
-from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
+from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named, shape_of
 
 # The two lengths for which a stream's mask is compiled: tensors are covered with as few as possible.
 STREAM_CHUNKS = (1 << 20, 1 << 15)
@@ -41,7 +41,7 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
     keys = leaf_keys(key, flatten_names(tree))
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
-        shape, own_key = tuple(leaf.shape), keys[name]
+        shape, own_key = shape_of(name, leaf), keys[name]
         if isinstance(own_key, jax.core.Tracer):  # part of the caller's program, whose options count
             return survivors(own_key, shape, *threshold)
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import PyTree, map_named
+from darex_jax.core.tree import PyTree, map_named, shape_of
 
 DATA, MODEL = "data", "model"  # the mesh's axes: rows of a batch, parts of a matrix
 
@@ -68,7 +68,7 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
       params: nested dict under Hugging Face names, of arrays or `jax.ShapeDtypeStruct`s.
     Returns: a tree of `NamedSharding`s with the same names.
     """
-    return map_named(lambda name, leaf: param_sharding(mesh, name, leaf.shape), params)
+    return map_named(lambda name, leaf: param_sharding(mesh, name, shape_of(name, leaf)), params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

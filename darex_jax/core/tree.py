@@ -1,7 +1,9 @@
 """Names of leaves, and one PRNG key per leaf.
 
 A leaf's name is its path joined by dots. For a Hugging Face state dict, nested, that is the
-Hugging Face name: `encoder.layer.0.output.dense.weight`.
+Hugging Face name: `encoder.layer.0.output.dense.weight`. Flax's boxes around an array (`nnx.Variable`,
+`linen.Partitioned`) are no part of the path: a leaf of an `nnx.State` or of a module has the name that it has
+in `nnx.to_pure_dict`.
 """
 
 import hashlib
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.errors import DarexError
@@ -17,9 +20,19 @@ PyTree = Any
 
 
 def flatten_names(tree: PyTree) -> dict[str, Any]:
-    """`{name: leaf}` of any PyTree, in the tree's own leaf order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    """`{name: leaf}` of any PyTree, in the tree's own leaf order.
+
+    Raises: ValueError that names both leaves if two have one name.
+    """
+    paths = _paths(tree)
+    named = {_name(path): leaf for path, leaf in paths}
+    if len(named) < len(paths):
+        first: dict[str, Any] = {}
+        for path, _ in paths:
+            if (other := first.setdefault(_name(path), path)) is not path:
+                both = " and ".join(jax.tree_util.keystr(p) for p in (other, path))
+                raise DarexError(f"two leaves are called '{_name(path)}': {both}; rename one of them.")
+    return named
 
 
 def unflatten_names(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,10 +64,53 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function gets each leaf's name first."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator="."), *leaves),
-        tree,
-        *rest,
+    structure: Any = jax.tree.structure(tree)
+    others = [structure.flatten_up_to(other) for other in rest]
+    rows = zip(_paths(tree), *others, strict=True)
+    return structure.unflatten([function(_name(path), leaf, *row) for (path, leaf), *row in rows])
+
+
+def as_array(name: str, leaf: Any) -> jax.Array:
+    """The leaf as JAX holds it. Raises: ValueError that names a leaf which is no array."""
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise DarexError(
+            f"'{name}' is a {type(leaf).__name__}, not an array; of an Equinox module take the arrays alone, "
+            "equinox.filter(module, equinox.is_array)."
+        ) from error
+
+
+def shape_of(name: str, leaf: Any) -> tuple[int, ...]:
+    """The shape of an array or a `jax.ShapeDtypeStruct`. Raises: as `as_array`."""
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else as_array(name, leaf).shape
+
+
+def working_dtype(*dtypes: Any) -> Any:
+    """What arithmetic on leaves of these dtypes is done in: float64 if one of them is, else float32."""
+    return np.float64 if np.float64 in dtypes else np.float32
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _paths(tree: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    """Every leaf behind its path, without the steps into boxes."""
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
+        if _is_box(leaf):
+            found += [(path + inner[1:], x) for inner, x in jax.tree_util.tree_leaves_with_path(leaf)]
+        else:
+            found.append((path, leaf))
+    return found
+
+
+def _is_box(node: Any) -> bool:
+    # By name, so that whoever has no Flax modules does not wait for the import of Flax.
+    return any(
+        kind.__module__.startswith("flax.") and kind.__name__ in ("Variable", "AxisMetadata")
+        for kind in type(node).__mro__
     )
 
 

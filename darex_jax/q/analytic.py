@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from darex_jax.core.bound import phi
 from darex_jax.core.errors import DarexError
@@ -18,13 +20,13 @@ PUBLISHED_WORST = 10_000.0  # what their scan begins with as the best value of e
 
 
 def analytic_q(
-    sums: ArrayLike,
-    energies: ArrayLike,
+    sums: Any,
+    energies: Any,
     drop_rate: float,
     eta: float,
     prob: float = 0.95,
     rule: Rule = "exact",
-) -> NDArray[np.float64]:
+) -> Any:
     """The q in [1 - p, 1] of every row that minimises the magnitude of
 
         f(q) = eta (1 - (1-p)/q) S + eta^2 Phi(p) Q / (4 q^2) + log(2 / (1 - prob)).
@@ -40,43 +42,51 @@ def analytic_q(
         emulates the authors' scan over the rows of one layer, in steps of 0.001, with float16 values, which
         ends for all rows as soon as a share of 0.8 of them has seen a value that was no better: float16 makes
         neighbours tie, so that it ends after a few steps.
-    Returns: q, float64, the shape of `sums`. Rows without influence (S = Q = 0) get 1 - p.
+    Returns: q, the shape of `sums`, in NumPy's float64. Rows without influence (S = Q = 0) get 1 - p. Traced
+      sums (under jit, grad, vmap) give a JAX array, by the rule "exact", and their values are not checked.
     Raises: ValueError for arguments out of range, or sums that are not finite.
     Source: DAREx, arXiv:2410.09344, Algorithm 3 and appendix B; their code scans.
     """
-    s, energy = np.asarray(sums, np.float64), np.asarray(energies, np.float64)
+    traced = isinstance(sums, jax.core.Tracer) or isinstance(energies, jax.core.Tracer)
+    xp: Any = jnp if traced else np
+    s, energy = xp.asarray(sums, float), xp.asarray(energies, float)
     if s.shape != energy.shape:
         raise DarexError(f"sums and energies have one shape, got {s.shape} and {energy.shape}.")
     if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and eta > 0.0):
         raise DarexError(
             f"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got {drop_rate}, {prob} and {eta}."
         )
-    if not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
+    if not traced and not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
         raise DarexError("sums are finite, energies finite and at least 0; these are not.")
     if rule == "published":
+        if traced:
+            raise DarexError("rule='published' emulates a scan on the host, outside of traced programs.")
         return _published_scan(s, energy, drop_rate, eta, prob)
     if rule != "exact":
         raise DarexError(f"rule is 'exact' or 'published', got {rule!r}.")
-    return _exact(s, energy, drop_rate, eta, prob)
+    return _exact(xp, s, energy, drop_rate, eta, prob)
 
 
-def _exact(s: NDArray, energy: NDArray, drop_rate: float, eta: float, prob: float) -> NDArray[np.float64]:
+def _exact(xp: Any, s: Any, energy: Any, drop_rate: float, eta: float, prob: float) -> Any:
     """In u = 1/q, f(u) = square u^2 - pull u + constant, and at the high end f > 0.
 
     With S >= 0 it is positive on all of [1, high], as (1-p) u <= 1, and the vertex is best. With S < 0 it
     rises from `constant` at u = 0: best is its root, or the low end where it is positive from there on.
     """
     high = 1.0 / (1.0 - drop_rate)
-    square = (eta**2 * float(phi(drop_rate)) / 4.0) * energy
+    with jax.ensure_compile_time_eval():
+        phi_of_rate = float(phi(drop_rate))
+    square = (eta**2 * phi_of_rate / 4.0) * energy
     pull = (eta * (1.0 - drop_rate)) * s
     constant = eta * s + math.log(2.0 / (1.0 - prob))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        vertex = pull / (2.0 * square)
-        below = np.minimum(constant, 0.0)  # where f has no positive root: 0, clipped to the low end
-        root = -2.0 * below / (np.sqrt(pull * pull - 4.0 * square * below) - pull)
-        u = np.where(s < 0.0, root, vertex)
-    u[np.isnan(u)] = high  # S = Q = 0
-    return 1.0 / np.clip(u, 1.0, high)
+    falls, bends = s < 0.0, square > 0.0
+    below = xp.minimum(constant, 0.0)  # where f has no positive root: 0, clipped to the low end
+    with np.errstate(over="ignore"):
+        vertex = xp.where(bends, pull / (2.0 * xp.where(bends, square, 1.0)), high)
+        distance = xp.sqrt(xp.where(falls, pull * pull - 4.0 * square * below, 1.0)) - pull
+        root = -2.0 * below / xp.where(distance > 0.0, distance, 1.0)
+    u = xp.where(falls, root, vertex)
+    return 1.0 / xp.clip(u, 1.0, high)
 
 
 def _published_scan(

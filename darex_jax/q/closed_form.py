@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from darex_jax.core.errors import DarexError
 
 
-def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> NDArray[np.float64]:
+def closed_form_q(energies: Any, squares: Any, drop_rate: float) -> Any:
     """The q that minimises E[h^2], the error of outputs pruned at `drop_rate` and divided by q.
 
     With S = sum_j c_j and Q = sum_j c_j^2 over the influences c_j = delta_W[i, j] x_j of an output,
@@ -23,27 +25,35 @@ def closed_form_q(energies: ArrayLike, squares: ArrayLike, drop_rate: float) -> 
       squares: E[S^2]: `E[(delta_W x)_i^2]`, the same shape. One q comes back for each entry; the q of a layer
         or a model is that of the sums of both over its rows or layers.
       drop_rate: p, in [0, 1).
-    Returns: float64, at least 1 - p; above 1 it says that rescaling should shrink. Where nothing comes out
-      (E[S^2] = 0) it is 1 - p if no influence is there either, else infinity: drop it all.
+    Returns: at least 1 - p, in NumPy's float64; above 1 it says that rescaling should shrink. Where nothing
+      comes out (E[S^2] = 0) it is 1 - p if no influence is there either, else infinity: drop it all. Traced
+      arguments (under jit, grad, vmap) give a JAX array, and their values are not checked.
     Raises: ValueError for a drop_rate out of range, other shapes, or what is negative or not finite.
     Source: from the error's mean and variance in DAREx, arXiv:2410.09344, Theorem 3.1.
     """
-    energy, square = np.asarray(energies, np.float64), np.asarray(squares, np.float64)
+    traced = isinstance(energies, jax.core.Tracer) or isinstance(squares, jax.core.Tracer)
+    xp: Any = jnp if traced else np
+    energy, square = xp.asarray(energies, float), xp.asarray(squares, float)
     if energy.shape != square.shape:
         raise DarexError(f"energies and squares have one shape, got {energy.shape} and {square.shape}.")
     if not 0.0 <= drop_rate < 1.0:
         raise DarexError(f"drop_rate is a probability in [0, 1), got {drop_rate}.")
-    if not (np.isfinite(energy).all() and np.isfinite(square).all() and min(energy.min(), square.min()) >= 0):
+    if not traced and not all((np.isfinite(x) & (x >= 0)).all() for x in (energy, square)):
         raise DarexError("energies and squares are finite and at least 0; these are not.")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(energy == 0, 0.0, energy / square)
+    nothing = (energy == 0) | (drop_rate == 0)
+    with np.errstate(divide="ignore", over="ignore"):
+        ratio = xp.where(nothing, 0.0, energy / xp.where(nothing, 1.0, square))
     return (1.0 - drop_rate) + drop_rate * ratio
 
 
 class ClosedForm(NamedTuple):
-    """The q of least expected squared error in linear layers' outputs: of the model, of each layer, of rows.
+    """The q of least expected squared error in linear layers' outputs.
 
-    Infinite where a layer's delta does nothing on the calibration text.
+    Attributes:
+      q: of the model; finite.
+      layers: of each layer, finite. A layer whose delta has influence and yet no output on the calibration
+        text would be best dropped whole, at an infinite q; it is missing here, and counts in the model's q.
+      rows: of each row of every layer; infinite for such rows.
     """
 
     q: float
@@ -55,7 +65,7 @@ def closed_form(influences: Mapping[str, tuple[ArrayLike, ArrayLike]], drop_rate
     """`closed_form_q` per row, per layer and for the model.
 
     Args: influences: E[Q] and E[S^2] of every row, [O], by the layer's name.
-    Raises: ValueError for no layer, else as `closed_form_q`.
+    Raises: ValueError for no layer, or influence in some and an output in none; else as `closed_form_q`.
     """
     if not influences:
         raise DarexError("no linear layer is in scope, so there is nothing to calibrate.")
@@ -65,11 +75,12 @@ def closed_form(influences: Mapping[str, tuple[ArrayLike, ArrayLike]], drop_rate
     def best(pair: NDArray) -> NDArray[np.float64]:
         return closed_form_q(pair[0], pair[1], drop_rate)
 
-    return ClosedForm(
-        float(best(np.sum(list(layers.values()), axis=0))),
-        {name: float(best(pair)) for name, pair in layers.items()},
-        {name: best(pair) for name, pair in sums.items()},
-    )
+    q = float(best(np.sum(list(layers.values()), axis=0)))
+    if not math.isfinite(q):
+        raise DarexError("no layer's delta changes an output on these texts: calibrate on others.")
+    by_layer = {name: float(best(pair)) for name, pair in layers.items()}
+    finite = {name: value for name, value in by_layer.items() if math.isfinite(value)}
+    return ClosedForm(q, finite, {name: best(pair) for name, pair in sums.items()})
 
 
 def two_point_q(without: float, error: float, drop_rate: float, at: float | None = None) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.core.tree import PyTree, flatten_names, map_named, working_dtype
 
 Norm = Literal["l2", "l1"]
 
@@ -21,8 +21,8 @@ class ScaleByAdamRState(NamedTuple):
 
     Attributes:
       count: int32 scalar, steps taken; it saturates.
-      mu, nu: first and second moments, float32 trees like the parameters.
-      nu_mean: float32 scalar, the mean of all entries of `nu`.
+      mu, nu: first and second moments, trees like the parameters: float32, of float64 parameters float64.
+      nu_mean: scalar of that dtype, the mean of all entries of `nu`.
       nu_max: with amsgrad the running maximum of `nu`, else None.
     """
 
@@ -61,16 +61,28 @@ def adamr(
         then not pulled (a fresh head), or have others beside. Any floating dtype, any sharding; never copied.
       gradient_norm: the global norm of the gradients it is given, where it is known: whoever clips has it,
         and a pass over the gradients is spared.
-      Moments and updates are float32 whatever the parameters' dtype.
-    Raises: ValueError for another norm or amsgrad of another kind; from `update`, without `params` or
-      `pretrained`, or where these have no name in common or another shape.
+      Moments are float32 (of float64 parameters float64), and so is the arithmetic; updates are rounded
+      once, to the parameter's dtype. A bfloat16 parameter loses updates below its 2**-9th part when they are
+      added, a float16 one those below its 2**-12th: keep float32 parameters for the optimizer and cast a copy
+      for the model, as `docs/adamr.md` shows.
+    Raises: ValueError for another norm; from `update`, without `params` or `pretrained`, or where these have
+      another shape or no name in common. Within `optax.partition` or `optax.masked` a group of parameters
+      without pretrained values is left unpulled.
     Source: DAREx, arXiv:2410.09344, Algorithm 1, with the decay of arXiv:2011.11152. Unlike the authors' code
       the mean of the second moment is carried as one number, and the pretrained weights are not copied.
     """
-    return optax.chain(
+    inner = optax.chain(
         scale_by_adamr(b1, b2, eps, weight_decay, norm, amsgrad, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        steps, state = inner.update(updates, state, params, **extra_args)
+        return _cast_like(steps, updates if params is None else params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def scale_by_adamr(
@@ -82,18 +94,21 @@ def scale_by_adamr(
     amsgrad: bool = False,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adamr` without the learning rate: Adam's direction plus the pull, to be subtracted."""
+    """`adamr` without the learning rate: Adam's direction plus the pull, to be subtracted.
+
+    Unlike `adamr`'s its updates have the dtypes of the moments.
+    """
     if norm not in ("l2", "l1"):
         raise DarexError(f"norm is 'l2' or 'l1', got {norm!r}.")
     pulls = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def init(params: PyTree) -> ScaleByAdamRState:
         def zeros() -> PyTree:
-            return optax.tree.zeros_like(params, dtype=jnp.float32)
+            return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _moment_dtype(leaf)), params)
 
-        zero = jnp.zeros((), jnp.float32)
+        mean = jnp.zeros((), _moment_dtype(*jax.tree.leaves(params)))
         return ScaleByAdamRState(
-            jnp.zeros((), jnp.int32), zeros(), zeros(), zero, zeros() if amsgrad else None
+            jnp.zeros((), jnp.int32), zeros(), zeros(), mean, zeros() if amsgrad else None
         )
 
     def update(
@@ -106,10 +121,11 @@ def scale_by_adamr(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByAdamRState]:
         del extra_args
-        grads = optax.tree.cast(updates, jnp.float32)
+        grads = _cast_like(updates, state.mu)
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        # Hyperparameters that are arrays may have a wider dtype than the moments.
+        mu = _cast_like(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
+        nu = _cast_like(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
         nu_max = None if state.nu_max is None else jax.tree.map(jnp.maximum, state.nu_max, nu)
         mu_hat = optax.tree.bias_correction(mu, b1, count)
         nu_hat = optax.tree.bias_correction(nu if nu_max is None else nu_max, b2, count)
@@ -122,9 +138,9 @@ def scale_by_adamr(
         if gradient_norm is None:
             square = optax.tree.norm(jax.lax.optimization_barrier(grads), squared=True)
         else:
-            square = jnp.square(gradient_norm)
+            square = jnp.square(jnp.asarray(gradient_norm, state.nu_mean.dtype))
         size = float(sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(grads)))  # beyond int32
-        nu_mean = b2 * state.nu_mean + (1 - b2) * square / size
+        nu_mean = (b2 * state.nu_mean + (1 - b2) * square / size).astype(state.nu_mean.dtype)
         mean = nu_mean if nu_max is None else optax.tree.sum(nu_max) / size
         scale = jnp.sqrt(optax.tree.bias_correction(mean, b2, count))
         strength = weight_decay / jnp.where(scale == 0, 1.0, scale)
@@ -140,20 +156,29 @@ def scale_by_adamr(
         def pull(name: str, step: jax.Array, param: jax.Array) -> jax.Array:
             if name not in references:
                 return step
-            delta = jnp.asarray(param, jnp.float32) - jnp.asarray(references[name], jnp.float32)
-            return step + strength * (delta if norm == "l2" else jnp.sign(delta))
+            delta = jnp.asarray(param, step.dtype) - jnp.asarray(references[name], step.dtype)
+            return step + strength.astype(step.dtype) * (delta if norm == "l2" else jnp.sign(delta))
 
         return map_named(pull, direction, params), ScaleByAdamRState(count, mu, nu, nu_mean, nu_max)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _moment_dtype(*leaves: Any) -> Any:
+    return working_dtype(*(jnp.result_type(leaf) for leaf in leaves))
+
+
+def _cast_like(tree: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, like: leaf.astype(jnp.result_type(like)), tree, other)
+
+
 def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]:
     """The pretrained value of every parameter that is pulled, by name."""
     named = flatten_names(params)
-    known = {name: leaf for name, leaf in flatten_names(pretrained).items() if name in named}
-    if named and not known:
-        given = list(flatten_names(pretrained))[:2]
+    values = flatten_names(pretrained)
+    known = {name: leaf for name, leaf in values.items() if name in named}
+    if named and not known and not _elsewhere(params, values):
+        given = list(values)[:2]
         raise DarexError(
             "no parameter has a pretrained value: the parameters are called "
             f"{', '.join(list(named)[:2])}, ..., the pretrained ones {', '.join(given)}, ..."
@@ -169,3 +194,14 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
     chosen = jax.tree.broadcast(mask(params) if callable(mask) else mask, params)
     wanted = flatten_names(chosen)
     return {name: leaf for name, leaf in known.items() if wanted[name]}
+
+
+def _elsewhere(params: PyTree, values: dict[str, Any]) -> bool:
+    """Whether pretrained values belong to parameters that optax hides from this transformation."""
+    masked = jax.tree.map(
+        lambda leaf: isinstance(leaf, optax.MaskedNode),
+        params,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    hidden = tuple(name for name, is_hidden in flatten_names(masked).items() if is_hidden)
+    return any(value == name or value.startswith(f"{name}.") for value in values for name in hidden)
