@@ -60,6 +60,7 @@ def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
     Where the delta is zero the base's own bits stay (also a -0.0). So do integer leaves, and leaves that
     the delta does not have, arrays or not.
 
+    Args: delta: arrays or parts (`darex_jax.parts`) under names of the base.
     Returns: a tree like `base`.
     Raises: ValueError naming every leaf that is in the delta only or has another shape.
     """

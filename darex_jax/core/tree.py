@@ -64,14 +64,24 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function gets each leaf's name first."""
-    structure: Any = jax.tree.structure(tree)
+    structure: Any = jax.tree.structure(tree, is_leaf=is_part)
     others = [structure.flatten_up_to(other) for other in rest]
     rows = zip(_paths(tree), *others, strict=True)
     return structure.unflatten([function(_name(path), leaf, *row) for (path, leaf), *row in rows])
 
 
+def is_part(node: Any) -> bool:
+    """Whether it is a part of a delta or a sum of parts (`darex_jax.parts`): a leaf, though it has leaves."""
+    return hasattr(node, "to_dense") and hasattr(node, "matmul")
+
+
 def as_array(name: str, leaf: Any) -> jax.Array:
-    """The leaf as JAX holds it. Raises: ValueError that names a leaf which is no array."""
+    """The leaf as JAX holds it, of parts the dense sum.
+
+    Raises: ValueError that names a leaf which is no array.
+    """
+    if is_part(leaf):
+        return leaf.to_dense()
     try:
         return jnp.asarray(leaf)
     except TypeError as error:
@@ -98,7 +108,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def _paths(tree: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
     """Every leaf behind its path, without the steps into boxes."""
     found: list[tuple[tuple[Any, ...], Any]] = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: _is_box(node) or is_part(node)
+    ):
         if _is_box(leaf):
             found += [(path + inner[1:], x) for inner, x in jax.tree_util.tree_leaves_with_path(leaf)]
         else:

@@ -1,8 +1,8 @@
 """Prune checkpoints without loading them: a chunk of a tensor at a time, on every core.
 
 Both models are read once, but for a changed parameter out of scope, which is read again as it is copied. JAX
-computes the masks of DARE; nothing else of it is used there. Methods of `darex_jax.methods` get one parameter's
-delta at a time, or all where they weigh parameters against each other.
+computes the masks of DARE; nothing else of it is used there. Other methods get one parameter's delta at a time,
+or all where they weigh parameters against each other.
 """
 
 import os
@@ -234,7 +234,7 @@ def _write(
 
     Returns: its recipe, what was noticed, the file's bytes.
     """
-    # Widest dtype first: so every tensor of the file is aligned. Coded parts and files are bytes: they are last.
+    # Widest dtype first: so every tensor of the file is aligned. Coded parts and files, bytes, are last.
     work = [("rows", name) for name in match.extra_rows if name in match.pruned]
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
     work += [(pruned_kind, name) for name in match.pruned] if pruned_kind != PARTS else []

@@ -46,12 +46,12 @@ def prune_by(
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
     Args:
-      drop_rate, file_bytes: how much may be kept, one of the two: at the method's own drop rate, or so that the
-        whole file has at most so many bytes and, where the method allows it, 98 % of them.
+      drop_rate, file_bytes: how much may be kept, one of the two: at the method's own drop rate, or so that
+        the whole file has at most so many bytes and, where the method allows it, 98 % of them.
       seed: of random methods, `jax.random.key(seed)`.
       evidence: what the method needs to know; digests: of what it was gathered from, for the file.
       options: of the method: bits, q, ...
-    Raises: DarexError for a method that lacks evidence, or a size that it cannot reach; else as `prune_parts`.
+    Raises: DarexError for a method that lacks evidence, or a size out of its reach; else as `prune_parts`.
     """
     chosen, known = METHODS[method], evidence or Evidence()
     for need in chosen.needs:
@@ -132,7 +132,7 @@ def fit_to_size(
             room = (low + high) / 2 if np.isfinite(high) else 2 * low
     if best is None:
         raise DarexError(
-            f"the file would have {least:,} bytes at least, {file_bytes:,} were asked for: the head, the base's "
-            "fingerprint and the recipe take their part; ask for more, or choose another method."
+            f"the file would have {least:,} bytes at least, {file_bytes:,} were asked for: the head, the "
+            "base's fingerprint and the recipe take their part; ask for more, or choose another method."
         )
     return best
