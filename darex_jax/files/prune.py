@@ -1,8 +1,8 @@
 """Prune checkpoints without loading them: a chunk of a tensor at a time, on every core.
 
 Both models are read once, but for a changed parameter out of scope, which is read again as it is copied. JAX
-computes the masks of DARE; nothing else of it is used there. Other methods get one parameter's delta at a time,
-or all where they weigh parameters against each other.
+computes the masks of DARE; nothing else of it is used there. Other methods get one parameter's delta at a
+time, or all where they weigh parameters against each other.
 """
 
 import os
