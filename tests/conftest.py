@@ -14,6 +14,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=1000, help="how many changed artifacts test_fuzz.py reads")
+
+
 @pytest.fixture(autouse=True)
 def _warnings_are_errors():
     with warnings.catch_warnings():

@@ -149,8 +149,10 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
         raise FileError(f"{path}: not a safetensors file, or cut off inside its header.")
     try:
         header = json.loads(os.pread(file, length, 8).decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+    except DarexError as error:
         raise FileError(f"{path}: damaged header ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged header (it is no JSON).") from error
     if not isinstance(header, dict):
         raise FileError(f"{path}: damaged header (it is not a table of tensors).")
     metadata = header.pop("__metadata__", {})

@@ -1,0 +1,321 @@
+"""Damaged and forged artifacts, one after the other, through everything that reads one.
+
+    python tests/fuzz_artifact.py FOLDER --cases 20000 --seed 0
+
+A case is an artifact that was changed: bytes flipped, cut or lengthened, its header, its recipe or its
+tensors changed, with digests made anew or not. Every reader may take it or refuse it with a `DarexError`
+whose words are ours; nothing may hang, need memory out of proportion, or end in another exception. The
+process is bounded in memory, each case in time. `test_fuzz.py` runs a thousand cases.
+"""
+
+import argparse
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import blake3
+import ml_dtypes
+import numpy as np
+
+from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.scope import choose_scope
+from darex_jax.files.artifact import DeltaFile, canonical_json, load_delta, load_kept, tensor_line
+from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.restore import apply_artifact, restored_params, verify_artifact
+from darex_jax.files.safetensors import DTYPES, as_bytes, write_tensors
+
+MEMORY = 700 << 20  # bytes above those of the process when it begins
+SECONDS = 20  # a case
+# What Python, NumPy and JAX say of themselves.
+FOREIGN = re.compile(
+    r"Expecting|object is not|not subscriptable|NoneType|invalid literal|unpack|out of range|list ind|<class|"
+    r"positional argument|has no attribute|cannot reshape|broadcast|Exceeds the limit|codec can|unhashable|"
+    r"Errno"
+)
+THINGS: tuple[Any, ...] = (
+    *(0, 1, -1, 2, 255, 2**31, 2**32, 2**46, 2**63, 2**64, 10**400, 0.5, 1 - 2**-33, 1 - 2**-32, 1.0),
+    *(1e-50, 1e39, float("nan"), float("inf"), True, None, "", "x", "\x1b[31m\n\u202e", "../../x", "F32"),
+    *("BF16", "I64", "config.json", "0" * 64, "a" * 600, [], [0], [2**46], [2**40, 2**40], [0, 2**47]),
+    *([1] * 33, [[[[1]]]], {}, {"": 0}, {"shape": [1]}),
+)
+
+
+def make_models(folder: Path) -> list[Path]:
+    """Three artifacts of one base: float32 with a head, rows and files; bfloat16; nothing dropped."""
+    rng = np.random.default_rng(0)
+    shapes = {"embeddings.word_embeddings.weight": (30, 8), "encoder.layer.0.output.dense.weight": (8, 16),
+              "encoder.layer.0.output.dense.bias": (8,), "pooler.dense.weight": (8, 8)}  # fmt: skip
+    base = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def write(name: str, named: dict[str, np.ndarray], config: str) -> Path:
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+        (folder / name / "vocab.txt").write_text("a\n")
+        write_tensors(folder / name / "model.safetensors", named)
+        return folder / name
+
+    write("base", {**base, "cls.bias": np.zeros(3, np.float32)}, '{"model_type": "bert", "dtype": "float32"}')
+    moved = {f"bert.{name}": leaf + np.float32(0.01) for name, leaf in base.items()}
+    words = "bert.embeddings.word_embeddings.weight"
+    rows = {
+        **moved,
+        words: np.concatenate([moved[words], moved[words][:2]]),
+        "classifier.bias": np.ones(2, np.float32),
+    }
+    half = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in moved.items()}
+    fines = [
+        (write("rows", rows, '{"model_type": "bert", "num_labels": 2}'), 0.5, None),
+        (write("half", half, '{"model_type": "bert", "dtype": "float32"}'), 0.9, 0.3),
+        (write("all", moved, '{"model_type": "bert", "dtype": "float32"}'), 0.0, None),
+    ]
+    artifacts = []
+    for fine, drop_rate, q in fines:
+        artifacts.append(folder / f"{fine.name}.delta")
+        with Checkpoint(folder / "base") as b, Checkpoint(fine) as f:
+            prune_checkpoints(
+                b, f, artifacts[-1], key=(0, 7), drop_rate=drop_rate, q=q, scope=choose_scope("bert")
+            )
+    return artifacts
+
+
+class Artifact:
+    """An artifact's bytes, and its parts to make changed ones of."""
+
+    def __init__(self, path: Path):
+        self.bytes = path.read_bytes()
+        length = int.from_bytes(self.bytes[:8], "little")
+        self.header = json.loads(self.bytes[8 : 8 + length])
+        self.body = self.bytes[8 + length :]
+        with DeltaFile(path) as file:
+            self.tensors = {name: file.read(name) for name in file.tensors}
+            self.recipe = json.loads(file.metadata["darex"])
+
+
+def mutate(rng: random.Random, source: Artifact) -> bytes:
+    often = (change_recipe, change_tensors)
+    kinds = (flip, cut, change_header, thin_out, *often, *often)
+    return rng.choice(kinds)(rng, source)
+
+
+def flip(rng: random.Random, source: Artifact) -> bytes:
+    data = bytearray(source.bytes)
+    for _ in range(rng.choice((1, 1, 1, 4, 32))):
+        data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+    return bytes(data)
+
+
+def cut(rng: random.Random, source: Artifact) -> bytes:
+    if rng.random() < 0.2:
+        return source.bytes + rng.randbytes(rng.randrange(1, 100))
+    start = rng.randrange(len(source.bytes))
+    return source.bytes[:start] + (
+        source.bytes[start + rng.randrange(1, 64) :] if rng.random() < 0.3 else b""
+    )
+
+
+def change_header(rng: random.Random, source: Artifact) -> bytes:
+    header = change_json(rng, json.loads(json.dumps(source.header)))
+    text = canonical_json(header).encode()
+    return len(text).to_bytes(8, "little") + text + source.body
+
+
+def change_recipe(rng: random.Random, source: Artifact) -> bytes:
+    recipe = json.loads(json.dumps(source.recipe))
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        recipe = change_json(rng, recipe)
+    return assemble(recipe, source.tensors, honest=rng.random() < 0.9)
+
+
+def thin_out(rng: random.Random, source: Artifact) -> bytes:
+    """Hardly any values, as after a drop rate near 1, for which a recipe can claim nearly any shape."""
+    recipe, few = json.loads(json.dumps(source.recipe)), rng.choice((0, 0, 1, 30))
+    tensors = {n: a[:few] if n.startswith("values/") else a for n, a in source.tensors.items()}
+    recipe["drop_rate"] = rng.choice((1 - 2**-33, 1 - 2**-32, 1 - 2**-20))
+    for name in rng.sample(list(recipe["parameters"]), rng.randrange(1, 3)):
+        shape = [rng.choice((0, 1, 2**20, 2**24, 2**31, 2**44)), *recipe["parameters"][name]["shape"][1:]]
+        for entry in (recipe["parameters"][name], recipe["base"][recipe["base_names"].get(name, name)]):
+            entry["shape"] = shape
+    return assemble(recipe, tensors, honest=True)
+
+
+def change_tensors(rng: random.Random, source: Artifact) -> bytes:
+    tensors, recipe = dict(source.tensors), json.loads(json.dumps(source.recipe))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        name = rng.choice(list(tensors))
+        array = tensors[name]
+        what = rng.randrange(7)
+        if what == 0:
+            del tensors[name]
+        elif what == 1:
+            tensors[
+                name.replace(name.split("/")[0], rng.choice(("values", "dense", "rows", "file", "x")), 1)
+            ] = array
+        elif what == 2:
+            tensors[name] = array.reshape(rng.choice(((-1,), (1, -1), (-1, 1), (1, 1, -1))))
+        elif what == 3:
+            tensors[name] = np.resize(array, rng.choice((0, 1, 5, array.size + 1, max(0, array.size - 1))))
+        elif what == 4:
+            with np.errstate(all="ignore"):
+                tensors[name] = array.astype(rng.choice(list(DTYPES.values())))
+        elif what == 5:
+            data = np.frombuffer(rng.randbytes(array.nbytes), array.dtype)
+            tensors[name] = data.reshape(array.shape)
+        else:
+            tensors[
+                rng.choice(("dense/a", "dense/bert", "file/vocab.txt", "rows/a", "values/a.b", "dense/a.b"))
+            ] = array
+        if not tensors:
+            break
+    return assemble(recipe, tensors, honest=rng.random() < 0.9)
+
+
+def change_json(rng: random.Random, value: Any) -> Any:
+    """The same JSON with one thing in it replaced, removed, doubled or renamed."""
+    places = []
+
+    def walk(node):
+        keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        for key in keys:
+            places.append((node, key))
+            walk(node[key])
+
+    walk(value)
+    if not places or rng.random() < 0.01:
+        return rng.choice(THINGS)
+    node, key = rng.choice(places)
+    what = rng.random()
+    if what < 0.15:
+        del node[key]
+    elif what < 0.3 and isinstance(node, dict):
+        node[rng.choice([k for k in THINGS if isinstance(k, str)])] = node.pop(key)
+    elif what < 0.4:
+        other, other_key = rng.choice(places)
+        node[key] = json.loads(json.dumps(other[other_key]))
+    elif isinstance(node[key], list) and what < 0.7:
+        node[key] = [*node[key], rng.choice(THINGS)][rng.randrange(2) :]
+    else:
+        node[key] = rng.choice(THINGS)
+    return value
+
+
+def assemble(recipe: Any, tensors: dict[str, np.ndarray], honest: bool) -> bytes:
+    """The file; `honest`: with the digests that belong to it."""
+    ordered = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))}
+    if honest and isinstance(recipe, dict) and "data_blake3" in recipe:
+        digest = blake3.blake3()
+        for name, array in ordered.items():
+            array = np.ascontiguousarray(array)
+            digest.update(tensor_line(name, array.dtype, array.shape))
+            digest.update(as_bytes(array))
+        recipe["data_blake3"] = digest.hexdigest()
+    text = canonical_json(recipe)
+    header = {"__metadata__": {"darex": text, "blake3": blake3.blake3(text.encode()).hexdigest()}}
+    body = b""
+    for name, array in ordered.items():
+        data = np.ascontiguousarray(array).tobytes()
+        dtype = next(n for n, d in DTYPES.items() if d == array.dtype)
+        header[name] = {
+            "dtype": dtype, "shape": list(array.shape), "data_offsets": [len(body), len(body) + len(data)]
+        }  # fmt: skip
+        body += data
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + body
+
+
+def read_in_every_way(path: Path, base: Path, out: Path) -> int:
+    """How many of the readers took it. Raises: what is not to be raised."""
+    taken = 0
+    for reader in (_inspect, _verify, load_delta, load_kept, _verify_base, _restore, _apply):
+        try:
+            reader(path, base, out) if reader.__name__.startswith("_") else reader(path)
+            taken += 1
+        except DarexError as error:
+            if FOREIGN.search(str(error).replace(str(path.parent), "")) or not str(error):
+                raise RuntimeError(f"{reader.__name__}: not in our words: {error!r}") from error
+            if out.exists():
+                raise RuntimeError(f"{reader.__name__}: left something behind: {error!r}") from error
+        shutil.rmtree(out, ignore_errors=True)
+    return taken
+
+
+def _inspect(path, base, out):
+    with DeltaFile(path) as delta:
+        delta.recipe.digest()
+        delta.config()
+
+
+def _verify(path, base, out):
+    with DeltaFile(path) as delta:
+        verify_artifact(delta)
+
+
+def _verify_base(path, base, out):
+    with Checkpoint(base) as b, DeltaFile(path) as delta:
+        verify_artifact(delta, b)
+
+
+def _restore(path, base, out):
+    with Checkpoint(base) as b, DeltaFile(path) as delta:
+        for _ in restored_params(b, delta):
+            pass
+
+
+def _apply(path, base, out):
+    with Checkpoint(base) as b, DeltaFile(path) as delta:
+        apply_artifact(b, delta, out)
+
+
+def _too_long(*_):
+    raise TimeoutError(f"a case took more than {SECONDS} seconds")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    sources = [Artifact(path) for path in make_models(folder)]
+    warnings.simplefilter("error")
+    warnings.simplefilter("ignore", DarexWarning)
+    path = folder / "case"
+    for source in sources:  # unchanged; and all that is compiled is compiled
+        path.write_bytes(source.bytes)
+        if read_in_every_way(path, folder / "base", folder / "out") < (6 if source is sources[0] else 7):
+            print("a sound artifact is refused")
+            return 1
+    status = Path("/proc/self/status").read_text()
+    data = int(re.search(r"VmData:\s*(\d+) kB", status).group(1)) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, data + MEMORY))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGALRM, _too_long)
+    failures = taken = 0
+    for case in range(arguments.cases):
+        rng = random.Random(f"{arguments.seed} {case}")
+        path.write_bytes(mutate(rng, rng.choice(sources)))
+        signal.alarm(SECONDS)
+        try:
+            taken += bool(read_in_every_way(path, folder / "base", folder / "out"))
+        except Exception:
+            failures += 1
+            print(f"case {case}:\n{traceback.format_exc()}", flush=True)
+            shutil.copy(path, folder / f"case-{case}")
+        finally:
+            signal.alarm(0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) << 10
+    print(f"{arguments.cases} cases, {taken} taken by a reader, {failures} failures, {grown >> 20} MiB more")
+    return int(failures > 0 or grown > MEMORY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
