@@ -4,7 +4,11 @@ Imports stay inside the commands: `darex --help` must not wait for jax, and the 
 neither transformers nor, merge-adapter apart, flax.
 """
 
+import signal
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -14,14 +18,18 @@ from darex_jax.core.errors import DarexError
 
 
 class FriendlyGroup(click.Group):
-    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130.
+    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130, SIGTERM in 143.
 
     So does a fault of this library, in a line that says so; `--debug` shows its traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _termination_unwinds():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (DarexError, OSError, FloatingPointError) as error:
@@ -34,6 +42,25 @@ class FriendlyGroup(click.Group):
                 f"a fault of darex_jax, not yours: {type(error).__name__}: {lines[0]:.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """While this lasts, a signal that would end the process at once cleans up first, as Ctrl-C does."""
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    deadly = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    # Who started us may ignore one of them: nohup does.
+    taken = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_traceback(ctx: click.Context) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 import blake3
 import jax
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.atomic import write_whole
+from darex_jax.files.checkpoint import read_json
+from darex_jax.files.paths import read_bytes
 
 State = Any  # a PyTree of arrays
 
@@ -51,9 +54,7 @@ class Checkpoints:
         with _orbax() as checkpointer:
             checkpointer.save(self.folder / str(step), state, force=True)
         note = json.dumps({"digest": _digest(self.folder / str(step)), "validation": validation})
-        unfinished = self.folder / f"{step}.partial"
-        unfinished.write_text(note, encoding="utf-8")
-        os.replace(unfinished, self.folder / f"{step}.json")
+        write_whole(self.folder / f"{step}.json", note)
         kept = {*self.steps()[-self.keep :], *self._by_validation()[:1]}
         for old in set(self.steps()) - kept:
             (self.folder / f"{old}.json").unlink()
@@ -133,17 +134,16 @@ def _quiet() -> Iterator[None]:
 
 def _read_note(file: Path) -> dict[str, Any]:
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except FileError:
         return {}
-    return note if isinstance(note, dict) else {}
 
 
 def _digest(folder: Path) -> str:
     """BLAKE3 over the names and contents of all files in a folder."""
     digest = blake3.blake3()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = file.read_bytes()
+        content = read_bytes(file)
         head = f"{file.relative_to(folder).as_posix()}\0{len(content)}\0"
         digest.update(head.encode() + content)
     return digest.hexdigest()
