@@ -5,15 +5,13 @@ neither transformers nor, merge-adapter apart, flax.
 """
 
 import signal
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from darex_jax.cli import choose, files, learn, text, train
+from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError
 
 
@@ -25,7 +23,7 @@ class FriendlyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _termination_unwinds():
+            with unwinding():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -42,25 +40,6 @@ class FriendlyGroup(click.Group):
                 f"a fault of darex_jax, not yours: {type(error).__name__}: {lines[0]:.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
-
-
-@contextmanager
-def _termination_unwinds() -> Iterator[None]:
-    """While this lasts, a signal that would end the process at once cleans up first, as Ctrl-C does."""
-
-    def leave(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    deadly = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    # Who started us may ignore one of them: nohup does.
-    taken = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_traceback(ctx: click.Context) -> None:

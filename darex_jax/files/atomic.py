@@ -128,6 +128,9 @@ def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, 
             if _lock(file, where_there_are_none=True) and _names(temporary, file):
                 yield temporary, file
                 return
+        except OSError as error:  # of a write to a descriptor, a full disk say, which names no file
+            error.filename = error.filename or str(path)
+            raise
         finally:
             _remove(temporary)
             os.close(file)

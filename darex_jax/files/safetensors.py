@@ -85,7 +85,10 @@ class SafetensorsFile:
         view = as_bytes(out)
         position = info.offset + start * info.dtype.itemsize
         while len(view):
-            count = os.preadv(self._file, [view], position)
+            try:
+                count = os.preadv(self._file, [view], position)
+            except OSError as error:
+                raise FileError(f"{self.path}: {error.strerror}.") from error
             if count == 0:
                 raise FileError(f"{self.path}: the file became shorter while it was read.")
             view, position = view[count:], position + count

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import FileError
 from darex_jax.files.atomic import atomic_file, write_whole
 from darex_jax.files.paths import read_text
 from darex_jax.training.loop import StepRecord
@@ -35,9 +36,13 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
         if file is None:  # the first record of this call says where the training goes on
             before = [line for line in read_metrics(path) if line["step"] < record.step]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in before))
-            file = path.open("a", encoding="utf-8")
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+            file = path.open("ab", buffering=0)
+        try:
+            rest = json.dumps(line).encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            raise FileError(f"{path}: {error.strerror}.") from error
         return line
 
     try:
