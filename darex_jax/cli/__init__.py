@@ -4,6 +4,7 @@ Imports stay inside the commands: `darex --help` must not wait for jax, and the 
 neither transformers nor, merge-adapter apart, flax.
 """
 
+import signal
 import traceback
 from typing import Any
 
@@ -11,19 +12,23 @@ import click
 
 from darex_jax.cli import choose, files, learn, text, train
 from darex_jax.cli.show import plain, warnings_shown
+from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError
 
 
 class FriendlyGroup(click.Group):
-    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130.
+    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130, SIGTERM in 143.
 
     So does a fault of this library, in a line that says so; `--debug` shows its traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with warnings_shown() as ctx.obj:  # a command's context has the list, too
+            with unwinding(), warnings_shown() as ctx.obj:  # a command's context has the list, too
                 return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except click.ClickException as error:
             vars(error)["message"] = plain(error.message)  # it may quote a q file, say
             raise

@@ -391,7 +391,7 @@ def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | No
         return float(text)
     except ValueError:
         pass
-    if not Path(text).is_file():
+    if not Path(text).exists():
         raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
     from darex_jax.files.checkpoint import read_json
 

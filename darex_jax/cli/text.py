@@ -85,7 +85,7 @@ def open_text_model(
     if not isinstance(loaded.config, DecoderConfig):
         raise DarexError(f"{model}: a {loaded.config.model_type} model does not write text.")
     file = model / "generation_config.json"
-    stated = read_json(file) if file.is_file() else {}
+    stated = read_json(file) if file.exists() else {}
     return (
         loaded,
         params,

@@ -20,8 +20,10 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     """Options from a TOML file become the defaults, so that the command line has the last word."""
     if path is None:
         return
+    from darex_jax.files.paths import read_text
+
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path} is not TOML: {error}.") from error
     names = {param.name for param in ctx.command.params} - {"config"}

@@ -9,5 +9,9 @@ class DarexError(ValueError):
     """
 
 
+class FileError(DarexError):
+    """A file that cannot be used as it is; the message is for the person who named it."""
+
+
 class DarexWarning(UserWarning):
     """Something that was done as asked and is seldom meant; the command line shows it as one line."""

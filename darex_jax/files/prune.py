@@ -24,10 +24,12 @@ from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.artifact import PARTS, RECIPE
+from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
 from darex_jax.files.coding import ZSTD_LEVEL, coder_versions
 from darex_jax.files.match import Match, match_checkpoints
+from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import (
     CUT,
     Recipe,
@@ -41,7 +43,6 @@ from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     FileError,
     as_bytes,
-    atomic_file,
     element_count,
     encode_header,
     write_at,
@@ -460,8 +461,8 @@ def _dense_values(
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     """The fine-tune's configuration and tokenizer files that the base does not have alike, and the digests of
     the others of the base, which the restored model takes over."""
-    ours = {file.name: file.read_bytes() for file in companion_files(base)}
-    theirs = {file.name: file.read_bytes() for file in companion_files(fine)}
+    ours = {file.name: read_bytes(file) for file in companion_files(base)}
+    theirs = {file.name: read_bytes(file) for file in companion_files(fine)}
     changed = {name: content for name, content in theirs.items() if ours.get(name) != content}
     taken = {
         name: blake3.blake3(content).hexdigest() for name, content in ours.items() if name not in changed

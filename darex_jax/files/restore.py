@@ -17,15 +17,16 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
+from darex_jax.files.atomic import atomic_directory
 from darex_jax.files.checkpoint import (
     COMPANIONS,
     INDEX,
     SINGLE,
     Checkpoint,
     StoredTensor,
-    atomic_directory,
     companion_files,
 )
+from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import fingerprint
 from darex_jax.files.safetensors import (
     CHUNK,
@@ -37,7 +38,7 @@ from darex_jax.files.safetensors import (
     encode_header,
     write_at,
 )
-from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
+from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, run_all, tensor_digest
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 Layout = dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # file -> name -> (dtype, shape)
@@ -88,8 +89,7 @@ def apply_artifact(
                     for chunk in _restored_chunks(name, base, delta, places[1][name], progress):
                         position = write_at(file, chunk, position)
 
-                for _ in pool.map(write, tensors):
-                    pass
+                run_all(pool, write, tensors)
             finally:
                 os.close(file)
             total += position - len(header)
@@ -101,7 +101,7 @@ def apply_artifact(
         _check_fingerprint(base, delta)
         delta.check_data()
         _name_dtype(base, delta, folder, outputs)
-        if len(outputs) > 1:
+        if outputs.keys() != {SINGLE}:  # a file of another name is found by an index alone
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -205,7 +205,7 @@ def restore_companions(
 def _companions(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
     """What the restored model takes from the base, by the file's name; checked as `check_companions` says."""
     own, stated = set(delta.names("file")), delta.recipe.base_files
-    found = {file.name: file.read_bytes() for file in companion_files(base) if file.name not in own}
+    found = {file.name: read_bytes(file) for file in companion_files(base) if file.name not in own}
     if stated is None:
         if found:
             text = (

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import Full, Queue
 from threading import Event
@@ -106,3 +106,16 @@ def in_order(
         abandoned.set()
         for _, future, _ in waiting:
             future.cancel()
+        wait([future for _, future, _ in waiting])
+
+
+def run_all(pool: ThreadPoolExecutor, function: Callable[[Item], object], items: Iterable[Item]) -> None:
+    """Runs a function on every item. When this ends, even by what one of them raised, no thread works."""
+    futures = [pool.submit(function, item) for item in items]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)

@@ -42,6 +42,7 @@ from darex_jax.evaluation.objectives import (
 )
 from darex_jax.files.checkpoint import read_config
 from darex_jax.files.manifest import params_digest, run_manifest
+from darex_jax.files.paths import read_text
 from darex_jax.models import BertConfig, DecoderConfig, Model, read_model_config
 from darex_jax.q.analytic import Rule
 from darex_jax.q.closed_form import closed_form
@@ -64,6 +65,7 @@ from darex_jax.tasks.batching import (
     row_count,
 )
 from darex_jax.training.checkpoints import Checkpoints
+from darex_jax.training.record import save_figure
 
 OBJECTIVES = {  # and at most so many examples of each, where nothing else is said
     "labels": None,
@@ -240,7 +242,7 @@ def _read(
     tokenizer = load_tokenizer(fine)
     decoder = isinstance(model.config, DecoderConfig)
     if text is not None:
-        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+        lines = [line for line in read_text(text).splitlines() if line.strip()][:limit]
         if not lines:
             raise DarexError(f"{text}: has no line of text.")
         if decoder:
@@ -361,4 +363,4 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
             axes.axhline(1.0 - report["drop_rate"], color="tab:red", linestyle="--", label="DARE")
             axes.set(xlabel="weight, from input to output", ylabel="q", yscale="log")
             axes.legend()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

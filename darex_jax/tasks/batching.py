@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.paths import check_entries
 from darex_jax.files.restore import restore_companions
 from darex_jax.files.safetensors import FileError
 from darex_jax.tasks import Examples
@@ -66,8 +67,9 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         raise DarexError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
+    check_entries(path)
     try:
         if delta is None:
             return AutoTokenizer.from_pretrained(path)

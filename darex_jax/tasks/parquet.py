@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from darex_jax.core.errors import DarexError
+from darex_jax.files.paths import check_file
 
 
 def find_parquet(
@@ -15,12 +17,15 @@ def find_parquet(
 ) -> dict[str, tuple[str, ...]]:
     """The files `{split}*.parquet` of each split, in `data_dir/name` or in `data_dir` itself.
 
-    Raises: FileNotFoundError unless one of the two folders has files of every split.
+    Raises: FileNotFoundError unless one of the two folders has files of every split; FileError for a pipe or
+      a device among them.
     """
     data_dir = Path(data_dir)
     for folder in (data_dir / name, data_dir):
         files = {split: tuple(sorted(map(str, folder.glob(f"{split}*.parquet")))) for split in splits}
         if all(files.values()):
+            for file in chain.from_iterable(files.values()):
+                check_file(file)
             return files
     wanted = " and ".join(f"{split}*.parquet" for split in splits)
     raise FileNotFoundError(f"{wanted} of {name!r} are not in '{data_dir / name}' or '{data_dir}'.")
