@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.core.delta import apply_delta, rescale
+from darex_jax.core.delta import apply_delta, prune
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.tasks import Task
@@ -52,18 +52,22 @@ def evaluate(
     return {"metric": metric, "metric_name": task.metric_name, "n": len(examples)}
 
 
-@jax.jit
-def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
-    """`params + masked_delta / q`: the pruned model, for a delta that was masked but not rescaled.
+@partial(jax.jit, static_argnames="drop_rate")
+def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: float, q: Any) -> Params:
+    """`params + prune(key, delta, drop_rate, q)`: the pruned model.
 
-    q is a traced argument: a search over q compiles this once, and the model not again.
+    The mask is drawn on the way, and no copy of the delta is made for it: a delta of the model's size is all
+    that a search over q and masks holds. Key and q are traced: it compiles this once a drop rate, and the
+    model not again.
 
     Args:
       params: full tree; the base's value where the delta is pruned, the fine-tune's where it is kept (head).
-      masked_delta: tree with a subset of the names of `params`, zero where the mask dropped.
-      q: a number, or a dict with one number per dotted name of `masked_delta`.
+      delta: tree with a subset of the names of `params`.
+      key, drop_rate: as in `darex_jax.prune`.
+      q: a number, or a dict with one number per dotted name of `delta`.
     Returns: a tree like `params`; sums are taken in float32 and stored in the dtype of `params`.
     """
     leaves = flatten_names(params)
-    base = unflatten_names({name: leaves[name] for name in flatten_names(masked_delta)})
-    return unflatten_names(leaves | flatten_names(apply_delta(base, rescale(masked_delta, q))))
+    base = unflatten_names({name: leaves[name] for name in flatten_names(delta)})
+    pruned = apply_delta(base, prune(key, delta, drop_rate, q))
+    return unflatten_names(leaves | flatten_names(pruned))
