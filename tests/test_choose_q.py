@@ -13,14 +13,15 @@ from click.testing import CliRunner
 
 import darex_jax as dx
 from darex_jax.cli import main
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.delta import apply_delta, drop, rescale
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.calibration import input_statistics, squared_influences
 from darex_jax.evaluation.classification import _logits, pruned_params
 from darex_jax.evaluation.find_q import (
     eta_grid,
     find_q,
     layer_rule,
-    masked_deltas,
+    pruned_models,
     q_grid,
     split_in_scope,
     two_point,
@@ -49,7 +50,7 @@ def pair(family):
     fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
     head = ("classifier.", "lm_head.", "score.")
     in_scope = {name: leaf for name, leaf in flatten_names(base).items() if not name.startswith(head)}
-    start, delta = split_in_scope(fine, dx.core.tree.unflatten_names(in_scope))
+    start, delta = split_in_scope(fine, unflatten_names(in_scope))
     return model, fine, start, delta
 
 
@@ -118,18 +119,42 @@ def test_a_model_with_one_output_is_compared_by_its_tasks_metric():
 
 def test_a_sweep_over_values_and_masks_compiles_once():
     model, _, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE, (0, 1, 2))
+    models = pruned_models(start, delta, DROP_RATE, (0, 1, 2))
+    assert all(pruned.args[1] is delta for pruned in models)  # one delta, and no copy of it a mask
     goal = label_objective(model, TASK, with_labels(make_batches()))
-    goal.measure(pruned_params(start, masked[0], 0.1))
+    goal.measure(models[0](0.1))
     before = pruned_params._cache_size(), _logits._cache_size()
-    found = find_q(goal, start, masked, q_grid(DROP_RATE))
+    found = find_q(goal, models, q_grid(DROP_RATE))
     assert len(found.curve) > 6 and (pruned_params._cache_size(), _logits._cache_size()) == before
+
+
+@jax.jit
+def by_masked_delta(start, masked, q):
+    """The pruned model from a delta that was masked beforehand: what `pruned_params` was, once."""
+    leaves = flatten_names(start)
+    base = unflatten_names({name: leaves[name] for name in flatten_names(masked)})
+    return unflatten_names(leaves | flatten_names(apply_delta(base, rescale(masked, q))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_mask_drawn_on_the_way_gives_the_bits_of_one_drawn_beforehand(dtype):
+    _, _, start, delta = pair("bert")
+    start = jax.tree.map(lambda x: x.astype(dtype), start)
+    names = list(flatten_names(delta))
+    by_name = {name: 0.1 + 0.01 * i for i, name in enumerate(names)}
+    for seed, pruned in zip((0, 7), pruned_models(start, delta, DROP_RATE, (0, 7)), strict=True):
+        masked = drop(dx.random_mask(jax.random.key(seed), delta, DROP_RATE), delta)
+        for q in (0.1, 0.37, jnp.float32(0.8), by_name):
+            ours, before = flatten_names(pruned(q)), flatten_names(by_masked_delta(start, masked, q))
+            assert ours.keys() == before.keys()
+            assert all(np.asarray(ours[n]).tobytes() == np.asarray(before[n]).tobytes() for n in ours)
 
 
 def test_masks_are_averaged_as_the_objective_says():
     _, _, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE)
-    sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in masked]
+    models = pruned_models(start, delta, DROP_RATE)
+    kept = [dx.prune(jax.random.key(seed), delta, DROP_RATE, 1.0) for seed in range(4)]
+    sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in kept]
 
     def size(params):  # of what was added to the base: the masked delta over q
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), params, start)
@@ -137,7 +162,7 @@ def test_masks_are_averaged_as_the_objective_says():
 
     seen = []
     goal = Objective("size", size, True, lambda values: seen.append(values) or max(values), 0)
-    found = find_q(goal, start, masked, [0.5, 1.0])
+    found = find_q(goal, models, [0.5, 1.0])
     assert found.q == 0.5 and found.value == pytest.approx(2 * max(sizes), rel=1e-4)
     np.testing.assert_allclose(seen[0], [2 * s for s in sizes], rtol=1e-4)
 
@@ -150,7 +175,7 @@ def test_layers_by_outputs(family, rule):
     q_of = layer_rule(input_statistics(model, fine, batches), delta, DROP_RATE, rule)
     names = set(flatten_names(delta))
     goal = output_objective(model, fine, batches)
-    found = find_q(goal, start, masked_deltas(delta, DROP_RATE), eta_grid(), q_of=q_of)
+    found = find_q(goal, pruned_models(start, delta, DROP_RATE), eta_grid(), q_of=q_of)
     q = q_of(found.q)
     assert set(q) == names and all(1 - DROP_RATE - 1e-9 <= x <= 1.0 for x in q.values())
     assert found.value == min(value for _, value in found.curve)
@@ -213,13 +238,16 @@ def squared_change(model, fine, batches, params):
 
 def test_two_point_measures_the_squared_change_of_base_and_dare():
     model, fine, start, delta = pair("bert")
-    batches = make_batches()
-    masked = masked_deltas(delta, DROP_RATE, (0, 1))
-    q, visited = two_point(model, fine, start, masked, batches, DROP_RATE)
+    batches, told = make_batches(), []
+    models = pruned_models(start, delta, DROP_RATE, (0, 1))
+    q, visited = two_point(
+        model, fine, start, models, batches, DROP_RATE, on_value=lambda *point: told.append(point)
+    )
+    assert told == visited[1:]
     (_, without), (first, dare), *later = visited
     assert first == 0.1 and len(later) >= 1
     assert without == pytest.approx(squared_change(model, fine, batches, start), rel=1e-4)
-    pruned = [squared_change(model, fine, batches, pruned_params(start, m, 0.1)) for m in masked]
+    pruned = [squared_change(model, fine, batches, pruned(0.1)) for pruned in models]
     assert dare == pytest.approx(np.mean(pruned), rel=1e-4)
     assert later[0][0] == pytest.approx(0.1 * (1 + dare / without))
     assert q == later[-1][0] and later[-1][1] <= 1.1 * without
@@ -227,21 +255,42 @@ def test_two_point_measures_the_squared_change_of_base_and_dare():
 
 def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
     """A change that cannot exceed 3 hides how large the noise is: q grows until it is better than none."""
-    from darex_jax.evaluation import find_q as module
-
     p, a, b = 0.999, 1.0, 1e-4  # in the linear model, E(1 - p) is 100 and the best q 0.101
-
-    def change(model, params, batches, reference, squared):
-        q = params
-        return a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2)
-
-    monkeypatch.setattr(module, "output_change", change)
-    monkeypatch.setattr(module, "pruned_params", lambda start, masked, q: q)
-    monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
-    q, visited = two_point(None, None, None, [0], [], p)
+    q, visited = two_point_of(
+        monkeypatch, lambda q: a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2), p
+    )
     values = [q for q, _ in visited[1:]]
     assert all(2 * low <= high for low, high in pairwise(values[1:]))
     assert 0.03 < q < 0.102 and q == values[-1] and visited[-1][1] <= 1.1
+
+
+def two_point_of(monkeypatch, change, drop_rate):
+    """`two_point` where the squared output change is a function of q, of None without a delta."""
+    from darex_jax.evaluation import find_q as module
+
+    monkeypatch.setattr(module, "output_change", lambda model, q, *_, squared: change(q))
+    monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
+    return two_point(None, None, None, [lambda q: q], [], drop_rate)
+
+
+def test_two_point_measures_every_q_it_gives(monkeypatch):
+    # Worse than no delta up to the end: the last q is 1 or more, and measured.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 3.0, 0.9)
+    assert q == visited[-1][0] >= 1.0 and visited[-1][1] == 3.0
+    # DARE's own error is 0: measured again where it solves to, not for ever.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 0.0, 0.9)
+    assert q == 0.1 and len(visited) == 3
+    # What is not finite is passed over.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else np.nan if q < 0.3 else 0.5, 0.9)
+    assert q == visited[-1][0] and [q for q, _ in visited[1:4]] == [0.1, 0.2, 0.4] and visited[-1][1] == 0.5
+
+
+def test_two_point_says_where_there_is_nothing_to_solve(monkeypatch):
+    assert two_point_of(monkeypatch, lambda q: 0.0, 0.99) == (0.01, [(np.inf, 0.0)])
+    with pytest.raises(ValueError, match="outputs of the base or of the fine-tuned model are not finite"):
+        two_point_of(monkeypatch, lambda q: np.nan, 0.99)
+    with pytest.raises(ValueError, match="the pruned model's outputs are finite at none of the q up to 1.28"):
+        two_point_of(monkeypatch, lambda q: 1.0 if q is None else np.nan, 0.99)
 
 
 # Learned.
@@ -252,8 +301,8 @@ def learning(family, **options):
     layers = [name for name in flatten_names(delta) if name.endswith("weight") and "orm" not in name
               and "embed" not in name]  # fmt: skip
     batches = make_batches(3)
-    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
-    return learn_q(model, fine, start, masked, layers, DROP_RATE, batches[:2], batches[2:], **options)
+    parts = batches[:2], batches[2:]
+    return learn_q(model, fine, start, delta, jax.random.key(0), DROP_RATE, layers, *parts, **options)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -271,16 +320,14 @@ def test_learning_lowers_the_held_out_change(family):
 def test_learning_has_the_right_gradient():
     """Of the output change in one layer's q, against the difference quotient."""
     model, fine, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
+    pruned = pruned_models(start, delta, DROP_RATE, (0,))[0]
     batch = make_batches(1)[0]
     reference = reference_outputs(model, fine, [batch])[0]
     names = list(flatten_names(delta))
 
     def change(q):
         by_name = {name: q if "layer.1.output.dense" in name else jnp.float32(0.3) for name in names}
-        total, count = output_change_sums(
-            model, True, pruned_params(start, masked, by_name), batch, reference
-        )
+        total, count = output_change_sums(model, True, pruned(by_name), batch, reference)
         return total / count
 
     slope = jax.grad(change)(jnp.float32(0.3))
@@ -314,7 +361,8 @@ def test_learning_ends_without_improvement():
     assert len(found.history) - 1 == best + 2 < 50
     with pytest.raises(ValueError, match="at least one layer"):
         model, fine, start, delta = pair("bert")
-        learn_q(model, fine, start, delta, [], DROP_RATE, make_batches(1), make_batches(1))
+        batches = make_batches(1)
+        learn_q(model, fine, start, delta, jax.random.key(0), DROP_RATE, [], batches, batches)
 
 
 # At the terminal.
@@ -351,13 +399,13 @@ def darex(*arguments, json_too=True):
 
 
 WAYS = [
-    ("bert", "--objective", "labels", "--masks", 2),
-    ("bert", "--objective", "predictions"),
+    ("bert", "--objective", "labels", "--task", "opinions", "--masks", 2),
+    ("bert", "--objective", "auto"),
     ("bert", "--objective", "outputs", "--grid", 0.1, 0.5, 0.1),
-    ("bert", "--objective", "labels", "--scope", "layer", "--rule", "published"),
+    ("bert", "--objective", "labels", "--task", "opinions", "--scope", "layer", "--rule", "published"),
     ("bert", "--objective", "learned", "--scope", "layer"),
     ("bert", "--objective", "two-point"),
-    ("llama", "--objective", "labels"),
+    ("llama", "--objective", "labels", "--task", "word-problems"),
     ("llama", "--objective", "outputs", "--scope", "layer"),
     ("llama", "--objective", "closed-form"),
     ("llama", "--objective", "closed-form", "--scope", "layer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class LearnedQ(NamedTuple):
     """What training found.
 
     Attributes:
-      q: one for every name of the masked delta, of the epoch with the least held-out change.
+      q: one for every name of the delta, of the epoch with the least held-out change.
       change: that held-out change.
       history: epoch by epoch, the mean change in training and the held-out change after it. The first entry
         is the start, its training change the held-out one.
@@ -44,9 +45,10 @@ def learn_q(
     model: Model,
     fine: Params,
     start: Params,
-    masked: Params,
-    layers: Sequence[str],
+    delta: Params,
+    key: jax.Array,
     drop_rate: float,
+    layers: Sequence[str],
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
     *,
@@ -64,31 +66,36 @@ def learn_q(
     training that was stopped goes on, to the same bits.
 
     Args:
-      start, masked: from `split_in_scope` and `masked_deltas`, of one mask.
+      start, delta: from `split_in_scope`.
+      key, drop_rate: of the mask, see `pruned_params`.
       layers: the weights that have a coefficient each; their biases follow them, all else has the mean q.
       batches, held_out: what is trained on, a step a batch, and what decides when to stop.
       learning_rate: AdamW's at the start, which is by how much the first step changes every q: the authors'
         1e-2 brings it to eleven times DARE's at 0.999.
       on_epoch: called after every epoch with its number from 1, the mean change and the held-out change.
-    Raises: ValueError for no layer or no batch; FloatingPointError once the change is not finite.
+    Raises: ValueError for no layer or no batch, or if the outputs are not finite at DARE's q, where learning
+      begins; FloatingPointError once the change is not finite.
     Source: the authors' code for DAREx, arXiv:2410.09344.
     """
     if not layers or not batches or not held_out:
         raise DarexError("learning q takes at least one layer, one batch and one held-out batch.")
-    names = tuple(flatten_names(masked))
+    names = tuple(flatten_names(delta))
     number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
     layout = tuple(number.get(name, -1) for name in names)  # -1: the mean of all
     density = round(1.0 - drop_rate, 12)
-    schedule = optax.cosine_decay_schedule(learning_rate, epochs * len(batches))
+    steps = epochs * len(batches)
     references, held_out_references = (reference_outputs(model, fine, b) for b in (batches, held_out))
 
     def change(coefficients: jax.Array) -> float:
         q = dict(zip(names, _q_by_name(layout, density, coefficients), strict=True))
-        return output_change(model, pruned_params(start, masked, q), held_out, held_out_references)
+        pruned = pruned_params(start, delta, key, drop_rate, q)
+        return output_change(model, pruned, held_out, held_out_references)
 
     coefficients = jnp.zeros(len(layers), jnp.float32)
     history = np.full((epochs + 1, 2), np.nan)
     history[0] = change(coefficients)
+    if not np.isfinite(history[0, 0]):
+        raise DarexError("outputs are not finite at DARE's q, where learning begins: choose a searched one.")
     state = (jnp.int32(0), coefficients, _optimizer(0.0).init(coefficients), coefficients, history)
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         state = found[1]
@@ -97,9 +104,9 @@ def learn_q(
     while done < epochs and done - int(np.nanargmin(history[:, 1])) < patience:
         changes = []
         for i, pair in enumerate(zip(batches, references, strict=True)):
-            rate = float(schedule(done * len(batches) + i))
+            rate = _cosine(learning_rate, done * len(batches) + i, steps)
             coefficients, moments, seen = _step(
-                model, layout, density, rate, coefficients, moments, start, masked, *pair
+                model, layout, drop_rate, rate, coefficients, moments, start, delta, key, *pair
             )
             changes.append(seen)
         done += 1
@@ -116,6 +123,11 @@ def learn_q(
     return LearnedQ(by_name, min(b for _, b in seen), seen)
 
 
+def _cosine(learning_rate: float, step: int, steps: int) -> float:
+    """optax's `cosine_decay_schedule` on the host: a device would do it behind the steps that are queued."""
+    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
 def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
     return optax.adamw(learning_rate, weight_decay=0.01)
 
@@ -130,20 +142,23 @@ def _q_by_name(layout: tuple[int, ...], density: float, coefficients: jax.Array)
 def _step(
     model: Model,
     layout: tuple[int, ...],
-    density: float,
+    drop_rate: float,
     learning_rate: jax.Array,
     coefficients: jax.Array,
     moments: Any,
     start: Params,
-    masked: Params,
+    delta: Params,
+    key: jax.Array,
     batch: Batch,
     reference: Reference,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """One step: new coefficients and moments, and the change before it."""
+    density = round(1.0 - drop_rate, 12)
 
     def loss(coefficients: jax.Array) -> jax.Array:
-        q = dict(zip(flatten_names(masked), _q_by_name(layout, density, coefficients), strict=True))
-        total, count = output_change_sums(model, False, pruned_params(start, masked, q), batch, reference)
+        q = dict(zip(flatten_names(delta), _q_by_name(layout, density, coefficients), strict=True))
+        pruned = pruned_params(start, delta, key, drop_rate, q)
+        total, count = output_change_sums(model, False, pruned, batch, reference)
         return total / count
 
     value, gradient = jax.value_and_grad(loss)(coefficients)

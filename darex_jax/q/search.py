@@ -1,4 +1,4 @@
-"""A search for one q by a coarse grid and a finer one around its best point: ours, and Algorithm 2 of DAREx."""
+"""Searches for one q by a coarse grid and a finer one around its best: ours, and Algorithm 2 of DAREx."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ class _Visits:
         if not math.isfinite(self.values[best]):
             raise DarexError(
                 f"the objective is finite at none of the {len(self.values)} visited q, "
-                f"{min(self.values)} to {max(self.values)}."
+                f"{min(self.values)} to {max(self.values)}: are the outputs of base and fine-tuned model "
+                "finite on these examples?"
             )
         return best
 
