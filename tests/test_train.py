@@ -288,7 +288,7 @@ def test_another_q_compiles_nothing(tiny, changed):
         return predict(model, pruned, batches), output_change(model, pruned, batches, reference)
 
     sweep(0.5)
-    programs = (pruned_params, classification._logits, outputs.output_change_sums)
+    programs = (classification._pruned_leaf, classification._logits, outputs.output_change_sums)
     compiled = [f._cache_size() for f in programs]
     (first, near), (second, far) = sweep(0.7), sweep(0.1)
     assert compiled == [f._cache_size() for f in programs]

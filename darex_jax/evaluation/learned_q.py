@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from darex_jax.core.delta import apply_delta, rescale
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.classification import pruned_params
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
 from darex_jax.models import Model
 from darex_jax.q.per_layer import bias_of
@@ -30,7 +30,7 @@ class LearnedQ(NamedTuple):
     """What training found.
 
     Attributes:
-      q: one for every name of the delta, of the epoch with the least held-out change.
+      q: one for every name of the masked delta, of the epoch with the least held-out change.
       change: that held-out change.
       history: epoch by epoch, the mean change in training and the held-out change after it. The first entry
         is the start, its training change the held-out one.
@@ -45,8 +45,7 @@ def learn_q(
     model: Model,
     fine: Params,
     start: Params,
-    delta: Params,
-    key: jax.Array,
+    masked: Params,
     drop_rate: float,
     layers: Sequence[str],
     batches: Sequence[Batch],
@@ -66,8 +65,8 @@ def learn_q(
     training that was stopped goes on, to the same bits.
 
     Args:
-      start, delta: from `split_in_scope`.
-      key, drop_rate: of the mask, see `pruned_params`.
+      start: from `split_in_scope`.
+      masked: its delta with the dropped entries at zero, not rescaled: `prune(key, delta, drop_rate, 1.0)`.
       layers: the weights that have a coefficient each; their biases follow them, all else has the mean q.
       batches, held_out: what is trained on, a step a batch, and what decides when to stop.
       learning_rate: AdamW's at the start, which is by how much the first step changes every q: the authors'
@@ -79,7 +78,7 @@ def learn_q(
     """
     if not layers or not batches or not held_out:
         raise DarexError("learning q takes at least one layer, one batch and one held-out batch.")
-    names = tuple(flatten_names(delta))
+    names = tuple(flatten_names(masked))
     number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
     layout = tuple(number.get(name, -1) for name in names)  # -1: the mean of all
     density = round(1.0 - drop_rate, 12)
@@ -88,8 +87,7 @@ def learn_q(
 
     def change(coefficients: jax.Array) -> float:
         q = dict(zip(names, _q_by_name(layout, density, coefficients), strict=True))
-        pruned = pruned_params(start, delta, key, drop_rate, q)
-        return output_change(model, pruned, held_out, held_out_references)
+        return output_change(model, _rescaled(start, masked, q), held_out, held_out_references)
 
     coefficients = jnp.zeros(len(layers), jnp.float32)
     history = np.full((epochs + 1, 2), np.nan)
@@ -106,7 +104,7 @@ def learn_q(
         for i, pair in enumerate(zip(batches, references, strict=True)):
             rate = _cosine(learning_rate, done * len(batches) + i, steps)
             coefficients, moments, seen = _step(
-                model, layout, drop_rate, rate, coefficients, moments, start, delta, key, *pair
+                model, layout, density, rate, coefficients, moments, start, masked, *pair
             )
             changes.append(seen)
         done += 1
@@ -121,6 +119,11 @@ def learn_q(
     by_name = {name: float(x) for name, x in zip(names, _q_by_name(layout, density, best), strict=True)}
     seen = [(float(a), float(b)) for a, b in history[: done + 1]]
     return LearnedQ(by_name, min(b for _, b in seen), seen)
+
+
+@jax.jit
+def _rescaled(start: Params, masked: Params, q: dict[str, jax.Array]) -> Params:
+    return apply_delta(start, rescale(masked, q))
 
 
 def _cosine(learning_rate: float, step: int, steps: int) -> float:
@@ -142,23 +145,20 @@ def _q_by_name(layout: tuple[int, ...], density: float, coefficients: jax.Array)
 def _step(
     model: Model,
     layout: tuple[int, ...],
-    drop_rate: float,
+    density: float,
     learning_rate: jax.Array,
     coefficients: jax.Array,
     moments: Any,
     start: Params,
-    delta: Params,
-    key: jax.Array,
+    masked: Params,
     batch: Batch,
     reference: Reference,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """One step: new coefficients and moments, and the change before it."""
-    density = round(1.0 - drop_rate, 12)
 
     def loss(coefficients: jax.Array) -> jax.Array:
-        q = dict(zip(flatten_names(delta), _q_by_name(layout, density, coefficients), strict=True))
-        pruned = pruned_params(start, delta, key, drop_rate, q)
-        total, count = output_change_sums(model, False, pruned, batch, reference)
+        q = dict(zip(flatten_names(masked), _q_by_name(layout, density, coefficients), strict=True))
+        total, count = output_change_sums(model, False, _rescaled(start, masked, q), batch, reference)
         return total / count
 
     value, gradient = jax.value_and_grad(loss)(coefficients)

@@ -19,7 +19,6 @@ def of_logits(
     params: Any,
     inputs: Mapping[str, Any],
     *along: Array,
-    chunk_entries: int = CHUNK_ENTRIES,
 ) -> Any:
     """`function(logits, *along)`, computed for some positions at a time: [B, T, V] is never made whole.
 
@@ -33,7 +32,6 @@ def of_logits(
       model: a `Model` with a language head; of any other function with `.logits` they are taken whole.
       inputs: what it is called with.
       along: arrays [B, T, ...].
-      chunk_entries: at most so many logits at a time, but those of one position.
     Returns: what `function` returns, [B, T, ...].
     Raises: ValueError for a decoder without a head.
     """
@@ -41,7 +39,7 @@ def of_logits(
     if out.logits is None:
         raise DarexError("this decoder has no lm_head: there are no logits to look at.")
     rows, length, vocabulary = out.logits.shape
-    chunks = -(-length // max(1, chunk_entries // (rows * vocabulary)))
+    chunks = -(-length // max(1, CHUNK_ENTRIES // (rows * vocabulary)))
     if chunks == 1 or not isinstance(model, Model):
         return function(out.logits.astype(jnp.float32), *along)
     size = -(-length // chunks)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from darex_jax.core.delta import prune
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import DECODERS, choose_scope
 from darex_jax.core.tree import flatten_names
@@ -160,7 +161,7 @@ def choose_q(
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
-        objective = "labels" if task is not None else _without_labels(fine, scope)
+        objective = "labels" if task is not None else without_labels(fine, scope)
     _check(objective, scope, task, text, masks, grid, drop_rate)
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
     limit = OBJECTIVES[objective] if limit is None else limit
@@ -172,7 +173,7 @@ def choose_q(
     start, delta = split_in_scope(params, base_params)
     del base_params
     count = masks or (1 if objective in ("labels", "predictions", "learned") else 4)
-    seeds = [seed + i for i in range(count)]
+    seeds = [] if objective == "closed-form" else [seed + i for i in range(count)]
     models = pruned_models(start, delta, drop_rate, seeds)
     names = list(flatten_names(delta))
     density = round(1.0 - drop_rate, 12)
@@ -206,8 +207,10 @@ def choose_q(
             made_from |= {"base": digests["base_weights"], "mask": f"{drop_rate} {seeds}"}
             made_from |= {"rate": str(learning_rate), "scope": json.dumps([include, exclude])}
             checkpoints /= hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        # One mask and no other use of the delta: masked once, in its own place.
+        masked = prune(jax.random.key(seed), delta, drop_rate, 1.0, donate=True)
         found = _learned(
-            model, params, start, delta, seed, drop_rate, material, learning_rate, checkpoints, on_value
+            model, params, start, masked, seed, drop_rate, material, learning_rate, checkpoints, on_value
         )
     elif objective == "closed-form":
         form = closed_form(squared_influences(model, params, delta, batches), drop_rate)
@@ -266,7 +269,7 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _without_labels(fine: Path, scope: str) -> str:
+def without_labels(fine: Path, scope: str) -> str:
     """The objective for a model whose task is not known."""
     hf = read_config(fine)
     if hf.get("model_type") in DECODERS:
@@ -376,7 +379,7 @@ def _learned(
     model: Model,
     fine: Params,
     start: Params,
-    delta: Params,
+    masked: Params,
     seed: int,
     drop_rate: float,
     material: Material,
@@ -387,13 +390,12 @@ def _learned(
     order, quarter = hold_out_quarter(len(material.encoded), seed)
     rest, held_out = (material.select(rows).batches(CALIBRATION_SIZE) for rows in (order, quarter))
     inputs = input_statistics(model, fine, rest[:1])
-    layers = [name for name in flatten_names(delta) if name in inputs]
+    layers = [name for name in flatten_names(masked) if name in inputs]
     learned = learn_q(
         model,
         fine,
         start,
-        delta,
-        jax.random.key(seed),
+        masked,
         drop_rate,
         layers,
         rest,
