@@ -5,11 +5,11 @@
 FINE is a fine-tuned MiniLM (`darex train`), BASE its base; without --data-dir the examples are generated.
 
 The sweep: the same values of q, masks and examples, the metric of each. The plain way has the masks' bits
-drawn beforehand, as we do; for every value and mask it rebuilds the pruned state dict, loads it into the
-PyTorch model and evaluates it, batches padded to their longest row: 32 rows in the order of the data set, or
-as many as ours and sorted by length like ours. "from disk" also reads both models and draws the mask for
-every value. Everything is warmed up; ours is also timed once with the compilation in it. `loop` and `vmap`
-are one batch at four values.
+drawn beforehand, where ours draws them anew; for every value and mask it rebuilds the pruned state dict,
+loads it into the PyTorch model and evaluates it, batches padded to their longest row: 32 rows in the order of
+the data set, or as many as ours and sorted by length like ours. "from disk" also reads both models and draws
+the mask for every value. Everything is warmed up; ours is also timed once with the compilation in it. `loop`
+and `vmap` are one batch at four values.
 
 The solver: q of every row of a layer with random weights. `scan` is the published loop over float16 tensors,
 `rows` the time from the layer's delta to its rows' sums, `exact` the closed form on these, `emulated` the
@@ -32,9 +32,9 @@ import torch
 import transformers
 
 from darex_jax.core.bound import phi
+from darex_jax.core.mask import random_mask
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.classification import pruned_params
-from darex_jax.evaluation.find_q import load_pair, masked_deltas, split_in_scope
+from darex_jax.evaluation.find_q import load_pair, pruned_models, split_in_scope
 from darex_jax.evaluation.objectives import label_objective
 from darex_jax.q.analytic import analytic_q
 from darex_jax.q.per_layer import row_sums
@@ -80,10 +80,10 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
     goal = label_objective(model, task, batches)
 
     def ours(masks: int, values: list[float], size: int) -> list[float]:
-        masked = masked_deltas(delta, DROP_RATE, range(masks))
+        models = pruned_models(start, delta, DROP_RATE, range(masks))
         rows = encode(tokenizer, data.select(slice(size)))
         some = label_objective(model, task, evaluation_batches(rows))
-        return [some.measure(pruned_params(start, m, q)) for q in values for m in masked]
+        return [some.measure(pruned(q)) for q in values for pruned in models]
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(fine).eval()
     names = set(flatten_names(base_params))
@@ -92,8 +92,8 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
 
     def plain(masks: int, values: list[float], ordered: bool) -> list[float]:
         kept = [
-            {n: torch.tensor(np.asarray(x) != 0) for n, x in flatten_names(m).items()}
-            for m in masked_deltas(delta, DROP_RATE, range(masks))
+            {n: torch.tensor(np.asarray(x)) for n, x in flatten_names(mask).items()}
+            for mask in (random_mask(jax.random.key(i), delta, DROP_RATE) for i in range(masks))
         ]
         order, size = (by_length, EVALUATION_ROWS) if ordered else (list(range(len(data))), ROWS)
         return [torch_metric(q, mask, order, size) for q in values for mask in kept]
@@ -146,11 +146,11 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
     ):  # fmt: skip
         timed(ours, *arguments)
         growth[what] = statistics.median(timed(ours, *arguments)[0] for _ in range(3))
-    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
+    pruned = pruned_models(start, delta, DROP_RATE, (0,))[0]
     batch = model_inputs(batches[-1])
 
     def logits(q):
-        return model(pruned_params(start, masked, q), **batch).logits
+        return model(pruned(q), **batch).logits
 
     one_q, four = jax.jit(logits), jax.jit(jax.vmap(logits))
     some_q = jax.numpy.asarray(VALUES[:4])
@@ -160,7 +160,7 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
         batched["loop"].append(timed(lambda: jax.block_until_ready([one_q(q) for q in some_q]))[0])
         batched["vmap"].append(timed(lambda: jax.block_until_ready(four(some_q)))[0])
     evaluation = [timed(goal.measure, params)[0] for _ in range(ROUNDS)]
-    rebuild = [timed(lambda q: jax.block_until_ready(pruned_params(start, masked, q)), q)[0] for q in VALUES]
+    rebuild = [timed(lambda q: jax.block_until_ready(pruned(q)), q)[0] for q in VALUES]
     return {
         "task": task_name, "examples": len(data), "values": VALUES, "with_compilation": cold,
         "largest_difference_of_metrics": float(np.abs(np.subtract(one[1], two[1])).max()),

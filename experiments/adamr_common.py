@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from darex_jax.evaluation.find_q import find_q, scored
 from darex_jax.evaluation.objectives import Objective
-from darex_jax.q.search import SearchResult, linear_grid
+from darex_jax.q.search import SearchResult, authors_walk
 
 DROP_RATES = (0.9, 0.99, 0.999)
 HEADINGS = [
@@ -31,18 +31,18 @@ def machine() -> dict[str, object]:
     }
 
 
-def authors_search(objective: Objective, start, masked, drop_rate: float) -> SearchResult:
-    """Algorithm 2 on a grid in steps of 1 - p (at 0.9 half of it), with the authors' stopping rule."""
+def authors_search(objective: Objective, models, drop_rate: float) -> SearchResult:
+    """The authors' walk in steps of 1 - p (at 0.9 half of it), to 10 (at 0.9 five) times that."""
     density = round(1.0 - drop_rate, 12)
     high, step = (5 * density, density / 2) if density >= 0.05 else (10 * density, density)
-    return find_q(objective, start, masked, linear_grid(density, high, step), whole=False)
+    return find_q(objective, models, (density, high, step), search=authors_walk)
 
 
-def scored_row(drop_rate: float, start, masked, q_v: float, q_e: float, score) -> dict[str, object]:
+def scored_row(drop_rate: float, models, q_v: float, q_e: float, score) -> dict[str, object]:
     """By method, q and what `scored` says of it."""
     row: dict[str, object] = {"drop_rate": drop_rate}
     for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v), ("q_e", q_e)):
-        row[method] = {"q": q, **scored(score, start, masked, q)}
+        row[method] = {"q": q, **scored(score, models, q)}
     return row
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from adamr_common import machine
 
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import load_pair, masked_deltas, scored, split_in_scope
+from darex_jax.evaluation.find_q import load_pair, pruned_models, scored, split_in_scope
 from darex_jax.files.manifest import params_digest
 from darex_jax.runs.choose_q import choose_q, log_ticks
 from darex_jax.runs.demo import demo_weights
@@ -115,14 +115,14 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
         def score(params) -> float:
             return loaded.metric(predict(model, params, batches), test.labels)
 
-    masked = masked_deltas(delta, drop_rate)
+    models = pruned_models(start, delta, drop_rate)
 
     if results is None:
         results = {
             "pair": pair, "task": task, "drop_rate": drop_rate, "metric": metric, "test_examples": count,
             "fine_tuned": score(fine), "no_delta": score(start), "digest": digest, **machine(),
             "ways": {"DARE": {"q": round(1 - drop_rate, 12), "evaluations": 0, "labels": 0,
-                              **scored(score, start, masked, round(1 - drop_rate, 12))}},
+                              **scored(score, models, round(1 - drop_rate, 12))}},
         }  # fmt: skip
     for way, how in ways(drop_rate).items():
         if way in results["ways"]:
@@ -132,7 +132,7 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
         seconds = time.monotonic() - begun
         del found["manifest"]
         found["seconds"] = round(seconds, 1)
-        results["ways"][way] = found | scored(score, start, masked, found["q"])
+        results["ways"][way] = found | scored(score, models, found["q"])
         file.write_text(json.dumps(results, indent=1) + "\n")
         mean = results["ways"][way]["mean"]
         print(

@@ -196,8 +196,14 @@ def test_layers_have_the_mean_of_their_rows_and_others_the_mean_of_layers():
     assert q["a.bias"] == q["a.weight"] == by_layer["a.weight"] != q["b.weight"]
     assert q["norm.weight"] == pytest.approx(np.mean(list(by_layer.values())))
     assert bias_of("x.dense.weight") == "x.dense.bias"
-    with pytest.raises(ValueError, match="nothing to spread"):
-        spread_q({}, ["a"])
+    # A layer without output says nothing of itself, nor of the others.
+    q = spread_q(
+        {"a.weight": 0.2, "b.weight": 0.4, "c.weight": np.inf}, ["a.bias", "c.weight", "norm.weight"]
+    )
+    assert q == {"a.bias": 0.2, "c.weight": pytest.approx(0.3), "norm.weight": pytest.approx(0.3)}
+    for nothing in ({}, {"a": np.inf}):
+        with pytest.raises(ValueError, match="nothing to spread"):
+            spread_q(nothing, ["a"])
 
 
 # Output change.

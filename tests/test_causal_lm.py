@@ -141,6 +141,15 @@ def test_prompts_padding_and_rows_that_fill_up_do_not_count(start):
     assert mean_loss(start, batch | {"input_ids": other}) == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_token_without_a_finite_loss_is_not_ranked_first(start):
+    (batch,) = answer_batches(counting(5), 5, seed=0, epoch=0)
+    batch["input_ids"][:, -3:] = 0  # token 0 is what the argmax of NaN is
+    batch["loss_mask"][:, 1:] = 1
+    broken = {**start, "head": {"weight": start["head"]["weight"] * jnp.nan}}
+    scores = answer_scores(toy, broken, [batch])
+    assert np.isnan(scores.loss) and scores.tokens == scores.answers == 0.0
+
+
 # Training.
 
 

@@ -1,5 +1,6 @@
 """Choosing q on tiny models: objectives, one q, one a layer, in closed form, learned; find-q and prune."""
 
+import dataclasses
 import json
 import shlex
 from itertools import pairwise
@@ -13,19 +14,21 @@ from click.testing import CliRunner
 
 import darex_jax as dx
 from darex_jax.cli import main
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.delta import apply_delta, drop, rescale
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.calibration import input_statistics, squared_influences
-from darex_jax.evaluation.classification import _logits, pruned_params
+from darex_jax.evaluation.classification import _logits, _pruned_leaf
 from darex_jax.evaluation.find_q import (
     eta_grid,
     find_q,
     layer_rule,
-    masked_deltas,
+    load_pair,
+    pruned_models,
     q_grid,
     split_in_scope,
     two_point,
 )
-from darex_jax.evaluation.learned_q import learn_q
+from darex_jax.evaluation.learned_q import LearnedQ, learn_q
 from darex_jax.evaluation.objectives import (
     Objective,
     answer_objective,
@@ -33,10 +36,14 @@ from darex_jax.evaluation.objectives import (
     output_objective,
     prediction_objective,
 )
-from darex_jax.evaluation.outputs import output_change_sums, reference_outputs
-from darex_jax.models import init_model, read_model_config
+from darex_jax.evaluation.outputs import output_change, output_change_sums, reference_outputs
+from darex_jax.models import init_model, logits, read_model_config
 from darex_jax.q.closed_form import closed_form, two_point_q
-from darex_jax.tasks import Examples, Task
+from darex_jax.runs.choose_q import choose_q, hold_out_quarter, without_labels
+from darex_jax.tasks import Examples, Task, load_task
+from darex_jax.tasks.answers import encode_problems, load_problems
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.training.causal_lm import answer_loss, answer_scores
 from darex_jax.training.checkpoints import Checkpoints
 from tests.test_calibration import FAMILIES, make, make_batches, raw_inputs
 
@@ -49,7 +56,7 @@ def pair(family):
     fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
     head = ("classifier.", "lm_head.", "score.")
     in_scope = {name: leaf for name, leaf in flatten_names(base).items() if not name.startswith(head)}
-    start, delta = split_in_scope(fine, dx.core.tree.unflatten_names(in_scope))
+    start, delta = split_in_scope(fine, unflatten_names(in_scope))
     return model, fine, start, delta
 
 
@@ -103,7 +110,145 @@ def test_objectives_of_a_decoder_by_hand():
     assert by_predictions.measure(fine) == 1.0
     assert by_predictions.measure(start) == pytest.approx(same / total)
     by_answers = answer_objective(model, batches)
-    assert (by_answers.examples, by_answers.labels) == (22, 22) and 0.0 <= by_answers.measure(start) <= 1.0
+    assert (by_answers.examples, by_answers.labels) == (22, 22)
+    shares = []
+    for params in (fine, start):
+        right = total = 0
+        for b in batches:
+            scores = np.asarray(model(params, b["input_ids"], b["attention_mask"]).logits)[:, :-1]
+            counts = b["loss_mask"][:, 1:] > 0
+            right += (scores.argmax(-1) == b["input_ids"][:, 1:])[counts].sum()
+            total += counts.sum()
+        shares.append(right / total)
+        assert by_answers.measure(params) == pytest.approx(shares[-1])
+    # Shifted to what it ranks first itself, a batch has the answers that the model knows.
+    first = np.asarray(model(fine, batches[0]["input_ids"], batches[0]["attention_mask"]).logits).argmax(-1)
+    last = batches[0]["attention_mask"].sum(1) - 1
+    known = {name: x.copy() for name, x in batches[0].items()}
+    known["loss_mask"][:] = 0
+    for row, t in enumerate(last):  # the last token alone, which no other token comes after
+        known["input_ids"][row, t], known["loss_mask"][row, t] = first[row, t - 1], 1
+    assert answer_objective(model, [known]).measure(fine) == 1.0 > max(shares)
+
+
+def broken(params):
+    """The same with one NaN in a layer that every token passes."""
+    named = flatten_names(params)
+    name = next(n for n in named if n.endswith(("output.dense.weight", "down_proj.weight")))
+    return unflatten_names(named | {name: named[name].at[0, 0].set(jnp.nan)})
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_outputs_that_are_not_finite_agree_with_nothing(family):
+    """NaN's argmax is class or token 0: neither agreement nor an error, but no value."""
+    model, fine, start, delta = pair(family)
+    batches = with_labels(make_batches())
+    goals = [prediction_objective(model, fine, batches), output_objective(model, fine, batches)]
+    if family == "bert":
+        goals += [
+            prediction_objective(model, fine, batches, TASK.metric),
+            label_objective(model, TASK, batches),
+        ]
+    else:
+        goals += [answer_objective(model, batches)]
+    for goal in goals:
+        assert (
+            goal.blind is None and np.isfinite(goal.measure(start)) and np.isnan(goal.measure(broken(start)))
+        )
+    with pytest.raises(ValueError, match="the fine-tuned model's own outputs are NaN or infinite"):
+        prediction_objective(model, broken(fine), batches)
+    # Such a q is passed over, and the search goes on.
+    models = [lambda q: broken(start) if q < 0.3 else pruned_models(start, delta, DROP_RATE, (0,))[0](q)]
+    found = find_q(goals[0], models, [0.1, 0.2, 0.4, 0.8])
+    assert found.q >= 0.3 and np.isnan(found.curve[0][1])
+    with pytest.raises(ValueError, match="the objective is finite at none of the 2 visited q"):
+        find_q(goals[0], [lambda q: broken(start)], [0.1, 0.2])
+
+
+def test_an_objective_says_that_it_is_blind():
+    model, fine, _, _ = pair("bert")
+    batches = with_labels(make_batches())
+    for batch in batches:
+        batch["labels"][:] = 1
+    assert label_objective(model, TASK, batches).blind == "the labels of the 22 examples are all the same"
+    head = {"classifier.bias": jnp.array([50.0, 0.0])}
+    one_class = unflatten_names(flatten_names(fine) | head)
+    blind = prediction_objective(model, one_class, batches).blind
+    assert blind == "the fine-tuned model's predictions for the 22 examples are all the same"
+    decoder, params, _, _ = pair("llama")
+    for batch in batches:
+        batch["input_ids"][:] = 7
+    assert "answer tokens of the 22 examples" in answer_objective(decoder, batches).blind
+    assert "predictions for the 22 examples" in prediction_objective(decoder, params, batches).blind
+
+
+# Logits in chunks.
+
+
+def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
+    whole_model, fine, start, _ = pair("llama")
+    batches = with_labels(make_batches())
+
+    def everything(entries):
+        """With at most so many logits at a time; as an option of the model it makes programs of its own."""
+        monkeypatch.setattr(logits, "CHUNK_ENTRIES", entries)
+        model = dataclasses.replace(whole_model, options=((str(entries), True),))
+        goals = prediction_objective(model, fine, batches), answer_objective(model, batches)
+        change = output_objective(model, fine, batches)
+        loss, gradient = jax.value_and_grad(lambda p: answer_loss(model, p, batches[0])[0])(start)
+        values = [goal.measure(start) for goal in (*goals, change)]
+        return [*values, *answer_scores(model, start, batches), loss, *jax.tree.leaves(gradient)]
+
+    whole = everything(1 << 26)
+    for entries in (
+        8 * 40 * 5,
+        1,
+    ):  # 5 of 12 positions: three chunks, the last filled up; never less than one
+        for one, other in zip(whole, everything(entries), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_chunks_of_logits_take_less_memory(monkeypatch):
+    """Of a compiled program: 64 x 4,096 logits are 1 MiB, a quarter of it and their gradient's must do."""
+    config = FAMILIES["llama"] | {"vocab_size": 4096, "tie_word_embeddings": True}
+    model, params = init_model(read_model_config(config), jax.random.key(0))
+    ids = jnp.zeros((1, 64), jnp.int32)
+
+    def scratch(entries):
+        monkeypatch.setattr(logits, "CHUNK_ENTRIES", entries)
+
+        def loss(params):
+            def of(scores, target):
+                return jax.nn.logsumexp(scores, axis=-1) - scores[..., 0] + target
+
+            inputs = {"input_ids": ids, "attention_mask": ids + 1}
+            return logits.of_logits(of, model, params, inputs, ids).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, pieces = scratch(1 << 20), scratch(1 << 14)
+    assert whole > 2**20 > 2 * pieces
+
+
+# Algorithm 3, two points.
+
+
+def test_layers_follow_the_means_of_their_inputs():
+    model, fine, _, delta = pair("bert")
+    batches = make_batches()
+    deltas, inputs = flatten_names(delta), raw_inputs(model, fine, batches)
+    q = layer_rule(input_statistics(model, fine, batches), delta, DROP_RATE, "exact")(1.0)
+    by_layer = {}
+    for name in inputs.keys() & deltas.keys():
+        c = np.asarray(deltas[name], np.float64) * inputs[name].mean(0)
+        bias = np.asarray(deltas[name.replace("weight", "bias")], np.float64)
+        sums, energies = c.sum(1) + bias, (c**2).sum(1) + bias**2
+        by_layer[name] = dx.analytic_q(sums, energies, DROP_RATE, 1.0).mean()
+        assert q[name] == pytest.approx(by_layer[name], rel=1e-3)
+    assert len({round(x, 3) for x in by_layer.values()}) > 5
+    others = q["bert.embeddings.word_embeddings.weight"]
+    assert others == pytest.approx(np.mean(list(by_layer.values())), rel=1e-3)
 
 
 def test_a_model_with_one_output_is_compared_by_its_tasks_metric():
@@ -118,18 +263,46 @@ def test_a_model_with_one_output_is_compared_by_its_tasks_metric():
 
 def test_a_sweep_over_values_and_masks_compiles_once():
     model, _, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE, (0, 1, 2))
+    models = pruned_models(start, delta, DROP_RATE, (0, 1, 2))
+    assert all(pruned.args[1] is delta for pruned in models)  # one delta, and no copy of it a mask
     goal = label_objective(model, TASK, with_labels(make_batches()))
-    goal.measure(pruned_params(start, masked[0], 0.1))
-    before = pruned_params._cache_size(), _logits._cache_size()
-    found = find_q(goal, start, masked, q_grid(DROP_RATE))
-    assert len(found.curve) > 6 and (pruned_params._cache_size(), _logits._cache_size()) == before
+    goal.measure(models[0](0.1))
+    before = _pruned_leaf._cache_size(), _logits._cache_size()
+    found = find_q(goal, models, q_grid(DROP_RATE))
+    others = pruned_models(start, delta, 0.8, (9,))
+    find_q(goal, others, [0.3], q_of=lambda q: dict.fromkeys(flatten_names(delta), q))
+    assert len(found.curve) > 6 and (_pruned_leaf._cache_size(), _logits._cache_size()) == before
+    with pytest.raises(ValueError, match=r"there is no q for bert\.embeddings"):
+        models[0]({"bert.pooler.dense.bias": 0.5})
+
+
+@jax.jit
+def by_masked_delta(start, masked, q):
+    """The pruned model from a delta that was masked beforehand: what `pruned_params` was, once."""
+    return apply_delta(start, rescale(masked, q))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_mask_drawn_on_the_way_gives_the_bits_of_one_drawn_beforehand(dtype):
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = {"a.weight": (33, 100), "a.bias": (100,), "b": (7, 5, 3), "head": (4,)}
+    named = {n: jax.random.normal(k, shape) for k, (n, shape) in zip(keys, shapes.items(), strict=True)}
+    start = unflatten_names({name: x.astype(dtype) for name, x in named.items()})
+    delta = unflatten_names({name: 0.01 * jnp.sin(100 * x) for name, x in named.items() if name != "head"})
+    delta["b"] = delta["b"].at[0].set(0.0)
+    for seed, pruned in zip((0, 7), pruned_models(start, delta, DROP_RATE, (0, 7)), strict=True):
+        masked = drop(dx.random_mask(jax.random.key(seed), delta, DROP_RATE), delta)
+        for q in (0.1, 0.37, jnp.float32(0.8), {"a.weight": 0.1, "a.bias": 0.2, "b": 0.3}):
+            ours, before = flatten_names(pruned(q)), flatten_names(by_masked_delta(start, masked, q))
+            assert ours.keys() == before.keys() and ours["a.weight"].dtype == dtype
+            assert all(np.asarray(ours[n]).tobytes() == np.asarray(before[n]).tobytes() for n in ours)
 
 
 def test_masks_are_averaged_as_the_objective_says():
     _, _, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE)
-    sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in masked]
+    models = pruned_models(start, delta, DROP_RATE)
+    kept = [dx.prune(jax.random.key(seed), delta, DROP_RATE, 1.0) for seed in range(4)]
+    sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in kept]
 
     def size(params):  # of what was added to the base: the masked delta over q
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), params, start)
@@ -137,7 +310,7 @@ def test_masks_are_averaged_as_the_objective_says():
 
     seen = []
     goal = Objective("size", size, True, lambda values: seen.append(values) or max(values), 0)
-    found = find_q(goal, start, masked, [0.5, 1.0])
+    found = find_q(goal, models, [0.5, 1.0])
     assert found.q == 0.5 and found.value == pytest.approx(2 * max(sizes), rel=1e-4)
     np.testing.assert_allclose(seen[0], [2 * s for s in sizes], rtol=1e-4)
 
@@ -150,7 +323,7 @@ def test_layers_by_outputs(family, rule):
     q_of = layer_rule(input_statistics(model, fine, batches), delta, DROP_RATE, rule)
     names = set(flatten_names(delta))
     goal = output_objective(model, fine, batches)
-    found = find_q(goal, start, masked_deltas(delta, DROP_RATE), eta_grid(), q_of=q_of)
+    found = find_q(goal, pruned_models(start, delta, DROP_RATE), eta_grid(), q_of=q_of)
     q = q_of(found.q)
     assert set(q) == names and all(1 - DROP_RATE - 1e-9 <= x <= 1.0 for x in q.values())
     assert found.value == min(value for _, value in found.curve)
@@ -213,13 +386,16 @@ def squared_change(model, fine, batches, params):
 
 def test_two_point_measures_the_squared_change_of_base_and_dare():
     model, fine, start, delta = pair("bert")
-    batches = make_batches()
-    masked = masked_deltas(delta, DROP_RATE, (0, 1))
-    q, visited = two_point(model, fine, start, masked, batches, DROP_RATE)
+    batches, told = make_batches(), []
+    models = pruned_models(start, delta, DROP_RATE, (0, 1))
+    q, visited = two_point(
+        model, fine, start, models, batches, DROP_RATE, on_value=lambda *point: told.append(point)
+    )
+    assert told == visited[1:]
     (_, without), (first, dare), *later = visited
     assert first == 0.1 and len(later) >= 1
     assert without == pytest.approx(squared_change(model, fine, batches, start), rel=1e-4)
-    pruned = [squared_change(model, fine, batches, pruned_params(start, m, 0.1)) for m in masked]
+    pruned = [squared_change(model, fine, batches, pruned(0.1)) for pruned in models]
     assert dare == pytest.approx(np.mean(pruned), rel=1e-4)
     assert later[0][0] == pytest.approx(0.1 * (1 + dare / without))
     assert q == later[-1][0] and later[-1][1] <= 1.1 * without
@@ -227,21 +403,44 @@ def test_two_point_measures_the_squared_change_of_base_and_dare():
 
 def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
     """A change that cannot exceed 3 hides how large the noise is: q grows until it is better than none."""
-    from darex_jax.evaluation import find_q as module
-
     p, a, b = 0.999, 1.0, 1e-4  # in the linear model, E(1 - p) is 100 and the best q 0.101
-
-    def change(model, params, batches, reference, squared):
-        q = params
-        return a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2)
-
-    monkeypatch.setattr(module, "output_change", change)
-    monkeypatch.setattr(module, "pruned_params", lambda start, masked, q: q)
-    monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
-    q, visited = two_point(None, None, None, [0], [], p)
+    q, visited = two_point_of(
+        monkeypatch, lambda q: a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2), p
+    )
     values = [q for q, _ in visited[1:]]
     assert all(2 * low <= high for low, high in pairwise(values[1:]))
     assert 0.03 < q < 0.102 and q == values[-1] and visited[-1][1] <= 1.1
+
+
+def two_point_of(monkeypatch, change, drop_rate):
+    """`two_point` where the squared output change is a function of q, of None without a delta."""
+    from darex_jax.evaluation import find_q as module
+
+    monkeypatch.setattr(module, "output_change", lambda model, q, *_, squared: change(q))
+    monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
+    return two_point(None, None, None, [lambda q: q], [], drop_rate)
+
+
+def test_two_point_measures_every_q_it_gives(monkeypatch):
+    # Worse than no delta up to the end: the last q is 1 or more, and measured.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 3.0, 0.9)
+    assert q == visited[-1][0] >= 1.0 and visited[-1][1] == 3.0
+    # DARE's own error is 0: measured again where it solves to, not for ever.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 0.0, 0.9)
+    assert q == pytest.approx(0.1) and len(visited) == 3
+    # What is not finite is passed over.
+    q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else np.nan if q < 0.3 else 0.5, 0.9)
+    assert q == visited[-1][0] and [q for q, _ in visited[1:4]] == [0.1, 0.2, 0.4] and visited[-1][1] == 0.5
+
+
+def test_two_point_says_where_there_is_nothing_to_solve(monkeypatch):
+    assert two_point_of(monkeypatch, lambda q: 0.0, 0.99) == (0.01, [(np.inf, 0.0)])
+    with pytest.raises(ValueError, match="outputs of the base or of the fine-tuned model are not finite"):
+        two_point_of(monkeypatch, lambda q: np.nan, 0.99)
+    with pytest.raises(
+        ValueError, match=r"the pruned model's outputs are finite at none of the q up to 1\.28"
+    ):
+        two_point_of(monkeypatch, lambda q: 1.0 if q is None else np.nan, 0.99)
 
 
 # Learned.
@@ -252,8 +451,8 @@ def learning(family, **options):
     layers = [name for name in flatten_names(delta) if name.endswith("weight") and "orm" not in name
               and "embed" not in name]  # fmt: skip
     batches = make_batches(3)
-    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
-    return learn_q(model, fine, start, masked, layers, DROP_RATE, batches[:2], batches[2:], **options)
+    masked = dx.prune(jax.random.key(0), delta, DROP_RATE, 1.0)
+    return learn_q(model, fine, start, masked, DROP_RATE, layers, batches[:2], batches[2:], **options)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -271,16 +470,14 @@ def test_learning_lowers_the_held_out_change(family):
 def test_learning_has_the_right_gradient():
     """Of the output change in one layer's q, against the difference quotient."""
     model, fine, start, delta = pair("bert")
-    masked = masked_deltas(delta, DROP_RATE, (0,))[0]
+    pruned = pruned_models(start, delta, DROP_RATE, (0,))[0]
     batch = make_batches(1)[0]
     reference = reference_outputs(model, fine, [batch])[0]
     names = list(flatten_names(delta))
 
     def change(q):
         by_name = {name: q if "layer.1.output.dense" in name else jnp.float32(0.3) for name in names}
-        total, count = output_change_sums(
-            model, True, pruned_params(start, masked, by_name), batch, reference
-        )
+        total, count = output_change_sums(model, True, pruned(by_name), batch, reference)
         return total / count
 
     slope = jax.grad(change)(jnp.float32(0.3))
@@ -314,7 +511,7 @@ def test_learning_ends_without_improvement():
     assert len(found.history) - 1 == best + 2 < 50
     with pytest.raises(ValueError, match="at least one layer"):
         model, fine, start, delta = pair("bert")
-        learn_q(model, fine, start, delta, [], DROP_RATE, make_batches(1), make_batches(1))
+        learn_q(model, fine, start, delta, DROP_RATE, [], make_batches(1), make_batches(1))
 
 
 # At the terminal.
@@ -351,17 +548,26 @@ def darex(*arguments, json_too=True):
 
 
 WAYS = [
-    ("bert", "--objective", "labels", "--masks", 2),
-    ("bert", "--objective", "predictions"),
+    ("bert", "--objective", "labels", "--task", "opinions", "--masks", 2),
+    ("bert", "--objective", "auto"),
     ("bert", "--objective", "outputs", "--grid", 0.1, 0.5, 0.1),
-    ("bert", "--objective", "labels", "--scope", "layer", "--rule", "published"),
+    ("bert", "--objective", "labels", "--task", "opinions", "--scope", "layer", "--rule", "published"),
     ("bert", "--objective", "learned", "--scope", "layer"),
     ("bert", "--objective", "two-point"),
-    ("llama", "--objective", "labels"),
+    ("llama", "--objective", "labels", "--task", "word-problems"),
     ("llama", "--objective", "outputs", "--scope", "layer"),
     ("llama", "--objective", "closed-form"),
     ("llama", "--objective", "closed-form", "--scope", "layer"),
 ]
+
+
+def digest_of_six(fine, objective):
+    """Of the first six examples that an objective may see: held-out ones or those that train, no test's."""
+    held_out, tokenizer = objective in ("labels", "predictions"), load_tokenizer(fine)
+    if fine.parent.name == "llama":
+        return encode_problems(tokenizer, load_problems("word-problems")[held_out][:6]).digest()
+    task = load_task("opinions")
+    return encode(tokenizer, (task.validation if held_out else task.train).select(slice(6))).digest()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way[::2])))
@@ -371,6 +577,7 @@ def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
     search = ("find-q", base, fine, "-p", 0.9, "--limit", 6, "--out", q_file, *way)
     report = darex(*search)
     assert report == json.loads(q_file.read_text())
+    assert report["manifest"]["inputs"]["data"] == digest_of_six(fine, report["objective"])
     names = set(flatten_names(dx.load_params(fine)))
     values = report["q"].values() if isinstance(report["q"], dict) else [report["q"]]
     assert (set(report["q"]) <= names) if "layer" in way else isinstance(report["q"], float)
@@ -384,6 +591,217 @@ def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
     text = darex(*search, json_too=False)
     assert q_file.read_bytes() == before  # the same command, the same file
     assert "passes over 6 examples" in text and f"--q {q_file}" in text
+
+
+def test_the_masks_are_those_of_the_seed(folders):
+    """What is measured is what `prune` with that key leaves, of the examples by hand."""
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    model, params, in_scope = load_pair(base, fine)
+    start, delta = split_in_scope(params, in_scope)
+    tokenizer = load_tokenizer(fine)
+    batches = evaluation_batches(encode(tokenizer, load_task("opinions").train.select(slice(6))))
+    references = reference_outputs(model, params, batches)
+    how = {"objective": "outputs", "limit": 6, "grid": (0.1, 0.1, 0.1), "masks": 1}
+    for seed in (0, 5):
+        found = choose_q(base, fine, 0.9, seed=seed, **how)
+        pruned = dx.apply_delta(start, dx.prune(jax.random.key(seed), delta, 0.9, 0.1))
+        assert found["mask_seeds"] == [seed] and found["curve"][0][0] == 0.1
+        assert found["curve"][0][1] == pytest.approx(output_change(model, pruned, batches, references))
+    assert choose_q(base, fine, 0.9, seed=0, **how)["curve"][0] != found["curve"][0]
+
+
+def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
+    base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
+
+    def warned(*arguments, why):
+        report = darex("find-q", *arguments, "-p", 0.9, "--out", q_file)
+        q = report["q"] if isinstance(report["q"], dict) else {"": report["q"]}
+        assert set(q.values()) == {pytest.approx(0.1)} and why in report["warning"]
+        assert "do not tell one q from another, and q stays at DARE's" in report["warning"]
+        json.loads(q_file.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+        return report
+
+    labels = ("--objective", "labels", "--task", "opinions", "--limit", 1)
+    one_class = warned(base, fine, *labels, why="the labels of the 1 examples are all the same")
+    assert one_class["evaluations"] == 0 and "curve" not in one_class
+    warned(base, fine, *labels, "--scope", "layer", why="the labels of the 1 examples")
+    assert darex("prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", q_file)["survivors"] > 0
+    some = ("--limit", 6, "--masks", 1)
+    flat = warned(base, base, "--objective", "outputs", *some, why="output change is the same at every point")
+    assert flat["curve"][0] == [0.1, 0.0] and flat["curve"][-1] == [1.0, 0.0]
+    warned(
+        base, base, "--objective", "outputs", "--grid", 0.2, 0.4, 0.1, *some, why="the same at every point"
+    )
+    warned(base, base, "--objective", "two-point", *some, why="the base gives the fine-tuned model's outputs")
+    warned(base, base, "--objective", "closed-form", *some[:2], why="the delta changes no layer's output")
+    learned = ("--objective", "learned", "--scope", "layer", "--limit", 6)
+    warned(base, base, *learned, why="no epoch was better than the first q")
+    find = ("find-q", base, base, "-p", 0.9, "--objective", "two-point", *some, "--out", q_file)
+    assert "do not tell one q from another" in " ".join(darex(*find, json_too=False).split())
+    text = ("--q", "outputs", "--text", folders / "text")
+    assert (
+        "outputs, to no avail: "
+        in darex("prune", base, base, tmp_path / "d", "-p", 0.9, *text)["q_chosen_by"]
+    )
+
+
+def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
+    """A q whose outputs overflow is passed over; the file and the terminal say so."""
+    from darex_jax.runs import choose_q as module
+
+    plain = output_objective
+
+    def overflowing(model, fine, batches):
+        goal = plain(model, fine, batches)
+        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else values[0])
+
+    monkeypatch.setattr(module, "output_objective", overflowing)
+    base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
+    find = ("find-q", base, fine, "-p", 0.99, "--objective", "outputs", "--limit", 6, "--masks", 1)
+    text = darex(*find, "--out", q_file, json_too=False)
+    report = json.loads(q_file.read_text(), parse_constant=pytest.fail)
+    assert "not finite" in text and report["curve"][0] == [0.01, None] and report["q"] > 0.01
+
+
+def test_what_decides_when_learning_stops_is_drawn_by_the_seed():
+    for count in (2, 3, 4, 7, 200):
+        rest, held_out = hold_out_quarter(count, 0)
+        assert sorted([*rest, *held_out]) == list(range(count)) and len(held_out) == max(1, count // 4)
+        assert len(rest) > 0
+    first, other = hold_out_quarter(200, 0)[1], hold_out_quarter(200, 1)[1]
+    assert first.tolist() != other.tolist() and not np.isin(np.arange(50), first).all()
+    assert 60 < first.mean() < 140
+
+
+def test_learning_gets_texts_of_all_lengths_and_counts_its_passes(folders, monkeypatch):
+    from darex_jax.runs import choose_q as module
+
+    seen = {}
+
+    def learn(model, fine, start, masked, drop_rate, layers, batches, held_out, **_):
+        seen.update(rest=batches, held_out=held_out, masked=masked)
+        history = [(3.0, 3.0), (2.5, 2.0), (2.0, 1.0)]
+        return LearnedQ(dict.fromkeys(flatten_names(masked), 0.2), 1.0, history)
+
+    monkeypatch.setattr(module, "learn_q", learn)
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    found = choose_q(base, fine, 0.9, objective="learned", scope="layer", limit=40, seed=3)
+    examples = encode(load_tokenizer(fine), load_task("opinions").train.select(slice(40)))
+
+    def texts(batches):
+        return sorted(
+            tuple(ids[mask > 0])
+            for b in batches
+            for ids, mask, w in zip(b["input_ids"], b["attention_mask"], b["weight"], strict=True)
+            if w
+        )
+
+    rest, held_out = (texts(seen[part]) for part in ("rest", "held_out"))
+    assert len(held_out) == 10 and sorted(rest + held_out) == sorted(map(tuple, examples.input_ids))
+    assert max(map(len, held_out)) > np.median([len(ids) for ids in examples.input_ids])
+    # At first the 10; in each of two epochs 30 forwards and backwards, which is 90, and the 10.
+    assert found["evaluations"] == (10 + 2 * (90 + 10)) / 40 and found["examples"] == 40
+    _, params, in_scope = load_pair(base, fine)
+    masked = dx.prune(jax.random.key(3), split_in_scope(params, in_scope)[1], 0.9, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, seen["masked"], masked)
+    with pytest.raises(ValueError, match="learned takes two examples or more"):
+        choose_q(base, fine, 0.9, objective="learned", scope="layer", limit=1)
+
+
+def test_float16_is_searched_in_float32(folders, tmp_path):
+    for name in ("base", "fine"):
+        source = folders / "bert" / name
+        half = jax.tree.map(lambda x: x.astype(jnp.float16), dx.load_params(source))
+        config = json.loads((source / "config.json").read_text())
+        dx.save_params(tmp_path / name, half, config, companions_from=source)
+    _, params, base = load_pair(tmp_path / "base", tmp_path / "fine")
+    assert {x.dtype for x in jax.tree.leaves((params, base))} == {jnp.dtype(jnp.float32)}
+    told = []
+    found = choose_q(
+        tmp_path / "base", tmp_path / "fine", 0.9, objective="two-point", limit=4, masks=1,
+        on_value=lambda q, change: told.append([q, change]),
+    )  # fmt: skip
+    assert told == found["changes"] and found["q"] == told[-1][0]  # what is shown, and what is measured
+
+
+def test_a_narrow_base_is_widened_to_its_fine_tune(folders, tmp_path):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dx.load_params(folders / "bert" / "base"))
+    config = json.loads((folders / "bert" / "base" / "config.json").read_text())
+    dx.save_params(tmp_path / "base", narrow, config)
+    _, _, base = load_pair(tmp_path / "base", folders / "bert" / "fine")
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(jnp.float32)}
+
+
+def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_path, monkeypatch):
+    from darex_jax.runs import choose_q as module
+
+    monkeypatch.setattr(module, "load_pair", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "latin").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "empty").write_text("\n")
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    for wrong, told in (
+        ({"text": tmp_path / "latin"}, "latin: is not text in UTF-8"),
+        ({"text": tmp_path / "empty"}, "empty: has no line of text"),
+        ({"grid": (0.5, 0.1, 0.1)}, "need 0 < low <= high and step > 0"),
+        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, "two-point searches no grid"),
+        ({"task": "gsm8k"}, "gsm8k is for decoders"),
+        ({"task": "nonsense"}, "unknown task 'nonsense'"),
+        ({"objective": "labels"}, "labels are those of the model's own task: name it"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            choose_q(*models, 0.9, **({"objective": "outputs"} | wrong))
+    with pytest.raises(FileNotFoundError):
+        choose_q(*models, 0.9, objective="outputs", text=tmp_path / "none")
+
+
+@pytest.mark.parametrize("changed", ["base", "fine"])
+def test_a_q_file_is_for_its_pair_mask_and_scope(folders, tmp_path, changed):
+    pair = {name: folders / "bert" / name for name in ("base", "fine")}
+    q_file, out = tmp_path / "q.json", tmp_path / "d"
+    how = ("--objective", "outputs", "--masks", 1, "--limit", 4, "--grid", 0.1, 0.1, 0.1, "--out", q_file)
+    darex("find-q", *pair.values(), "-p", 0.9, *how)
+
+    def prune(*options, base=pair["base"], fine=pair["fine"]):
+        arguments = ("prune", base, fine, out, "-p", 0.9, "--q", q_file, *options)
+        result = CliRunner().invoke(main, [*map(str, arguments)])
+        assert (result.exit_code == 0) == out.exists()
+        out.unlink(missing_ok=True)
+        return result.stderr
+
+    assert "warning" not in prune() and "warning" not in prune("--json")
+    assert "chosen with the mask of seed 0, not of 3" in prune("--seed", 3)
+    assert "chosen with --exclude not given, not with ['pooler']" in prune("--exclude", "pooler")
+    other = tmp_path / "other"
+    moved = flatten_names(dx.load_params(pair[changed]))
+    name = "bert.encoder.layer.1.output.dense.weight"  # one entry, by one bit
+    moved[name] = moved[name].at[3, 5].set(jnp.nextafter(moved[name][3, 5], jnp.float32(9)))
+    config = json.loads((pair[changed] / "config.json").read_text())
+    dx.save_params(other, unflatten_names(moved), config)
+    kind = {"base": "base", "fine": "fine-tuned model"}[changed]
+    assert f"was chosen for another {kind} than {other}" in prune(**{changed: other})
+    # Files without a manifest, or with one of another kind, are taken as before.
+    for content in ({"q": 0.2}, {"q": 0.2, "manifest": []}, {"q": 0.2, "manifest": {"inputs": 3}}):
+        q_file.write_text(json.dumps(content))
+        assert prune(**{changed: other}) == ""
+
+
+def test_without_a_task_no_label_is_looked_at(folders, tmp_path):
+    """find-q by itself searches by predictions, or in two points where a model has no classes."""
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    some = ("-p", 0.9, "--limit", 2, "--masks", 1, "--out", tmp_path / "q.json")
+    report = darex("find-q", base, fine, *some)
+    assert (report["objective"], report["labels"], report["data"]) == (
+        "predictions",
+        0,
+        "opinions (generated)",
+    )
+    assert without_labels(folders / "llama" / "fine", "model") == "predictions"
+    for name, changes in (("one", {"num_labels": 1}), ("body", {"architectures": ["BertForMaskedLM"]})):
+        (tmp_path / name).mkdir()
+        config = json.loads((fine / "config.json").read_text()) | changes
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert without_labels(tmp_path / name, "model") == "two-point"
+        assert without_labels(tmp_path / name, "layer") == "outputs"
 
 
 def test_statistics_are_kept_and_checked(folders, tmp_path):
@@ -457,13 +875,14 @@ def test_mistakes_are_told(folders, tmp_path):
     find = ("find-q", base, fine, "-p", 0.9, "--out", tmp_path / "q.json")
     assert "say --scope layer" in fails(*find, "--objective", "learned")
     assert "say --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
-    assert "texts have no labels" in fails(*find, "--text", folders / "text")
+    assert "texts have no labels" in fails(*find, "--objective", "labels", "--text", folders / "text")
     assert "gsm8k is for decoders" in fails(*find, "--task", "gsm8k")
     assert "from a task or from a text file" in fails(
         *find, "--objective", "outputs", "--task", "sst2", "--text", folders / "text"
     )
     (tmp_path / "empty").write_text("\n")
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
+    assert "name it (--task)" in fails(*find, "--objective", "labels")
     assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
     assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"

@@ -37,7 +37,7 @@ def test_demo_in_miniature(tmp_path):
     evaluated = json.loads(darex("eval", fine, "--limit", 32, "--json"))
     assert evaluated["metric"] == results["fine_tuned"] and evaluated["n"] == 32
     q_file = tmp_path / "q.json"
-    search = ("--drop-rate", 0.99, "--limit", 32, "--out", q_file, "--json")
+    search = ("--drop-rate", 0.99, "--task", "opinions", "--limit", 32, "--out", q_file, "--json")
     found = json.loads(darex("find-q", demo_weights(), fine, *search))
     assert found["q"] == next(r for r in results["rates"] if r["drop_rate"] == 0.99)["q_v"]["q"]
     darex("prune", demo_weights(), fine, tmp_path / "d", "-p", 0.99, "--q", q_file)

@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from darex_jax.q.search import geometric_grid, linear_grid, search_q, trimmed_mean
+from darex_jax.q.search import authors_walk, geometric_grid, linear_grid, search_q, trimmed_mean
 
 
 def visited(objective, *args, **kwargs):
@@ -42,23 +43,33 @@ def test_finds_an_optimum_between_coarse_points():
         assert finer.q == 0.137
 
 
-def test_stops_after_more_than_patience_values_in_a_row_without_improvement():
-    asked, _ = visited(lambda q: q, linear_grid(0.1, 0.9, 0.1), maximise=False, refinements=0)
-    assert asked == [0.1, 0.2, 0.3, 0.4, 0.5]
-    asked, _ = visited(lambda q: q, linear_grid(0.1, 0.9, 0.1), maximise=False, refinements=0, patience=0)
-    assert asked == [0.1, 0.2]
-    values = iter(
-        [5.0, 4.0, 4.0, 4.0, 5.0, 4.0, 4.0, 4.0, 4.0, 9.0]
-    )  # a tie with the best starts the count anew
-    asked, found = visited(lambda q: next(values), linear_grid(1.0, 10.0, 1.0), maximise=True, refinements=0)
-    assert len(asked) == 9 and found.value == 5.0
+def test_a_refinement_ends_after_more_than_patience_values_in_a_row_without_improvement():
+    grid = linear_grid(1.0, 4.0, 1.0)
+    asked, _ = visited(lambda q: -q, grid, maximise=True)
+    assert asked == [1.0, 2.0, 3.0, 4.0, 1.1, 1.2, 1.3, 1.4]
+    asked, _ = visited(lambda q: -q, grid, maximise=True, patience=0)
+    assert asked == [1.0, 2.0, 3.0, 4.0, 1.1]
+    values = {1.0: 5.0, 1.1: 3.0, 1.2: 3.0, 1.3: 5.0}  # a tie with the best starts the count anew
+    asked, found = visited(lambda q: values.get(q, 4.0), grid, maximise=True)
+    assert asked[4:] == [1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7] and found.value == 5.0
 
 
-def test_a_flat_beginning_does_not_end_the_walk():
+def test_the_whole_coarse_grid_is_visited_before_a_refinement():
     asked, found = visited(
         lambda q: 0.5 if q < 0.8 else 0.9, linear_grid(0.1, 0.9, 0.1), maximise=True, refinements=0
     )
     assert len(asked) == 9 and found.q in (0.8, 0.9)
+
+
+def test_a_flat_objective_keeps_the_first_point_and_says_so():
+    found = search_q(lambda q: 0.4, geometric_grid(0.01, 1.0), maximise=True)
+    assert found.flat and found.q == 0.01 and found.plateau == (0.01, 1.0)
+    # What is not finite is passed over, even DARE's own point: the next one is kept.
+    found = search_q(lambda q: math.nan if q < 0.02 else 0.4, geometric_grid(0.01, 1.0), maximise=True)
+    assert found.flat and found.q == pytest.approx(0.02, abs=1e-3)
+    assert not search_q(lambda q: float(q > 0.9), geometric_grid(0.01, 1.0), maximise=True).flat
+    assert not search_q(lambda q: 1.0, [0.5], maximise=True).flat  # one point is no plateau
+    assert authors_walk(lambda q: 0.4, (0.01, 0.1, 0.05), maximise=True).flat
 
 
 def test_plateau_is_reported_and_its_middle_chosen():
@@ -77,7 +88,7 @@ def test_stays_within_the_bounds():
     asked, found = visited(lambda q: q, linear_grid(0.01, 0.1, 0.04), maximise=True)
     assert asked[:3] == [0.01, 0.05, 0.09] and max(asked) == found.q == 0.09
     asked, _ = visited(lambda q: -q, linear_grid(0.01, 0.01, 0.04), maximise=True)
-    assert asked == [0.01, 0.014, 0.018, 0.022, 0.026][:1]
+    assert asked == [0.01]
 
 
 def test_values_that_are_not_finite_are_never_chosen():
@@ -89,6 +100,10 @@ def test_values_that_are_not_finite_are_never_chosen():
         lambda q: -math.inf if q < 0.2 else q, linear_grid(0.1, 0.5, 0.1), maximise=False, refinements=0
     )
     assert found.q == 0.2
+    # Passed over: a row of them ends no walk, and is no improvement either.
+    gap = {0.12: 3.0, 0.19: 4.0}
+    asked, found = visited(lambda q: 2.0 if q == 0.1 else gap.get(q, math.nan), [0.1, 0.2], maximise=True)
+    assert found.q == 0.19 and len(asked) == 11
     with pytest.raises(ValueError, match="the objective is finite at none of the 5 visited q"):
         search_q(lambda q: math.nan, linear_grid(0.1, 0.5, 0.1), maximise=True, refinements=0)
 
@@ -107,25 +122,121 @@ def test_refuses_a_grid_that_is_none(grid):
 
 
 def test_a_geometric_grid_reaches_its_end():
-    assert geometric_grid(0.01, 0.09, 2.0) == [0.01, 0.02, 0.04, 0.08]
+    assert geometric_grid(0.01, 0.09, 2.0) == [0.01, 0.02, 0.04, 0.08, 0.09]
     assert geometric_grid(2**-5, 2**5, 2.0)[-1] == 32.0
     assert geometric_grid(0.001, 1.0)[:4] == [0.001, 0.001414, 0.002, 0.002828]
-    assert geometric_grid(0.7, 1.0) == [0.7, 0.9899] and geometric_grid(1.0, 1.0) == [1.0]
+    assert geometric_grid(0.7, 1.0) == [0.7, 0.9899, 1.0] and geometric_grid(1.0, 1.0) == [1.0]
+    for low in (0.1, 0.5, 0.01, 0.001, 0.125, 0.99999, 2.0**-30):
+        grid = geometric_grid(low, 1.0)
+        assert grid[0] == low and grid[-1] == 1.0 and grid == sorted(set(grid))
 
 
 def test_a_whole_coarse_grid_survives_a_hump():
     """The output change at 0.999 rises before it falls: the authors' rule ends before its best point."""
 
     def hump(q):
-        return {0.001: 0.62, 0.002: 0.64, 0.004: 0.65, 0.008: 0.66, 0.016: 0.67, 0.032: 0.5}.get(q, 0.6)
+        values = {0.001: 0.62, 0.002: 0.64, 0.004: 0.65, 0.008: 0.66, 0.016: 0.67, 0.032: 0.5}
+        return values.get(q, 0.68 if q < 0.02 else 0.6)
 
     coarse = geometric_grid(0.001, 0.128, 2.0)
-    assert search_q(hump, coarse, maximise=False, refinements=0).q == 0.001
-    asked, found = visited(hump, coarse, maximise=False, whole=True)
+    assert authors_walk(hump, (0.001, 0.128, 0.001), maximise=False).q == 0.001
+    asked, found = visited(hump, coarse, maximise=False)
     assert found.q == 0.032 and asked[:8] == coarse
     # A tenth of the distance to each neighbour apart; four worse values above end the pass.
     assert asked[8:] == [0.0176, 0.0192, 0.0208, 0.0224, 0.024, 0.0256, 0.0272, 0.0288, 0.0304,
                          0.0352, 0.0384, 0.0416, 0.0448]  # fmt: skip
+
+
+# The authors' walk.
+
+
+def published(objective, l_bound, u_bound, step, decay=0.1):
+    """`find_optimal_param` of the authors' find_q_encoder.py: what it visits, and what it returns."""
+    best_scores, asked = {}, []
+    best_score, stop_id = -np.inf, 0
+    for initial in np.arange(l_bound, u_bound + step, step):
+        asked.append(initial)
+        best_scores[initial] = score = objective(initial)
+        best_score, stop_id = (score, 0) if score >= best_score else (best_score, stop_id + 1)
+        if stop_id > 3:
+            break
+    best = sorted(best_scores.items(), key=lambda x: x[1], reverse=True)[0][0]
+    l_bound, u_bound = max(l_bound + step * decay, best - step * (1 - decay)), best + step
+    best_score, stop_id = -np.inf, 0
+    for initial in np.arange(l_bound, u_bound, step * decay):
+        asked.append(initial)
+        best_scores[initial] = score = objective(initial)
+        best_score, stop_id = (score, 0) if score >= best_score else (best_score, stop_id + 1)
+        if stop_id > 3:
+            break
+    return asked, sorted(best_scores.items(), key=lambda x: x[1], reverse=True)[0][0]
+
+
+def both_walks(objective, grid, maximise=True):
+    """Asserts that ours visits and finds what the published one does; what that is."""
+    asked, found = [], None
+
+    def ours(q):
+        asked.append(q)
+        return objective(q)
+
+    found = authors_walk(ours, grid, maximise=maximise)
+    sign = 1.0 if maximise else -1.0
+    theirs, best = published(lambda q: sign * objective(round(q, 12)), *grid)
+    assert asked == list(dict.fromkeys(round(q, 12) for q in theirs))  # ours asks for no q twice
+    assert found.q == round(best, 12) and found.value == objective(found.q)
+    assert found.plateau[0] <= found.q <= found.plateau[1]
+    return asked, found.q
+
+
+def test_the_walk_of_the_readmes_bounds_goes_beyond_them():
+    asked, best = both_walks(lambda q: q, (0.01, 0.1, 0.05))
+    assert asked[:3] == [0.01, 0.06, 0.11] and asked[3] == 0.065 and best == max(asked) == 0.155
+    asked, best = both_walks(lambda q: -q, (0.01, 0.1, 0.05))
+    assert asked[3:] == [0.015, 0.02, 0.025, 0.03, 0.035] and best == 0.01
+    assert both_walks(lambda q: 0.5, (0.01, 0.1, 0.05))[1] == 0.01  # the first of equals
+
+
+def test_the_walk_stops_after_more_than_three_values_in_a_row_without_improvement():
+    asked, best = both_walks(lambda q: -q, (0.1, 0.9, 0.1))
+    assert asked[:5] == [0.1, 0.2, 0.3, 0.4, 0.5] and best == 0.1
+    values = iter([5.0, 4.0, 4.0, 4.0, 5.0, 4.0, 4.0, 4.0, 4.0, *[0.0] * 9])  # a tie starts the count anew
+    assert len([q for q, v in authors_walk(lambda q: next(values), (1.0, 10.0, 1.0), maximise=True).curve
+                if v >= 4.0]) == 9  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [(0.01, 0.1, 0.05), (0.1, 0.5, 0.1), (0.3, 0.7, 0.1), (0.01, 0.1, 0.01),
+                                  (0.05, 1.0, 0.07), (0.001, 0.001, 0.05)])  # fmt: skip
+@pytest.mark.parametrize("maximise", [True, False])
+def test_the_walk_is_the_published_one(grid, maximise):
+    """Over objectives with one peak, within the bounds and beyond, steep, in steps, and noisy ones."""
+    low, high, step = grid
+    rng = np.random.default_rng(int(1000 * high))
+    sign = 1.0 if maximise else -1.0
+    for _ in range(60):
+        peak, steps = rng.uniform(low - step, high + 2 * step), rng.integers(3, 40)
+        seed = int(rng.integers(2**32))
+
+        def smooth(q, peak=peak):
+            return -sign * abs(q - peak)
+
+        def coarse(q, peak=peak, steps=steps):
+            return -sign * round(abs(q - peak) * steps) / steps
+
+        def noisy(q, seed=seed):
+            return float(np.random.default_rng([seed, round(q * 1e12)]).integers(0, 9))
+
+        for objective in (smooth, coarse, noisy):
+            both_walks(objective, grid, maximise)
+
+
+def test_the_walk_passes_over_what_is_not_finite():
+    found = authors_walk(lambda q: -q if q > 0.55 else math.nan, (0.1, 0.9, 0.1), maximise=True)
+    assert found.q == 0.56  # five in a row end nothing
+    with pytest.raises(ValueError, match="finite at none of the 9 visited q"):
+        authors_walk(lambda q: math.nan, (0.1, 0.9, 0.1), maximise=True)
+    with pytest.raises(ValueError, match="need 0 < low <= high"):
+        authors_walk(lambda q: q, (0.9, 0.1, 0.1), maximise=True)
 
 
 def test_trimmed_mean_leaves_the_farthest_out():

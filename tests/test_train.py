@@ -265,15 +265,17 @@ def test_predictions_come_in_the_order_of_the_data(tiny):
 def test_pruned_params_rescale_what_has_a_delta(tiny, changed):
     _, base = tiny
     delta, _ = changed
-    pruned = flatten_names(pruned_params(base, delta, 0.25))
+    key = jax.random.key(0)
+    pruned = flatten_names(pruned_params(base, delta, key, 0.0, 0.25))
     for name, leaf in flatten_names(base).items():
         d = flatten_names(delta).get(name)
         np.testing.assert_allclose(pruned[name], leaf if d is None else leaf + 4 * d, rtol=1e-6, atol=1e-6)
     by_name = {name: 0.5 for name in flatten_names(delta)} | {"bert.pooler.dense.bias": 0.25}
-    mixed = flatten_names(pruned_params(base, delta, by_name))
+    mixed = flatten_names(pruned_params(base, delta, key, 0.0, by_name))
     np.testing.assert_array_equal(mixed["bert.pooler.dense.bias"], pruned["bert.pooler.dense.bias"])
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    assert {x.dtype for x in jax.tree.leaves(pruned_params(half, delta, 0.5))} == {jnp.dtype(jnp.bfloat16)}
+    narrow = pruned_params(half, delta, key, 0.0, 0.5)
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_another_q_compiles_nothing(tiny, changed):
@@ -282,11 +284,11 @@ def test_another_q_compiles_nothing(tiny, changed):
     reference = reference_outputs(model, base, batches)
 
     def sweep(q):
-        pruned = pruned_params(base, delta, q)
+        pruned = pruned_params(base, delta, jax.random.key(0), 0.0, q)
         return predict(model, pruned, batches), output_change(model, pruned, batches, reference)
 
     sweep(0.5)
-    programs = (pruned_params, classification._logits, outputs.output_change_sums)
+    programs = (classification._pruned_leaf, classification._logits, outputs.output_change_sums)
     compiled = [f._cache_size() for f in programs]
     (first, near), (second, far) = sweep(0.7), sweep(0.1)
     assert compiled == [f._cache_size() for f in programs]
@@ -296,7 +298,7 @@ def test_another_q_compiles_nothing(tiny, changed):
 def test_output_change_is_the_mean_over_real_tokens(tiny, changed):
     model, base = tiny
     delta, batches = changed
-    pruned = pruned_params(base, delta, 0.5)
+    pruned = pruned_params(base, delta, jax.random.key(0), 0.0, 0.5)
     assert output_change(model, base, batches, reference_outputs(model, base, batches)) == 0.0
     total, count, run = 0.0, 0, jax.jit(model)
     for batch in batches:  # the same sum over real rows and tokens, spelled out

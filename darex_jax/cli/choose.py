@@ -11,7 +11,7 @@ from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH,
 from darex_jax.cli.show import point_bar, print_table, q_text
 
 OBJECTIVES = {
-    "labels": "the metric on held-out examples (q_v)",
+    "labels": "the metric on held-out examples of --task (q_v)",
     "predictions": "agreement with the fine-tuned model's predictions",
     "outputs": "the output change (q_e)",
     "learned": "the output change, by gradient",
@@ -24,15 +24,16 @@ OBJECTIVES = {
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
 @RATE
-@click.option("--objective", default="labels", show_default=True, type=click.Choice(list(OBJECTIVES)),
-              help="; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()) + ".")  # fmt: skip
+@click.option("--objective", default="auto", show_default=True, type=click.Choice(["auto", *OBJECTIVES]),
+              help="auto: labels with --task, else predictions, or two-point for an encoder without classes; "
+              + "; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()) + ".")  # fmt: skip
 @click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
               help="One q for the model, or one for each linear layer.")  # fmt: skip
 @click.option("--rule", default="published", show_default=True, type=click.Choice(["published", "exact"]),
               help="With --scope layer: the authors' float16 scan, or Algorithm 3's minimiser, which shrinks "
               "the delta to nearly nothing.")  # fmt: skip
 @click.option("--task", help="Where the examples come from: opinions (generated), cola, sst2, mrpc, stsb; "
-              "word-problems (generated), gsm8k. Default: the generated one.")  # fmt: skip
+              "word-problems (generated), gsm8k. Default: a generated one, without its labels.")  # fmt: skip
 @DATA_DIR
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated word problem.")  # fmt: skip
@@ -43,7 +44,8 @@ OBJECTIVES = {
 @click.option("--masks", type=click.IntRange(1),
               help="How many masks. Default: labels, predictions and learned 1, else 4.")  # fmt: skip
 @click.option("--grid", nargs=3, type=float, metavar="LOW HIGH STEP",
-              help="A coarse grid of one's own, with the authors' stopping rule.")  # fmt: skip
+              help="Search as the authors' code does: in steps, which may end beyond HIGH, until more than "
+              "3 are no better, then in tenths of a step around the best.")  # fmt: skip
 @click.option("--statistics", type=PATH, help="With --scope layer: keep the inputs' statistics in this file.")
 @click.option("--learning-rate", default=1e-2, show_default=True, type=click.FloatRange(0, min_open=True),
               help="With learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
@@ -69,12 +71,12 @@ def find_q(
     check_output(out.with_suffix(".png"))
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
-    write_whole(out, json.dumps(report, indent=2) + "\n")
+    write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
     picture = out.with_suffix(".png") if "curve" in report or options["scope"] == "layer" else None
     if picture is not None:
         plot_curve(report, picture)
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(json.dumps(report, allow_nan=False))
         return
     _print_report(report, out, picture)
     again: list[Any] = ["--seed", options["seed"]] if options["seed"] else []
@@ -91,14 +93,16 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
 
     searched = report.get("value_name")
     if searched is not None:
-        axis = "epoch" if report["objective"] == "learned" else "eta" if "eta" in report else "q"
-        taken = report.get("eta", report["q"])
+        by_layer = report["scope"] == "layer"
+        axis = "epoch" if report["objective"] == "learned" else "eta" if by_layer else "q"
+        taken = report.get("eta") if by_layer else report["q"]
         table = Table(title=f"{searched} by {axis}")
         table.add_column(axis, justify="right")
         table.add_column(searched, justify="right")
         for point, value in report["curve"]:
             here = point == taken or (axis == "epoch" and value == report["value"])
-            table.add_row(f"{point:.6g}", f"{value:.5f}", style="bold green" if here else None)
+            shown = "not finite" if value is None else f"{value:.5f}"
+            table.add_row(f"{point:.6g}", shown, style="bold green" if here else None)
         Console().print(table)
     density = 1 - report["drop_rate"]
     rows = [("q", f"{q_text(report['q'])} (DARE: {density:.4g})")]
@@ -106,17 +110,27 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
         rows.append((searched, f"{report['value']:.5f}"))
         first, last = report.get("plateau", (0, 0))
         if first != last:
-            rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}; its middle is taken"))
+            rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}"))
     if report["objective"] == "two-point":
-        seen = [f"{change:.5g} at {q:.4g}" for q, change in report["changes"]]
+        seen = [
+            f"{'not finite' if change is None else f'{change:.5g}'} at {q:.4g}"
+            for q, change in report["changes"]
+        ]
         without = f"{report['change_without_delta']:.5g} without the delta"
         rows.append(("squared output change", ", ".join([without, *seen])))
     if report["objective"] == "closed-form":
-        rows.append(("by layer", q_text(report["layers"])))
+        known = {name: q for name, q in report["layers"].items() if q is not None}
+        if known:
+            rows.append(("by layer", q_text(known)))
+        if len(known) < len(report["layers"]):
+            rows.append(("no output", f"{len(report['layers']) - len(known)} layers, which tell nothing"))
         if not isinstance(report["q"], dict) and report["q"] > 1:
             rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
+    if "warning" in report:
+        rows.append(("warning", report["warning"]))
     used = f"{report['labels']} labels" if report["labels"] else "no labels"
-    rows.append(("cost", f"{report['evaluations']} passes over {report['examples']} examples, {used}"))
+    cost = f"{report['evaluations']} passes over {report['examples']} examples, {used}"
+    rows += [("examples", report["data"]), ("cost", cost)]
     if picture is not None:
         rows.append(("picture", str(picture)))
     print_table(str(out), rows)

@@ -118,7 +118,7 @@ def prune(
     elif task or data_dir or text:
         raise click.UsageError("--task, --data-dir and --text are for --q auto or an objective of find-q.")
     else:
-        divisor, why = _read_q(q, drop_rate), None
+        divisor, why = _read_q(q, drop_rate, base, fine, seed, include, exclude, as_json), None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = _family(f, b)
         total = sum(t.info.nbytes for c in (b, f) for t in c.tensors.values())
@@ -379,12 +379,27 @@ def _chosen_q(
             seed=seed,
             on_value=on_value,
         )
+    if "warning" in found:
+        return found["q"], f"{found['objective']}, to no avail: {found['warning']}"
     what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
     return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
 
 
-def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | None:
-    """--q: a number, or a q file: {"q": number or {name: number}}, of `drop_rate` if it names one."""
+def _read_q(
+    text: str | None,
+    drop_rate: float,
+    base: Path,
+    fine: Path,
+    seed: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    quiet: bool,
+) -> float | dict[str, float] | None:
+    """--q: a number, or a q file: {"q": number or {name: number}}, of this drop rate if it names one.
+
+    One that find-q wrote says of which weights, mask and scope it is: of other weights it is refused, before
+    anything is written, of another mask or scope there is a warning.
+    """
     if text is None:
         return None
     try:
@@ -401,6 +416,42 @@ def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | No
         raise click.BadParameter(
             f"{text} was chosen for a drop rate of {chosen_for}, not of {drop_rate}.", param_hint="--q"
         )
-    if isinstance(q, int | float) or (isinstance(q, dict) and q):
-        return q
-    raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
+    if not (isinstance(q, int | float) or (isinstance(q, dict) and q)):
+        raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
+    manifest = content.get("manifest")
+    manifest = manifest if isinstance(manifest, dict) else {}
+    inputs, options = (
+        part if isinstance(part := manifest.get(name), dict) else {} for name in ("inputs", "options")
+    )
+    for what, path in (("base", base), ("fine", fine)):
+        _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
+    seeds = content.get("mask_seeds")
+    if isinstance(seeds, list) and seed not in seeds and seeds:
+        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {seed}.")
+    for name, given in (("include", include), ("exclude", exclude)):
+        chosen_with = options.get(name, list(given))
+        if chosen_with != list(given):
+            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {list(given)}.")
+    return q
+
+
+def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool) -> None:
+    """Raises: BadParameter unless the weights at `path` are those that the q file is of, if it says."""
+    if not isinstance(digest, str):
+        return
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.manifest import weights_digest
+
+    with Checkpoint(path) as checkpoint:
+        total = sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
+        with byte_bar(f"comparing {path.name}", total, quiet) as progress:
+            same = weights_digest(checkpoint, progress) == digest
+    if not same:
+        kind = {"base": "base", "fine": "fine-tuned model"}[what]
+        raise click.BadParameter(
+            f"{q_file} was chosen for another {kind} than {path}: run find-q for this pair.", param_hint="--q"
+        )
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)

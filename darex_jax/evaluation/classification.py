@@ -5,17 +5,19 @@ Everything is compiled once per model and batch shape; parameters, hence q, are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.core.delta import apply_delta, rescale
+from darex_jax.core.delta import apply_delta, drop, rescale
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.mask import survivors, traced_threshold
+from darex_jax.core.tree import flatten_names, leaf_keys, map_named
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import EVALUATION_ROWS, Batch, Encoded, evaluation_batches, model_inputs
 
@@ -52,18 +54,37 @@ def evaluate(
     return {"metric": metric, "metric_name": task.metric_name, "n": len(examples)}
 
 
-@jax.jit
-def pruned_params(params: Params, masked_delta: Params, q: Any) -> Params:
-    """`params + masked_delta / q`: the pruned model, for a delta that was masked but not rescaled.
+def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: float, q: Any) -> Params:
+    """`params + prune(key, delta, drop_rate, q)`: the pruned model.
 
-    q is a traced argument: a search over q compiles this once, and the model not again.
+    Leaf by leaf, the mask drawn on the way and nothing kept of it: beside the result, a search over q and masks
+    holds one delta. Key, rate and q are traced: it compiles one program a shape, and the model not again.
 
     Args:
       params: full tree; the base's value where the delta is pruned, the fine-tune's where it is kept (head).
-      masked_delta: tree with a subset of the names of `params`, zero where the mask dropped.
-      q: a number, or a dict with one number per dotted name of `masked_delta`.
+      delta: tree with a subset of the names of `params`.
+      key, drop_rate: as in `darex_jax.prune`.
+      q: a number, or a dict with one number per dotted name of `delta`.
     Returns: a tree like `params`; sums are taken in float32 and stored in the dtype of `params`.
+    Raises: ValueError for a name without q.
     """
-    leaves = flatten_names(params)
-    base = unflatten_names({name: leaves[name] for name in flatten_names(masked_delta)})
-    return unflatten_names(leaves | flatten_names(apply_delta(base, rescale(masked_delta, q))))
+    deltas = flatten_names(delta)
+    keys, threshold = leaf_keys(key, deltas), traced_threshold(drop_rate)
+    by_name = q if isinstance(q, Mapping) else dict.fromkeys(deltas, q)
+    if missing := sorted(deltas.keys() - by_name.keys()):
+        raise DarexError(f"there is no q for {', '.join(missing)}.")
+
+    def pruned(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in deltas:
+            return leaf
+        return _pruned_leaf(leaf, deltas[name], keys[name], *threshold, jnp.float32(by_name[name]))
+
+    return map_named(pruned, params)
+
+
+@jax.jit
+def _pruned_leaf(
+    leaf: jax.Array, delta: jax.Array, key: jax.Array, below: jax.Array, all_kept: jax.Array, q: jax.Array
+) -> jax.Array:
+    kept = survivors(key, delta.shape, below, all_kept)
+    return apply_delta(leaf, rescale(drop(kept, delta), q))

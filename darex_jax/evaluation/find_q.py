@@ -6,14 +6,15 @@ q is an argument of compiled functions here: a sweep over values and masks compi
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.delta import compute_delta, drop
+from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
-from darex_jax.core.mask import random_mask
 from darex_jax.core.scope import Scope, choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.calibration import InputStatistics
@@ -32,6 +33,7 @@ from darex_jax.tasks.batching import Batch
 
 Params = dict[str, Any]
 Q = float | Mapping[str, float]
+PrunedModel = Callable[[Q], Params]  # from q to the params of a model pruned with one mask
 CALIBRATION_SIZE = 50  # sentences that output changes are measured on, as the authors take for encoders
 MASK_SEEDS = (0, 1, 2, 3)
 WORSE = 1.1  # times the change without a delta: what few texts and masks do not explain
@@ -43,19 +45,25 @@ def load_pair(
 ) -> tuple[Model, Params, Params]:
     """A fine-tuned model and what pruning needs of its base.
 
+    Both in the dtypes of their files, but float16 as float32: a small q leaves float16's range, and XLA's CPU
+    backend does not run all of a float16 model. A base that is narrower than its fine-tune is widened.
+
     Returns: the fine-tuned model and its params; the base's values of the parameters in scope, a nested dict
       with the fine-tuned names.
     Raises: ValueError if the two do not fit together.
     """
-    model, params = load_model(fine)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type")))
         match.raise_if_faulty()
         extra = [name for name in match.pruned if name in match.extra_rows]
         if extra:
             raise DarexError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
+        half = any(tensor.info.dtype == np.float16 for tensor in f.tensors.values())
+        model, params = load_model(fine, dtype=np.float32 if half else None)
         named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
-    return model, params, unflatten_names({name: jax.numpy.asarray(leaf) for name, leaf in named.items()})
+    loaded = flatten_names(params)
+    wide = {name: jnp.asarray(x, jnp.promote_types(x.dtype, loaded[name].dtype)) for name, x in named.items()}
+    return model, params, unflatten_names(wide)
 
 
 def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
@@ -70,14 +78,19 @@ def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
     return unflatten_names(fine_named | base_named), compute_delta(in_scope, base)
 
 
-def masked_deltas(delta: Params, drop_rate: float, seeds: Sequence[int] = MASK_SEEDS) -> list[Params]:
-    """The delta with its dropped entries at zero, not rescaled, for the mask of each seed."""
-    return [drop(random_mask(jax.random.key(seed), delta, drop_rate), delta) for seed in seeds]
+def pruned_models(
+    start: Params, delta: Params, drop_rate: float, seeds: Sequence[int] = MASK_SEEDS
+) -> list[PrunedModel]:
+    """For the mask of each seed, the params of the pruned model as a function of q: see `pruned_params`.
+
+    Args: start, delta: from `split_in_scope`.
+    """
+    return [partial(pruned_params, start, delta, jax.random.key(seed), drop_rate) for seed in seeds]
 
 
-def scored(score: Callable[[Params], float], start: Params, masked: Sequence[Params], q: Q) -> dict[str, Any]:
+def scored(score: Callable[[Params], float], models: Sequence[PrunedModel], q: Q) -> dict[str, Any]:
     """What `score` says of the models pruned with each mask: `scores`, their `mean`, their sample `std`."""
-    scores = [score(pruned_params(start, m, q)) for m in masked]
+    scores = [score(model(q)) for model in models]
     return {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)), "scores": scores}
 
 
@@ -88,32 +101,31 @@ def same(q: float) -> Q:
 
 def find_q(
     objective: Objective,
-    start: Params,
-    masked: Sequence[Params],
-    coarse: Sequence[float],
+    models: Sequence[PrunedModel],
+    grid: Sequence[float],
     *,
     q_of: Callable[[float], Q] = same,
-    whole: bool = True,
+    search: Callable[..., SearchResult] = search_q,
     on_value: Callable[[float, float], None] = lambda point, value: None,
 ) -> SearchResult:
-    """Algorithm 2 over one number: q itself, or Algorithm 3's eta.
+    """A search over one number: q itself, or Algorithm 3's eta.
 
     Args:
-      start, masked: from `split_in_scope` and `masked_deltas`, one tree a mask.
-      coarse: the coarse grid, `q_grid(drop_rate)` say.
-      q_of: from the number searched to q, one or a dict with one for every name in `masked`.
-      whole: visit all of the coarse grid; the authors stop after more than 3 values without improvement.
+      models: from `pruned_models`, one a mask.
+      grid: what `search` takes: a coarse grid, `q_grid(drop_rate)` say, or the bounds of `authors_walk`.
+      q_of: from the number searched to q, one or a dict with one for every name of the delta.
+      search: `search_q` or `authors_walk`.
       on_value: called with every (number, value) as it is found.
     Source: DAREx, arXiv:2410.09344, Algorithm 2.
     """
 
     def value_at(point: float) -> float:
         q = q_of(point)
-        value = objective.over_masks([objective.measure(pruned_params(start, m, q)) for m in masked])
+        value = objective.over_masks([objective.measure(model(q)) for model in models])
         on_value(point, value)
         return value
 
-    return search_q(value_at, coarse, maximise=objective.maximise, whole=whole)
+    return search(value_at, grid, maximise=objective.maximise)
 
 
 def q_grid(drop_rate: float) -> list[float]:
@@ -146,33 +158,48 @@ def two_point(
     model: Model,
     fine: Params,
     start: Params,
-    masked: Sequence[Params],
+    models: Sequence[PrunedModel],
     batches: Sequence[Batch],
     drop_rate: float,
+    *,
+    on_value: Callable[[float, float], None] = lambda q, change: None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """`two_point_q` from the squared output change of the base and of DARE: no label, no search.
 
     Outputs cannot move without limit, so that DARE's change says too little of a large delta. What comes out
     is therefore measured, and while it is worse than no delta at all, the next q follows from it: at least
-    twice as large.
+    twice as large, up to the first that is 1 or more. So it does where outputs are not finite.
 
-    Returns: q; the q visited, with their changes over the masks: infinity (no delta), 1 - p, ...
+    Args:
+      start, models: from `split_in_scope` and `pruned_models`.
+      on_value: called with every q and its change as it is found.
+    Returns: q, the last one visited; the q visited, with their changes over the masks: infinity (no delta),
+      1 - p, ... Where the base gives the fine-tuned model's outputs there is nothing to solve: q is 1 - p.
+    Raises: ValueError if the outputs of base or fine-tuned model are not finite, or at no q those of the
+      pruned model.
     """
     reference = reference_outputs(model, fine, batches)
 
     def change(params: Params) -> float:
         return output_change(model, params, batches, reference, squared=True)
 
-    def pruned_change(q: float) -> float:
-        return float(np.mean([change(pruned_params(start, m, q)) for m in masked]))
-
     without = change(start)
     visited = [(math.inf, without)]
-    q = round(1.0 - drop_rate, 12)
-    while q < 1.0:
-        error = pruned_change(q)
+    if not math.isfinite(without):
+        raise DarexError(
+            "the outputs of the base or of the fine-tuned model are not finite on these examples."
+        )
+    q = density = round(1.0 - drop_rate, 12)
+    if without == 0.0:
+        return density, visited
+    while True:
+        error = float(np.mean([change(pruned(q)) for pruned in models]))
         visited.append((q, error))
-        if len(visited) > 2 and error <= WORSE * without:
+        on_value(q, error)
+        solved = len(visited) > 2 and error <= WORSE * without
+        if solved or q >= 1.0:
             break
-        q = two_point_q(without, error, drop_rate, q)
+        q = two_point_q(without, error, drop_rate, q) if math.isfinite(error) else 2.0 * q
+    if not math.isfinite(error):
+        raise DarexError(f"the pruned model's outputs are finite at none of the q up to {q:.4g}.")
     return q, visited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from darex_jax.core.delta import apply_delta, rescale
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.classification import pruned_params
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
 from darex_jax.models import Model
 from darex_jax.q.per_layer import bias_of
@@ -45,8 +46,8 @@ def learn_q(
     fine: Params,
     start: Params,
     masked: Params,
-    layers: Sequence[str],
     drop_rate: float,
+    layers: Sequence[str],
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
     *,
@@ -64,13 +65,15 @@ def learn_q(
     training that was stopped goes on, to the same bits.
 
     Args:
-      start, masked: from `split_in_scope` and `masked_deltas`, of one mask.
+      start: from `split_in_scope`.
+      masked: its delta with the dropped entries at zero, not rescaled: `prune(key, delta, drop_rate, 1.0)`.
       layers: the weights that have a coefficient each; their biases follow them, all else has the mean q.
       batches, held_out: what is trained on, a step a batch, and what decides when to stop.
       learning_rate: AdamW's at the start, which is by how much the first step changes every q: the authors'
         1e-2 brings it to eleven times DARE's at 0.999.
       on_epoch: called after every epoch with its number from 1, the mean change and the held-out change.
-    Raises: ValueError for no layer or no batch; FloatingPointError once the change is not finite.
+    Raises: ValueError for no layer or no batch, or if the outputs are not finite at DARE's q, where learning
+      begins; FloatingPointError once the change is not finite.
     Source: the authors' code for DAREx, arXiv:2410.09344.
     """
     if not layers or not batches or not held_out:
@@ -79,16 +82,18 @@ def learn_q(
     number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
     layout = tuple(number.get(name, -1) for name in names)  # -1: the mean of all
     density = round(1.0 - drop_rate, 12)
-    schedule = optax.cosine_decay_schedule(learning_rate, epochs * len(batches))
+    steps = epochs * len(batches)
     references, held_out_references = (reference_outputs(model, fine, b) for b in (batches, held_out))
 
     def change(coefficients: jax.Array) -> float:
         q = dict(zip(names, _q_by_name(layout, density, coefficients), strict=True))
-        return output_change(model, pruned_params(start, masked, q), held_out, held_out_references)
+        return output_change(model, _rescaled(start, masked, q), held_out, held_out_references)
 
     coefficients = jnp.zeros(len(layers), jnp.float32)
     history = np.full((epochs + 1, 2), np.nan)
     history[0] = change(coefficients)
+    if not np.isfinite(history[0, 0]):
+        raise DarexError("outputs are not finite at DARE's q, where learning begins: choose a searched one.")
     state = (jnp.int32(0), coefficients, _optimizer(0.0).init(coefficients), coefficients, history)
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         state = found[1]
@@ -97,7 +102,7 @@ def learn_q(
     while done < epochs and done - int(np.nanargmin(history[:, 1])) < patience:
         changes = []
         for i, pair in enumerate(zip(batches, references, strict=True)):
-            rate = float(schedule(done * len(batches) + i))
+            rate = _cosine(learning_rate, done * len(batches) + i, steps)
             coefficients, moments, seen = _step(
                 model, layout, density, rate, coefficients, moments, start, masked, *pair
             )
@@ -114,6 +119,16 @@ def learn_q(
     by_name = {name: float(x) for name, x in zip(names, _q_by_name(layout, density, best), strict=True)}
     seen = [(float(a), float(b)) for a, b in history[: done + 1]]
     return LearnedQ(by_name, min(b for _, b in seen), seen)
+
+
+@jax.jit
+def _rescaled(start: Params, masked: Params, q: dict[str, jax.Array]) -> Params:
+    return apply_delta(start, rescale(masked, q))
+
+
+def _cosine(learning_rate: float, step: int, steps: int) -> float:
+    """optax's `cosine_decay_schedule` on the host: a device would do it behind the steps that are queued."""
+    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
@@ -143,7 +158,7 @@ def _step(
 
     def loss(coefficients: jax.Array) -> jax.Array:
         q = dict(zip(flatten_names(masked), _q_by_name(layout, density, coefficients), strict=True))
-        total, count = output_change_sums(model, False, pruned_params(start, masked, q), batch, reference)
+        total, count = output_change_sums(model, False, _rescaled(start, masked, q), batch, reference)
         return total / count
 
     value, gradient = jax.value_and_grad(loss)(coefficients)

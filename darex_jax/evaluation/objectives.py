@@ -6,6 +6,7 @@ Two of them look at labels (`label_objective`, `answer_objective`), two at input
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.outputs import output_change, real_parts, reference_outputs
 from darex_jax.models import DecoderConfig, Model
+from darex_jax.models.logits import of_logits
 from darex_jax.q.search import trimmed_mean
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import Batch, model_inputs, row_count
@@ -31,11 +33,12 @@ class Objective(NamedTuple):
 
     Attributes:
       name: what a table calls it.
-      measure: params -> the number.
+      measure: params -> the number; NaN where an output is not finite.
       maximise: whether larger is better.
       over_masks: makes one number of those of several masks.
       examples: how many go through the model for one `measure`.
       labels: how many of their labels are looked at.
+      blind: why it cannot tell a good model from one that always says the same, if so.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Objective(NamedTuple):
     over_masks: Callable[[Sequence[float]], float]
     examples: int
     labels: int = 0
+    blind: str | None = None
 
 
 def label_objective(model: Model, task: Task, batches: Sequence[Batch]) -> Objective:
@@ -51,25 +55,26 @@ def label_objective(model: Model, task: Task, batches: Sequence[Batch]) -> Objec
     labels = _in_order(batches)
     return Objective(
         f"validation {task.metric_name}",
-        lambda params: task.metric(predict(model, params, batches), labels),
+        lambda params: _if_finite(task.metric, predict(model, params, batches), labels),
         True,
         _mean,
         len(labels),
         len(labels),
+        _all_alike("the labels of the", labels),
     )
 
 
 def answer_objective(model: Model, batches: Sequence[Batch]) -> Objective:
     """A decoder's share of right tokens in known answers: q_v."""
     rows = row_count(batches)
-    return Objective(
-        "right answer tokens",
-        lambda params: answer_scores(model, params, batches).tokens,
-        True,
-        _mean,
-        rows,
-        rows,
-    )
+
+    def right_tokens(params: Params) -> float:
+        scores = answer_scores(model, params, batches)
+        return scores.tokens if math.isfinite(scores.loss) else math.nan
+
+    answers = [np.asarray(b["input_ids"])[np.asarray(b["loss_mask"]) > 0] for b in batches]
+    blind = _all_alike("the answer tokens of the", np.concatenate(answers), rows)
+    return Objective("right answer tokens", right_tokens, True, _mean, rows, rows, blind)
 
 
 def prediction_objective(
@@ -81,7 +86,7 @@ def prediction_objective(
     gives; None is the share of equal classes. Decoders: the share of real tokens after which both rank
     the same token first.
 
-    Raises: ValueError for a model without a head.
+    Raises: ValueError for a model without a head, or whose own outputs are not finite.
     """
     count = row_count(batches)
     if isinstance(model.config, DecoderConfig):
@@ -90,21 +95,29 @@ def prediction_objective(
         def same_tokens(params: Params) -> float:
             pairs = zip(batches, references, strict=True)
             sums = [_same_first(model, params, batch, reference[1]) for batch, reference in pairs]
-            same, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
-            return float(same / tokens)
+            same, tokens, finite = np.sum(np.asarray(sums, np.float64), axis=0)
+            return float(same / tokens) if finite == tokens else math.nan
 
-        return Objective("agreement of next tokens", same_tokens, True, _mean, count)
+        real = [np.asarray(real_parts(batch)[1]) > 0 for batch in batches]
+        firsts = [np.asarray(r[1])[..., 0][mask] for r, mask in zip(references, real, strict=True)]
+        if not all(np.isfinite(r[0])[mask].all() for r, mask in zip(references, real, strict=True)):
+            raise _own_outputs_error()
+        blind = _all_alike("the fine-tuned model's predictions for the", np.concatenate(firsts), count)
+        return Objective("agreement of next tokens", same_tokens, True, _mean, count, blind=blind)
     logits = predict(model, fine, batches)
+    if not np.isfinite(logits).all():
+        raise _own_outputs_error()
     answers = logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(-1)
     if metric is None and logits.shape[-1] == 1:
         raise DarexError("a model with one output needs its task's metric to compare scores.")
     compare = metric or (lambda moved, same_as: float(np.mean(moved.argmax(-1) == same_as)))
     return Objective(
         "agreement of predictions",
-        lambda params: compare(predict(model, params, batches), answers),
+        lambda params: _if_finite(compare, predict(model, params, batches), answers),
         True,
         _mean,
         count,
+        blind=_all_alike("the fine-tuned model's predictions for the", answers),
     )
 
 
@@ -118,6 +131,21 @@ def output_objective(model: Model, fine: Params, batches: Sequence[Batch]) -> Ob
         trimmed_mean,
         row_count(batches),
     )
+
+
+def _if_finite(metric: Callable[..., float], logits: np.ndarray, labels: np.ndarray) -> float:
+    return metric(logits, labels) if np.isfinite(logits).all() else math.nan
+
+
+def _all_alike(what: str, values: np.ndarray, examples: int | None = None) -> str | None:
+    """A sentence, where all values are one: whoever always gives that one is never wrong."""
+    if values.min() < values.max():
+        return None
+    return f"{what} {len(values) if examples is None else examples} examples are all the same"
+
+
+def _own_outputs_error() -> DarexError:
+    return DarexError("the fine-tuned model's own outputs are NaN or infinite for some of the examples.")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -134,7 +162,13 @@ def _in_order(batches: Sequence[Batch]) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _same_first(model: Model, params: Params, batch: Batch, tokens: jax.Array) -> jax.Array:
-    """The number of real tokens after which `tokens[..., 0]` is ranked first, and of real tokens."""
-    first = model(params, **model_inputs(batch)).logits.argmax(-1)
+    """The number of real tokens after which `tokens[..., 0]` is ranked first, of real tokens, and of those
+    whose logits are finite: no other agrees."""
+
+    def of(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        finite = jnp.isfinite(logits).all(-1)
+        return finite & (logits.argmax(-1) == tokens[..., 0]), finite
+
+    same, finite = of_logits(of, model, params, model_inputs(batch), tokens)
     _, real = real_parts(batch)
-    return jnp.stack([jnp.sum((first == tokens[..., 0]) * real), jnp.sum(real)])
+    return jnp.stack([jnp.sum(same * real), jnp.sum(real), jnp.sum(finite * real)])

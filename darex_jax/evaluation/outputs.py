@@ -7,7 +7,7 @@ batch shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.errors import DarexError
-from darex_jax.models import DecoderOutput, EncoderOutput
+from darex_jax.models import DecoderConfig, EncoderOutput, Model
+from darex_jax.models.logits import of_logits
 from darex_jax.tasks.batching import Batch, model_inputs
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
-Model = Callable[..., Any]
 Reference = Any  # of one batch
 TOP = 5  # tokens of a decoder that are looked at
 
@@ -56,10 +55,9 @@ def output_change(
 
 @partial(jax.jit, static_argnums=0)
 def _reference(model: Model, params: Params, batch: Batch) -> Reference:
-    out = model(params, **model_inputs(batch))
-    if isinstance(out, DecoderOutput):
-        return jax.lax.top_k(_logits(out), TOP)
-    return _hidden(out)
+    if isinstance(model.config, DecoderConfig):
+        return of_logits(lambda logits: jax.lax.top_k(logits, TOP), model, params, model_inputs(batch))
+    return _hidden(model(params, **model_inputs(batch)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -67,12 +65,14 @@ def output_change_sums(
     model: Model, squared: bool, params: Params, batch: Batch, reference: Reference
 ) -> jax.Array:
     """Of one batch: the sum of the change over real tokens, and their number; it has a gradient."""
-    out = model(params, **model_inputs(batch))
-    if isinstance(out, DecoderOutput):
-        largest, whose = reference
-        change = jnp.square(jnp.take_along_axis(_logits(out), whose, axis=-1) - largest).mean(axis=-1)
+    if isinstance(model.config, DecoderConfig):
+
+        def of(logits: jax.Array, largest: jax.Array, whose: jax.Array) -> jax.Array:
+            return jnp.square(jnp.take_along_axis(logits, whose, axis=-1) - largest).mean(axis=-1)
+
+        change = of_logits(of, model, params, model_inputs(batch), *reference)
     else:
-        difference = _hidden(out) - reference
+        difference = _hidden(model(params, **model_inputs(batch))) - reference
         change = (jnp.square(difference) if squared else jnp.abs(difference)).mean(axis=-1)
     rows, tokens = real_parts(batch)
     real = rows if change.ndim == 1 else tokens
@@ -84,12 +84,6 @@ def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
     mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
     rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
     return rows, mask * rows[:, None]
-
-
-def _logits(out: DecoderOutput) -> jax.Array:
-    if out.logits is None:
-        raise DarexError("this decoder has no lm_head: there are no logits to compare.")
-    return out.logits.astype(jnp.float32)
 
 
 def _hidden(out: EncoderOutput) -> jax.Array:

@@ -1,14 +1,19 @@
 """What a run was: enough to repeat it and to see whether the repeat agrees."""
 
+import os
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import blake3
 import numpy as np
 
+from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.recipe import tensor_line, versions
 from darex_jax.files.safetensors import as_bytes
+from darex_jax.files.stream import Progress, tensor_digest
 
 
 def params_digest(params: Any) -> str:
@@ -20,6 +25,21 @@ def params_digest(params: Any) -> str:
         array = np.ascontiguousarray(leaf)
         digest.update(tensor_line(name, array.dtype, array.shape))
         digest.update(as_bytes(array))
+    return digest.hexdigest()
+
+
+def weights_digest(checkpoint: Checkpoint, progress: Progress = lambda _: None) -> str:
+    """BLAKE3 over the name, dtype, shape and digest of every stored tensor, by name.
+
+    The file is read once, on every core, and never held: no array is made of it. How the tensors are spread
+    over files plays no part.
+    """
+    digest = blake3.blake3()
+    tensors = sorted(checkpoint.tensors.items())
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = pool.map(partial(tensor_digest, progress=progress), [tensor for _, tensor in tensors])
+        for (name, tensor), own in zip(tensors, found, strict=True):
+            digest.update(tensor_line(name, tensor.info.dtype, tensor.info.shape) + own.encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -50,14 +51,16 @@ def layer_q(
 def spread_q(by_layer: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """A q for every parameter that is pruned.
 
-    A weight has its layer's, a bias its weight's, any other (norms, embeddings) the mean of the layers'.
+    A weight has its layer's, a bias its weight's, any other (norms, embeddings) the mean of the layers'. That
+    has, too, a layer whose own is infinite: one without an output, of which the examples tell nothing.
 
-    Raises: ValueError for no layer.
+    Raises: ValueError if no layer has a finite q.
     """
-    if not by_layer:
+    known = {name: q for name, q in by_layer.items() if math.isfinite(q)}
+    if not known:
         raise DarexError("no layer has a q, so there is nothing to spread.")
-    mean = float(np.mean(list(by_layer.values())))
-    by_name = {**{bias_of(name): q for name, q in by_layer.items()}, **by_layer}
+    mean = float(np.mean(list(known.values())))
+    by_name = {**{bias_of(name): q for name, q in known.items()}, **known}
     return {name: by_name.get(name, mean) for name in names}
 
 

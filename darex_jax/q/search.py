@@ -1,4 +1,4 @@
-"""Algorithm 2 of DAREx: a search for one q by a coarse grid and a finer one around its best point."""
+"""Searches for one q by a coarse grid and a finer one around its best: ours, and Algorithm 2 of DAREx."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from darex_jax.core.errors import DarexError
+
+PATIENCE = 3  # values in a row without improvement that a pass goes on after
 
 
 @dataclass(frozen=True)
@@ -15,11 +19,11 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-      q: the visited point chosen: the middle of the plateau.
+      q: the visited point chosen.
       value: the objective at q.
       plateau: first and last of the neighbouring visited points that share the best value; (q, q) if there is
         but one.
-      curve: every visited (q, value), by rising q.
+      curve: every visited (q, value), by rising q; a value that is not finite is NaN or infinite in it.
     """
 
     q: float
@@ -27,27 +31,38 @@ class SearchResult:
     plateau: tuple[float, float]
     curve: list[tuple[float, float]]
 
+    @property
+    def flat(self) -> bool:
+        """Whether several points were visited and all finite values are one: the objective tells nothing."""
+        return len(self.curve) > 1 and len({v for _, v in self.curve if math.isfinite(v)}) == 1
+
 
 def linear_grid(low: float, high: float, step: float) -> list[float]:
-    """low, low + step, ... up to `high`, inclusive when the steps meet it: the grid of Algorithm 2.
+    """low, low + step, ... up to `high`, inclusive when the steps meet it.
 
     Points are computed from their number and rounded to 12 digits: the same decimal numbers everywhere.
     Raises: ValueError for a grid that is none.
     """
-    if not (0.0 < low <= high < math.inf and 0.0 < step < math.inf):
-        raise DarexError(f"need 0 < low <= high and step > 0, got low={low}, high={high}, step={step}.")
+    check_bounds(low, high, step)
     return [round(low + i * step, 12) for i in range(math.floor((high - low) / step + 1e-9) + 1)]
 
 
 def geometric_grid(low: float, high: float, ratio: float = math.sqrt(2.0)) -> list[float]:
-    """low, low * ratio, low * ratio^2, ... up to `high`; all but the first rounded to 4 significant digits.
+    """low, low * ratio, low * ratio^2, ... and `high` itself; all between rounded to 4 significant digits.
 
     Raises: ValueError for a grid that is none.
     """
     if not (0.0 < low <= high < math.inf and 1.0 < ratio < math.inf):
         raise DarexError(f"need 0 < low <= high and ratio > 1, got low={low}, high={high}, ratio={ratio}.")
-    count = math.floor(math.log(high / low) / math.log(ratio) + 1e-9)
-    return [low, *(float(f"{low * ratio**i:.4g}") for i in range(1, count + 1))]
+    count = math.ceil(math.log(high / low) / math.log(ratio) - 1e-9)
+    between = [float(f"{low * ratio**i:.4g}") for i in range(1, count)]
+    return [low, *(q for q in between if low < q < high), *([high] if high > low else [])]
+
+
+def check_bounds(low: float, high: float, step: float) -> None:
+    """Raises: ValueError unless these make a grid."""
+    if not (0.0 < low <= high < math.inf and 0.0 < step < math.inf):
+        raise DarexError(f"need 0 < low <= high and step > 0, got low={low}, high={high}, step={step}.")
 
 
 def search_q(
@@ -55,26 +70,25 @@ def search_q(
     coarse: Sequence[float],
     *,
     maximise: bool,
-    whole: bool = False,
-    patience: int = 3,
+    patience: int = PATIENCE,
     decay: float = 0.1,
     refinements: int = 1,
 ) -> SearchResult:
-    """Visits a coarse grid upwards, then finer ones around the best point.
+    """Visits a whole coarse grid, then finer ones around the best point.
 
-    Each pass ends after more than `patience` values in a row that are worse than the pass's best; a tie is no
-    worse, so that a flat beginning does not end it. A refinement visits points strictly between the best
-    point's neighbours, `decay` times the distance to each apart. No q is evaluated twice.
+    An output change may rise before it falls for good: no rule ends the coarse pass. A refinement visits
+    points strictly between the best point's neighbours, `decay` times the distance to each apart, and ends
+    after more than `patience` values in a row that are worse than its best; a tie is no worse. Of equal best
+    values the middle is taken; where all are equal, the objective tells nothing and the first is. No q is
+    evaluated twice.
 
     Args:
-      objective: q -> value; a value that is not finite counts as worse than any other.
+      objective: q -> value; a value that is not finite is passed over.
       coarse: rising positive points, from `linear_grid` or `geometric_grid`.
       maximise: whether larger values are better (a metric) or smaller ones (an output change).
-      whole: visit every coarse point: an output change may rise before it falls for good.
       decay: in (0, 1).
     Raises: ValueError for arguments out of range, or if no value is finite.
-    Source: DAREx (arXiv:2410.09344), Algorithm 2, with the stopping rule of the authors' code. Unlike there,
-      points stay within the coarse grid, and of equal best values the middle is taken, not the first visited.
+    Source: after DAREx (arXiv:2410.09344), Algorithm 2, which is `authors_walk`.
     """
     rising = all(a < b for a, b in pairwise(coarse))
     if not coarse or not rising or not (coarse[0] > 0.0 and math.isfinite(coarse[-1])):
@@ -84,55 +98,114 @@ def search_q(
             f"need 0 < decay < 1, patience >= 0 and refinements >= 0, "
             f"got decay={decay}, patience={patience}, refinements={refinements}."
         )
-    sign = 1.0 if maximise else -1.0
-    values: dict[float, float] = {}
+    visits = _Visits(objective, maximise)
 
-    def score(q: float) -> float:
-        return sign * values[q] if math.isfinite(values[q]) else -math.inf
+    def around(centre: float) -> list[float]:
+        reach = range(1, math.ceil(1 / decay - 1e-9))
+        below, above = [q for q in visits.values if q < centre], [q for q in visits.values if q > centre]
+        left = [round(centre - j * decay * (centre - max(below)), 12) for j in reach] if below else []
+        right = [round(centre + j * decay * (min(above) - centre), 12) for j in reach] if above else []
+        return [*left[::-1], centre, *right]
 
-    def walk(points: Iterable[float], patience: float) -> None:
+    visits.walk(coarse, math.inf)
+    for _ in range(refinements):
+        visits.walk(around(_middle(visits.longest_plateau())), patience)
+    run = visits.longest_plateau()
+    found = visits.result(_middle(run), run)
+    return visits.result(run[0], run) if found.flat else found
+
+
+def authors_walk(
+    objective: Callable[[float], float], grid: tuple[float, float, float], *, maximise: bool
+) -> SearchResult:
+    """The search of the authors' code, point by point.
+
+    A coarse pass visits low, low + step, ... with one point beyond `high` where high is no multiple. A finer
+    one, in steps of a tenth, visits from 0.9 step below the best point, but above `low`, up to a step above
+    it, past `high` too. Both end after more than 3 values in a row without improvement, a tie being one.
+    Of equal best values the first visited is taken.
+
+    Args:
+      objective, maximise: as for `search_q`.
+      grid: low, high and step.
+    Raises: ValueError for a grid that is none, or if no value is finite.
+    Source: `find_optimal_param` of find_q_encoder.py in the authors' code for DAREx, arXiv:2410.09344. The
+      one of find_q_decoder.py refines below `low` as well, down to 0, by which nothing can be divided.
+      Unlike there, no q is evaluated twice, points are rounded to 12 digits, and a value that is not finite
+      counts for nothing, where theirs is one without improvement.
+    """
+    low, high, step = grid
+    check_bounds(low, high, step)
+    decay = 0.1
+    visits = _Visits(objective, maximise)
+    # NumPy's own ranges of their own bounds, unrounded: how many points there are is up to the last bit.
+    coarse = np.arange(low, high + step, step).tolist()
+    visits.walk([round(q, 12) for q in coarse], PATIENCE)
+    best = next(q for q in coarse if round(q, 12) == visits.first_best())
+    fine = np.arange(max(low + step * decay, best - step * (1 - decay)), best + step, step * decay).tolist()
+    visits.walk([round(q, 12) for q in fine], PATIENCE)
+    q = visits.first_best()
+    return visits.result(q, next(run for run in visits.plateaus() if q in run))
+
+
+class _Visits:
+    """The objective at every q asked for, in the order of asking."""
+
+    def __init__(self, objective: Callable[[float], float], maximise: bool):
+        self.objective = objective
+        self.sign = 1.0 if maximise else -1.0
+        self.values: dict[float, float] = {}
+
+    def walk(self, points: Iterable[float], patience: float) -> None:
+        """Visits points until more than `patience` in a row are worse than the best of this walk."""
         best, worse_in_a_row = -math.inf, 0
         for q in points:
-            if q not in values:
-                values[q] = float(objective(q))
-            if score(q) >= best:
-                best, worse_in_a_row = score(q), 0
+            if q not in self.values:
+                self.values[q] = float(self.objective(q))
+            if not math.isfinite(self.values[q]):
+                continue
+            if self.score(q) >= best:
+                best, worse_in_a_row = self.score(q), 0
             else:
                 worse_in_a_row += 1
             if worse_in_a_row > patience:
                 return
 
-    def plateau() -> list[float]:
-        """The longest run of neighbouring visited points with the best value, the first of equals."""
-        best = max(map(score, values))
+    def score(self, q: float) -> float:
+        return self.sign * self.values[q] if math.isfinite(self.values[q]) else -math.inf
+
+    def first_best(self) -> float:
+        """The best q, of equals the first visited. Raises: ValueError if no value is finite."""
+        best = max(self.values, key=self.score)
+        if not math.isfinite(self.values[best]):
+            raise DarexError(
+                f"the objective is finite at none of the {len(self.values)} visited q, "
+                f"{min(self.values)} to {max(self.values)}: are the outputs of base and fine-tuned model "
+                "finite on these examples?"
+            )
+        return best
+
+    def longest_plateau(self) -> list[float]:
+        """Of the plateaus the longest, the first of equals."""
+        return max(self.plateaus(), key=len)
+
+    def plateaus(self) -> list[list[float]]:
+        """The runs of neighbouring visited points with the best value; some may be empty."""
+        best = self.score(self.first_best())
         runs: list[list[float]] = [[]]
-        for q in sorted(values):
-            if score(q) == best:
+        for q in sorted(self.values):
+            if self.score(q) == best:
                 runs[-1].append(q)
             else:
                 runs.append([])
-        return max(runs, key=len)
+        return runs
 
-    def middle(run: Sequence[float]) -> float:
-        return min(run, key=lambda q: (round(abs(q - (run[0] + run[-1]) / 2), 12), q))
+    def result(self, q: float, run: Sequence[float]) -> SearchResult:
+        return SearchResult(q, self.values[q], (run[0], run[-1]), sorted(self.values.items()))
 
-    def around(centre: float) -> list[float]:
-        reach = range(1, math.ceil(1 / decay - 1e-9))
-        below, above = [q for q in values if q < centre], [q for q in values if q > centre]
-        left = [round(centre - j * decay * (centre - max(below)), 12) for j in reach] if below else []
-        right = [round(centre + j * decay * (min(above) - centre), 12) for j in reach] if above else []
-        return [*left[::-1], centre, *right]
 
-    walk(coarse, math.inf if whole else patience)
-    for _ in range(refinements):
-        walk(around(middle(plateau())), patience)
-    if not any(math.isfinite(v) for v in values.values()):
-        raise DarexError(
-            f"the objective is finite at none of the {len(values)} visited q, {coarse[0]} to {coarse[-1]}."
-        )
-    run = plateau()
-    q = middle(run)
-    return SearchResult(q, values[q], (run[0], run[-1]), sorted(values.items()))
+def _middle(run: Sequence[float]) -> float:
+    return min(run, key=lambda q: (round(abs(q - (run[0] + run[-1]) / 2), 12), q))
 
 
 def trimmed_mean(values: Sequence[float]) -> float:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
+from darex_jax.core.delta import prune
 from darex_jax.core.errors import DarexError
-from darex_jax.core.scope import choose_scope
+from darex_jax.core.scope import DECODERS, choose_scope
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import (
     input_statistics,
@@ -26,7 +30,7 @@ from darex_jax.evaluation.find_q import (
     find_q,
     layer_rule,
     load_pair,
-    masked_deltas,
+    pruned_models,
     q_grid,
     same,
     split_in_scope,
@@ -40,17 +44,18 @@ from darex_jax.evaluation.objectives import (
     output_objective,
     prediction_objective,
 )
-from darex_jax.files.checkpoint import read_config
-from darex_jax.files.manifest import params_digest, run_manifest
+from darex_jax.files.checkpoint import Checkpoint, read_config
+from darex_jax.files.manifest import run_manifest, weights_digest
 from darex_jax.files.paths import read_text
-from darex_jax.models import BertConfig, DecoderConfig, Model, read_model_config
+from darex_jax.models import BertConfig, Model, read_model_config
 from darex_jax.q.analytic import Rule
 from darex_jax.q.closed_form import closed_form
 from darex_jax.q.per_layer import spread_q
-from darex_jax.q.search import linear_grid
+from darex_jax.q.search import SearchResult, authors_walk, check_bounds, search_q
 from darex_jax.tasks import Examples, Task, load_task
 from darex_jax.tasks.answers import (
     PROBLEM_TASKS,
+    EncodedAnswers,
     answer_batches,
     encode_problems,
     encode_texts,
@@ -59,6 +64,7 @@ from darex_jax.tasks.answers import (
 from darex_jax.tasks.batching import (
     EVALUATION_ROWS,
     Batch,
+    Encoded,
     encode,
     evaluation_batches,
     load_tokenizer,
@@ -83,14 +89,23 @@ class Material(NamedTuple):
     """Examples as a model gets them.
 
     Attributes:
-      batches: a decoder's of 8 rows.
+      encoded: their tokens.
       task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
-      digest: SHA-256 of the tokens.
+      source: where they come from.
     """
 
-    batches: list[Batch]
+    encoded: Encoded | EncodedAnswers
     task: Task | None
-    digest: str
+    source: str
+
+    def batches(self, rows: int = EVALUATION_ROWS) -> list[Batch]:
+        """Of so many rows each; a decoder's of 8."""
+        if isinstance(self.encoded, EncodedAnswers):
+            return list(answer_batches(self.encoded, 8, 0, 0))
+        return evaluation_batches(self.encoded, rows)
+
+    def select(self, rows: NDArray) -> Material:
+        return self._replace(encoded=self.encoded.select(rows))
 
 
 def choose_q(
@@ -120,9 +135,9 @@ def choose_q(
 
     Args:
       base, fine: Hugging Face directories.
-      objective: one of `OBJECTIVES`, or "auto": labels where a task is named, else predictions, or two-point
-        for an encoder that predicts no classes.
-        labels: the metric on held-out examples (q_v), the only one that looks at labels.
+      objective: one of `OBJECTIVES`, or "auto": labels where a task is named, else predictions, or for an
+        encoder that predicts no classes two-point (by layer, outputs).
+        labels: the metric on held-out examples (q_v), the only one that looks at labels; it asks for a task.
         predictions: agreement with the fine-tuned model's own predictions on held-out examples.
         outputs: the output change (q_e). learned: the same by gradient, of each layer.
         closed-form: the least expected squared error of linear layers' outputs. two-point: that of the
@@ -136,80 +151,146 @@ def choose_q(
       text: a file with one text a line, instead of a task.
       limit: at most so many examples; None is what `OBJECTIVES` says.
       masks: how many, of the seeds from `seed` on; None is 1 for labels, predictions and learned, else 4.
-      grid: low, high and step of a coarse grid with the authors' stopping rule; None is a wider one, which
-        is visited whole.
+      grid: low, high and step of the authors' walk; None is a wider grid, which is visited whole.
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
       learning_rate: with learned, see `learn_q`.
       checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
       on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
-    Returns: what the q file holds: q, value, objective, scope, curve (of q, of eta with rule, or of epochs),
-      plateau, what it cost (evaluations of so many examples, labels looked at), manifest.
+    Returns: what the q file holds, ready for strict JSON: q, value, objective, scope, curve (of q, of eta
+      with rule, or of epochs; None for a value that is not finite), plateau, what it cost (evaluations of so
+      many examples, labels looked at), manifest. Where there is a `warning`, the examples tell nothing, and q
+      is 1 - p, DARE's.
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
-        config = read_model_config(read_config(fine))
-        no_classes = isinstance(config, BertConfig) and (config.headless or config.num_labels == 1)
-        objective = "labels" if task is not None else "two-point" if no_classes else "predictions"
-    _check(objective, scope, task, text, masks, drop_rate)
+        objective = "labels" if task is not None else without_labels(fine, scope)
+    _check(objective, scope, task, text, masks, grid, drop_rate)
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
-    model, params, base_params = load_pair(base, fine, chosen)
-    start, delta = split_in_scope(params, base_params)
     limit = OBJECTIVES[objective] if limit is None else limit
     held_out = objective in ("labels", "predictions")
-    rows = CALIBRATION_SIZE if objective == "learned" else EVALUATION_ROWS  # a step of learning takes more
-    material = _read(model, fine, task, data_dir, difficulty, text, held_out, rows, limit)
+    material = _read(fine, task, data_dir, difficulty, text, held_out, limit)  # before a weight is read
+    if objective == "learned" and len(material.encoded) < 2:
+        raise DarexError("learned takes two examples or more: to learn from, and to be held out.")
+    model, params, base_params = load_pair(base, fine, chosen)
+    start, delta = split_in_scope(params, base_params)
+    del base_params
     count = masks or (1 if objective in ("labels", "predictions", "learned") else 4)
-    seeds = [seed + i for i in range(count)]
-    masked = [] if objective == "closed-form" else masked_deltas(delta, drop_rate, seeds)
+    seeds = [] if objective == "closed-form" else [seed + i for i in range(count)]
+    models = pruned_models(start, delta, drop_rate, seeds)
     names = list(flatten_names(delta))
-    made_from = {"model": params_digest(params), "data": material.digest}
-    base_digest = params_digest(base_params)
+    density = round(1.0 - drop_rate, 12)
+    dare: Q = dict.fromkeys(names, density) if scope == "layer" else density
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        digests = {"base_weights": weights_digest(b), "fine_weights": weights_digest(f)}
+    data_digest = material.encoded.digest()
+    made_from = {"model": digests["fine_weights"], "data": data_digest}
+    batches = material.batches()
     found: dict[str, Any]
     if objective in SEARCHED:
-        goal = _objective(objective, model, params, material)
-        coarse = q_grid(drop_rate)
+        goal = _objective(objective, model, params, material.task, batches)
         q_of: Callable[[float], Q] = same
+        points = q_grid(drop_rate)
         if scope == "layer":
-            seen = _statistics(model, params, material.batches, statistics, made_from)
-            coarse, q_of = eta_grid(), layer_rule(seen, delta, drop_rate, rule)
-        coarse = linear_grid(*grid) if grid else coarse
-        result = find_q(goal, start, masked, coarse, q_of=q_of, whole=grid is None, on_value=on_value)
-        found = {
-            "q": q_of(result.q), "value": result.value, "value_name": goal.name,
-            "plateau": list(result.plateau), "curve": [list(point) for point in result.curve],
-            "evaluations": len(result.curve) * count, "examples": goal.examples, "labels": goal.labels,
-        }  # fmt: skip
+            seen = _statistics(model, params, batches, statistics, made_from)
+            points, q_of = eta_grid(), layer_rule(seen, delta, drop_rate, rule)
+        found = {"examples": goal.examples, "labels": goal.labels}
+        if goal.blind is not None:
+            found |= {"q": dare, "warning": _untold(goal.blind), "evaluations": 0}
+        else:
+            search = search_q if grid is None else authors_walk
+            result = find_q(goal, models, grid or points, q_of=q_of, search=search, on_value=on_value)
+            found |= _searched(result, goal.name, dare, q_of, scope) | {
+                "evaluations": len(result.curve) * count
+            }
         if scope == "layer":
-            found |= {"eta": result.q, "rule": rule}
+            found["rule"] = rule
     elif objective == "learned":
         if checkpoints is not None:  # what was learnt from other models, data or masks is no beginning
-            made_from |= {"base": base_digest, "mask": f"{drop_rate} {seeds}", "rate": str(learning_rate)}
+            made_from |= {"base": digests["base_weights"], "mask": f"{drop_rate} {seeds}"}
+            made_from |= {"rate": str(learning_rate), "scope": json.dumps([include, exclude])}
             checkpoints /= hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        # One mask and no other use of the delta: masked once, in its own place.
+        masked = prune(jax.random.key(seed), delta, drop_rate, 1.0, donate=True)
         found = _learned(
-            model, params, start, masked, drop_rate, material.batches, learning_rate, checkpoints, on_value
+            model, params, start, masked, seed, drop_rate, material, learning_rate, checkpoints, on_value
         )
     elif objective == "closed-form":
-        form = closed_form(squared_influences(model, params, delta, material.batches), drop_rate)
-        q = form.q if scope == "model" else spread_q(form.layers, names)
-        found = {"q": q, "layers": form.layers, "evaluations": 1, "examples": row_count(material.batches)}
+        form = closed_form(squared_influences(model, params, delta, batches), drop_rate)
+        found = {"layers": form.layers, "evaluations": 1, "examples": row_count(batches)}
+        if not 1.0 - drop_rate < form.q < math.inf:
+            found |= {"q": dare, "warning": _untold("the delta changes no layer's output")}
+        else:
+            found["q"] = form.q if scope == "model" else spread_q(form.layers, names)
     else:
-        q, visited = two_point(model, params, start, masked, material.batches, drop_rate)
+        q, visited = two_point(model, params, start, models, batches, drop_rate, on_value=on_value)
         found = {
             "q": q, "change_without_delta": visited[0][1], "changes": [list(point) for point in visited[1:]],
-            "evaluations": 1 + count * len(visited[1:]), "examples": row_count(material.batches),
+            "evaluations": 1 + count * len(visited[1:]), "examples": row_count(batches),
         }  # fmt: skip
+        if len(visited) == 1:
+            found["warning"] = _untold("the base gives the fine-tuned model's outputs")
     options = {
         "drop_rate": drop_rate, "objective": objective, "scope": scope, "rule": rule, "task": task,
         "data_dir": data_dir, "difficulty": difficulty, "text": text, "limit": limit, "masks": masks,
         "grid": grid, "learning_rate": learning_rate, "include": include, "exclude": exclude, "seed": seed,
     }  # fmt: skip
     head = {"objective": objective, "scope": scope, "drop_rate": drop_rate, "mask_seeds": seeds, "labels": 0}
-    inputs = {"base": base_digest, "fine": made_from["model"], "data": material.digest}
-    return head | found | {"manifest": run_manifest("find-q", options, inputs, {})}
+    head |= {"data": material.source}
+    inputs = {**digests, "data": data_digest}
+    return _strict(head | found | {"manifest": run_manifest("find-q", options, inputs, {})})
+
+
+def _searched(
+    result: SearchResult, value_name: str, dare: Q, q_of: Callable[[float], Q], scope: str
+) -> dict[str, Any]:
+    """What a search found; where it found nothing, DARE's q unless its outputs were not finite."""
+    found: dict[str, Any] = {
+        "q": q_of(result.q), "value": result.value, "value_name": value_name,
+        "plateau": list(result.plateau), "curve": [list(point) for point in result.curve],
+    }  # fmt: skip
+    if scope == "layer":
+        found["eta"] = result.q
+    if result.flat:
+        found |= {"warning": _untold(f"the {value_name} is the same at every point")}
+        if all(math.isfinite(value) for _, value in result.curve):
+            found["q"] = dare
+            found.pop("eta", None)
+    return found
+
+
+def _untold(why: str) -> str:
+    return f"{why}: these examples do not tell one q from another, and q stays at DARE's 1 - drop rate"
+
+
+def _strict(value: Any) -> Any:
+    """The same with None for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_labels(fine: Path, scope: str) -> str:
+    """The objective for a model whose task is not known."""
+    hf = read_config(fine)
+    if hf.get("model_type") in DECODERS:
+        return "predictions"
+    if "ForSequenceClassification" in str(hf.get("architectures")):
+        config = read_model_config(hf)
+        if isinstance(config, BertConfig) and config.num_labels > 1:
+            return "predictions"
+    return "outputs" if scope == "layer" else "two-point"
 
 
 def _check(
-    objective: str, scope: str, task: str | None, text: Path | None, masks: int | None, drop_rate: float
+    objective: str,
+    scope: str,
+    task: str | None,
+    text: Path | None,
+    masks: int | None,
+    grid: tuple[float, float, float] | None,
+    drop_rate: float,
 ) -> None:
     if objective not in OBJECTIVES or scope not in ("model", "layer"):
         raise DarexError(f"objective is one of {', '.join(OBJECTIVES)}, scope model or layer.")
@@ -221,57 +302,64 @@ def _check(
         raise DarexError("two-point finds one q for the model; say --scope model.")
     if objective == "labels" and text is not None:
         raise DarexError("texts have no labels; choose another objective, or a task.")
+    if objective == "labels" and task is None:
+        raise DarexError(
+            "labels are those of the model's own task: name it (--task), or choose another objective."
+        )
     if task is not None and text is not None:
         raise DarexError("examples come from a task or from a text file, not from both.")
     if objective == "learned" and masks not in (None, 1):
         raise DarexError("learned takes one mask.")
+    if grid is not None:
+        check_bounds(*grid)
+        if objective not in SEARCHED:
+            raise DarexError(f"{objective} searches no grid; a grid is for {', '.join(SEARCHED)}.")
 
 
 def _read(
-    model: Model,
     fine: Path,
     task: str | None,
     data_dir: Path | None,
     difficulty: int,
     text: Path | None,
     held_out: bool,
-    rows: int,
     limit: int | None,
 ) -> Material:
     """The first `limit` examples: of the held-out ones, or of those that train."""
-    tokenizer = load_tokenizer(fine)
-    decoder = isinstance(model.config, DecoderConfig)
+    family = read_config(fine).get("model_type")
+    decoder = family in DECODERS
     if text is not None:
         lines = [line for line in read_text(text).splitlines() if line.strip()][:limit]
         if not lines:
             raise DarexError(f"{text}: has no line of text.")
+        tokenizer = load_tokenizer(fine)
         if decoder:
-            answers = encode_texts(tokenizer, lines)
-            return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
-        examples = encode(tokenizer, Examples(tuple(lines), None, np.zeros(len(lines), np.int32)))
-        return Material(evaluation_batches(examples, rows), None, examples.digest())
+            return Material(encode_texts(tokenizer, lines), None, str(text))
+        examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
+        return Material(encode(tokenizer, examples), None, str(text))
+    source = task or ("word-problems" if decoder else "opinions") + " (generated)"
     task = task or ("word-problems" if decoder else "opinions")
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
-        raise DarexError(f"{task} is for {kind}, {fine} is a {model.config.model_type}.")
+        raise DarexError(f"{task} is for {kind}, {fine} is a {family}.")
     if decoder:
         problems = load_problems(task, data_dir, difficulty)[held_out][:limit]
-        answers = encode_problems(tokenizer, problems)
-        return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
+        return Material(encode_problems(load_tokenizer(fine), problems), None, source)
     loaded = load_task(task, data_dir)
-    examples = encode(tokenizer, (loaded.validation if held_out else loaded.train).select(slice(limit)))
-    return Material(evaluation_batches(examples, rows), loaded, examples.digest())
+    chosen = (loaded.validation if held_out else loaded.train).select(slice(limit))
+    return Material(encode(load_tokenizer(fine), chosen), loaded, source)
 
 
-def _objective(name: str, model: Model, fine: Params, material: Material) -> Objective:
+def _objective(
+    name: str, model: Model, fine: Params, task: Task | None, batches: Sequence[Batch]
+) -> Objective:
     if name == "outputs":
-        return output_objective(model, fine, material.batches)
+        return output_objective(model, fine, batches)
     if name == "predictions":
-        metric = None if material.task is None else material.task.metric
-        return prediction_objective(model, fine, material.batches, metric)
-    if material.task is None:
-        return answer_objective(model, material.batches)
-    return label_objective(model, material.task, material.batches)
+        return prediction_objective(model, fine, batches, None if task is None else task.metric)
+    if task is None:
+        return answer_objective(model, batches)
+    return label_objective(model, task, batches)
 
 
 def _statistics(
@@ -289,25 +377,25 @@ def _learned(
     model: Model,
     fine: Params,
     start: Params,
-    masked: Sequence[Params],
+    masked: Params,
+    seed: int,
     drop_rate: float,
-    batches: list[Batch],
+    material: Material,
     learning_rate: float,
     checkpoints: Path | None,
     on_value: Callable[[float, float], None],
 ) -> dict[str, Any]:
-    # Batches are sorted by length: every fourth is held out, so that both parts have all lengths.
-    held_out = batches[::4]
-    rest = [batch for i, batch in enumerate(batches) if i % 4] or batches
-    inputs = input_statistics(model, fine, batches[:1])
-    layers = [name for name in flatten_names(masked[0]) if name in inputs]
+    order, quarter = hold_out_quarter(len(material.encoded), seed)
+    rest, held_out = (material.select(rows).batches(CALIBRATION_SIZE) for rows in (order, quarter))
+    inputs = input_statistics(model, fine, rest[:1])
+    layers = [name for name in flatten_names(masked) if name in inputs]
     learned = learn_q(
         model,
         fine,
         start,
-        masked[0],
-        layers,
+        masked,
         drop_rate,
+        layers,
         rest,
         held_out,
         learning_rate=learning_rate,
@@ -315,12 +403,23 @@ def _learned(
         on_epoch=lambda epoch, _, change: on_value(epoch, change),
     )
     epochs = len(learned.history) - 1
-    return {
+    # The held-out examples once at the start; an epoch sends the others through forwards and backwards, which
+    # counts as two more, and the held-out ones once.
+    passes = len(quarter) + epochs * (3 * len(order) + len(quarter))
+    found = {
         "q": learned.q, "value": learned.change, "value_name": "held-out output change",
         "curve": [[epoch, change] for epoch, (_, change) in enumerate(learned.history)],
-        # A backward pass counts as two.
-        "evaluations": 1 + epochs * 4, "examples": row_count(batches),
+        "evaluations": round(passes / len(material.encoded), 2), "examples": len(material.encoded),
     }  # fmt: skip
+    if learned.change == learned.history[0][1]:
+        found["warning"] = _untold("no epoch was better than the first q")
+    return found
+
+
+def hold_out_quarter(count: int, seed: int) -> tuple[NDArray, NDArray]:
+    """Row numbers to learn from, and the quarter (at least one) that decides when to stop; both ascending."""
+    order, quarter = np.random.default_rng(seed).permutation(count), max(1, count // 4)
+    return np.sort(order[quarter:]), np.sort(order[:quarter])
 
 
 def log_ticks(axes: Any) -> None:
@@ -349,15 +448,17 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
     for axes, panel in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
         axes.grid(alpha=0.3)
         if panel == "curve":
-            axes.plot(*zip(*report["curve"], strict=True), "o-", markersize=3)
+            finite = [point for point in report["curve"] if point[1] is not None]
+            axes.plot(*zip(*finite, strict=True), "o-", markersize=3)
             learned = report["objective"] == "learned"
             axis = "epoch" if learned else "eta" if report["scope"] == "layer" else "q"
             axes.set(xlabel=axis, ylabel=report["value_name"])
             if not learned:
                 log_ticks(axes)
-                taken = report["eta"] if report["scope"] == "layer" else report["q"]
-                axes.axvline(taken, color="tab:red", linestyle="--", label=f"{axis} {taken:.4g}")
-                axes.legend()
+                taken = report.get("eta") if report["scope"] == "layer" else report["q"]
+                if taken is not None:
+                    axes.axvline(taken, color="tab:red", linestyle="--", label=f"{axis} {taken:.4g}")
+                    axes.legend()
         else:
             axes.plot(list(layers.values()), "o", markersize=3)
             axes.axhline(1.0 - report["drop_rate"], color="tab:red", linestyle="--", label="DARE")

@@ -11,13 +11,13 @@ import jax
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
-from darex_jax.evaluation.classification import predict, pruned_params
+from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.find_q import (
     CALIBRATION_SIZE,
     MASK_SEEDS,
     find_q,
     load_pair,
-    masked_deltas,
+    pruned_models,
     q_grid,
     scored,
     split_in_scope,
@@ -127,15 +127,15 @@ def run_demo(
     by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in drop_rates:
         say(f"drop rate {drop_rate}: searching q by labels and by output change")
-        masked = masked_deltas(delta, drop_rate)
-        q_v = find_q(by_labels, start, masked[:1], q_grid(drop_rate))
-        q_e = find_q(by_outputs, start, masked, q_grid(drop_rate))
+        pruned = pruned_models(start, delta, drop_rate)
+        q_v = find_q(by_labels, pruned[:1], q_grid(drop_rate))
+        q_e = find_q(by_outputs, pruned, q_grid(drop_rate))
         row: dict[str, Any] = {"drop_rate": drop_rate, "curve_q_v": q_v.curve, "curve_q_e": q_e.curve}
         for name, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
-            row[name] = {"q": q, **scored(score, start, masked, q)}
+            row[name] = {"q": q, **scored(score, pruned, q)}
         say(f"drop rate {drop_rate}: writing the artifact and restoring the model from it")
         row |= _store_and_restore(base, fine_path, out, drop_rate, q_v.q)
-        in_memory = predict(model, pruned_params(start, masked[0], q_v.q), test_batches)
+        in_memory = predict(model, pruned[0](q_v.q), test_batches)
         restored_model, restored = load_model(row["restored"])
         logits = predict(restored_model, restored, test_batches)
         row["restored_bit_identical"] = in_memory.tobytes() == logits.tobytes()

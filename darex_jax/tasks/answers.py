@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
 from darex_jax.tasks import hold_out_tenth
@@ -38,6 +39,11 @@ class EncodedAnswers:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def select(self, rows: Sequence[int] | NDArray) -> EncodedAnswers:
+        """The given rows, in the given order."""
+        lengths = [self.prompt_lengths[i] for i in rows]
+        return EncodedAnswers([self.input_ids[i] for i in rows], lengths, self.pad_id)
 
     def digest(self) -> str:
         """SHA-256 of the tokens and of where the answers begin, in order."""

@@ -47,6 +47,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def select(self, rows: Sequence[int] | NDArray) -> Encoded:
+        """The given rows, in the given order."""
+        types = [self.token_type_ids[i] for i in rows]
+        return Encoded([self.input_ids[i] for i in rows], types, self.labels[np.asarray(rows)], self.pad_id)
+
     def digest(self) -> str:
         """SHA-256 of the tokens and labels, in order."""
         digest = hashlib.sha256(json.dumps([self.input_ids, self.token_type_ids]).encode())

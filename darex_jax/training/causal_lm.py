@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from darex_jax.models.logits import of_logits
 from darex_jax.tasks.answers import EncodedAnswers, answer_batches
 from darex_jax.tasks.batching import Batch
 from darex_jax.training.loop import Recipe, StepRecord, train
@@ -68,11 +69,19 @@ def answer_loss(
 def _token_losses(
     model: Callable[..., Any], params: Params, batch: Batch
 ) -> tuple[jax.Array, NDArray, jax.Array]:
-    """Of each token but the first, [B, T - 1]: loss, 1 if it is an answer's, whether it is ranked first."""
-    logits = model(params, batch["input_ids"], batch["attention_mask"]).logits[:, :-1].astype(jnp.float32)
-    target = batch["input_ids"][:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    return losses, batch["loss_mask"][:, 1:], logits.argmax(-1) == target
+    """Of each token but the first, [B, T - 1]: loss, 1 if it is an answer's, whether it is ranked first.
+
+    A token whose loss is not finite is not ranked: the argmax of NaN would be some token.
+    """
+
+    def of(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return losses, (logits.argmax(-1) == target) & jnp.isfinite(losses)
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    targets = jnp.roll(jnp.asarray(batch["input_ids"]), -1, axis=1)  # the last position's is none
+    losses, first = of_logits(of, model, params, inputs, targets)
+    return losses[:, :-1], batch["loss_mask"][:, 1:], first[:, :-1]
 
 
 class AnswerScores(NamedTuple):
