@@ -321,7 +321,10 @@ def _summed_chunks(
         with np.errstate(invalid="ignore", over="ignore"):
             total = (kept_base.astype(np.float32) + pruned).astype(dtype)
         if not delta.recipe.nonfinite and dtype.kind in "fV" and count_nonfinite(total):
-            raise _does_not_fit(name, dtype, "its delta is divided by its q")
+            q = delta.recipe.parameters[name].get("q")
+            raise _does_not_fit(
+                name, dtype, f"its delta is divided by q = {q:g}" if q else "its delta is added"
+            )
         restored = _cast(name, chunk, dtype)
         restored[kept] = np.where(pruned == 0, restored[kept], total)
         yield restored
