@@ -1,18 +1,16 @@
-"""Commands on files: check, prune, apply, inspect, verify, merge-adapter.
+"""Commands on files: check, apply, inspect, verify, merge-adapter.
 
-They do not load transformers, and all but merge-adapter not flax either; prune --q auto runs the model.
+They do not load transformers, and all but merge-adapter not flax either.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from darex_jax.cli.choose import OBJECTIVES
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
-from darex_jax.cli.show import byte_bar, bytes_text, few, plain, point_bar, print_table, q_text
+from darex_jax.cli.options import EXCLUDE, INCLUDE, JSON, PATH
+from darex_jax.cli.show import byte_bar, bytes_text, family_of, few, plain, print_table, q_text, warned
 
 ALLOW_CHANGED_FILES = click.option(
     "--allow-changed-files", is_flag=True,
@@ -36,7 +34,7 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
     from darex_jax.files.match import match_checkpoints
 
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        match = match_checkpoints(b, f, choose_scope(_family(f, b), include, exclude))
+        match = match_checkpoints(b, f, choose_scope(family_of(f, b), include, exclude))
         sizes = {name: tensor.info.size for name, tensor in f.tensors.items()}
         dtypes = sorted({str(f.tensors[name].info.dtype) for name in match.pruned})
     report = {
@@ -67,105 +65,6 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
             for line in match.faults:
                 click.echo(f"  {plain(line)}", err=True)
         sys.exit(1)
-
-
-@click.command()
-@click.argument("base", type=PATH)
-@click.argument("fine", type=PATH)
-@click.argument("out", type=PATH)
-@RATE
-@click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
-              help="Divisor of the survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by the "
-              "labels of --task, else by the model's predictions on --text, else DARE's; or an objective of "
-              "find-q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
-@click.option("--task", help="For --q auto or OBJECTIVE: where examples come from, as find-q takes it.")
-@DATA_DIR
-@TEXT
-@SEED
-@INCLUDE
-@EXCLUDE
-@click.option(
-    "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
-)
-@JSON
-def prune(
-    base: Path,
-    fine: Path,
-    out: Path,
-    drop_rate: float,
-    q: str | None,
-    task: str | None,
-    data_dir: Path | None,
-    text: Path | None,
-    seed: int,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    allow_nonfinite: bool,
-    as_json: bool,
-) -> None:
-    """Prune FINE - BASE and write the delta to OUT.
-
-    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists.
-    """
-    from darex_jax.core.scope import choose_scope
-    from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.prune import prune_checkpoints
-
-    if q == "auto" or q in OBJECTIVES:
-        divisor, why = _chosen_q(
-            base, fine, drop_rate, q, task, data_dir, text, include, exclude, seed, as_json
-        )
-    elif task or data_dir or text:
-        raise click.UsageError("--task, --data-dir and --text are for --q auto or an objective of find-q.")
-    else:
-        divisor, why = _read_q(q, drop_rate, base, fine, seed, include, exclude, as_json), None
-    with Checkpoint(base) as b, Checkpoint(fine) as f:
-        family = _family(f, b)
-        total = sum(t.info.nbytes for c in (b, f) for t in c.tensors.values())
-        with byte_bar("pruning", total, as_json) as progress:
-            summary = prune_checkpoints(
-                b,
-                f,
-                out,
-                key=(0, seed),
-                drop_rate=drop_rate,
-                q=divisor,
-                scope=choose_scope(family, include, exclude),
-                scope_text=_scope_text(family, include, exclude),
-                allow_nonfinite=allow_nonfinite,
-                progress=progress,
-            )
-        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
-    report = {
-        "out": str(out),
-        "drop_rate": drop_rate,
-        "seed": seed,
-        "survivors": summary.survivors,
-        "pruned_entries": summary.pruned_size,
-        "bytes": summary.file_bytes,
-        "fine_bytes": fine_bytes,
-        "bytes_per_parameter": summary.file_bytes / max(1, summary.pruned_size),
-        "inexact": summary.recipe.inexact,
-        "nonfinite": summary.recipe.nonfinite,
-        "digest": summary.recipe.digest(),
-        "warnings": _warnings(),
-    }
-    if why is not None:
-        report |= {"q": divisor, "q_chosen_by": why}
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
-    density = summary.survivors / max(1, summary.pruned_size)
-    rows = [
-        ("survivors", f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"),
-        ("q", q_text({name: entry["q"] for name, entry in summary.recipe.parameters.items()})),
-        *([("chosen by", why)] if why else []),
-        ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
-                 f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
-        ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
-        ("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)"),
-    ]  # fmt: skip
-    print_table(str(out), rows)
 
 
 @click.command()
@@ -208,7 +107,7 @@ def apply(
                 progress=progress,
             )
     if as_json:
-        click.echo(json.dumps({"out": str(out), "bytes": written, "warnings": _warnings()}))
+        click.echo(json.dumps({"out": str(out), "bytes": written, "warnings": warned()}))
     else:
         print_table(str(out), [("written", bytes_text(written)), ("base", f"{base}, fingerprint verified")])
 
@@ -217,59 +116,33 @@ def apply(
 @click.argument("delta", type=PATH)
 @JSON
 def inspect(delta: Path, as_json: bool) -> None:
-    """What is in a delta and how it was made."""
-    from darex_jax.files.artifact import KINDS, DeltaFile
-    from darex_jax.files.safetensors import DTYPES, element_count
+    """What is in a delta, where its bytes are, and how it was made."""
+    from darex_jax.files.artifact import DeltaFile, contents
 
     with DeltaFile(delta) as d:
-        recipe = d.recipe
-        by_kind = {
-            kind: sum(i.nbytes for n, i in d.tensors.items() if n.startswith(kind + "/")) for kind in KINDS
-        }
-        survivors = sum(d.tensors[f"values/{name}"].size for name in recipe.parameters)
-        files, dense, extra = d.names("file"), d.names("dense"), d.names("rows")
-    entries = sum(element_count(tuple(e["shape"])) for e in recipe.parameters.values())
-    dtypes = sorted({DTYPES[e["dtype"]].name for e in recipe.parameters.values() if "dtype" in e})
-    size = Path(delta).stat().st_size
-    report = {
-        "method": recipe.method,
-        "drop_rate": recipe.drop_rate,
-        "key": list(recipe.key),
-        "scope": recipe.scope,
-        "parameters": len(recipe.parameters),
-        "entries": entries,
-        "survivors": survivors,
-        "q": sorted({e["q"] for e in recipe.parameters.values()}),
-        "dense": dense,
-        "extra_rows": extra,
-        "files": files,
-        "inexact": recipe.inexact,
-        "nonfinite": recipe.nonfinite,
-        "bytes": size,
-        "bytes_by_kind": by_kind,
-        "bytes_per_parameter": size / max(1, entries),
-        "versions": recipe.versions,
-        "dtypes": dtypes,
-        "data_blake3": recipe.data_blake3,
-        "digest": recipe.digest(),
-    }
+        report = contents(d)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    values = {name: entry["q"] for name, entry in recipe.parameters.items()}
+    q = {str(i): value for i, value in enumerate(report["q"])}
+    how = [f"{name} {value}" for name, value in report["made_with"].items()]
     rows = [
-        ("method", f"{recipe.method}, drop rate {recipe.drop_rate}, q {q_text(values)}"),
-        ("key", f"{recipe.key[0]}, {recipe.key[1]} (Threefry)"),
-        ("scope", recipe.scope),
-        ("pruned", f"{len(recipe.parameters)} parameters, {entries:,} entries"),
-        ("restored in", ", ".join(dtypes) or "the base's dtype"),
-        ("survivors", f"{survivors:,} ({survivors / max(1, entries):.4%})"),
-        ("kept dense", few(dense + extra)),
-        ("files", ", ".join(files) or "none"),
-        ("inexact values", f"{recipe.inexact:,}"),
-        ("size", f"{bytes_text(size)}, {report['bytes_per_parameter']:.5f} bytes a parameter"),
-        ("made with", ", ".join(f"{k} {v}" for k, v in recipe.versions.items())),
-        ("digest", recipe.digest()),
+        ("method", ", ".join([report["method"], *how, f"q {q_text(q)}"] if q else [report["method"], *how])),
+        ("key", f"{report['key'][0]}, {report['key'][1]} (Threefry)"),
+        ("scope", report["scope"]),
+        ("pruned", f"{report['parameters']} parameters, {report['entries']:,} entries"),
+        ("restored in", ", ".join(report["dtypes"]) or "the base's dtype"),
+        (
+            "numbers stored",
+            f"{report['survivors']:,} ({report['survivors'] / max(1, report['entries']):.4%})",
+        ),
+        ("kept dense", few(report["dense"] + report["extra_rows"])),
+        ("files", ", ".join(report["files"]) or "none"),
+        ("inexact values", f"{report['inexact']:,}"),
+        ("size", f"{bytes_text(report['bytes'])}, {report['bytes_per_parameter']:.5f} bytes a parameter"),
+        *((f"  {name}", bytes_text(count)) for name, count in report["bytes_by_kind"].items()),
+        ("made with", ", ".join(f"{k} {v}" for k, v in report["versions"].items())),
+        ("digest", report["digest"]),
     ]
     print_table(str(delta), rows)
 
@@ -301,7 +174,7 @@ def verify(
             with Checkpoint(base) as b:
                 result = verify_artifact(d, b, allow_changed_files=allow_changed_files)
     if as_json:
-        click.echo(json.dumps({"delta": str(delta), **result, "warnings": _warnings()}))
+        click.echo(json.dumps({"delta": str(delta), **result, "warnings": warned()}))
     else:
         print_table(str(delta), list(result.items()))
 
@@ -330,128 +203,3 @@ def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json
         ("written", bytes_text(summary.bytes)),
     ]
     print_table(str(out), rows)
-
-
-def _warnings() -> list[str]:
-    """What has been warned of so far, for --json."""
-    return click.get_current_context().obj or []
-
-
-def _family(fine: Any, base: Any) -> str | None:
-    return fine.config.get("model_type") or base.config.get("model_type")
-
-
-def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
-    parts = [f"include {pattern}" for pattern in include] or [f"default of {family}"]
-    return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
-
-
-def _chosen_q(
-    base: Path,
-    fine: Path,
-    drop_rate: float,
-    objective: str,
-    task: str | None,
-    data_dir: Path | None,
-    text: Path | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    seed: int,
-    quiet: bool,
-) -> tuple[Any, str]:
-    """A q from what is at hand, and how it was chosen."""
-    if objective == "auto" and task is None and text is None:
-        return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
-    from darex_jax.runs.choose_q import choose_q
-
-    with point_bar("choosing q", quiet) as on_value:
-        found = choose_q(
-            base,
-            fine,
-            drop_rate,
-            objective=objective,
-            scope="layer" if objective == "learned" else "model",
-            task=task,
-            data_dir=data_dir,
-            text=text,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-            on_value=on_value,
-        )
-    if "warning" in found:
-        return found["q"], f"{found['objective']}, to no avail: {found['warning']}"
-    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
-    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
-
-
-def _read_q(
-    text: str | None,
-    drop_rate: float,
-    base: Path,
-    fine: Path,
-    seed: int,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    quiet: bool,
-) -> float | dict[str, float] | None:
-    """--q: a number, or a q file: {"q": number or {name: number}}, of this drop rate if it names one.
-
-    One that find-q wrote says of which weights, mask and scope it is: of other weights it is refused, before
-    anything is written, of another mask or scope there is a warning.
-    """
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    if not Path(text).exists():
-        raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
-    from darex_jax.files.checkpoint import read_json
-
-    content = read_json(Path(text))
-    q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
-    if chosen_for != drop_rate:
-        raise click.BadParameter(
-            f"{text} was chosen for a drop rate of {chosen_for}, not of {drop_rate}.", param_hint="--q"
-        )
-    if not (isinstance(q, int | float) or (isinstance(q, dict) and q)):
-        raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
-    manifest = content.get("manifest")
-    manifest = manifest if isinstance(manifest, dict) else {}
-    inputs, options = (
-        part if isinstance(part := manifest.get(name), dict) else {} for name in ("inputs", "options")
-    )
-    for what, path in (("base", base), ("fine", fine)):
-        _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
-    seeds = content.get("mask_seeds")
-    if isinstance(seeds, list) and seed not in seeds and seeds:
-        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {seed}.")
-    for name, given in (("include", include), ("exclude", exclude)):
-        chosen_with = options.get(name, list(given))
-        if chosen_with != list(given):
-            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {list(given)}.")
-    return q
-
-
-def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool) -> None:
-    """Raises: BadParameter unless the weights at `path` are those that the q file is of, if it says."""
-    if not isinstance(digest, str):
-        return
-    from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.manifest import weights_digest
-
-    with Checkpoint(path) as checkpoint:
-        total = sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
-        with byte_bar(f"comparing {path.name}", total, quiet) as progress:
-            same = weights_digest(checkpoint, progress) == digest
-    if not same:
-        kind = {"base": "base", "fine": "fine-tuned model"}[what]
-        raise click.BadParameter(
-            f"{q_file} was chosen for another {kind} than {path}: run find-q for this pair.", param_hint="--q"
-        )
-
-
-def _warn(text: str) -> None:
-    click.echo(f"warning: {text}", err=True)

@@ -37,6 +37,16 @@ def warnings_shown() -> Iterator[list[str]]:
         yield shown
 
 
+def warned() -> list[str]:
+    """What has been warned of so far, for --json."""
+    return click.get_current_context().obj or []
+
+
+def family_of(fine: Any, base: Any) -> str | None:
+    """The model's family, of two checkpoints."""
+    return fine.config.get("model_type") or base.config.get("model_type")
+
+
 def few(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"

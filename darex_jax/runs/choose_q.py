@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,30 +46,14 @@ from darex_jax.evaluation.objectives import (
 )
 from darex_jax.files.checkpoint import Checkpoint, read_config
 from darex_jax.files.manifest import run_manifest, weights_digest
-from darex_jax.files.paths import read_text
 from darex_jax.models import BertConfig, Model, read_model_config
 from darex_jax.q.analytic import Rule
 from darex_jax.q.closed_form import closed_form
 from darex_jax.q.per_layer import spread_q
 from darex_jax.q.search import SearchResult, authors_walk, check_bounds, search_q
-from darex_jax.tasks import Examples, Task, load_task
-from darex_jax.tasks.answers import (
-    PROBLEM_TASKS,
-    EncodedAnswers,
-    answer_batches,
-    encode_problems,
-    encode_texts,
-    load_problems,
-)
-from darex_jax.tasks.batching import (
-    EVALUATION_ROWS,
-    Batch,
-    Encoded,
-    encode,
-    evaluation_batches,
-    load_tokenizer,
-    row_count,
-)
+from darex_jax.runs.source import Material, Source, read_material
+from darex_jax.tasks import Task
+from darex_jax.tasks.batching import Batch, row_count
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.record import save_figure
 
@@ -83,29 +67,6 @@ OBJECTIVES = {  # and at most so many examples of each, where nothing else is sa
 }
 SEARCHED = ("labels", "predictions", "outputs")
 Params = dict[str, Any]
-
-
-class Material(NamedTuple):
-    """Examples as a model gets them.
-
-    Attributes:
-      encoded: their tokens.
-      task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
-      source: where they come from.
-    """
-
-    encoded: Encoded | EncodedAnswers
-    task: Task | None
-    source: str
-
-    def batches(self, rows: int = EVALUATION_ROWS) -> list[Batch]:
-        """Of so many rows each; a decoder's of 8."""
-        if isinstance(self.encoded, EncodedAnswers):
-            return list(answer_batches(self.encoded, 8, 0, 0))
-        return evaluation_batches(self.encoded, rows)
-
-    def select(self, rows: NDArray) -> Material:
-        return self._replace(encoded=self.encoded.select(rows))
 
 
 def choose_q(
@@ -168,7 +129,8 @@ def choose_q(
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
     limit = OBJECTIVES[objective] if limit is None else limit
     held_out = objective in ("labels", "predictions")
-    material = _read(fine, task, data_dir, difficulty, text, held_out, limit)  # before a weight is read
+    source = Source(task=task, data_dir=data_dir, difficulty=difficulty, text=text, limit=limit)
+    material = read_material(fine, source, held_out=held_out)  # before a weight is read
     if objective == "learned" and len(material.encoded) < 2:
         raise DarexError("learned takes two examples or more: to learn from, and to be held out.")
     model, params, base_params = load_pair(base, fine, chosen)
@@ -306,48 +268,12 @@ def _check(
         raise DarexError(
             "labels are those of the model's own task: name it (--task), or choose another objective."
         )
-    if task is not None and text is not None:
-        raise DarexError("examples come from a task or from a text file, not from both.")
     if objective == "learned" and masks not in (None, 1):
         raise DarexError("learned takes one mask.")
     if grid is not None:
         check_bounds(*grid)
         if objective not in SEARCHED:
             raise DarexError(f"{objective} searches no grid; a grid is for {', '.join(SEARCHED)}.")
-
-
-def _read(
-    fine: Path,
-    task: str | None,
-    data_dir: Path | None,
-    difficulty: int,
-    text: Path | None,
-    held_out: bool,
-    limit: int | None,
-) -> Material:
-    """The first `limit` examples: of the held-out ones, or of those that train."""
-    family = read_config(fine).get("model_type")
-    decoder = family in DECODERS
-    if text is not None:
-        lines = [line for line in read_text(text).splitlines() if line.strip()][:limit]
-        if not lines:
-            raise DarexError(f"{text}: has no line of text.")
-        tokenizer = load_tokenizer(fine)
-        if decoder:
-            return Material(encode_texts(tokenizer, lines), None, str(text))
-        examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
-        return Material(encode(tokenizer, examples), None, str(text))
-    source = task or ("word-problems" if decoder else "opinions") + " (generated)"
-    task = task or ("word-problems" if decoder else "opinions")
-    if decoder != (task in PROBLEM_TASKS):
-        kind = "decoders" if task in PROBLEM_TASKS else "encoders"
-        raise DarexError(f"{task} is for {kind}, {fine} is a {family}.")
-    if decoder:
-        problems = load_problems(task, data_dir, difficulty)[held_out][:limit]
-        return Material(encode_problems(load_tokenizer(fine), problems), None, source)
-    loaded = load_task(task, data_dir)
-    chosen = (loaded.validation if held_out else loaded.train).select(slice(limit))
-    return Material(encode(load_tokenizer(fine), chosen), loaded, source)
 
 
 def _objective(

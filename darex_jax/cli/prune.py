@@ -1,0 +1,339 @@
+"""The command that prunes.
+
+DARE with a number for q loads neither transformers nor flax; --q auto, and methods that look at texts, run
+the model.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.choose import OBJECTIVES
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
+from darex_jax.cli.show import byte_bar, bytes_text, family_of, point_bar, print_table, q_text, warned
+from darex_jax.methods.table import METHODS
+
+
+class Ratio(click.ParamType):
+    """`100x`: a hundredth of the fine-tuned model."""
+
+    name = "RATIOx"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            ratio = float(str(value).removesuffix("x"))
+        except ValueError:
+            ratio = 0.0
+        if not 1.0 < ratio < float("inf"):
+            self.fail(f"{value!r} is no ratio like 100x.", param, ctx)
+        return ratio
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--method", default="dare", show_default=True, type=click.Choice(list(METHODS)),
+              help="; ".join(f"{name}: {method.what}" for name, method in METHODS.items()) + ".")  # fmt: skip
+@click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
+              help="Probability that an entry of the delta is dropped, or the share of it that is not "
+              "stored. This, or a size.")  # fmt: skip
+@click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted.")
+@click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
+              help="Of the whole file, a pruned parameter's entry.")  # fmt: skip
+@click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
+              help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of dare with a "
+              "drop rate, the fine-tuned model's own dtype.")  # fmt: skip
+@click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
+              help="Divisor of random survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by "
+              "the labels of --task, else by the model's predictions on --text, else DARE's; or an objective "
+              "of find-q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
+@click.option(
+    "--task", help="Where examples come from, as find-q takes it: for --q auto or OBJECTIVE, wanda."
+)
+@DATA_DIR
+@TEXT
+@LIMIT
+@SEED
+@INCLUDE
+@EXCLUDE
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
+)
+@JSON
+def prune(
+    base: Path,
+    fine: Path,
+    out: Path,
+    method: str,
+    drop_rate: float | None,
+    size: float | None,
+    bytes_per_parameter: float | None,
+    bits: str | None,
+    q: str | None,
+    task: str | None,
+    data_dir: Path | None,
+    text: Path | None,
+    limit: int | None,
+    seed: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    allow_nonfinite: bool,
+    as_json: bool,
+) -> None:
+    """Prune FINE - BASE and write the delta to OUT.
+
+    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. How much
+    is kept is said by --drop-rate, --size or --bytes-per-parameter, one of the three.
+    """
+    from darex_jax.core.scope import choose_scope
+    from darex_jax.files.checkpoint import Checkpoint
+
+    if sum(given is not None for given in (drop_rate, size, bytes_per_parameter)) != 1:
+        raise click.UsageError(
+            "say how much is kept: --drop-rate, --size or --bytes-per-parameter, one of them."
+        )
+    examples = {"task": task, "data_dir": data_dir, "text": text}
+    chooses = q == "auto" or q in OBJECTIVES
+    if q is not None and method not in ("dare", "structured"):
+        raise click.UsageError(f"--q is for methods that divide, dare and structured; {method} does not.")
+    if any(examples.values()) and not (chooses or method == "wanda"):
+        raise click.UsageError(
+            "--task, --data-dir and --text are for wanda, --q auto or an objective of find-q."
+        )
+    divisor: Any = None
+    why = None
+    if q is not None:
+        if drop_rate is None and chooses:
+            raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
+        if chooses:
+            assert drop_rate is not None
+            divisor, why = _chosen_q(
+                base, fine, drop_rate, q, examples, include, exclude, seed, limit, as_json
+            )
+        else:
+            divisor = _read_q(q, drop_rate, base, fine, seed, include, exclude, as_json)
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        family = family_of(f, b)
+        scope = choose_scope(family, include, exclude)
+        common: dict[str, Any] = {
+            "scope": scope, "scope_text": _scope_text(family, include, exclude),
+            "allow_nonfinite": allow_nonfinite,
+        }  # fmt: skip
+        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
+        total = fine_bytes + sum(t.info.nbytes for t in b.tensors.values())
+        with byte_bar("pruning", total, as_json) as progress:
+            if method == "dare" and drop_rate is not None and bits is None:
+                from darex_jax.files.prune import prune_checkpoints
+
+                summary = prune_checkpoints(
+                    b, f, out, key=(0, seed), drop_rate=drop_rate, q=divisor, progress=progress, **common
+                )
+            else:
+                if bytes_per_parameter is not None:
+                    file_bytes: int | None = round(bytes_per_parameter * _entries(b, f, scope))
+                else:
+                    file_bytes = None if size is None else round(fine_bytes / size)
+                summary = _by_method(
+                    b,
+                    f,
+                    out,
+                    method,
+                    drop_rate,
+                    file_bytes,
+                    bits,
+                    divisor,
+                    examples,
+                    limit,
+                    seed,
+                    progress,
+                    common,
+                )
+    report = {
+        "out": str(out),
+        "method": summary.recipe.method,
+        "drop_rate": drop_rate,
+        "seed": seed,
+        "survivors": summary.survivors,
+        "pruned_entries": summary.pruned_size,
+        "bytes": summary.file_bytes,
+        "fine_bytes": fine_bytes,
+        "bytes_per_parameter": summary.file_bytes / max(1, summary.pruned_size),
+        "inexact": summary.recipe.inexact,
+        "nonfinite": summary.recipe.nonfinite,
+        "digest": summary.recipe.digest(),
+        "warnings": warned(),
+    }
+    if why is not None:
+        report |= {"q": divisor, "q_chosen_by": why}
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    density = summary.survivors / max(1, summary.pruned_size)
+    random = summary.recipe.format == 1
+    kept = f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"
+    rows = [
+        ("method", f"{summary.recipe.method}: {METHODS[method].what}"),
+        ("survivors", kept) if random else ("numbers stored", kept),
+        *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
+        *([("chosen by", why)] if why else []),
+        ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
+                 f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
+        ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
+        *([("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)")]
+          if random else []),
+    ]  # fmt: skip
+    print_table(str(out), rows)
+
+
+def _by_method(
+    base: Any,
+    fine: Any,
+    out: Path,
+    method: str,
+    bits: str | None,
+    q: Any,
+    examples: dict[str, Any],
+    limit: int | None,
+    **more: Any,
+) -> Any:
+    from darex_jax.runs.prune import prune_by
+
+    options: dict[str, Any] = {"q": q} if q is not None else {}
+    if METHODS[method].quantises:
+        options |= {"bits": None if bits in (None, "16") else int(bits)}
+    if method == "dare":
+        options["dtype"] = "bfloat16"
+    evidence, digests = None, {}
+    if METHODS[method].needs:
+        from darex_jax.runs.evidence import gather
+        from darex_jax.runs.source import Source
+
+        source = Source(**examples, limit=limit or 50)
+        evidence, digests = gather(fine.path, source, METHODS[method].needs)
+    return prune_by(
+        base, fine, out, method=method, evidence=evidence, digests=digests, options=options, **more
+    )
+
+
+def _entries(base: Any, fine: Any, scope: Any) -> int:
+    """How many entries are pruned."""
+    from darex_jax.files.match import match_checkpoints
+
+    match = match_checkpoints(base, fine, scope)
+    match.raise_if_faulty()
+    return sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
+
+
+def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
+    parts = [f"include {pattern}" for pattern in include] or [f"default of {family}"]
+    return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
+
+
+def _chosen_q(
+    base: Path,
+    fine: Path,
+    drop_rate: float,
+    objective: str,
+    examples: dict[str, Any],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    seed: int,
+    limit: int | None,
+    quiet: bool,
+) -> tuple[Any, str]:
+    """A q from what is at hand, and how it was chosen."""
+    if objective == "auto" and examples["task"] is None and examples["text"] is None:
+        return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
+    from darex_jax.runs.choose_q import choose_q
+
+    with point_bar("choosing q", quiet) as on_value:
+        found = choose_q(
+            base,
+            fine,
+            drop_rate,
+            objective=objective,
+            scope="layer" if objective == "learned" else "model",
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            limit=limit,
+            on_value=on_value,
+            **examples,
+        )
+    if "warning" in found:
+        return found["q"], f"{found['objective']}, to no avail: {found['warning']}"
+    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
+    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
+
+
+def _read_q(
+    text: str,
+    drop_rate: float | None,
+    base: Path,
+    fine: Path,
+    seed: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    quiet: bool,
+) -> float | dict[str, float] | None:
+    """--q: a number, or a q file: {"q": number or {name: number}}, of this drop rate if it names one.
+
+    One that find-q wrote says of which weights, mask and scope it is: of other weights it is refused, before
+    anything is written, of another mask or scope there is a warning.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not Path(text).exists():
+        raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
+    from darex_jax.files.checkpoint import read_json
+
+    content = read_json(Path(text))
+    q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
+    if chosen_for != drop_rate:
+        raise click.BadParameter(
+            f"{text} was chosen for a drop rate of {chosen_for}, not of {drop_rate}.", param_hint="--q"
+        )
+    if not (isinstance(q, int | float) or (isinstance(q, dict) and q)):
+        raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
+    manifest = content.get("manifest")
+    manifest = manifest if isinstance(manifest, dict) else {}
+    inputs, options = (
+        part if isinstance(part := manifest.get(name), dict) else {} for name in ("inputs", "options")
+    )
+    for what, path in (("base", base), ("fine", fine)):
+        _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
+    seeds = content.get("mask_seeds")
+    if isinstance(seeds, list) and seed not in seeds and seeds:
+        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {seed}.")
+    for name, given in (("include", include), ("exclude", exclude)):
+        chosen_with = options.get(name, list(given))
+        if chosen_with != list(given):
+            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {list(given)}.")
+    return q
+
+
+def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool) -> None:
+    """Raises: BadParameter unless the weights at `path` are those that the q file is of, if it says."""
+    if not isinstance(digest, str):
+        return
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.manifest import weights_digest
+
+    with Checkpoint(path) as checkpoint:
+        total = sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
+        with byte_bar(f"comparing {path.name}", total, quiet) as progress:
+            same = weights_digest(checkpoint, progress) == digest
+    if not same:
+        kind = {"base": "base", "fine": "fine-tuned model"}[what]
+        raise click.BadParameter(
+            f"{q_file} was chosen for another {kind} than {path}: run find-q for this pair.", param_hint="--q"
+        )
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)

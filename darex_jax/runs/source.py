@@ -1,0 +1,108 @@
+"""Where examples come from: a task, a file of texts, or the model family's generated task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import DECODERS
+from darex_jax.files.checkpoint import read_config
+from darex_jax.files.paths import read_text
+from darex_jax.tasks import Examples, Task, load_task
+from darex_jax.tasks.answers import (
+    PROBLEM_TASKS,
+    EncodedAnswers,
+    answer_batches,
+    encode_problems,
+    encode_texts,
+    load_problems,
+)
+from darex_jax.tasks.batching import (
+    EVALUATION_ROWS,
+    Batch,
+    Encoded,
+    encode,
+    evaluation_batches,
+    load_tokenizer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a person said of the examples.
+
+    Attributes:
+      task: a GLUE task or opinions for encoders, gsm8k or word-problems for decoders; None is the family's
+        generated task. data_dir: of its files. difficulty: of generated word problems.
+      text: a file with one text a line, instead of a task.
+      limit: at most so many examples.
+    Raises: DarexError for a task and a text.
+    """
+
+    task: str | None = None
+    data_dir: Path | None = None
+    difficulty: int = 3
+    text: Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.text is not None:
+            raise DarexError("examples come from a task or from a text file, not from both.")
+
+
+class Material(NamedTuple):
+    """Examples as a model gets them.
+
+    Attributes:
+      encoded: their tokens.
+      task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
+      source: where they come from.
+    """
+
+    encoded: Encoded | EncodedAnswers
+    task: Task | None
+    source: str
+
+    def batches(self, rows: int = EVALUATION_ROWS) -> list[Batch]:
+        """Of so many rows each; a decoder's of 8."""
+        if isinstance(self.encoded, EncodedAnswers):
+            return list(answer_batches(self.encoded, 8, 0, 0))
+        return evaluation_batches(self.encoded, rows)
+
+    def select(self, rows: NDArray) -> Material:
+        return self._replace(encoded=self.encoded.select(rows))
+
+
+def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
+    """The first examples of a source: of the held-out ones, or of those that train. No weight is read.
+
+    Args: fine: the directory of the model that they are for, with its tokenizer.
+    Raises: DarexError for a task of another kind of model, or a file without texts.
+    """
+    family = read_config(fine).get("model_type")
+    decoder = family in DECODERS
+    if source.text is not None:
+        lines = [line for line in read_text(source.text).splitlines() if line.strip()][: source.limit]
+        if not lines:
+            raise DarexError(f"{source.text}: has no line of text.")
+        tokenizer = load_tokenizer(fine)
+        if decoder:
+            return Material(encode_texts(tokenizer, lines), None, str(source.text))
+        examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
+        return Material(encode(tokenizer, examples), None, str(source.text))
+    generated = "word-problems" if decoder else "opinions"
+    task, name = source.task or generated, source.task or f"{generated} (generated)"
+    if decoder != (task in PROBLEM_TASKS):
+        kind = "decoders" if task in PROBLEM_TASKS else "encoders"
+        raise DarexError(f"{task} is for {kind}, {fine} is a {family}.")
+    if decoder:
+        problems = load_problems(task, source.data_dir, source.difficulty)[held_out][: source.limit]
+        return Material(encode_problems(load_tokenizer(fine), problems), None, name)
+    loaded = load_task(task, source.data_dir)
+    chosen = (loaded.validation if held_out else loaded.train).select(slice(source.limit))
+    return Material(encode(load_tokenizer(fine), chosen), loaded, name)
