@@ -123,8 +123,24 @@ def test_q_by_leaf():
     assert_bits(by_tree["norm"], dx.prune(key, delta, 0.5, 0.2)["norm"])
     with pytest.raises(ValueError, match=r"no q for \['scalar'\]; no leaf for \['other'\]"):
         dx.prune(key, delta, 0.5, {"dense.weight": 1.0, "norm.weight": 1.0, "other": 1.0})
-    with pytest.raises(ValueError, match="must be positive"):
-        dx.prune(key, delta, 0.5, 0.0)
+    for q, fault in (
+        (0.0, "must be positive, got 0.0"),
+        (float("nan"), "must be positive, got nan"),
+        (1e-39, "1e-39 is so small that 1/q is infinite"),
+        (np.ones(3), r"got an array of shape \(3,\)"),
+        (jnp.ones(700), r"got an array of shape \(700,\)"),
+        (named_q | {"scalar": jnp.ones(2)}, r"got an array of shape \(2,\)"),
+        ("closed-form", "a number, or one number per leaf; got 'closed-form'"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            dx.prune(key, delta, 0.5, q)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(dx.rescale(delta, float("inf"))))
+
+
+def test_integers_are_not_rescaled():
+    for call in (lambda t: dx.rescale(t, 0.5), lambda t: dx.prune(jax.random.key(0), t, 0.5)):
+        with pytest.raises(ValueError, match="'ids' holds int32: only floating parameters are pruned"):
+            call({"ids": jnp.arange(3)})
 
 
 def test_another_key_rate_or_q_compiles_nothing():
@@ -149,8 +165,8 @@ def test_inside_a_program_that_captures_everything():
 def test_mismatches_are_named():
     with pytest.raises(ValueError, match=r"'b' is only in base; 'a' is .2,. in fine and .3,. in base"):
         dx.compute_delta({"a": jnp.zeros(2)}, {"a": jnp.zeros(3), "b": jnp.zeros(1)})
-    with pytest.raises(ValueError, match=r"'ids' holds int32: only floating parameters are pruned"):
-        dx.prune(jax.random.key(0), {"ids": jnp.arange(3)}, 0.5)
+    with pytest.raises(ValueError, match=r"'a' is .2,. in mask and .3,. in delta"):
+        dx.drop({"a": jnp.zeros(2)}, {"a": jnp.zeros(3)})
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.floats(0, 0.999), st.floats(0.001, 2))

@@ -17,10 +17,10 @@ from darex_jax.core.tree import flatten_names, map_named
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.layer = nnx.Linear(8, 16, rngs=rngs)
-        self.blocks = nnx.List([nnx.Linear(4, 8, rngs=rngs)])
-        self.value = nnx.Param(jnp.ones(8))  # a name of its own, not a step into a box
-        self.table = nnx.Dict(value=nnx.Param(jnp.ones((8, 2))))
+        self.layer = nnx.Linear(4, 4, rngs=rngs)  # two shapes in all, so that little is compiled
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+        self.value = nnx.Param(jnp.ones(4))  # a name of its own, not a step into a box
+        self.table = nnx.Dict(value=nnx.Param(jnp.ones((4, 4))))
 
 
 NAMES = ["blocks.0.bias", "blocks.0.kernel", "layer.bias", "layer.kernel", "table.value", "value"]

@@ -1,13 +1,21 @@
-"""The README's programs run as they stand."""
+"""The programs in the README and in docs/ run as they stand."""
 
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).parent.parent
+
+
+def programs(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
 
 def run_program_with(text):
-    """The variables of the one program that has this text in it."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (program,) = (p for p in re.findall(r"```python\n(.*?)```", readme, re.S) if text in p)
+    """The variables of the README's one program that has this text in it."""
+    (program,) = (p for p in programs("README.md") if text in p)
     names: dict = {}
     exec(program, names)
     return names
@@ -25,3 +33,29 @@ def test_adamr():
         8,
         8,
     )
+
+
+def test_the_page_on_adamr():
+    """One program after the other, as a reader would type them."""
+    loop, partition, in_nnx, in_flax, half = programs("docs/adamr.md")
+    names: dict = {}
+    exec(loop, names)
+    head = names["params"]["head"]
+    assert (head < 0.1).all() and (names["params"]["body"] != names["pretrained"]["body"]).any()
+    exec(partition, names)
+    assert (names["params"]["head"] != head).all()
+    exec(in_nnx, names)
+    assert all((a != b).all() for a, b in zip(
+        jax.tree.leaves(names["start"]), jax.tree.leaves(names["nnx"].state(names["model"])), strict=True
+    ))  # fmt: skip
+    exec(in_flax, names)
+    assert int(names["train"].step) == 10
+    assert (names["train"].params["head"] != names["params"]["head"]).all()
+    exec(half, names)
+    trained, params = names["trained"], names["params"]
+    assert trained["head"].dtype == jnp.float32 and (trained["head"] != params["head"]).all()
+
+
+def test_every_page_is_run():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md") if programs(page)}
+    assert pages == {"adamr.md"}

@@ -235,6 +235,8 @@ def _reciprocal(q: Any, dtype: Any) -> Any:
         raise DarexError(f"q is a number, or one number per leaf; got an array of shape {np.shape(q)}.")
     if isinstance(q, jax.Array):  # an array may be traced: it is not looked at
         return _traced_reciprocal(q, dtype)
+    if not isinstance(q, int | float | np.generic | np.ndarray):
+        raise DarexError(f"q is a number, or one number per leaf; got {q!r:.80}.")
     if not float(q) > 0.0:
         raise DarexError(f"q divides the survivors and must be positive, got {q}.")
     with np.errstate(over="ignore", divide="ignore"):

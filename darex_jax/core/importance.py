@@ -134,7 +134,8 @@ def _largest_bits(scores: jax.Array, count: int) -> jax.Array:
         enough = jnp.sum(scores >= trial, axis=-1, keepdims=True, dtype=jnp.uint32) >= count
         return jnp.where(enough, trial, least)
 
-    least = lax.fori_loop(0, width, settle_bit, jnp.zeros((*scores.shape[:-1], 1), dtype))
+    # Zeros that vary over devices as the scores do, which a loop within shard_map asks for.
+    least = lax.fori_loop(0, width, settle_bit, scores[..., :1] & jnp.zeros((), dtype))
     above, equal = scores > least, scores == least
     room = np.uint32(count) - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)
     return above | (

@@ -43,7 +43,7 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
         shape, own_key = shape_of(name, leaf), keys[name]
         if isinstance(own_key, jax.core.Tracer):  # part of the caller's program, whose options count
-            return survivors(own_key, shape, *threshold)
+            return _traced_survivors(own_key, shape, *threshold)
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         platform = next(iter(sharding.device_set)).platform if sharding else jax.default_backend()
         return _compiled_mask(shape, sharding, platform)(own_key, *threshold)
@@ -62,6 +62,10 @@ def survivors(
 ) -> jax.Array:
     """The mask of one leaf, bool[shape], inside a compiled function; it partitions under any sharding."""
     return (_bits(leaf_key, shape) < below) | all_kept
+
+
+# In one piece also where the caller's program is not compiled: under a bare vmap or shard_map.
+_traced_survivors = jax.jit(survivors, static_argnums=1, inline=True)
 
 
 def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: int) -> np.ndarray:
