@@ -18,7 +18,7 @@ from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimize
 
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import CALIBRATION_SIZE, pruned_models, split_in_scope
+from darex_jax.evaluation.find_q import CALIBRATION_SIZE, load_pair, pruned_models, split_in_scope
 from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.checkpoint import save_params
 from darex_jax.files.manifest import params_digest
@@ -41,40 +41,39 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "mrpc"], choices=list(BUDGETS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--runs", type=Path, default=Path("runs/adamr_glue"))
+    parser.add_argument("--train-only", action="store_true", help="leave the fine-tuned models, no result")
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for task in options.tasks:
         for name in options.optimizers:
             file = RESULTS / f"{task}_{name}.json"
-            if not file.exists():
+            if options.train_only:
+                fine_tuned(task, name, options.data_dir, options.runs / f"{task}_{name}")
+            elif not file.exists():
                 results = run(task, name, options.data_dir, options.runs / f"{task}_{name}")
                 file.write_text(json.dumps(results, indent=2) + "\n")
                 write_table()
 
 
-def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[str, object]:
+def fine_tuned(task_name: str, name: str, data_dir: Path | None, runs: Path) -> Path:
+    """The directory of the fine-tuned model, trained if it is not there; goes on after a stop."""
+    out = runs / "fine-tuned"
+    if (out / "config.json").exists():
+        return out
     steps, learning_rate = BUDGETS[task_name]
     recipe = Recipe(learning_rate=learning_rate, steps=steps, **OPTIMIZERS[name])
     task = load_task(task_name, data_dir)
-    tokenizer = load_tokenizer(demo_weights())
-    train = encode(tokenizer, task.train)
-    validation = encode(tokenizer, task.validation.select(slice(200)))
-    test = encode(tokenizer, task.test.select(slice(500)))
-    some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
-    batches = evaluation_batches(test)
+    train = encode(load_tokenizer(demo_weights()), task.train)
     body, base = load_model(demo_weights())
     key = jax.random.key(0)
     model, fresh = classifier_for(task, body, base, jax.random.fold_in(key, 0))
     pretrained = {n: x for n, x in flatten_names(fresh).items() if not n.startswith("classifier.")}
 
-    def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {task_name} {name}: {text}", flush=True)
-
     def on_step(record) -> None:
         if record.step % 50 == 0 or record.step + 1 == steps:
-            say(f"step {record.step} loss {record.loss:.4f} delta rms {record.delta_rms:.3e}")
+            size = f"loss {record.loss:.4f} delta rms {record.delta_rms:.3e}"
+            print(f"{time.strftime('%H:%M:%S')} {task_name} {name}: step {record.step} {size}", flush=True)
 
-    begun = time.monotonic()
     fine, _ = fine_tune(
         model,
         fresh,
@@ -85,25 +84,39 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
         checkpoints=Checkpoints(runs, every=100, keep=1),
         on_step=on_step,
     )
+    save_params(out, fine, model.config.to_hf(), companions_from=demo_weights(), overwrite=True)
+    return out
+
+
+def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[str, object]:
+    steps, learning_rate = BUDGETS[task_name]
+    task = load_task(task_name, data_dir)
+    tokenizer = load_tokenizer(demo_weights())
+    validation = encode(tokenizer, task.validation.select(slice(200)))
+    test = encode(tokenizer, task.test.select(slice(500)))
+    some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
+    batches = evaluation_batches(test)
+    begun = time.monotonic()
+    model, fine, pretrained = load_pair(demo_weights(), fine_tuned(task_name, name, data_dir, runs))
     seconds = time.monotonic() - begun
-    save_params(
-        runs / "fine-tuned", fine, model.config.to_hf(), companions_from=demo_weights(), overwrite=True
-    )
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {task_name} {name}: {text}", flush=True)
 
     def score(params) -> float:
         return task.metric(predict(model, params, batches), test.labels)
 
-    rms, largest = map(float, delta_size(fine, unflatten_names(pretrained)))
+    rms, largest = map(float, delta_size(fine, pretrained))
     results = {
         "task": task_name, "metric": task.metric_name, "optimizer": name, "recipe": OPTIMIZERS[name],
-        "steps": steps, "batch_size": recipe.batch_size, "learning_rate": learning_rate,
+        "steps": steps, "batch_size": Recipe(learning_rate=1.0, steps=1).batch_size, "learning_rate": learning_rate,
         "test_examples": len(test), "validation_examples": len(validation), "fine_tuned": score(fine),
         "constant": constant(task, test.labels), "delta_rms": rms, "delta_max": largest,
         "digest": params_digest(fine), "seconds_of_the_last_part": round(seconds, 1), "rates": [],
         **machine(),
     }  # fmt: skip
     say(f"test {task.metric_name} {results['fine_tuned']:.4f}, delta rms {rms:.3e}, largest {largest:.3e}")
-    start, delta = split_in_scope(fine, unflatten_names(pretrained))
+    start, delta = split_in_scope(fine, pretrained)
     by_labels = label_objective(model, task, evaluation_batches(validation))
     by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in DROP_RATES:
