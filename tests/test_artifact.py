@@ -419,6 +419,21 @@ def test_forged_recipes_are_refused(tmp_path, pair, change, text):
         DeltaFile(forge(tmp_path / "forged", tmp_path / "d", change))
 
 
+def test_what_a_recipe_has_beyond_its_fields_is_ignored(tmp_path, pair):
+    """A later version's, or somebody's: nested so deeply that it could not even be copied."""
+    prune(*pair, tmp_path / "d")
+    deep = json.loads("[" * 900 + "]" * 900)
+
+    def change(recipe):
+        recipe["x"] = recipe["parameters"][POOLER]["x"] = recipe["base"]["pooler.dense.weight"]["x"] = deep
+
+    digests = [
+        json.loads(darex("inspect", forge(tmp_path / "forged", tmp_path / "d", c), "--json").stdout)["digest"]
+        for c in (None, change)
+    ]
+    assert digests[0] == digests[1]
+
+
 def test_a_shape_without_its_survivors_is_refused(tmp_path, pair):
     """Else a file of a few bytes would make its reader fill terabytes."""
     prune(*pair, tmp_path / "d")

@@ -332,8 +332,12 @@ def _recipe_from(table: Any) -> Recipe:
             raise DarexError(f"dtype or shape of '{name}' in the base")
         if not _is_digest(entry.get("blake3")):
             raise DarexError(f"fingerprint of '{name}'")
-    recipe = {f.name: table.get(f.name) for f in fields(Recipe)}
-    return Recipe(**(recipe | {"key": tuple(table["key"])}))
+    recipe: dict[str, Any] = {f.name: table.get(f.name) for f in fields(Recipe)}
+    recipe["key"] = tuple(table["key"])
+    for part, known in (("parameters", ("shape", "q", "dtype")), ("base", ("dtype", "shape", "blake3"))):
+        # What else stands there was not looked at, and is not carried along.
+        recipe[part] = {n: {k: entry[k] for k in known if k in entry} for n, entry in table[part].items()}
+    return Recipe(**recipe)
 
 
 def _is_natural(value: Any, end: int) -> bool:

@@ -240,7 +240,11 @@ def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout
     [(name, count)] = entries.most_common(1) or [("", 0)]
     stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
     if count and stale:
-        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(stale, name), indent=2) + "\n")
+        try:
+            text = json.dumps(config | dict.fromkeys(stale, name), indent=2)
+        except RecursionError as error:  # what is just not too deep for the reader is for the writer
+            raise FileError(f"{delta.path}: its config.json is nested too deeply.") from error
+        (folder / "config.json").write_text(text + "\n")
 
 
 def verify_artifact(
