@@ -501,6 +501,19 @@ def test_an_index_must_find_its_tensors(tmp_path):
         Checkpoint(path)
 
 
+def test_one_shard_keeps_its_index(tmp_path, pair):
+    """Under a name like model-00001-of-00001.safetensors nothing finds it without one."""
+    base, fine = pair
+    shard = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / shard)
+    (base / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(encoder(0, prefix="", head=False), shard)})
+    )
+    prune(base, fine, tmp_path / "d")
+    darex("apply", base, tmp_path / "d", tmp_path / "out")
+    assert read_all(tmp_path / "out").keys() == encoder(1).keys()
+
+
 def test_index_with_a_path_is_refused(tmp_path):
     write(tmp_path / "base", encoder(0), shards=2)
     (tmp_path / "base" / INDEX).write_text('{"weight_map": {"w": "../secret.safetensors"}}')

@@ -41,7 +41,7 @@ from darex_jax.files.safetensors import (
 )
 from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
 
-MOST_VERIFIED_ENTRIES = 2**36  # about a minute's work
+MOST_VERIFIED_ENTRIES = 2**36  # some minutes' work
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 Layout = dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # file -> name -> (dtype, shape)
 
@@ -78,20 +78,20 @@ def apply_artifact(
         total = 0
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
-            offsets, dtypes, position = {}, {}, len(header)
-            for name, (dtypes[name], shape) in tensors.items():
+            offsets, position = {}, len(header)
+            for name, (stored_as, shape) in tensors.items():
                 offsets[name] = position
-                position += element_count(shape) * dtypes[name].itemsize
+                position += element_count(shape) * stored_as.itemsize
             file = os.open(folder / file_name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 write_at(file, header, 0)
 
-                def write(name: str, file: int = file, places: Any = (offsets, dtypes)) -> None:
-                    position = places[0][name]
-                    for chunk in _restored_chunks(name, base, delta, places[1][name], progress):
+                def write(item: tuple[str, np.dtype, int], file: int = file) -> None:
+                    name, stored_as, position = item
+                    for chunk in _restored_chunks(name, base, delta, stored_as, progress):
                         position = write_at(file, chunk, position)
 
-                for _ in pool.map(write, tensors):
+                for _ in pool.map(write, [(name, tensors[name][0], offsets[name]) for name in tensors]):
                     pass
             finally:
                 os.close(file)
@@ -103,7 +103,7 @@ def apply_artifact(
             _check_digest(delta, name, digest)
         delta.check_data()
         _name_dtype(base, delta, folder, outputs)
-        if len(outputs) > 1:
+        if list(outputs) != [SINGLE]:  # one shard of another name needs it, too
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
