@@ -1,6 +1,6 @@
 """Damaged and forged artifacts, one after the other, through everything that reads one.
 
-    python tests/fuzz_artifact.py FOLDER --cases 20000 --seed 0
+    python -m tests.fuzz_artifact FOLDER --cases 20000 --seed 0
 
 A case is an artifact that was changed: bytes flipped, cut or lengthened, its header, its recipe or its
 tensors changed, with digests made anew or not. Every reader may take it or refuse it with a `DarexError`
@@ -9,6 +9,7 @@ process is bounded in memory, each case in time. `test_fuzz.py` runs a thousand 
 """
 
 import argparse
+import copy
 import json
 import random
 import re
@@ -190,7 +191,7 @@ def change_json(rng: random.Random, value: Any) -> Any:
 
     walk(value)
     if not places or rng.random() < 0.01:
-        return rng.choice(THINGS)
+        return thing(rng)
     node, key = rng.choice(places)
     what = rng.random()
     if what < 0.15:
@@ -201,10 +202,14 @@ def change_json(rng: random.Random, value: Any) -> Any:
         other, other_key = rng.choice(places)
         node[key] = json.loads(json.dumps(other[other_key]))
     elif isinstance(node[key], list) and what < 0.7:
-        node[key] = [*node[key], rng.choice(THINGS)][rng.randrange(2) :]
+        node[key] = [*node[key], thing(rng)][rng.randrange(2) :]
     else:
-        node[key] = rng.choice(THINGS)
+        node[key] = thing(rng)
     return value
+
+
+def thing(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(THINGS))  # what is put in may be changed in turn
 
 
 def assemble(recipe: Any, tensors: dict[str, np.ndarray], honest: bool) -> bytes:

@@ -418,6 +418,21 @@ def test_forged_recipes_are_refused(tmp_path, pair, change, text):
         DeltaFile(forge(tmp_path / "forged", tmp_path / "d", change))
 
 
+def test_what_a_recipe_has_beyond_its_fields_is_ignored(tmp_path, pair):
+    """A later version's, or somebody's: nested so deeply that it could not even be copied."""
+    prune(*pair, tmp_path / "d")
+    deep = json.loads("[" * 900 + "]" * 900)
+
+    def change(recipe):
+        recipe["x"] = recipe["parameters"][POOLER]["x"] = recipe["base"]["pooler.dense.weight"]["x"] = deep
+
+    digests = [
+        json.loads(darex("inspect", forge(tmp_path / "forged", tmp_path / "d", c), "--json").stdout)["digest"]
+        for c in (None, change)
+    ]
+    assert digests[0] == digests[1]
+
+
 def test_a_shape_without_its_survivors_is_refused(tmp_path, pair):
     """Else a file of a few bytes would make its reader fill terabytes."""
     prune(*pair, tmp_path / "d")
@@ -483,6 +498,19 @@ def test_an_index_must_find_its_tensors(tmp_path):
         FileError, match=r"lists 'bert.encoder.layer.1.output.dense.weight', which is in none"
     ):
         Checkpoint(path)
+
+
+def test_one_shard_keeps_its_index(tmp_path, pair):
+    """Under a name like model-00001-of-00001.safetensors nothing finds it without one."""
+    base, fine = pair
+    shard = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / shard)
+    (base / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(encoder(0, prefix="", head=False), shard)})
+    )
+    prune(base, fine, tmp_path / "d")
+    darex("apply", base, tmp_path / "d", tmp_path / "out")
+    assert read_all(tmp_path / "out").keys() == encoder(1).keys()
 
 
 def test_index_with_a_path_is_refused(tmp_path):

@@ -62,7 +62,7 @@ BLOCKS_HELD = 4  # unpacked ones, of which parameters are being read
 # survivor of two bytes is as thin as an honest file gets.
 ENTRIES_PER_BYTE = 2**13
 MOST_DENSE_ENTRIES = 2**31  # 8 GiB in float32
-MOST_VERIFIED_ENTRIES = 2**36  # about a minute's work
+MOST_VERIFIED_ENTRIES = 2**36  # some minutes' work
 
 
 class DeltaFile(SafetensorsFile):

@@ -166,8 +166,14 @@ def recipe_from(table: Any) -> Recipe:
     named = [name for block in table.get("blocks") or () for name in block["parameters"]]
     if not first and (len(named) != len(set(named)) or set(named) != table["parameters"].keys()):
         raise DarexError("the blocks hold other parameters than it names")
-    recipe = {f.name: table.get(f.name) for f in fields(Recipe) if first is False or f.name not in FORMAT_2}
-    return Recipe(**(recipe | {"key": tuple(table["key"])}))
+    recipe: dict[str, Any] = {
+        f.name: table.get(f.name) for f in fields(Recipe) if not first or f.name not in FORMAT_2
+    }
+    recipe["key"] = tuple(table["key"])
+    for part, known in (("parameters", ("shape", "q", "dtype")), ("base", ("dtype", "shape", "blake3"))):
+        # What else stands there was not looked at, and is not carried along.
+        recipe[part] = {n: {k: entry[k] for k in known if k in entry} for n, entry in table[part].items()}
+    return Recipe(**recipe)
 
 
 def _is_natural(value: Any, end: int) -> bool:

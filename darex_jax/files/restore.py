@@ -76,20 +76,20 @@ def apply_artifact(
         total = 0
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
-            offsets, dtypes, position = {}, {}, len(header)
-            for name, (dtypes[name], shape) in tensors.items():
+            offsets, position = {}, len(header)
+            for name, (stored_as, shape) in tensors.items():
                 offsets[name] = position
-                position += element_count(shape) * dtypes[name].itemsize
+                position += element_count(shape) * stored_as.itemsize
             file = os.open(folder / file_name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 write_at(file, header, 0)
 
-                def write(name: str, file: int = file, places: Any = (offsets, dtypes)) -> None:
-                    position = places[0][name]
-                    for chunk in _restored_chunks(name, base, delta, places[1][name], progress):
+                def write(item: tuple[str, np.dtype, int], file: int = file) -> None:
+                    name, stored_as, position = item
+                    for chunk in _restored_chunks(name, base, delta, stored_as, progress):
                         position = write_at(file, chunk, position)
 
-                run_all(pool, write, tensors)
+                run_all(pool, write, [(name, tensors[name][0], offsets[name]) for name in tensors])
             finally:
                 os.close(file)
             total += position - len(header)
@@ -239,7 +239,11 @@ def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout
     [(name, count)] = entries.most_common(1) or [("", 0)]
     stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
     if count and stale:
-        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(stale, name), indent=2) + "\n")
+        try:
+            text = json.dumps(config | dict.fromkeys(stale, name), indent=2)
+        except RecursionError as error:  # what is just not too deep for the reader is for the writer
+            raise FileError(f"{delta.path}: its config.json is nested too deeply.") from error
+        (folder / "config.json").write_text(text + "\n")
 
 
 def verify_artifact(

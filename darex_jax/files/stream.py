@@ -17,7 +17,7 @@ from darex_jax.files.checkpoint import Checkpoint, StoredTensor
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes that are done
-WAITING = 64  # results, chunks of tensors say, that wait for their turn: 256 MB of float32
+WAITING = 32  # results, chunks of tensors say, that wait for their turn: 128 MB of float32
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
