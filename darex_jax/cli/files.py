@@ -104,8 +104,10 @@ def prune(
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.paths import check_output
     from darex_jax.files.prune import prune_checkpoints
 
+    check_output(out)
     if q == "auto" or q in OBJECTIVES:
         divisor, why = _chosen_q(
             base, fine, drop_rate, q, task, data_dir, text, include, exclude, seed, as_json
