@@ -109,7 +109,7 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
     rms, largest = map(float, delta_size(fine, pretrained))
     results = {
         "task": task_name, "metric": task.metric_name, "optimizer": name, "recipe": OPTIMIZERS[name],
-        "steps": steps, "batch_size": Recipe(learning_rate=1.0, steps=1).batch_size, "learning_rate": learning_rate,
+        "steps": steps, "batch_size": Recipe.batch_size, "learning_rate": learning_rate,
         "test_examples": len(test), "validation_examples": len(validation), "fine_tuned": score(fine),
         "constant": constant(task, test.labels), "delta_rms": rms, "delta_max": largest,
         "digest": params_digest(fine), "seconds_of_the_last_part": round(seconds, 1), "rates": [],

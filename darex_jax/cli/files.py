@@ -109,7 +109,7 @@ def apply(
     if as_json:
         click.echo(json.dumps({"out": str(out), "bytes": written, "warnings": warned()}))
     else:
-        verified = "its tensors verified" if _warnings() else "fingerprint verified"
+        verified = "its tensors verified" if warned() else "fingerprint verified"
         print_table(str(out), [("written", bytes_text(written)), ("base", f"{base}, {verified}")])
 
 

@@ -90,7 +90,9 @@ def prune(
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.paths import check_output
 
+    check_output(out)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter)) != 1:
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size or --bytes-per-parameter, one of them."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -61,8 +63,8 @@ class Checkpoints:
             fault = self._why_not_written(error, state)
             self._remove_unfinished()
             raise FileError(
-                f"{self.folder}: the checkpoint after {step} steps cannot be written ({fault}). "
-                "The ones before it are whole: the same command goes on from there."
+                f"{self.folder}: the checkpoint after step {step} cannot be written ({fault}). Make room, "
+                "and the same command goes on from the one before."
             ) from error
         note = json.dumps({"digest": _digest(self.folder / str(step)), "validation": validation})
         write_whole(self.folder / f"{step}.json", note)
@@ -76,12 +78,14 @@ class Checkpoints:
             shutil.rmtree(rest, ignore_errors=True)
 
     def _why_not_written(self, error: Exception, state: State) -> str:
-        """Of a full disk orbax tells in many ways, "Event loop is closed" among them."""
+        """Orbax tells of a full disk in many ways, "Event loop is closed" among them."""
         free = shutil.disk_usage(self.folder).free
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if free < size or "No space left" in str(error):
+        stated = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if number == errno.ENOSPC or (number is None and free < size):
             return f"the disk is full: {free:,} bytes are free, the state has {size:,}"
-        return str(error).partition("\n")[0][:160] or type(error).__name__
+        return os.strerror(number) if number else str(error).partition("\n")[0][:160]
 
     def restore(self, like: State) -> tuple[int, State] | None:
         """After how many steps the newest sound checkpoint was taken, and its state; None if there is none.
