@@ -34,6 +34,7 @@ def prune_by(
     method: str,
     drop_rate: float | None = None,
     file_bytes: int | None = None,
+    budget: Mapping[str, float] | None = None,
     seed: int = 0,
     evidence: Evidence | None = None,
     digests: Mapping[str, str] | None = None,
@@ -46,8 +47,9 @@ def prune_by(
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
     Args:
-      drop_rate, file_bytes: how much may be kept, one of the two: at the method's own drop rate, or so that
-        the whole file has at most so many bytes and, where the method allows it, 98 % of them.
+      drop_rate, file_bytes, budget: how much may be kept, one of the three: at the method's own drop rate; so
+        that the whole file has at most so many bytes and, where the method allows it, 98 % of them; or what
+        the recipe of another file says.
       seed: of random methods, `jax.random.key(seed)`.
       evidence: what the method needs to know; digests: of what it was gathered from, for the file.
       options: of the method: bits, q, ...
@@ -83,7 +85,7 @@ def prune_by(
         )
 
     if file_bytes is None:
-        return write(Budget(drop_rate=drop_rate), out)
+        return write(Budget(**(budget or {"drop_rate": drop_rate})), out)
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     entries = sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)

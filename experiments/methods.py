@@ -1,0 +1,249 @@
+"""Every method at the same bytes: the metric of restored models against the size of the file on disk.
+
+    python experiments/adamr_glue.py --data-dir DIR --tasks sst2 mrpc stsb --train-only    # the fine-tunes
+    python experiments/methods.py --data-dir DIR
+
+Bytes are those of the whole file: parts, task head, configuration, fingerprint, recipe. Each finished cell, a
+fine-tune, method and budget, is a line of `results/methods/TASK_OPTIMIZER.jsonl` and is not run again; lines
+of another fine-tune (training on another kind of processor ends at other bits) are dropped.
+`results/methods.md` is the table, `results/methods.png` the picture. Random methods: four masks (seeds 0-3),
+mean and standard deviation.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from adamr_common import machine
+from adamr_glue import BUDGETS, OPTIMIZERS
+
+from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import choose_scope
+from darex_jax.evaluation.classification import predict
+from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.manifest import params_digest
+from darex_jax.files.match import match_checkpoints
+from darex_jax.files.model import load_model
+from darex_jax.methods.table import METHODS
+from darex_jax.runs.choose_q import choose_q
+from darex_jax.runs.demo import demo_weights
+from darex_jax.runs.evidence import gather
+from darex_jax.runs.prune import prune_by
+from darex_jax.runs.source import Source
+from darex_jax.tasks import load_task
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+
+RESULTS = Path(__file__).parent / "results" / "methods"
+BYTES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # a parameter
+SEEDS = (0, 1, 2, 3)
+CALIBRATION = 50  # training texts for WANDA's norms and for q
+WAYS = {  # what a row is called -> method of the table, its options
+    "DARE": ("dare", {"dtype": "bfloat16"}),
+    "DAREx-q": ("dare", {"dtype": "bfloat16", "q": "two-point"}),
+    "DARE, 4 bits": ("dare", {"bits": 4, "q": "two-point"}),
+    "DARE, signs": ("dare", {"bits": 1, "q": "two-point"}),
+    "MP": ("magnitude", {}),
+    "MP, 4 bits": ("magnitude", {"bits": 4}),
+    "WANDA": ("wanda", {}),
+    "structural": ("structured", {}),
+    "SVD": ("svd", {}),
+    "sign": ("sign", {}),
+    "sign, then SVD": ("sign-svd", {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder with a folder of parquet files per task")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "mrpc", "stsb"], choices=list(BUDGETS))
+    names = ["adamw", "adamr-l2-0.01", "adamr-l1-0.00002"]
+    parser.add_argument("--optimizers", nargs="+", default=names, choices=list(OPTIMIZERS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/adamr_glue"))
+    parser.add_argument("--table", action="store_true", help="write table and picture from what is there")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        for optimizer in options.optimizers:
+            for task in options.tasks:
+                run(task, optimizer, options.data_dir, options.runs / f"{task}_{optimizer}" / "fine-tuned")
+    write_table()
+    plot()
+
+
+def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> None:
+    base, file = demo_weights(), RESULTS / f"{task_name}_{optimizer}.jsonl"
+    task = load_task(task_name, data_dir)
+    test = encode(load_tokenizer(fine), task.test.select(slice(500)))
+    batches = evaluation_batches(test)
+    model, params = load_model(fine)
+    digest = params_digest(params)
+    rows = [row for row in read(file) if row["digest"] == digest]
+    reference = predict(model, params, batches)
+
+    def measured(path: Path) -> dict[str, float]:
+        logits = predict(*load_model(base, delta=path), batches)
+        return {"metric": task.metric(logits, test.labels), "agreement": agreement(logits, reference)}
+
+    def note(row: dict) -> None:
+        rows.append({"task": task_name, "optimizer": optimizer, "digest": digest, **row})
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        seen = f"{row['mean']:.3f} ± {row['std']:.3f}" if "mean" in row else row.get("why", "")
+        print(
+            f"{time.strftime('%H:%M:%S')} {task_name} {optimizer} {row.get('bytes', '')} "
+            f"{row['way']}: {seen}",
+            flush=True,
+        )
+
+    if not rows:
+        note({
+            "way": "fine-tuned", "mean": task.metric(reference, test.labels), "std": 0.0,
+            "metric_name": task.metric_name, "test_examples": len(test), **machine(),
+        })  # fmt: skip
+    done = {(row["way"], row.get("bytes")) for row in rows}
+    source = Source(task=task_name, data_dir=data_dir, limit=CALIBRATION)
+    evidence, digests = gather(fine, source, ("input_norms",))
+    scope = choose_scope("bert")
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        match = match_checkpoints(b, f, scope)
+        entries = sum(f.tensors[name].info.size for name in match.pruned)
+        for size in BYTES:
+            for way, (name, told) in WAYS.items():
+                if (way, size) in done:
+                    continue
+                begun, method = time.monotonic(), METHODS[name]
+                options = dict(told)
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "delta.safetensors"
+
+                    def write(seed: int, **how):
+                        return prune_by(
+                            b, f, path, method=name, seed=seed, evidence=evidence, digests=digests,  # noqa: B023
+                            options=options, scope=scope, **how,  # noqa: B023
+                        )  # fmt: skip
+
+                    try:
+                        q = options.pop("q", None)
+                        first = write(0, file_bytes=round(size * entries))
+                    except DarexError as error:
+                        note({"way": way, "bytes": size, "why": str(error)})
+                        continue
+                    budget = first.recipe.budget
+                    if q is not None:
+                        drop_rate = first.recipe.blocks[0]["parameters"][match.pruned[0]][0]["drop_rate"]
+                        found = choose_q(
+                            base, fine, drop_rate, objective=q, task=task_name, data_dir=data_dir,
+                            limit=CALIBRATION,
+                        )  # fmt: skip
+                        options["q"] = found["q"]
+                        first = write(0, budget=budget)
+                    seen = [measured(path)]
+                    for seed in SEEDS[1:] if method.random else ():
+                        write(seed, budget=budget)
+                        seen.append(measured(path))
+                metrics = [s["metric"] for s in seen]
+                note({
+                    "way": way, "bytes": size, "file_bytes": first.file_bytes,
+                    "mean": float(np.mean(metrics)), "metrics": metrics,
+                    "std": float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0,
+                    "agreement": float(np.mean([s["agreement"] for s in seen])),
+                    "q": options.get("q"), "seconds": round(time.monotonic() - begun, 1),
+                })  # fmt: skip
+                write_table()
+
+
+def agreement(logits: np.ndarray, reference: np.ndarray) -> float:
+    """The share of equal predictions; with one output, the correlation of the scores."""
+    if logits.shape[1] > 1:
+        return float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
+    return float(np.corrcoef(logits[:, 0], reference[:, 0])[0, 1]) if np.std(logits) > 0 else 0.0
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def finished() -> list[tuple[str, str, list[dict]]]:
+    found = []
+    for optimizer in OPTIMIZERS:
+        for task in BUDGETS:
+            if rows := read(RESULTS / f"{task}_{optimizer}.jsonl"):
+                found.append((task, optimizer, rows))
+    return found
+
+
+def write_table() -> None:
+    lines = [
+        "# Every method at the same bytes",
+        "",
+        "The metric of the model restored from the file, MiniLM-L6, on the first 500 examples of the official",
+        "validation split; random methods over four masks (seeds 0-3). The columns are bytes of the whole file",
+        "divided by the parameters in scope; a file has at most that and, but for signs, at least 98 % of it.",
+        "q is chosen in two points, WANDA's norms are seen, on 50 training texts without labels. Below",
+        "0.125 bytes a parameter signs do not fit. Made by `python experiments/methods.py --data-dir DIR`;",
+        "every number, agreement with the fine-tuned model, seconds, machine and versions stand in the JSON",
+        "lines under `methods/`.",
+        "",
+    ]
+    for task, optimizer, rows in finished():
+        head = next(row for row in rows if row["way"] == "fine-tuned")
+        title = f"## {task}, {optimizer}: {head['metric_name']} on {head['test_examples']}"
+        lines += [
+            f"{title}, fine-tuned {head['mean']:.3f}",
+            "",
+            "| method | " + " | ".join(f"{size:g}" for size in BYTES) + " |",
+            "|" + " --- |" * (len(BYTES) + 1),
+        ]
+        cells = {(row["way"], row.get("bytes")): row for row in rows}
+        best = {
+            size: max((c["mean"] for (_, s), c in cells.items() if s == size and "mean" in c), default=0.0)
+            for size in BYTES
+        }
+        for way in WAYS:
+            texts = []
+            for size in BYTES:
+                cell = cells.get((way, size))
+                if cell is None or "mean" not in cell:
+                    texts.append("" if cell is None else "-")
+                    continue
+                text = f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if len(cell["metrics"]) > 1 else "")
+                texts.append(f"**{text}**" if cell["mean"] >= best[size] - 1e-9 else text)
+            lines.append(f"| {way} | " + " | ".join(texts) + " |")
+        lines.append("")
+    (RESULTS.parent / "methods.md").write_text("\n".join(lines))
+
+
+def plot() -> None:
+    """A picture a fine-tune: the metric against bytes a parameter."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = finished()
+    if not found:
+        return
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    optimizers = list(dict.fromkeys(optimizer for _, optimizer, _ in found))
+    figure = Figure(figsize=(4.6 * len(tasks), 3.6 * len(optimizers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(optimizers), len(tasks), squeeze=False)
+    lines = {}
+    for task, optimizer, rows in found:
+        axes = grid[optimizers.index(optimizer)][tasks.index(task)]
+        for i, way in enumerate(WAYS):
+            own = [row for row in rows if row["way"] == way and "mean" in row]
+            if own:
+                x, y, e = zip(*sorted((r["bytes"], r["mean"], r["std"]) for r in own), strict=True)
+                lines[way] = axes.errorbar(x, y, e, marker="o", markersize=3, capsize=2, color=f"C{i}")
+        head = next(row for row in rows if row["way"] == "fine-tuned")
+        axes.axhline(head["mean"], color="black", linestyle=":")
+        axes.set(xscale="log", title=f"{task}, {optimizer}", xlabel="bytes a parameter, whole file")
+        axes.set_ylabel(head["metric_name"].replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(RESULTS.parent / "methods.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
