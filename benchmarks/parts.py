@@ -1,10 +1,10 @@
-"""What parts cost: bytes against entropy, writing and reading against the floor, products against the dense one.
+"""What parts cost: bytes against entropy, writing and reading against a copy, products against the dense.
 
     python benchmarks/parts.py [--json benchmarks/results/parts.json]
 
-One matrix of 4096 x 11008 with normal entries. Times are medians of five rounds in nanoseconds an entry of the
-matrix; the floor of writing and reading is a pass that copies float32 (`numpy.copyto`). Entropy is that of the
-mask, log2 of the number of ways to choose so many places, plus that of the values as symbols of their form
+One matrix of 4096 x 11008 with normal entries. Times are medians of five rounds, in nanoseconds an entry of
+the matrix; the floor of writing and reading is a pass that copies float32 (`numpy.copyto`). Entropy is that of
+the mask, log2 of the number of ways to choose so many places, plus that of the values as symbols of their form
 (float32 values, all different, count as they are).
 """
 

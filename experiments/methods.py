@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,15 +119,13 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "delta.safetensors"
 
-                    def write(seed: int, **how):
-                        return prune_by(
-                            b, f, path, method=name, seed=seed, evidence=evidence, digests=digests,  # noqa: B023
-                            options=options, scope=scope, **how,  # noqa: B023
-                        )  # fmt: skip
-
+                    write = partial(
+                        prune_by, b, f, path, method=name, evidence=evidence, digests=digests,
+                        options=options, scope=scope,
+                    )  # fmt: skip
                     try:
                         q = options.pop("q", None)
-                        first = write(0, file_bytes=round(size * entries))
+                        first = write(seed=0, file_bytes=round(size * entries))
                     except DarexError as error:
                         note({"way": way, "bytes": size, "why": str(error)})
                         continue
@@ -138,10 +137,10 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
                             limit=CALIBRATION,
                         )  # fmt: skip
                         options["q"] = found["q"]
-                        first = write(0, budget=budget)
+                        first = write(seed=0, budget=budget)
                     seen = [measured(path)]
                     for seed in SEEDS[1:] if method.random else ():
-                        write(seed, budget=budget)
+                        write(seed=seed, budget=budget)
                         seen.append(measured(path))
                 metrics = [s["metric"] for s in seen]
                 note({
