@@ -1,5 +1,6 @@
 """What is written appears whole or not at all; what is no regular file is neither read nor replaced."""
 
+import ctypes
 import errno
 import json
 import os
@@ -8,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from darex_jax.files.atomic import atomic_directory, atomic_file, only_one, writ
 from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.paths import check_entries, read_text
 from darex_jax.files.safetensors import FileError, write_tensors
+from darex_jax.files.stream import in_order
 from darex_jax.tasks.batching import load_tokenizer
 from darex_jax.tasks.parquet import find_parquet
 
@@ -95,6 +99,14 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert caught.value.filename == str(tmp_path / "d") and names(tmp_path) == []
 
 
+def test_only_one_at_a_time(tmp_path):
+    lock = tmp_path / "lock"
+    with only_one(lock, ""), pytest.raises(FileError, match="busy"), only_one(lock, "busy"):
+        pass
+    with only_one(lock, "busy"):
+        pass
+
+
 # Replacing a directory.
 
 
@@ -135,7 +147,9 @@ def killed_at_rename(monkeypatch):
 
 def test_directories_are_exchanged_in_one_step(tmp_path, killed_at_rename):
     model(tmp_path / "m", "old")
+    ctypes.set_errno(0)
     if not atomic._exchange_at_once(model(tmp_path / "x", ""), tmp_path / "m"):
+        assert ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS)
         pytest.skip("this file system cannot")
     assert (tmp_path / "x/config.json").read_text() == "old"
     killed_at_rename(0)  # none is needed
@@ -366,8 +380,9 @@ def test_outputs_replace_regular_files_alone(tmp_path, odd):
     apply = ("apply", base, tmp_path / "d", tmp_path / "odd")
     assert "already exists" in darex(*apply, code=1).stderr
     assert "is no model directory and is not replaced" in darex(*apply, "--overwrite", code=1).stderr
-    with pytest.raises(FileError, match=f"is {kind}"), only_one(tmp_path / "odd", ""):
-        pass
+    for write in (lambda path: only_one(path, ""), atomic_file):
+        with pytest.raises(FileError, match=f"is {kind}"), write(tmp_path / "odd"):
+            pass
     assert os.lstat(tmp_path / "odd").st_ino == before and names(tmp_path) == ["base", "d", "fine", "odd"]
 
 
@@ -418,3 +433,24 @@ def test_no_empty_bar_stays_before_an_error(bar, capsys):
     with bar():
         pass
     assert "b: " in capsys.readouterr().err.split("\r")[-1]
+
+
+# Threads.
+
+
+def test_no_thread_works_on_after_a_failure():
+    """What a failing command closes and deletes next must not be written to by others at that time."""
+    begun, done = threading.Event(), []
+
+    def work(item):
+        if item == 0:
+            begun.wait()
+            raise KeyError
+        begun.set()
+        time.sleep(0.2)
+        done.append(item)
+
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(KeyError):
+            list(in_order(pool, work, [0, 1]))
+        assert done == [1]
