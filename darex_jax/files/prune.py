@@ -100,7 +100,8 @@ def prune_checkpoints(
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
     work.sort(key=lambda item: -fine.tensors[item[1]].info.dtype.itemsize)
     files, base_files = _companions(base.path, fine.path)
-    base_only = [name for name in base.tensors if name not in set(match.base_names.values())]
+    paired = set(match.base_names.values())
+    base_only = [name for name in base.tensors if name not in paired]
 
     def make(item: tuple[str, str]) -> Iterator[np.ndarray | _Seen]:
         kind, name = item
