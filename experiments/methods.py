@@ -180,10 +180,10 @@ def write_table() -> None:
         "The metric of the model restored from the file, MiniLM-L6, on the first 500 examples of the",
         "official validation split; random methods over four masks (seeds 0-3). The columns are bytes of the",
         "whole file divided by the parameters in scope; a file has at most that and, but for signs, at least",
-        "98 % of it. q is chosen in two points, WANDA's norms are seen, on 50 training texts without labels. Below",
-        "0.125 bytes a parameter signs do not fit. Made by `python experiments/methods.py --data-dir DIR`;",
-        "every number, agreement with the fine-tuned model, seconds, machine and versions stand in the JSON",
-        "lines under `methods/`.",
+        "98 % of it. q is chosen in two points, WANDA's norms are seen, on 50 training texts without labels.",
+        "Below 0.125 bytes a parameter signs do not fit. Made by",
+        "`python experiments/methods.py --data-dir DIR`; every number, agreement with the fine-tuned model,",
+        "seconds, machine and versions stand in the JSON lines under `methods/`.",
         "",
     ]
     for task, optimizer, rows in finished():

@@ -243,7 +243,8 @@ def _write(
     restored = sorted(match.pruned, key=lambda name: (-fine.tensors[name].info.dtype.itemsize, name))
     work += [(PARTS, name) for name in restored] if pruned_kind == PARTS else []
     files, base_files = _companions(base.path, fine.path)
-    base_only = [name for name in base.tensors if name not in set(match.base_names.values())]
+    paired = set(match.base_names.values())
+    base_only = [name for name in base.tensors if name not in paired]
     written = _Written()
 
     def make(item: tuple[str, str]) -> Iterator[Piece]:
