@@ -268,8 +268,12 @@ class DeltaFile(SafetensorsFile):
         shapes = {name: tuple(entry["shape"]) for name, entry in self.recipe.parameters.items()}
         try:
             return unpack(block, data.tobytes(), shapes, self.recipe.key)
-        except (DarexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except DarexError as error:
             raise FileError(f"{self.path}: damaged block {number} of its parts ({error!s:.200}).") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # forged
+            raise FileError(
+                f"{self.path}: damaged block {number} of its parts (what it says does not hold together)."
+            ) from error
 
     def _survivors(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """`chunks_of` of format 1, of which only a stretch is held."""

@@ -89,6 +89,8 @@ def values_from(
         if numbers is None or numbers.dtype.kind not in "fV" or numbers.size != size:
             raise DarexError(f"expected {size} floating values")
         return Values(numbers.reshape(shape))
+    if not isinstance(fields, Mapping):
+        raise DarexError("the form of values is no table")
     bits, per = fields.get("bits"), fields.get("per")
     if bits not in BITS or not (per in ("matrix", "row", "column") or (type(per) is int and per > 0)):
         raise DarexError("unknown bits or scales of values")
