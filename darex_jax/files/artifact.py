@@ -270,7 +270,7 @@ class DeltaFile(SafetensorsFile):
             return unpack(block, data.tobytes(), shapes, self.recipe.key)
         except DarexError as error:
             raise FileError(f"{self.path}: damaged block {number} of its parts ({error!s:.200}).") from error
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # forged
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileError(
                 f"{self.path}: damaged block {number} of its parts (what it says does not hold together)."
             ) from error
