@@ -57,8 +57,8 @@ def evaluate(
 def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: float, q: Any) -> Params:
     """`params + prune(key, delta, drop_rate, q)`: the pruned model.
 
-    Leaf by leaf, the mask drawn on the way and nothing kept of it: beside the result, a search over q and masks
-    holds one delta. Key, rate and q are traced: it compiles one program a shape, and the model not again.
+    Leaf by leaf, the mask drawn on the way and nothing kept of it: beside the result, a search over q and
+    masks holds one delta. Key, rate and q are traced: one program a shape is compiled, the model not again.
 
     Args:
       params: full tree; the base's value where the delta is pruned, the fine-tune's where it is kept (head).
