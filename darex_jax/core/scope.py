@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import re2
 
 from darex_jax.core.errors import DarexError
 
@@ -15,6 +18,33 @@ OPTIONAL = re.compile(r"(^|\.)pooler\.")
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
 
 Scope = Callable[[str], bool]
+
+LONGEST_PATTERN = 10_000  # characters
+
+
+def compile_pattern(pattern: str) -> Any:
+    """A person's regular expression, with the methods `search`, `match` and `fullmatch` of Python's own.
+
+    RE2 compiles it and takes time in proportion to the text, where Python's engine may run for ever; its
+    syntax is Perl's without look-around and back-references (github.com/google/re2/wiki/Syntax). A match has
+    no groups.
+
+    Raises: ValueError, in one line, for a pattern that RE2 does not take.
+    """
+    options = re2.Options()
+    options.log_errors, options.never_capture = False, True
+    try:
+        if len(pattern) > LONGEST_PATTERN:
+            raise re2.error(f"it has {len(pattern):,} characters, at most {LONGEST_PATTERN:,} are taken")
+        if count := re.search(r"\{\d*,?\d{9,}", pattern):  # which RE2 would take for plain text
+            raise re2.error(f"invalid repetition size: {count.group():.20}...")
+        return re2.compile(pattern, options)
+    except (re2.error, UnicodeEncodeError) as error:
+        why = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+        raise DarexError(
+            f"the pattern {pattern!r:.80} is not supported by RE2: {why:.80}. It is a regular expression "
+            "without look-ahead, look-behind and back-references; counts {n} go up to 1000."
+        ) from error
 
 
 def family_scope(model_type: str | None) -> Scope:
@@ -38,13 +68,10 @@ def choose_scope(model_type: str | None, include: Iterable[str] = (), exclude: I
     """The family's scope, overridden by patterns searched in the parameter's name.
 
     `exclude` wins over `include`; `include` given, only what it matches is pruned.
-    Raises: ValueError for a pattern that is no regular expression.
+    Raises: ValueError for a pattern that `compile_pattern` refuses.
     """
-    try:
-        included = [re.compile(pattern) for pattern in include]
-        excluded = [re.compile(pattern) for pattern in exclude]
-    except re.error as error:
-        raise DarexError(f"{error.pattern!r} is not a regular expression: {error}.") from error
+    included = [compile_pattern(pattern) for pattern in include]
+    excluded = [compile_pattern(pattern) for pattern in exclude]
     default = (lambda name: True) if included else family_scope(model_type)
 
     def scope(name: str) -> bool:

@@ -1,0 +1,61 @@
+"""Which parameters are pruned: families, patterns, and patterns that are taken only so far."""
+
+import pytest
+
+from darex_jax.core.scope import LONGEST_PATTERN, choose_scope, compile_pattern
+
+NAMES = (
+    "bert.encoder.layer.0.output.dense.weight",
+    "bert.encoder.layer.1.output.dense.bias",
+    "classifier.bias",
+)
+
+
+def chosen(*args, **patterns):
+    return [name for name in NAMES if choose_scope(*args, **patterns)(name)]
+
+
+def test_patterns_override_the_family():
+    assert chosen("bert") == list(NAMES[:2])
+    assert chosen("bert", include=[r"\.bias$"]) == list(NAMES[1:])
+    assert chosen("bert", exclude=[r"layer\.0\."]) == [NAMES[1]]
+    assert chosen("bert", include=["bias"], exclude=["^classifier"]) == [NAMES[1]]
+    assert chosen(None, include=["(?i)CLASSIFIER"]) == [NAMES[2]]
+    with pytest.raises(ValueError, match=r"no default scope for model_type 'gpt2'.*--include REGEX"):
+        choose_scope("gpt2")
+
+
+def test_no_pattern_takes_longer_than_its_text():
+    """Each of these runs for ever in Python's engine; RE2 is done at once."""
+    text = "a" * 3_000 + "!"
+    for pattern in ("(a+)+$", "(a|aa)+$", "(.*)*x", "(a?){1000}a{1000}x"):
+        assert not compile_pattern(pattern).search(text)
+    assert compile_pattern("(a+)+").fullmatch("aaa") and not compile_pattern("a").fullmatch("aaa")
+    assert compile_pattern("(" * 4_999 + ")" * 4_999).search(text)  # thousands of groups, none remembered
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("a{99999999999}", "invalid repetition size"),
+        ("a{2,99999999999}", "invalid repetition size"),
+        ("a{1001}", "invalid repetition size"),
+        ("((a{100}){100}){100}", "invalid repetition size"),
+        ("(" * 30, "missing )"),
+        ("[a", "missing ]"),
+        ("*a", "no argument for repetition operator"),
+        ("(?=a)b", r"invalid perl operator: (?="),
+        ("(?<!a)b", r"invalid perl operator: (?<"),
+        (r"(a)\1", r"invalid escape sequence: \1"),
+        ("a" * (LONGEST_PATTERN + 1), "at most 10,000 are taken"),
+        ("\udcff", "can't encode character"),
+    ],
+)
+def test_what_is_not_supported_is_said_in_one_line(pattern, why, capfd):
+    for patterns in ({"include": [pattern]}, {"exclude": ["fine", pattern]}):
+        with pytest.raises(ValueError) as caught:
+            choose_scope("bert", **patterns)
+        message = str(caught.value)
+        assert "is not supported by RE2: " in message and "without look-ahead" in message
+        assert why in message and "\n" not in message and len(message) < 320
+    assert capfd.readouterr().err == ""  # RE2 would log errors of its own
