@@ -1,5 +1,6 @@
 """Llama and Qwen2 against transformers, and their configs."""
 
+import copy
 import dataclasses
 import json
 
@@ -52,6 +53,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARNS = {  # each field of YaRN's away from its default
+    "yarn": YARN,
+    "yarn by default": {"type": "yarn", "factor": 2.0},  # of max_position_embeddings
+    "yarn betas": YARN | {"beta_fast": 3.0, "beta_slow": 0.5},
+    "yarn whole": YARN | {"beta_fast": 3.0, "truncate": False},
+    "yarn attention": YARN | {"attention_factor": 0.7},
+    "yarn mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3},
+    "yarn below 1": YARN | {"factor": 0.5},
+}
+DYNAMIC = {"type": "dynamic", "factor": 3.0}
 CASES = {
     "llama": LLAMA,
     "tied": LLAMA | {"tie_word_embeddings": True},
@@ -65,7 +77,9 @@ CASES = {
     "qwen2": QWEN2,
     "qwen2 tied": QWEN2 | {"tie_word_embeddings": True},
     "windows": QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2 yarn": QWEN2 | {"rope_scaling": YARN},
 }
+STRETCHED = LLAMA | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
 
 
 def original(hf, path):
@@ -73,6 +87,7 @@ def original(hf, path):
     torch.manual_seed(0)
     config = getattr(transformers, "LlamaConfig" if hf["model_type"] == "llama" else "Qwen2Config")
     fields = {name: value for name, value in hf.items() if name not in ("architectures", "model_type")}
+    fields = copy.deepcopy(fields)  # transformers writes into rope_scaling
     model = getattr(transformers, hf["architectures"][0])(config(**fields)).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -117,6 +132,64 @@ def test_matches_transformers(tmp_path, case):
     if hf["tie_word_embeddings"]:
         del saved["lm_head.weight"]
     assert {name: x.shape for name, x in flatten_names(params).items()} == saved
+
+
+@pytest.mark.parametrize("rope", [*YARNS.values(), DYNAMIC], ids=[*YARNS, "dynamic"])
+def test_stretched_positions_are_transformers(rope):
+    """Frequencies and scale, of short texts and beyond the original length."""
+    fields = {name: value for name, value in QWEN2.items() if name not in ("architectures", "model_type")}
+    hf = QWEN2 | {"hidden_size": 512, "rope_theta": 1e6, "max_position_embeddings": 32, "rope_scaling": rope}
+    config = transformers.Qwen2Config(**copy.deepcopy(fields | hf))
+    kind = rope.get("type", rope.get("rope_type"))
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
+    ours = read_model_config(hf).rope
+    for length in (5, 32, 33, 200):
+        theirs, scale = compute(config, "cpu", seq_len=torch.tensor(length))
+        frequencies = ours.frequencies(128, jnp.array([length]))
+        np.testing.assert_allclose(frequencies[0], theirs, rtol=2e-6)
+        assert ours.scale == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("length", [10, 40])
+def test_dynamic_positions_follow_each_rows_own_length(tmp_path, family, length):
+    """As transformers has a row alone; below the original length nothing is stretched."""
+    hf = family | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
+    theirs = original(hf, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch(length)
+    mask[1, length // 2 :], mask[2, : length // 3] = 0, 0
+    out = np.asarray(model(params, ids, mask).logits)
+    plain, _ = build_model(read_model_config(family | {"max_position_embeddings": 16}))
+    for row in range(3):
+        real = mask[row] == 1
+        fresh = type(theirs)(theirs.config)  # what a longer text left behind is gone
+        fresh.load_state_dict(theirs.state_dict())
+        _, logits = reference(fresh.eval(), ids[row : row + 1, real], mask[row : row + 1, real])
+        np.testing.assert_allclose(out[row][real], logits[0], atol=1e-4)
+        same = np.allclose(out[row][real], np.asarray(plain(params, ids, mask).logits)[row][real], atol=1e-4)
+        assert same == (real.sum() <= 16)
+
+
+def test_rematerialisation_keeps_less_and_changes_nothing():
+    model, params = init_model(read_model_config(LLAMA | {"num_hidden_layers": 6}), jax.random.key(0))
+    ids, mask = batch(length=64)
+
+    def loss(model, params):
+        return jnp.square(model(params, ids, mask).logits * mask[..., None]).mean()
+
+    def compiled(model):
+        return jax.jit(jax.grad(loss, argnums=1), static_argnums=0).lower(model, params).compile()
+
+    whole, less = compiled(model), compiled(dataclasses.replace(model, remat=True))
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (whole, less)]
+    assert sizes[1] < 0.5 * sizes[0], sizes
+    for a, b in zip(*(jax.tree.leaves(c(params)) for c in (whole, less)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
+    # What is observed is seen all the same.
+    seen = []
+    dataclasses.replace(model, remat=True)(params, ids, mask, observe=lambda name, x: seen.append(name))
+    assert len(seen) == 6 * 7 + 1
 
 
 def test_each_layer_matches_transformers(tmp_path):
@@ -252,16 +325,18 @@ def test_every_field_changes_something(family):
     assert fields - changed.keys() == rest
     for name, value in changed.items():
         assert behaviour(**{name: value}) != standard, name
+    standard = behaviour(max_position_embeddings=16)
     for scaling in ({"type": "linear", "factor": 2.0}, LLAMA3, LLAMA3 | {"factor": 2.0},
                     LLAMA3 | {"low_freq_factor": 0.5}, LLAMA3 | {"high_freq_factor": 3.0},
-                    LLAMA3 | {"original_max_position_embeddings": 8}):  # fmt: skip
-        assert behaviour(rope_scaling=scaling) != standard, scaling
+                    LLAMA3 | {"original_max_position_embeddings": 8}, *YARNS.values(),
+                    DYNAMIC | {"factor": 90.0}):  # fmt: skip
+        assert behaviour(rope_scaling=scaling, max_position_embeddings=16) != standard, scaling
     assert behaviour(rope_scaling=LLAMA3) != behaviour(rope_scaling=LLAMA3 | {"factor": 2.0})
     carried = {name: "anything" for name in INERT - {"tie_encoder_decoder"}}
     assert behaviour(**carried) == standard
 
 
-@pytest.mark.parametrize("hf", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("hf", [*CASES.values(), STRETCHED], ids=[*CASES, "dynamic"])
 def test_config_round_trip(hf):
     hf = hf | {"torch_dtype": "float32", "transformers_version": "4.40.0", "use_cache": True}
     config = read_model_config(hf)
@@ -271,7 +346,8 @@ def test_config_round_trip(hf):
     json.dumps(out)
 
 
-@pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2])
+@pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2, CASES["qwen2 yarn"],
+                                STRETCHED])  # fmt: skip
 def test_both_generations_of_transformers_say_the_same(hf, tmp_path):
     """Version 4 writes rope_theta and rope_scaling, version 5 rope_parameters and dtype."""
     old = hf | {"torch_dtype": "float32"}
@@ -298,7 +374,16 @@ def test_llama_2_without_rope_theta():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn', supported: default"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type is 'longrope', supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor of the rope is missing"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type is \['yarn'\], supported"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, r"factor is '4', expected a finite number above 0 \(of"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1, expected true or false"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1, 'yarn' needs one above 1"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor of the rope is not above"),
+        ({"rope_scaling": DYNAMIC, "head_dim": 2}, "head_dim is 2, dynamic rotary positions need at least 4"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a finite number above 0"),
         ({"rope_scaling": {"type": "linear"}}, "factor of the rope is missing"),
         ({"rope_scaling": LLAMA3 | {"mscale": 1}}, "mscale of the rope is 1, which 'llama3' does not have"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of"),

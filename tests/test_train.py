@@ -133,6 +133,23 @@ def test_the_schedule_rises_and_falls_in_lines():
     np.testing.assert_allclose([flat_start(t) for t in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
 
 
+def test_the_rate_is_the_hosts_and_a_float32s():
+    """No operation of a device, which would be waited for behind the steps under way."""
+    for steps, ratio in ((7, 0.3), (1000, 0.1), (333, 0.0)):
+        rate = warmup_linear(3e-4, steps, ratio)
+        warmup = int(ratio * steps)
+        for t in range(steps):
+            share = jnp.minimum((t + 1) / (warmup + 1), (steps - t) / (steps - warmup))
+            assert type(rate(t)) is float and rate(t) == float(3e-4 * share)
+
+
+def test_rematerialisation_trains_the_same(tiny):
+    """Dropout included; its key is the layer's both times."""
+    (a, history), (b, again) = (train(tiny, remat=remat, steps=3) for remat in (False, True))
+    assert [h.loss for h in history] == pytest.approx([h.loss for h in again], rel=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
 def test_matrices_decay_and_vectors_do_not(tiny):
     names = flatten_names(decay_mask(tiny[1]))
     assert not any(on for name, on in names.items() if name.endswith("bias") or "LayerNorm" in name)

@@ -5,12 +5,15 @@ neither transformers nor, merge-adapter apart, flax.
 """
 
 import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
 from darex_jax.cli import choose, files, learn, text, train
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, DarexWarning
 
 
 class FriendlyGroup(click.Group):
@@ -21,7 +24,9 @@ class FriendlyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (DarexError, OSError, FloatingPointError) as error:
@@ -34,6 +39,16 @@ class FriendlyGroup(click.Group):
                 f"a fault of darex_jax, not yours: {type(error).__name__}: {lines[0]:.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any
+) -> None:
+    """A warning that is meant for a person is one line, too."""
+    if issubclass(category, DarexWarning):
+        click.echo(f"warning: {message}", err=True)
+    else:
+        otherwise(message, category, *rest)
 
 
 def _show_traceback(ctx: click.Context) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from darex_jax.cli.choose import OBJECTIVES
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, PATH, RATE, SEED, TEXT
 from darex_jax.cli.show import byte_bar, bytes_text, few, point_bar, print_table, q_text
 
 
@@ -79,6 +79,7 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
 @SEED
 @INCLUDE
 @EXCLUDE
+@IGNORE
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
 )
@@ -95,6 +96,7 @@ def prune(
     seed: int,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    ignore_config_fields: tuple[str, ...],
     allow_nonfinite: bool,
     as_json: bool,
 ) -> None:
@@ -108,7 +110,18 @@ def prune(
 
     if q == "auto" or q in OBJECTIVES:
         divisor, why = _chosen_q(
-            base, fine, drop_rate, q, task, data_dir, text, include, exclude, seed, as_json
+            base,
+            fine,
+            drop_rate,
+            q,
+            task,
+            data_dir,
+            text,
+            include,
+            exclude,
+            ignore_config_fields,
+            seed,
+            as_json,
         )
     elif task or data_dir or text:
         raise click.UsageError("--task, --data-dir and --text are for --q auto or an objective of find-q.")
@@ -274,8 +287,16 @@ def verify(delta: Path, base: Path | None, as_json: bool) -> None:
 @click.argument("adapter", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@IGNORE
 @JSON
-def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+def merge_adapter(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    overwrite: bool,
+    ignore_config_fields: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Merge a LoRA adapter: write BASE with ADAPTER in it to OUT.
 
     ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, a fine-tune of BASE
@@ -283,7 +304,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json
     """
     from darex_jax.files.merge import merge_adapter as merge
 
-    summary = merge(base, adapter, out, overwrite=overwrite)
+    summary = merge(base, adapter, out, overwrite=overwrite, ignore_config_fields=ignore_config_fields)
     if as_json:
         click.echo(json.dumps({"out": str(out), **summary._asdict()}))
         return
@@ -314,6 +335,7 @@ def _chosen_q(
     text: Path | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    ignore_config_fields: tuple[str, ...],
     seed: int,
     quiet: bool,
 ) -> tuple[Any, str]:
@@ -334,6 +356,7 @@ def _chosen_q(
             text=text,
             include=include,
             exclude=exclude,
+            ignore_config_fields=ignore_config_fields,
             seed=seed,
             on_value=on_value,
         )

@@ -7,3 +7,7 @@ class DarexError(ValueError):
     Everything this library raises on purpose about its input is one of these. The command line shows it as
     one line; any other exception is a fault, and keeps its traceback behind `darex --debug`.
     """
+
+
+class DarexWarning(UserWarning):
+    """What was given is used, and the message says what about it may surprise."""

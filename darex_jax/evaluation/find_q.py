@@ -5,7 +5,7 @@ q is an argument of compiled functions here: a sweep over values and masks compi
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,10 @@ ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
 
 
 def load_pair(
-    base: str | os.PathLike[str], fine: str | os.PathLike[str], scope: Scope | None = None
+    base: str | os.PathLike[str],
+    fine: str | os.PathLike[str],
+    scope: Scope | None = None,
+    ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, Params, Params]:
     """A fine-tuned model and what pruning needs of its base.
 
@@ -47,7 +50,7 @@ def load_pair(
       with the fine-tuned names.
     Raises: ValueError if the two do not fit together.
     """
-    model, params = load_model(fine)
+    model, params = load_model(fine, ignore_config_fields=ignore_config_fields)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type")))
         match.raise_if_faulty()

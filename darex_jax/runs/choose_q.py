@@ -111,6 +111,7 @@ def choose_q(
     checkpoints: Path | None = None,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    ignore_config_fields: tuple[str, ...] = (),
     seed: int = 0,
     on_value: Callable[[float, float], None] = lambda point, value: None,
 ) -> dict[str, Any]:
@@ -139,18 +140,19 @@ def choose_q(
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
       learning_rate: with learned, see `learn_q`.
       checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
+      ignore_config_fields: of the fine-tuned model's, see `read_model_config`.
       on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
     Returns: what the q file holds: q, value, objective, scope, curve (of q, of eta with rule, or of epochs),
       plateau, what it cost (evaluations of so many examples, labels looked at), manifest.
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
-        config = read_model_config(read_config(fine))
+        config = read_model_config(read_config(fine), ignore_config_fields)
         no_classes = isinstance(config, BertConfig) and (config.headless or config.num_labels == 1)
         objective = "labels" if task is not None else "two-point" if no_classes else "predictions"
     _check(objective, scope, task, text, masks, drop_rate)
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
-    model, params, base_params = load_pair(base, fine, chosen)
+    model, params, base_params = load_pair(base, fine, chosen, ignore_config_fields)
     start, delta = split_in_scope(params, base_params)
     limit = OBJECTIVES[objective] if limit is None else limit
     held_out = objective in ("labels", "predictions")
