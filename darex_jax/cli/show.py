@@ -46,11 +46,22 @@ def q_text(q: float | Mapping[str, float]) -> str:
 
 
 @contextmanager
-def byte_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr for work over two seconds. The callback counts bytes; threads may call it."""
+def _bar(**options: Any) -> Iterator[Any]:
+    """A bar of tqdm's; one that was never moved does not stay before an error."""
     from tqdm import tqdm
 
-    with tqdm(
+    with tqdm(**options) as bar:
+        try:
+            yield bar
+        except BaseException:
+            bar.leave = bar.leave and bar.n > 0
+            raise
+
+
+@contextmanager
+def byte_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for work over two seconds. The callback counts bytes; threads may call it."""
+    with _bar(
         desc=title,
         total=total,
         unit="B",
@@ -64,9 +75,7 @@ def byte_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 
 @contextmanager
 def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
-    from tqdm import tqdm
-
-    with tqdm(desc=title, total=total, unit="step", disable=quiet, mininterval=1.0) as bar:
+    with _bar(desc=title, total=total, unit="step", disable=quiet, mininterval=1.0) as bar:
 
         def on_step(record: Any) -> None:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
@@ -83,10 +92,8 @@ def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]
 
     A training that goes on begins where it was.
     """
-    from tqdm import tqdm
-
     shown: dict[str, str] = {}
-    with tqdm(desc=title, unit="step", disable=quiet, mininterval=1.0, dynamic_ncols=True) as bar:
+    with _bar(desc=title, unit="step", disable=quiet, mininterval=1.0, dynamic_ncols=True) as bar:
 
         def on_step(steps: int, line: Any) -> None:
             if bar.total is None:
@@ -110,9 +117,7 @@ def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]
 @contextmanager
 def point_bar(title: str, quiet: bool) -> Iterator[Callable[[float, float], None]]:
     """A count of visited points, how many there will be being unknown, with the last one and its value."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit=" points", disable=quiet, leave=False) as bar:
+    with _bar(desc=title, unit=" points", disable=quiet, leave=False) as bar:
 
         def on_value(point: float, value: float) -> None:
             bar.set_postfix_str(f"{point:.4g}: {value:.5f}")
@@ -124,9 +129,7 @@ def point_bar(title: str, quiet: bool) -> Iterator[Callable[[float, float], None
 @contextmanager
 def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar that says how many problems are answered and how many of them correctly."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, total=total, unit="problem", disable=quiet) as bar:
+    with _bar(desc=title, total=total, unit="problem", disable=quiet) as bar:
 
         def on_batch(answered: int, correct: int) -> None:
             bar.set_postfix(correct=correct, refresh=False)
