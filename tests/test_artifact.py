@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import blake3
@@ -23,7 +21,7 @@ from darex_jax.cli import main
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile, canonical_json, tensor_line
-from darex_jax.files.checkpoint import INDEX, Checkpoint, atomic_directory
+from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
@@ -454,7 +452,7 @@ def test_a_q_that_float32_does_not_hold_is_refused(tmp_path, pair, q):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "not a file" in darex("inspect", tmp_path / "pipe", code=1).stderr
+    assert "is a pipe" in darex("inspect", tmp_path / "pipe", code=1).stderr
 
 
 def test_an_index_must_find_its_tensors(tmp_path):
@@ -496,21 +494,6 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path, pair, monkeypatch):
         assert out.read_bytes() == b"old" and not list(tmp_path.glob(".*partial"))
 
 
-def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("base", "fine"):
-        big = {f"bert.layer.{i}.weight": rng.normal(size=(2000, 1000)).astype(np.float32) for i in range(4)}
-        write(tmp_path / name, big)
-    command = [sys.executable, "-m", "darex_jax", "prune", "base", "fine", "d", "-p", "0.1"]
-    process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".d.*partial")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "d").exists()
-
-
 def test_inputs_are_never_replaced(tmp_path, pair):
     base, fine = pair
     prune(base, fine, tmp_path / "d")
@@ -540,38 +523,6 @@ def test_what_is_no_model_is_not_replaced(tmp_path, pair):
         error = darex("apply", base, tmp_path / "d", out, "--overwrite", code=1).stderr
         assert "is no model directory and is not replaced" in error
     assert (tmp_path / "home/letters/thesis").read_text() == "x"
-
-
-def test_a_replaced_directory_stays_until_the_new_one_is_there(tmp_path, pair, monkeypatch):
-    base, _ = pair
-    before = {path.name: path.read_bytes() for path in base.iterdir()}
-    replace = os.replace
-
-    def interrupted(source, target):
-        if str(source).endswith(".partial"):
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), atomic_directory(base, overwrite=True) as folder:
-        (folder / "config.json").write_text("{}")
-    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
-    monkeypatch.undo()
-    (tmp_path / "link").symlink_to(base)
-    with atomic_directory(tmp_path / "link", overwrite=True) as folder:
-        (folder / "config.json").write_text("{}")
-    assert [path.name for path in base.iterdir()] == ["config.json"] and (tmp_path / "link").is_symlink()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_writer_follows_no_link(tmp_path, pair):
-    """The temporary file's name can be guessed: a link there must not lead the bytes elsewhere."""
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    (tmp_path / f".d.{os.getpid()}.partial").symlink_to(victim)
-    prune(*pair, tmp_path / "d")
-    assert victim.read_text() == "precious"
-    DeltaFile(tmp_path / "d").close()
 
 
 def test_parameters_that_do_not_pair(tmp_path):

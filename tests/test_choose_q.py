@@ -468,7 +468,8 @@ def test_mistakes_are_told(folders, tmp_path):
     assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
     )
-    assert "it is a folder or a picture" in fails(*find[:-1], tmp_path)
+    assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
+    assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
     (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
     assert "chosen for a drop rate of 0.99, not of 0.9" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"

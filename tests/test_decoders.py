@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import darex_jax as dx
+from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import build_model, init_model, read_model_config
 from darex_jax.models.config import INERT
 from darex_jax.models.decoder import DecoderConfig, Rope, empty_cache
+from darex_jax.models.qwen2 import WINDOW_FIELDS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -403,6 +405,90 @@ def test_llama_2_without_rope_theta():
 def test_config_refusals(changes, text):
     with pytest.raises(ValueError, match=text):
         read_model_config(LLAMA | changes)
+
+
+WRONG = ("4", [4], {"x": 4}, None, True, 0, -1, 1.5, float("nan"), float("inf"), 2**31, 10**400, "x" * 10**6)
+
+
+POSSIBLE = {  # which of them can be: all others are refused
+    "rms_norm_eps": (0, 1.5, 2**31), "initializer_range": (0, 1.5, 2**31),
+    "rope_theta": (1.5, 2**31, None), "rope_scaling": (None,),
+    "num_key_value_heads": (None,), "head_dim": (None,), "pad_token_id": (None, 0, -1),
+    "use_sliding_window": (None, 0, True), "eos_token_id": (None, 0, -1, [4]),
+    "attention_bias": (None, True), "mlp_bias": (None, True),
+    "tie_word_embeddings": (None, True), "sliding_window": (None,), "max_window_layers": (0,),
+    "layer_types": (None,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"]], ids=["llama", "qwen2"])
+def test_a_value_of_another_type_is_one_line(hf):
+    """Whatever stands in a config.json, the error names the field and is the person's."""
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"rope", "windows", "notes"}
+    if hf != LLAMA:
+        fields = fields - {"attention_bias", "mlp_bias"} | WINDOW_FIELDS.keys()
+    for name in [*fields, "rope_theta", "rope_scaling"]:
+        for value in WRONG:
+            if any(value is x or (type(value) is type(x) and value == x) for x in POSSIBLE.get(name, ())):
+                continue
+            with pytest.raises(DarexError) as error:
+                read_model_config(hf | {name: value})
+            message = str(error.value)
+            assert name.removesuffix("_scaling") in message, (name, value, message)
+            assert "\n" not in message and len(message) < 400, (name, value, message)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"]], ids=["llama", "qwen2"])
+def test_values_that_can_be(hf):
+    others = ("attention_bias", "mlp_bias") if hf != LLAMA else WINDOW_FIELDS
+    for name, values in POSSIBLE.items():
+        for value in values if name not in others else ():
+            if (name, value) != ("rope_theta", None) or hf == LLAMA:
+                read_model_config(hf | {name: value})
+
+
+def test_fields_of_tools_and_unknown_ones():
+    notes = {
+        "unsloth_version": "2024.9", "unsloth_fixed": True, "model_name": "mine",
+        "training_date": "2025-01-01", "base_model_name_or_path": "x/y",
+        "license": "mit", "_anything": 3, "future": None,
+    }  # fmt: skip
+    config = read_model_config(LLAMA | notes)
+    assert config == read_model_config(LLAMA) and {n: config.to_hf()[n] for n in notes} == notes
+    for off in (False, "", [], {}):
+        with pytest.warns(DarexWarning, match="the unknown field 'use_qk_norm'"):
+            read_model_config(LLAMA | {"use_qk_norm": off})
+    for name, value in {
+        "use_qk_norm": True, "unsloth_scale": 2.0, "attention_version": 2, "drop_path": 0.1,
+        "norm_name": "rms", "softcap": 0, "quantization_config": {"bits": 4}, "activation": "mish",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} is unknown .--ignore-config-field"):
+            read_model_config(LLAMA | {name: value})
+        config = read_model_config(LLAMA | {name: value}, [name])
+        assert config == read_model_config(LLAMA) and config.to_hf()[name] == value
+    assert read_model_config(LLAMA | {"attention_dropout": 0.1}, ["attention_dropout"]).hidden_size == 32
+    for name in ("hidden_size", "rope_theta", "rope_scaling"):
+        with pytest.raises(ValueError, match=f"{name} is read by the model and cannot be ignored"):
+            read_model_config(LLAMA, [name])
+
+
+def test_a_config_that_claims_more_than_its_weights(tmp_path):
+    """What is not in the file is neither traced nor allocated."""
+    _, params = init_model(read_model_config(LLAMA), jax.random.key(0))
+    for changes, text in (
+        (
+            {"num_hidden_layers": 1_000_000},
+            "num_hidden_layers is 1000000, expected an integer from 1 to",
+        ),
+        ({"num_hidden_layers": 9_999}, "has num_hidden_layers 9999, its weights are of 3 layers"),
+        ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight has shape \[97, 32\], expected \[2147483647, 32\]"),
+        ({"hidden_size": 2**31 - 4, "intermediate_size": 2**31 - 1, "head_dim": 2}, "has shape"),
+        ({"num_attention_heads": 2**30, "head_dim": 8}, "num_attention_heads is 1073741824, with 8 features"),
+        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is left over"),
+    ):
+        dx.save_params(tmp_path, params, LLAMA | changes, overwrite=True)
+        with pytest.raises(ValueError, match=text):
+            dx.load_model(tmp_path)
 
 
 def test_qwen2_refusals():

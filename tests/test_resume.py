@@ -1,7 +1,9 @@
 """Training that stops and goes on, repeats, and runs from the terminal; on a tiny BERT and a tiny Llama."""
 
+import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,13 +13,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 from click.testing import CliRunner
 
 import darex_jax as dx
 from darex_jax import runs
 from darex_jax.cli import main
+from darex_jax.core.errors import FileError
 from darex_jax.core.tree import flatten_names
+from darex_jax.files.atomic import only_one
 from darex_jax.files.manifest import params_digest
 from darex_jax.models import init_model, read_model_config
 from darex_jax.runs.repeat import repeat_run
@@ -239,6 +244,52 @@ def test_what_is_no_damage_is_not_taken_for_it(kept, monkeypatch):
     with pytest.raises(MemoryError):
         checkpoints.restore(state)
     assert checkpoints.steps() == [2, 4, 5]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch, capfd):
+    """A limit of the size of files stands for a full disk; orbax then fails in many ways and places."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    keys = jax.random.split(jax.random.key(0), 20)
+    state = {str(i): jax.random.normal(key, (10, 1000)) for i, key in enumerate(keys)}
+    checkpoints = Checkpoints(tmp_path / "c", every=1)
+    checkpoints.save(1, state, 0.5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(
+            FileError, match=r"c: the checkpoint after step 2 cannot be written .File too large.. Make room"
+        ) as e:
+            checkpoints.save(2, state, 0.6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(e.value)
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["1", "1.json"]
+    assert checkpoints.restore(state)[0] == 1
+    checkpoints.save(2, state, 0.6)
+    assert checkpoints.restore(state)[0] == 2
+    del e
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_called_that_whatever_orbax_says(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise RuntimeError("Event loop is closed")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(orbax.checkpoint.StandardCheckpointer, "save", closed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(FileError, match="the disk is full: 1 bytes are free, the state has 16"):
+        Checkpoints(tmp_path / "c", every=1).save(1, {"w": jax.numpy.arange(4.0)})
+
+
+def test_two_trainings_do_not_share_an_out(bert, tmp_path):
+    with only_one(tmp_path / "out.run" / "lock", ""):
+        with pytest.raises(
+            FileError, match=r"another training writes .*out; wait for it, or choose another OUT"
+        ):
+            train_run(bert, tmp_path / "out", RECIPE, **SHORT)
+        assert [p.name for p in (tmp_path / "out.run").iterdir()] == ["lock"]
 
 
 def test_the_best_checkpoint_is_returned_if_asked_for(tmp_path):

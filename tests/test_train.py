@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from darex_jax.cli import main
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation import classification, outputs
 from darex_jax.evaluation.classification import evaluate, predict, pruned_params
@@ -148,6 +151,23 @@ def test_rematerialisation_trains_the_same(tiny):
     (a, history), (b, again) = (train(tiny, remat=remat, steps=3) for remat in (False, True))
     assert [h.loss for h in history] == pytest.approx([h.loss for h in again], rel=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+def test_the_command_hands_everything_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def train_run(base, out, recipe, **options):
+        seen.update(options, recipe=recipe)
+        raise DarexError("enough")
+
+    monkeypatch.setattr("darex_jax.runs.train.train_run", train_run)
+    for options, remat, ignored in (
+        ((), False, ()),
+        (("--remat", "--ignore-config-field", "x"), True, ("x",)),
+    ):
+        done = CliRunner().invoke(main, ["train", "base", str(tmp_path / "out"), *options])
+        assert done.exit_code == 1 and "enough" in done.output
+        assert seen["recipe"].remat is remat and seen["ignore_config_fields"] == ignored
 
 
 def test_matrices_decay_and_vectors_do_not(tiny):

@@ -4,6 +4,7 @@ Imports stay inside the commands: `darex --help` must not wait for jax, and the 
 neither transformers nor, merge-adapter apart, flax.
 """
 
+import signal
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,20 +14,24 @@ from typing import Any
 import click
 
 from darex_jax.cli import choose, files, learn, text, train
+from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError, DarexWarning
 
 
 class FriendlyGroup(click.Group):
-    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130.
+    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130, SIGTERM in 143.
 
     So does a fault of this library, in a line that says so; `--debug` shows its traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with warnings.catch_warnings():
+            with unwinding(), warnings.catch_warnings():
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (DarexError, OSError, FloatingPointError) as error:

@@ -60,17 +60,17 @@ def find_q(
 
     Written to a file that `darex prune --q` takes.
     """
-    from darex_jax.files.safetensors import atomic_file
+    from darex_jax.files.atomic import write_whole
+    from darex_jax.files.paths import check_output
     from darex_jax.runs.choose_q import choose_q, plot_curve
 
-    if out.is_dir() or out.suffix == ".png":
-        raise click.BadParameter(
-            f"{out} cannot be the q file: it is a folder or a picture.", param_hint="--out"
-        )
+    if out.suffix == ".png":
+        raise click.BadParameter(f"{out} cannot be the q file: it is a picture.", param_hint="--out")
+    check_output(out)
+    check_output(out.with_suffix(".png"))
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
-    with atomic_file(out) as descriptor, open(descriptor, "w", encoding="utf-8", closefd=False) as file:
-        file.write(json.dumps(report, indent=2) + "\n")
+    write_whole(out, json.dumps(report, indent=2) + "\n")
     picture = out.with_suffix(".png") if "curve" in report or options["scope"] == "layer" else None
     if picture is not None:
         plot_curve(report, picture)

@@ -106,8 +106,10 @@ def prune(
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.paths import check_output
     from darex_jax.files.prune import prune_checkpoints
 
+    check_output(out)
     if q == "auto" or q in OBJECTIVES:
         divisor, why = _chosen_q(
             base,
@@ -372,7 +374,7 @@ def _read_q(text: str | None, drop_rate: float) -> float | dict[str, float] | No
         return float(text)
     except ValueError:
         pass
-    if not Path(text).is_file():
+    if not Path(text).exists():
         raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
     from darex_jax.files.checkpoint import read_json
 

@@ -47,7 +47,7 @@ def q_text(q: float | Mapping[str, float]) -> str:
 
 @contextmanager
 def _bar(**options: Any) -> Iterator[Any]:
-    """A bar of tqdm's; one that was never moved does not stay before an error."""
+    """A bar of tqdm's. Where the work fails before its first step, no empty line stays before the message."""
     from tqdm import tqdm
 
     with tqdm(**options) as bar:

@@ -20,8 +20,10 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     """Options from a TOML file become the defaults, so that the command line has the last word."""
     if path is None:
         return
+    from darex_jax.files.paths import read_text
+
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path} is not TOML: {error}.") from error
     names = {param.name for param in ctx.command.params} - {"config"}
@@ -66,7 +68,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
     "--dropout/--no-dropout", default=True, show_default=True, help="As config.json has it, or none."
 )
 @click.option("--remat", is_flag=True,
-              help="Compute each layer again in the backward pass: less memory, a third more time.")  # fmt: skip
+              help="Compute layers again in the backward pass: less memory, a third more time.")  # fmt: skip
 @click.option(
     "--lora-rank", type=click.IntRange(1), help="Train adapters of this rank; OUT is PEFT's format."
 )

@@ -9,5 +9,9 @@ class DarexError(ValueError):
     """
 
 
+class FileError(DarexError):
+    """A file that cannot be used as it is; the message is for the person who named it."""
+
+
 class DarexWarning(UserWarning):
     """What was given is used, and the message says what about it may surprise."""

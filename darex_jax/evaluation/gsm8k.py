@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from darex_jax.core.errors import DarexError
+from darex_jax.files.paths import read_bytes
 from darex_jax.tasks.gsm8k import ANSWER_IS, PROMPT, Problem, extract_answer, gsm8k_prompt
 
 
@@ -118,7 +119,7 @@ def _read_records(path: Path, header: bytes, count: int) -> tuple[dict[int, dict
       begin.
     Raises: ValueError for other settings, another kind of file or a damaged line.
     """
-    content = path.read_bytes() if path.exists() else b""
+    content = read_bytes(path) if path.exists() else b""
     if header.startswith(content):  # nothing, or a header broken off in the middle, or nothing but a header
         return {}, len(content) if content == header else 0
     size = content.rfind(b"\n") + 1

@@ -13,7 +13,8 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_factors
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import PyTree, flatten_names
-from darex_jax.files.checkpoint import MANIFEST, StoredTensor, atomic_directory, read_json, read_params
+from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.checkpoint import MANIFEST, StoredTensor, read_json, read_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -55,8 +56,8 @@ def load_adapter(path: str | PathLike[str]) -> tuple[LoraConfig, dict[str, Any],
     path = Path(path)
     stated = read_json(path / CONFIG)
     _refuse_unsupported(path / CONFIG, stated)
-    if not (path / WEIGHTS).is_file():
-        pickled = (path / "adapter_model.bin").is_file()
+    if not (path / WEIGHTS).exists():
+        pickled = (path / "adapter_model.bin").exists()
         hint = " It has adapter_model.bin, a pickle, which is never read: convert it." if pickled else ""
         raise FileError(f"{path}: holds no {WEIGHTS}.{hint}")
     with SafetensorsFile(path / WEIGHTS) as file:

@@ -6,9 +6,7 @@ Neither transformers nor any deep-learning library is needed to read or write on
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from darex_jax.core.errors import FileError
 from darex_jax.core.scope import HEAD
-from darex_jax.files.safetensors import FileError, SafetensorsFile, TensorInfo, write_tensors
+from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.paths import check_file, read_bytes, read_text
+from darex_jax.files.safetensors import SafetensorsFile, TensorInfo, write_tensors
 
 MANIFEST = "darex_manifest.json"
 SINGLE = "model.safetensors"
@@ -115,13 +116,11 @@ def _modern(match: re.Match[str]) -> str:
 
 def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
     """The names of the files that hold the weights, and of the tensors that an index, if any, lists."""
-    if path.is_file():
-        return [path.name], []
     if not path.is_dir():
-        raise FileError(f"{path}: no such file or directory.")
-    if (path / SINGLE).is_file():
+        return [path.name], []
+    if (path / SINGLE).exists():
         return [SINGLE], []
-    if not (path / INDEX).is_file():
+    if not (path / INDEX).exists():
         pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
         raise FileError(f"{path}: holds neither {SINGLE} nor {INDEX}.{hint}")
@@ -139,8 +138,10 @@ def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises: FileError if it cannot be read or is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: {error}.") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: expected a JSON object.")
@@ -150,12 +151,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a Hugging Face directory, {} where there is none."""
     file = Path(path) / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def companion_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The configuration and tokenizer files that belong to a model directory, by name."""
-    return [Path(path) / name for name in COMPANIONS if (Path(path) / name).is_file()]
+    """The configuration and tokenizer files that belong to a model directory, by name.
+
+    Raises: FileError for one that is no regular file.
+    """
+    files = [Path(path) / name for name in COMPANIONS if (Path(path) / name).exists()]
+    for file in files:
+        check_file(file)
+    return files
 
 
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
@@ -247,53 +254,9 @@ def save_params(
 
     with atomic_directory(path, overwrite) as folder:
         for file in companion_files(companions_from) if companions_from else []:
-            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).write_bytes(read_bytes(file))
         if config is not None:
             (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
         if manifest is not None:
             (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         write_tensors(folder / SINGLE, flatten_names(params), {"format": "pt"})
-
-
-@contextmanager
-def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A fresh directory to fill; it appears under `path` whole, or not at all.
-
-    What it replaces is set aside until it is there, and deleted then.
-
-    Raises: FileError if `path` holds something already and `overwrite` is not given, or something that
-      is no model: a folder with other folders in it, say, is not for this to delete.
-    """
-    path = Path(path).resolve()
-    check_replaceable(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def check_replaceable(path: Path, overwrite: bool) -> None:
-    """Raises what `atomic_directory` raises for a path that it would not write to."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not overwrite:
-            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
-        if not _is_model_directory(path):
-            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
-
-
-def _is_model_directory(path: Path) -> bool:
-    files = list(path.iterdir()) if path.is_dir() else []
-    weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)
-    return weights and all(file.is_file() for file in files)

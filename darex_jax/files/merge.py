@@ -13,7 +13,8 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
-from darex_jax.files.checkpoint import Checkpoint, check_replaceable, save_params
+from darex_jax.files.atomic import check_replaceable
+from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs

@@ -18,13 +18,14 @@ from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.artifact import FORMAT, Recipe, resolve_q, tensor_line, versions
+from darex_jax.files.atomic import atomic_file
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
 from darex_jax.files.match import Match, match_checkpoints
+from darex_jax.files.paths import read_bytes
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     FileError,
     as_bytes,
-    atomic_file,
     element_count,
     encode_header,
     write_at,
@@ -253,7 +254,7 @@ def _changed_companions(base: Path, fine: Path) -> dict[str, bytes]:
         return {}
     changed = {}
     for file in companion_files(fine):
-        content, twin = file.read_bytes(), base / file.name
-        if not (twin.is_file() and twin.read_bytes() == content):
+        content, twin = read_bytes(file), base / file.name
+        if not (twin.exists() and read_bytes(twin) == content):
             changed[file.name] = content
     return changed

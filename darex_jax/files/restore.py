@@ -17,14 +17,15 @@ from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.threefry import numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.atomic import atomic_directory
 from darex_jax.files.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
     StoredTensor,
-    atomic_directory,
     companion_files,
 )
+from darex_jax.files.paths import read_bytes
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
     FileError,
@@ -87,7 +88,7 @@ def apply_artifact(
         ):
             _check_digest(delta, name, digest)
         data_check.result()
-        if len(outputs) > 1:
+        if outputs.keys() != {SINGLE}:  # a file of another name is found by an index alone
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -154,7 +155,7 @@ def restored_layout(base: Checkpoint, delta: DeltaFile) -> Layout:
 def restore_companions(base: Path, delta: DeltaFile, folder: Path) -> None:
     """Writes the restored model's companion files: the base's, and over them those the delta carries."""
     for source in companion_files(base):
-        (folder / source.name).write_bytes(source.read_bytes())
+        (folder / source.name).write_bytes(read_bytes(source))
     for name in delta.names("file"):
         (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
 

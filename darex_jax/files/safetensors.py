@@ -9,7 +9,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +16,9 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.atomic import atomic_file
+from darex_jax.files.paths import open_file
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -38,10 +39,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 20  # elements of a tensor that are held at a time
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are walked recursively
-
-
-class FileError(DarexError):
-    """A file that cannot be used as it is; the message is for the person who named it."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its writer
-            raise FileError(f"{self.path}: not a file.")
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-        except (OSError, ValueError) as error:
-            raise FileError(f"{self.path}: {getattr(error, 'strerror', None) or error}.") from error
+        self._file = open_file(self.path)
         try:
             self.tensors, self.metadata = _read_header(self._file, self.path)
         except BaseException:
@@ -93,7 +85,10 @@ class SafetensorsFile:
         view = as_bytes(out)
         position = info.offset + start * info.dtype.itemsize
         while len(view):
-            count = os.preadv(self._file, [view], position)
+            try:
+                count = os.preadv(self._file, [view], position)
+            except OSError as error:
+                raise FileError(f"{self.path}: {error.strerror}.") from error
             if count == 0:
                 raise FileError(f"{self.path}: the file became shorter while it was read.")
             view, position = view[count:], position + count
@@ -222,31 +217,6 @@ def encode_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     padded = max(length - 8, -(-len(text) // 8) * 8)
     return padded.to_bytes(8, "little") + text.ljust(padded)
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A file descriptor to write to; the file appears under `path` whole, or not at all.
-
-    Raises: FileError if `path` is a directory.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    if path.is_dir():
-        raise FileError(f"{path}: is a directory.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.unlink(missing_ok=True)
-    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)  # never through somebody's link
-    try:
-        try:
-            yield file
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

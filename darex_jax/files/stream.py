@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +55,10 @@ def count_nonfinite(values: np.ndarray) -> int:
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """`pool.map` that keeps only a few results in memory at a time; a failure cancels what has not begun."""
+    """`pool.map` that keeps only a few results in memory at a time.
+
+    A failure cancels what has not begun and waits for what has: when this ends, no thread works on.
+    """
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -67,3 +70,4 @@ def in_order(
     finally:
         for future in waiting:
             future.cancel()
+        wait(waiting)

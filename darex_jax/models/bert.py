@@ -23,6 +23,7 @@ from darex_jax.models.config import (
     Token,
     read_fields,
     refuse,
+    shown,
     type_faults,
 )
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, remat, split_key
@@ -97,12 +98,12 @@ class BertConfig:
         known = ARCHITECTURES[self.model_type]
         if len(self.architectures) != 1 or self.architectures[0] not in known:
             wrong.append(
-                f"architectures is {list(self.architectures)}, supported: {', '.join(known)} "
+                f"architectures is {shown(list(self.architectures))}, supported: {', '.join(known)} "
                 f"(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any "
                 f"{NAMES[self.model_type]}'s body as {known[0]})"
             )
         if self.hidden_act not in ACTIVATIONS:
-            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+            wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             wrong.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -141,7 +142,7 @@ class BertConfig:
             unread.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
         wrong += unread
         if values.get("model_type") not in NAMES:
-            wrong.append(f"model_type is {hf.get('model_type')!r}, supported: {', '.join(NAMES)}")
+            wrong.append(f"model_type is {shown(hf.get('model_type'))}, supported: {', '.join(NAMES)}")
         elif values["model_type"] == "roberta":
             values.setdefault("pad_token_id", 1)
         refuse(NAMES.get(str(hf.get("model_type")), "BERT"), wrong)

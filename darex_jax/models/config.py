@@ -84,7 +84,7 @@ def read_fields(
     wrong += [
         f"{name} is read by the model and cannot be ignored" for name in ignored if name in {*own, *read}
     ]
-    wrong += [
+    unsupported = [
         f"{name} is {shown(hf[name])}, supported: {value!r}"
         for name, value in fixed.items()
         if name not in ignored and hf.get(name) not in (None, value)
@@ -102,7 +102,10 @@ def read_fields(
                 stacklevel=4,
             )
         else:
-            wrong.append(f"{name:.80} is unknown")
+            unsupported.append(f"{name:.80} is unknown")
+    if unsupported:
+        unsupported[-1] += " (--ignore-config-field NAME takes a field that changes no output)"
+    wrong += unsupported
     values = {name: hf[name] for name in own if name in hf and name not in absent}
     if isinstance(values.get("architectures"), list):
         values["architectures"] = tuple(values["architectures"])

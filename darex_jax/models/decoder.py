@@ -236,7 +236,7 @@ class DecoderConfig:
         """What no decoder can have."""
         wrong = []
         if self.hidden_act not in ACTIVATIONS:
-            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+            wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             wrong.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -301,7 +301,7 @@ def read_decoder_config(
     assert rope is not None
     config = DecoderConfig(**values, rope=rope, notes=notes)
     known = len(config.architectures) == 1 and config.architectures[0] in architectures
-    stated = f"architectures is {list(config.architectures)}, supported: {', '.join(architectures)}"
+    stated = f"architectures is {shown(list(config.architectures))}, supported: {', '.join(architectures)}"
     refuse(family, config.faults() + ([] if known else [stated]))
     return config
 

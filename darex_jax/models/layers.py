@@ -141,18 +141,31 @@ def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
     Args: x: of the shape of the result, or of the first array in it.
     """
     graphdef, weights = nnx.split(layer)
+    leaves, structure = jax.tree.flatten(args)
+    # Keys go in as numbers: that the same is drawn from one key twice is what is meant here.
+    impls = [
+        jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
+        for leaf in leaves
+    ]
+    numbers = [
+        leaf if impl is None else jax.random.key_data(leaf) for leaf, impl in zip(leaves, impls, strict=True)
+    ]
 
-    def run(weights: nnx.State, x: Array, args: tuple[Any, ...]) -> Any:
-        return nnx.merge(graphdef, weights)(x, *args)
+    def run(weights: nnx.State, x: Array, numbers: list[Array]) -> Any:
+        args = [
+            leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+            for leaf, impl in zip(numbers, impls, strict=True)
+        ]
+        return nnx.merge(graphdef, weights)(x, *jax.tree.unflatten(structure, args))
 
-    def backward(kept: tuple[nnx.State, Array, tuple[Any, ...]], gradient: Any) -> Any:
-        weights, x, args = kept
+    def backward(kept: tuple[nnx.State, Array, list[Array]], gradient: Any) -> Any:
+        weights, x, numbers = kept
         later = x + 0 * jax.tree.leaves(gradient)[0]  # the same, unless a gradient is not finite
-        return jax.vjp(run, weights, later, args)[1](gradient)
+        return jax.vjp(run, weights, later, numbers)[1](gradient)
 
     again = jax.custom_vjp(run)
     again.defvjp(lambda *kept: (run(*kept), kept), backward)
-    return again(weights, x, args)
+    return again(weights, x, numbers)
 
 
 def split_key(key: Array | None, count: int) -> list[Array | None]:

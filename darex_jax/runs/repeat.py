@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +57,7 @@ def repeat_run(
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "repeat"
         train_run(base or source, target, recipe, **options, say=say, on_step=on_step)
-        now = json.loads((target / MANIFEST).read_text())
+        now = read_json(target / MANIFEST)
     outputs = {name: [digest, then["outputs"].get(name) == digest] for name, digest in now["outputs"].items()}
     differences = [
         {"what": f"{part}: {name}", "then": then[part].get(name), "now": now[part].get(name)}

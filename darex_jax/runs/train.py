@@ -19,6 +19,7 @@ from darex_jax.core.sharding import make_mesh, param_shardings
 from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.evaluation.classification import evaluate, predict
 from darex_jax.files.adapter import check_savable, save_adapter
+from darex_jax.files.atomic import only_one, write_whole
 from darex_jax.files.checkpoint import read_json, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
@@ -121,7 +122,7 @@ def train_run(
     Returns: what there is to report: out, run, task, steps, step_taken, loss, delta_rms, delta_max, digest,
       metric_name, validation and what the task tests.
     Raises: ValueError for what does not fit, also for an interrupted run of other arguments or data;
-      FloatingPointError if the training diverges.
+      FloatingPointError if the training diverges; FileError while another training writes `out`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DarexError(f"{out}: already exists; choose another place.")
@@ -164,28 +165,29 @@ def train_run(
     }
     run = out.with_name(out.name + ".run")
     checkpoints = Checkpoints(run / "checkpoints", checkpoint_every or max(1, steps // 10), keep, warn=say)
-    _begin(run, run_manifest("train", options, inputs, {}), bool(checkpoints.steps()), say)
-    with metrics_file(run / "metrics.jsonl", recipe.batch_size) as write:
-        params, _ = lesson.train(
-            frozen=start.frozen,
-            pretrained=start.pretrained,
-            mesh=parts,
-            checkpoints=checkpoints,
-            validate=lesson.validate,
-            measure=start.measure,
-            best=best,
-            on_step=lambda record: on_step(steps, write(record)),
-        )
-    lines = read_metrics(run / "metrics.jsonl")
-    plot_metrics(lines, lesson.metric_name, run / "curves.png")
-    digest = params_digest(params)
-    manifest = run_manifest("train", options, inputs, {"adapter" if lora else "model": digest})
-    if lora is None:
-        save_params(out, params, start.model.config.to_hf(), companions_from=base, manifest=manifest)
-    else:
-        kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
-        adapter, dense = _split(params, is_factor)
-        save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
+    with only_one(run / "lock", f"another training writes {out}; wait for it, or choose another OUT."):
+        _begin(run, run_manifest("train", options, inputs, {}), bool(checkpoints.steps()), say)
+        with metrics_file(run / "metrics.jsonl", recipe.batch_size) as write:
+            params, _ = lesson.train(
+                frozen=start.frozen,
+                pretrained=start.pretrained,
+                mesh=parts,
+                checkpoints=checkpoints,
+                validate=lesson.validate,
+                measure=start.measure,
+                best=best,
+                on_step=lambda record: on_step(steps, write(record)),
+            )
+        lines = read_metrics(run / "metrics.jsonl")
+        plot_metrics(lines, lesson.metric_name, run / "curves.png")
+        digest = params_digest(params)
+        manifest = run_manifest("train", options, inputs, {"adapter" if lora else "model": digest})
+        if lora is None:
+            save_params(out, params, start.model.config.to_hf(), companions_from=base, manifest=manifest)
+        else:
+            kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
+            adapter, dense = _split(params, is_factor)
+            save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
     taken = lines[-1]
     if best:
         kept = set(checkpoints.steps())
@@ -218,10 +220,9 @@ def _begin(run: Path, manifest: Mapping[str, Any], goes_on: bool, say: Callable[
     """Writes what a run is begun with, or where it goes on, holds it against what it was begun with."""
     file = run / "manifest.json"
     if not goes_on:
-        run.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in manifest["options"].items() if value is not None}
-        (run / "train.toml").write_text(tomli_w.dumps(kept), encoding="utf-8")
-        file.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_whole(run / "train.toml", tomli_w.dumps(kept))
+        write_whole(file, json.dumps(manifest, indent=2) + "\n")
         return
     before = read_json(file)
     for part in ("options", "inputs"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
 from darex_jax.files.model import companions
+from darex_jax.files.paths import check_entries
 from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
@@ -57,8 +58,9 @@ def load_tokenizer(path: str | os.PathLike[str], delta: str | os.PathLike[str] |
     from transformers import AutoTokenizer
 
     with companions(path, delta) as folder:
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise DarexError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
+        check_entries(folder)
         try:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # of the parsers of half a dozen formats

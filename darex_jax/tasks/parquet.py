@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
+from darex_jax.files.paths import check_file
 from darex_jax.models.config import shown
 
 
@@ -20,12 +22,15 @@ def find_parquet(
 ) -> dict[str, tuple[str, ...]]:
     """The files `{split}*.parquet` of each split, in `data_dir/name` or in `data_dir` itself.
 
-    Raises: FileNotFoundError unless one of the two folders has files of every split.
+    Raises: FileNotFoundError unless one of the two folders has files of every split; FileError for a pipe or
+      a device among them.
     """
     data_dir = Path(data_dir)
     for folder in (data_dir / name, data_dir):
         files = {split: tuple(sorted(map(str, folder.glob(f"{split}*.parquet")))) for split in splits}
         if all(files.values()):
+            for file in chain.from_iterable(files.values()):
+                check_file(file)
             return files
     wanted = " and ".join(f"{split}*.parquet" for split in splits)
     raise FileNotFoundError(f"{wanted} of {name!r} are not in '{data_dir / name}' or '{data_dir}'.")
@@ -46,30 +51,33 @@ class Split:
 
     def texts(self, column: str) -> tuple[str, ...]:
         """Raises: ValueError that names file, column and row of the first value that is no text."""
-        values = list(self.rows[column])
-        for row, value in enumerate(values):
-            if not isinstance(value, str):
-                raise DarexError(f"{self.place(row)}: {column} is {shown(value)}, expected a text.")
-        return tuple(values)
+        return tuple(self._column(column, lambda value: isinstance(value, str), "a text"))
 
     def classes(self, column: str, count: int) -> NDArray:
         """Labels from 0 to `count - 1`, int32. Raises: as `texts`."""
-        values = list(self.rows[column])
-        for row, value in enumerate(values):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-                raise DarexError(
-                    f"{self.place(row)}: {column} is {shown(value)}, expected an integer from 0 to {count - 1}."
-                )
-        return np.asarray(values, np.int32)
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+        return np.asarray(self._column(column, fits, f"an integer from 0 to {count - 1}"), np.int32)
 
     def scores(self, column: str) -> NDArray:
         """Labels that are numbers, float32. Raises: as `texts`."""
-        values = list(self.rows[column])
-        for row, value in enumerate(values):
+
+        def fits(value: Any) -> bool:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not abs(value) <= np.finfo(np.float32).max:
-                raise DarexError(f"{self.place(row)}: {column} is {shown(value)}, expected a finite number.")
-        return np.asarray(values, np.float32)
+            return number and abs(value) <= float(np.finfo(np.float32).max)
+
+        return np.asarray(self._column(column, fits, "a finite number"), np.float32)
+
+    def _column(self, column: str, fits: Callable[[Any], bool], expected: str) -> list[Any]:
+        values = list(self.rows[column])
+        wrong = next((row for row, value in enumerate(values) if not fits(value)), None)
+        if wrong is not None:
+            raise DarexError(
+                f"{self.place(wrong)}: {column!r} is {shown(values[wrong])}, expected {expected}."
+            )
+        return values
 
     def place(self, row: int) -> str:
         """A row's file, and its number in that file, counted from 0."""
@@ -104,13 +112,18 @@ def read_split(
       column.
     """
     import datasets
+    from pyarrow.parquet import read_metadata
 
     source = hub[0] if files is None else files[0]
     try:
         if files is None:
             rows = datasets.load_dataset(*hub, split=split)
-        else:
+        elif any(read_metadata(file).num_rows for file in files):
             rows = datasets.load_dataset("parquet", data_files={split: list(files)}, split=split)
+        else:
+            raise DarexError(f"'{source}' has no rows.")
+    except DarexError:
+        raise
     except Exception as error:  # what a damaged file meets in pyarrow and datasets is of many kinds
         if files is not None:
             why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -127,6 +140,4 @@ def read_split(
         raise DarexError(
             f"'{source}' lacks the column {missing[0]!r} of {name!r}; it has {rows.column_names}."
         )
-    if not len(rows):
-        raise DarexError(f"'{source}' has no rows.")
     return Split(rows, tuple(files or ()), f"{split!r} of '{source}'")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +18,10 @@ from typing import Any
 import blake3
 import jax
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.atomic import write_whole
+from darex_jax.files.checkpoint import read_json
+from darex_jax.files.paths import read_bytes
 
 State = Any  # a PyTree of arrays
 
@@ -44,20 +50,42 @@ class Checkpoints:
         return sorted(int(note.stem) for note in self.folder.glob("*.json") if note.stem.isdigit())
 
     def save(self, step: int, state: State, validation: float | None = None) -> None:
-        """Writes the state after `step` steps; what is neither among the newest nor the best goes."""
+        """Writes the state after `step` steps; what is neither among the newest nor the best goes.
+
+        Raises: FileError if it cannot be written, because the disk is full say; the others are as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
-            shutil.rmtree(rest)
-        with _orbax() as checkpointer:
-            checkpointer.save(self.folder / str(step), state, force=True)
+        self._remove_unfinished()  # of a process that was killed
+        try:
+            with _orbax() as checkpointer:
+                checkpointer.save(self.folder / str(step), state, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            fault = self._why_not_written(error, state)
+            self._remove_unfinished()
+            raise FileError(
+                f"{self.folder}: the checkpoint after step {step} cannot be written ({fault}). Make room, "
+                "and the same command goes on from the one before."
+            ) from error
         note = json.dumps({"digest": _digest(self.folder / str(step)), "validation": validation})
-        unfinished = self.folder / f"{step}.partial"
-        unfinished.write_text(note, encoding="utf-8")
-        os.replace(unfinished, self.folder / f"{step}.json")
+        write_whole(self.folder / f"{step}.json", note)
         kept = {*self.steps()[-self.keep :], *self._by_validation()[:1]}
         for old in set(self.steps()) - kept:
             (self.folder / f"{old}.json").unlink()
             shutil.rmtree(self.folder / str(old))
+
+    def _remove_unfinished(self) -> None:
+        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def _why_not_written(self, error: Exception, state: State) -> str:
+        """Orbax tells of a full disk in many ways, "Event loop is closed" among them."""
+        free = shutil.disk_usage(self.folder).free
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        stated = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if number == errno.ENOSPC or (number is None and free < size):
+            return f"the disk is full: {free:,} bytes are free, the state has {size:,}"
+        return os.strerror(number) if number else str(error).partition("\n")[0][:160]
 
     def restore(self, like: State) -> tuple[int, State] | None:
         """After how many steps the newest sound checkpoint was taken, and its state; None if there is none.
@@ -117,33 +145,42 @@ def _orbax() -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is logged: orbax tells of every file that it writes."""
+    """Nothing is logged: orbax tells of every file that it writes.
+
+    After a failure that stays so: orbax closes its event loop at the first write that fails, and complains of
+    the others whenever they end.
+    """
     loud = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loud]
+    hook = sys.unraisablehook
+
+    def only_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     for logger in loud:
         logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loud, levels, strict=True):
-            logger.setLevel(level)
+    sys.unraisablehook = only_others
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loud, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _read_note(file: Path) -> dict[str, Any]:
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except FileError:
         return {}
-    return note if isinstance(note, dict) else {}
 
 
 def _digest(folder: Path) -> str:
     """BLAKE3 over the names and contents of all files in a folder."""
     digest = blake3.blake3()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = file.read_bytes()
+        content = read_bytes(file)
         head = f"{file.relative_to(folder).as_posix()}\0{len(content)}\0"
         digest.update(head.encode() + content)
     return digest.hexdigest()

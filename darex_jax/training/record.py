@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from darex_jax.core.errors import FileError
+from darex_jax.files.atomic import atomic_file, write_whole
+from darex_jax.files.paths import read_text
 from darex_jax.training.loop import StepRecord
 
 
@@ -33,12 +35,14 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
         clock = now
         if file is None:  # the first record of this call says where the training goes on
             before = [line for line in read_metrics(path) if line["step"] < record.step]
-            rewritten = path.with_suffix(".partial")
-            rewritten.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
-            os.replace(rewritten, path)
-            file = path.open("a", encoding="utf-8")
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in before))
+            file = path.open("ab", buffering=0)
+        try:
+            rest = json.dumps(line).encode() + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            raise FileError(f"{path}: {error.strerror}.") from error
         return line
 
     try:
@@ -51,7 +55,7 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none if it does not exist, and without a last one that was broken off."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in read_text(path).splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -86,4 +90,10 @@ def plot_metrics(lines: list[dict[str, Any]], validation_name: str, path: Path) 
         axes.set(xlabel="step", title=f"validation: {validation_name}")
     for axes in (loss, delta, *rest):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a Matplotlib figure as PNG, whole or not at all."""
+    with atomic_file(path) as file, open(file, "wb", closefd=False) as stream:
+        figure.savefig(stream, format="png", dpi=130)

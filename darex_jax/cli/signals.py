@@ -1,0 +1,50 @@
+"""Ctrl-C and a request to end (SIGTERM, SIGHUP) unwind the stack, so that what is under way is cleaned up."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+AGAIN = 0.02  # seconds
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """While this lasts, SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + their number).
+
+    Not in the middle of an import, since native modules can crash of it, nor in JAX's callback for the
+    garbage collector, where the exception would be lost: there the signal is put off until these are done.
+    Signals that somebody else handles or ignores (nohup) are left alone.
+    """
+    pending = 0
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        pending = pending if number == signal.SIGALRM else number
+        if _at_a_bad_moment(frame) and signal.SIGALRM in taken:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        elif pending == signal.SIGINT:
+            raise KeyboardInterrupt
+        elif pending:
+            raise SystemExit(128 + pending)
+
+    taken = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                taken[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)
+
+
+def _at_a_bad_moment(frame: FrameType | None) -> bool:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == "_xla_gc_callback":
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,219 @@
+"""Files and directories that appear whole or not at all, whenever the process ends.
+
+What is under way has a hidden name, `.NAME.RANDOM.partial`, and a lock that its writer holds: the system
+releases it however the writer ends. The next writer of NAME removes what nobody holds. Process ids would not
+do: two containers with one volume have the same ones.
+"""
+
+import ctypes
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from darex_jax.core.errors import FileError
+from darex_jax.files.paths import AnyPath, check_output
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
+
+
+@contextmanager
+def atomic_file(path: AnyPath) -> Iterator[int]:
+    """A file descriptor to write to; the file appears under `path` whole, or not at all.
+
+    Raises: FileError if `path` is a directory, a device or a pipe.
+    """
+    path = Path(path)
+    check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(path)
+    with _temporary(path, _new_file) as (temporary, file):
+        yield file
+        os.fsync(file)
+        os.replace(temporary, path)
+
+
+def write_whole(path: AnyPath, content: str | bytes) -> None:
+    """Writes a small file, text as UTF-8, by `atomic_file`."""
+    with atomic_file(path) as file, open(file, "wb", closefd=False) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_directory(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory to fill; it appears under `path` whole, or not at all.
+
+    Where something is replaced, a directory is under the name at every moment: the two are exchanged in one
+    step. Where the system cannot do that, a process killed in between leaves the old one set aside, and the
+    next that writes to `path` moves it back.
+
+    Raises: FileError if `path` holds something already and `overwrite` is not given, or something that
+      is no model: a folder with other folders in it, say, is not for this to delete.
+    """
+    path = Path(path).resolve()
+    check_replaceable(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, _new_directory) as (folder, _):
+        yield folder
+        check_replaceable(path, overwrite)  # it may have come while this was written
+        if path.exists() and any(path.iterdir()):
+            _exchange(folder, path)
+        else:
+            os.replace(folder, path)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises what `atomic_directory` raises for a path that it would not write to.
+
+    What a killed process set aside is moved back first.
+    """
+    _clean_up(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+        if not _is_model_directory(path):
+            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
+
+
+def _is_model_directory(path: Path) -> bool:
+    files = list(path.iterdir()) if path.is_dir() else []
+    weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)
+    return weights and all(file.is_file() for file in files)
+
+
+@contextmanager
+def only_one(lock: Path, message: str) -> Iterator[None]:
+    """Holds a lock on the file `lock`, made if need be and never removed, as long as the block runs.
+
+    Raises: FileError with the message if another process holds it.
+    """
+    check_output(lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    try:
+        if not _lock(file, where_there_are_none=True):
+            raise FileError(message)
+        yield
+    finally:
+        os.close(file)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)  # never through somebody's link
+
+
+def _new_directory(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A hidden name beside `path` of something new and locked, and its descriptor; what it names is removed.
+
+    Args: make: creates it and opens it; FileExistsError if there is something already.
+    """
+    while True:
+        temporary = _hidden_name(path, "partial")
+        try:
+            file = make(temporary)
+        except FileExistsError:
+            continue
+        try:
+            # Another process may have cleaned up between the two lines above.
+            if _lock(file, where_there_are_none=True) and _names(temporary, file):
+                yield temporary, file
+                return
+        except OSError as error:  # of a write to a descriptor, a full disk say, which names no file
+            error.filename = error.filename or str(path)
+            raise
+        finally:
+            _remove(temporary)
+            os.close(file)
+
+
+def _hidden_name(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Two directories change names."""
+    if _exchange_at_once(new, old):
+        return
+    aside = _hidden_name(old, "replaced")
+    lock = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(lock, where_there_are_none=True)
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except BaseException:
+            os.rename(aside, old)
+            raise
+        os.rename(aside, new)
+    finally:
+        os.close(lock)
+
+
+def _exchange_at_once(new: Path, old: Path) -> bool:
+    """False if this system, or the file system, cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(new), os.fsencode(old)
+    return bool(renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+
+
+def _clean_up(path: Path) -> None:
+    """Ends what killed processes were at: what was set aside is moved back if nothing took its place."""
+    hidden = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.(partial|replaced)")
+    if not path.parent.is_dir():
+        return
+    for stray in [entry for entry in path.parent.iterdir() if hidden.fullmatch(entry.name)]:
+        try:
+            file = os.open(stray, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError:  # it is gone, or a link, which no writer leaves
+            continue
+        try:
+            if not (_lock(file, where_there_are_none=False) and _names(stray, file)):
+                continue
+            if stray.suffix == ".replaced" and not path.exists():
+                os.rename(stray, path)
+            else:
+                _remove(stray)
+        finally:
+            os.close(file)
+
+
+def _lock(file: int, where_there_are_none: bool) -> bool:
+    """Takes the lock of an open file, until it is closed; False if another holds it.
+
+    Args: where_there_are_none: the answer on a file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return where_there_are_none
+    return True
+
+
+def _names(path: Path, file: int) -> bool:
+    """Whether the open file is still under that name."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
