@@ -1,5 +1,6 @@
 """Llama and Qwen2 against transformers, and their configs."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 import darex_jax as dx
+from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import build_model, init_model, read_model_config
 from darex_jax.models.config import INERT
 from darex_jax.models.decoder import DecoderConfig, Rope, empty_cache
+from darex_jax.models.qwen2 import WINDOW_FIELDS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -52,6 +55,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARNS = {  # each field of YaRN's away from its default
+    "yarn": YARN,
+    "yarn by default": {"type": "yarn", "factor": 2.0},  # of max_position_embeddings
+    "yarn betas": YARN | {"beta_fast": 3.0, "beta_slow": 0.5},
+    "yarn whole": YARN | {"beta_fast": 3.0, "truncate": False},
+    "yarn attention": YARN | {"attention_factor": 0.7},
+    "yarn mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3},
+    "yarn below 1": YARN | {"factor": 0.5},
+}
+DYNAMIC = {"type": "dynamic", "factor": 3.0}
 CASES = {
     "llama": LLAMA,
     "tied": LLAMA | {"tie_word_embeddings": True},
@@ -65,7 +79,9 @@ CASES = {
     "qwen2": QWEN2,
     "qwen2 tied": QWEN2 | {"tie_word_embeddings": True},
     "windows": QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2 yarn": QWEN2 | {"rope_scaling": YARN},
 }
+STRETCHED = LLAMA | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
 
 
 def original(hf, path):
@@ -73,6 +89,7 @@ def original(hf, path):
     torch.manual_seed(0)
     config = getattr(transformers, "LlamaConfig" if hf["model_type"] == "llama" else "Qwen2Config")
     fields = {name: value for name, value in hf.items() if name not in ("architectures", "model_type")}
+    fields = copy.deepcopy(fields)  # transformers writes into rope_scaling
     model = getattr(transformers, hf["architectures"][0])(config(**fields)).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -117,6 +134,64 @@ def test_matches_transformers(tmp_path, case):
     if hf["tie_word_embeddings"]:
         del saved["lm_head.weight"]
     assert {name: x.shape for name, x in flatten_names(params).items()} == saved
+
+
+@pytest.mark.parametrize("rope", [*YARNS.values(), DYNAMIC], ids=[*YARNS, "dynamic"])
+def test_stretched_positions_are_transformers(rope):
+    """Frequencies and scale, of short texts and beyond the original length."""
+    fields = {name: value for name, value in QWEN2.items() if name not in ("architectures", "model_type")}
+    hf = QWEN2 | {"hidden_size": 512, "rope_theta": 1e6, "max_position_embeddings": 32, "rope_scaling": rope}
+    config = transformers.Qwen2Config(**copy.deepcopy(fields | hf))
+    kind = rope.get("type", rope.get("rope_type"))
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
+    ours = read_model_config(hf).rope
+    for length in (5, 32, 33, 200):
+        theirs, scale = compute(config, "cpu", seq_len=torch.tensor(length))
+        frequencies = ours.frequencies(128, jnp.array([length]))
+        np.testing.assert_allclose(frequencies[0], theirs, rtol=2e-6)
+        assert ours.scale == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("length", [10, 40])
+def test_dynamic_positions_follow_each_rows_own_length(tmp_path, family, length):
+    """As transformers has a row alone; below the original length nothing is stretched."""
+    hf = family | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
+    theirs = original(hf, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = batch(length)
+    mask[1, length // 2 :], mask[2, : length // 3] = 0, 0
+    out = np.asarray(model(params, ids, mask).logits)
+    plain, _ = build_model(read_model_config(family | {"max_position_embeddings": 16}))
+    for row in range(3):
+        real = mask[row] == 1
+        fresh = type(theirs)(theirs.config)  # what a longer text left behind is gone
+        fresh.load_state_dict(theirs.state_dict())
+        _, logits = reference(fresh.eval(), ids[row : row + 1, real], mask[row : row + 1, real])
+        np.testing.assert_allclose(out[row][real], logits[0], atol=1e-4)
+        same = np.allclose(out[row][real], np.asarray(plain(params, ids, mask).logits)[row][real], atol=1e-4)
+        assert same == (real.sum() <= 16)
+
+
+def test_rematerialisation_keeps_less_and_changes_nothing():
+    model, params = init_model(read_model_config(LLAMA | {"num_hidden_layers": 6}), jax.random.key(0))
+    ids, mask = batch(length=64)
+
+    def loss(model, params):
+        return jnp.square(model(params, ids, mask).logits * mask[..., None]).mean()
+
+    def compiled(model):
+        return jax.jit(jax.grad(loss, argnums=1), static_argnums=0).lower(model, params).compile()
+
+    whole, less = compiled(model), compiled(dataclasses.replace(model, remat=True))
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (whole, less)]
+    assert sizes[1] < 0.5 * sizes[0], sizes
+    for a, b in zip(*(jax.tree.leaves(c(params)) for c in (whole, less)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
+    # What is observed is seen all the same.
+    seen = []
+    dataclasses.replace(model, remat=True)(params, ids, mask, observe=lambda name, x: seen.append(name))
+    assert len(seen) == 6 * 7 + 1
 
 
 def test_each_layer_matches_transformers(tmp_path):
@@ -252,16 +327,18 @@ def test_every_field_changes_something(family):
     assert fields - changed.keys() == rest
     for name, value in changed.items():
         assert behaviour(**{name: value}) != standard, name
+    standard = behaviour(max_position_embeddings=16)
     for scaling in ({"type": "linear", "factor": 2.0}, LLAMA3, LLAMA3 | {"factor": 2.0},
                     LLAMA3 | {"low_freq_factor": 0.5}, LLAMA3 | {"high_freq_factor": 3.0},
-                    LLAMA3 | {"original_max_position_embeddings": 8}):  # fmt: skip
-        assert behaviour(rope_scaling=scaling) != standard, scaling
+                    LLAMA3 | {"original_max_position_embeddings": 8}, *YARNS.values(),
+                    DYNAMIC | {"factor": 90.0}):  # fmt: skip
+        assert behaviour(rope_scaling=scaling, max_position_embeddings=16) != standard, scaling
     assert behaviour(rope_scaling=LLAMA3) != behaviour(rope_scaling=LLAMA3 | {"factor": 2.0})
     carried = {name: "anything" for name in INERT - {"tie_encoder_decoder"}}
     assert behaviour(**carried) == standard
 
 
-@pytest.mark.parametrize("hf", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("hf", [*CASES.values(), STRETCHED], ids=[*CASES, "dynamic"])
 def test_config_round_trip(hf):
     hf = hf | {"torch_dtype": "float32", "transformers_version": "4.40.0", "use_cache": True}
     config = read_model_config(hf)
@@ -271,7 +348,8 @@ def test_config_round_trip(hf):
     json.dumps(out)
 
 
-@pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2])
+@pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2, CASES["qwen2 yarn"],
+                                STRETCHED])  # fmt: skip
 def test_both_generations_of_transformers_say_the_same(hf, tmp_path):
     """Version 4 writes rope_theta and rope_scaling, version 5 rope_parameters and dtype."""
     old = hf | {"torch_dtype": "float32"}
@@ -298,7 +376,16 @@ def test_llama_2_without_rope_theta():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn', supported: default"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type is 'longrope', supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor of the rope is missing"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type is \['yarn'\], supported"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, r"factor is '4', expected a finite number above 0 \(of"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1, expected true or false"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1, 'yarn' needs one above 1"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor of the rope is not above"),
+        ({"rope_scaling": DYNAMIC, "head_dim": 2}, "head_dim is 2, dynamic rotary positions need at least 4"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a finite number above 0"),
         ({"rope_scaling": {"type": "linear"}}, "factor of the rope is missing"),
         ({"rope_scaling": LLAMA3 | {"mscale": 1}}, "mscale of the rope is 1, which 'llama3' does not have"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of"),
@@ -318,6 +405,90 @@ def test_llama_2_without_rope_theta():
 def test_config_refusals(changes, text):
     with pytest.raises(ValueError, match=text):
         read_model_config(LLAMA | changes)
+
+
+WRONG = ("4", [4], {"x": 4}, None, True, 0, -1, 1.5, float("nan"), float("inf"), 2**31, 10**400, "x" * 10**6)
+
+
+POSSIBLE = {  # which of them can be: all others are refused
+    "rms_norm_eps": (0, 1.5, 2**31), "initializer_range": (0, 1.5, 2**31),
+    "rope_theta": (1.5, 2**31, None), "rope_scaling": (None,),
+    "num_key_value_heads": (None,), "head_dim": (None,), "pad_token_id": (None, 0, -1),
+    "use_sliding_window": (None, 0, True), "eos_token_id": (None, 0, -1, [4]),
+    "attention_bias": (None, True), "mlp_bias": (None, True),
+    "tie_word_embeddings": (None, True), "sliding_window": (None,), "max_window_layers": (0,),
+    "layer_types": (None,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"]], ids=["llama", "qwen2"])
+def test_a_value_of_another_type_is_one_line(hf):
+    """Whatever stands in a config.json, the error names the field and is the person's."""
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"rope", "windows", "notes"}
+    if hf != LLAMA:
+        fields = fields - {"attention_bias", "mlp_bias"} | WINDOW_FIELDS.keys()
+    for name in [*fields, "rope_theta", "rope_scaling"]:
+        for value in WRONG:
+            if any(value is x or (type(value) is type(x) and value == x) for x in POSSIBLE.get(name, ())):
+                continue
+            with pytest.raises(DarexError) as error:
+                read_model_config(hf | {name: value})
+            message = str(error.value)
+            assert name.removesuffix("_scaling") in message, (name, value, message)
+            assert "\n" not in message and len(message) < 400, (name, value, message)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"]], ids=["llama", "qwen2"])
+def test_values_that_can_be(hf):
+    others = ("attention_bias", "mlp_bias") if hf != LLAMA else WINDOW_FIELDS
+    for name, values in POSSIBLE.items():
+        for value in values if name not in others else ():
+            if (name, value) != ("rope_theta", None) or hf == LLAMA:
+                read_model_config(hf | {name: value})
+
+
+def test_fields_of_tools_and_unknown_ones():
+    notes = {
+        "unsloth_version": "2024.9", "unsloth_fixed": True, "model_name": "mine",
+        "training_date": "2025-01-01", "base_model_name_or_path": "x/y",
+        "license": "mit", "_anything": 3, "future": None,
+    }  # fmt: skip
+    config = read_model_config(LLAMA | notes)
+    assert config == read_model_config(LLAMA) and {n: config.to_hf()[n] for n in notes} == notes
+    for off in (False, "", [], {}):
+        with pytest.warns(DarexWarning, match="the unknown field 'use_qk_norm'"):
+            read_model_config(LLAMA | {"use_qk_norm": off})
+    for name, value in {
+        "use_qk_norm": True, "unsloth_scale": 2.0, "attention_version": 2, "drop_path": 0.1,
+        "norm_name": "rms", "softcap": 0, "quantization_config": {"bits": 4}, "activation": "mish",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} is unknown .--ignore-config-field"):
+            read_model_config(LLAMA | {name: value})
+        config = read_model_config(LLAMA | {name: value}, [name])
+        assert config == read_model_config(LLAMA) and config.to_hf()[name] == value
+    assert read_model_config(LLAMA | {"attention_dropout": 0.1}, ["attention_dropout"]).hidden_size == 32
+    for name in ("hidden_size", "rope_theta", "rope_scaling"):
+        with pytest.raises(ValueError, match=f"{name} is read by the model and cannot be ignored"):
+            read_model_config(LLAMA, [name])
+
+
+def test_a_config_that_claims_more_than_its_weights(tmp_path):
+    """What is not in the file is neither traced nor allocated."""
+    _, params = init_model(read_model_config(LLAMA), jax.random.key(0))
+    for changes, text in (
+        (
+            {"num_hidden_layers": 1_000_000},
+            "num_hidden_layers is 1000000, expected an integer from 1 to",
+        ),
+        ({"num_hidden_layers": 9_999}, "has num_hidden_layers 9999, its weights are of 3 layers"),
+        ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight has shape \[97, 32\], expected \[2147483647, 32\]"),
+        ({"hidden_size": 2**31 - 4, "intermediate_size": 2**31 - 1, "head_dim": 2}, "has shape"),
+        ({"num_attention_heads": 2**30, "head_dim": 8}, "num_attention_heads is 1073741824, with 8 features"),
+        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is left over"),
+    ):
+        dx.save_params(tmp_path, params, LLAMA | changes, overwrite=True)
+        with pytest.raises(ValueError, match=text):
+            dx.load_model(tmp_path)
 
 
 def test_qwen2_refusals():

@@ -222,8 +222,11 @@ def test_missing_and_wrong_data_is_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lacks the column 'answer' of 'gsm8k'"):
         load_gsm8k("test", tmp_path)
     write(tmp_path, "train", {"question": ["a?"], "answer": ["one"]})
-    with pytest.raises(ValueError, match="no '#### N' in the solution 'one'"):
+    with pytest.raises(ValueError, match=r"train.parquet', row 0 .*: no '#### N' in the solution 'one'"):
         load_gsm8k("train", tmp_path)
+    write(tmp_path / "null", "train", {"question": ["a?", None], "answer": ["#### 1", "#### 2"]})
+    with pytest.raises(ValueError, match=r"row 1 \(counted from 0\): 'question' is None, expected a text"):
+        load_gsm8k("train", tmp_path / "null")
 
     def refuse(*args, **kwargs):
         raise ConnectionError("offline")

@@ -209,6 +209,10 @@ def test_scales_and_ranks():
     merged = dx.apply_delta(params, dx.adapter_delta(adapter, config.scales(adapter)))
     adapted = output(model, combine(params, adapter))
     np.testing.assert_allclose(adapted, output(base, merged), atol=1e-5 * np.abs(adapted).max())
+    # The first that fits counts, be it a name or an expression.
+    for first, rank in (("q_proj", 3), (".*proj", 3), ("self_attn.q_proj", 3), ("proj", 8)):
+        assert LoraConfig(4, 6, ("x",), rank_pattern={first: 3, "q_proj|x": 8}).rank_of(name) == rank
+    assert LoraConfig(4, 6, ("x",), rank_pattern={"q_proj|x": 8, "q_proj": 3}).rank_of(name) == 8
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' has rank 2, its config says 8"):
         LoraConfig(4, 6, ("q_proj",), rank_pattern={"q_proj": 8}).scales(adapter)
     hash(config)
@@ -220,7 +224,14 @@ def test_scales_and_ranks():
         ({"rank": 0}, "rank is 0, it must be an integer of 1 or more"),
         ({"rank_pattern": {"x": -1}}, "rank_pattern 'x' is -1"),
         ({"alpha": float("nan")}, "alpha is nan, it must be a finite number"),
-        ({"targets": "(", "alpha": "8"}, r"alpha is '8'.*; '\(' is not a regular expression"),
+        (
+            {"targets": "(", "alpha": "8"},
+            r"alpha is '8'.*; targets: the pattern '\(' is not supported by RE2",
+        ),
+        (
+            {"rank_pattern": {f"{i}.*": 1 for i in range(257)}},
+            "there are 257 regular expressions, at most 256",
+        ),
     ],
 )
 def test_config_refusals(fields, text):
@@ -455,7 +466,8 @@ REFUSED = [
     ({"r": 3}, None, "q_proj' has rank 2, its config says 3"),
     ({"rank_pattern": {"q_proj": 4}}, None, "q_proj' has rank 2, its config says 4"),
     ({"rank_pattern": ["q_proj"]}, None, r"rank_pattern is \['q_proj'\], expected an object"),
-    ({"alpha_pattern": {"(": 4}}, None, r"'\(' is not a regular expression"),
+    ({"alpha_pattern": {"(": 4}}, None, r"alpha_pattern: the pattern '.*' is not supported by RE2"),
+    ({"rank_pattern": {"a{99999999999}": 4}}, None, "invalid repetition size"),
     ({"lora_alpha": 10**400}, None, "alpha is 10000"),
     ({"use_rslora": "no"}, None, "use_rslora is 'no', expected true or false"),
     (
@@ -480,6 +492,19 @@ def test_adapters_that_are_refused(tmp_path, config, tensors, text):
     with pytest.raises(FileError, match=text) as caught:
         dx.load_adapter(stored(tmp_path / "a", config, tensors))
     assert str(tmp_path / "a") in str(caught.value)
+
+
+def test_patterns_take_no_longer_than_their_names(tmp_path):
+    """Patterns that back-track without end, and as many names as a config.json of some megabytes holds."""
+    evil = {"(a+)+$": 9, "(.*)*x": 9, f"({'a|aa' * 20})*b": 9}
+    many = {f"model.layers.{i}.q_proj": 2 for i in range(100_000)}
+    path = stored(tmp_path / "a", {"rank_pattern": evil | many, "alpha_pattern": {f"n{i}": 1 for i in many}})
+    config, _, _ = dx.load_adapter(path)
+    assert config.rank_of("a" * 3000 + "!") == 2 and config.rank_of("b.model.layers.77.q_proj") == 2
+    assert not LoraConfig(1, 1, "(a+)+$").matches("a" * 3000 + "!")
+    names = [f"layers.{i}.q_proj" for i in range(20_000)]
+    config = LoraConfig(1, 1, tuple(names))
+    assert all(config.matches(f"model.{name}") for name in names) and not config.matches("layers.x.q_proj")
 
 
 def test_missing_files_and_pickles(tmp_path):

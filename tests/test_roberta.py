@@ -158,7 +158,7 @@ def test_config_as_transformers_writes_it(tmp_path):
     [
         ({"is_decoder": True}, "is_decoder is True, supported: False"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
-        ({"adapters": {}}, "adapters is unknown"),
+        ({"adapters": {"x": 1}}, "adapters is unknown"),
         ({"type_vocab_size": None}, "type_vocab_size is missing"),
         ({"pad_token_id": 60}, "pad_token_id is 60, the vocabulary has 60 rows"),
         ({"num_labels": 2}, "num_labels is 2, id2label has 3"),

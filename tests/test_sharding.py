@@ -14,6 +14,7 @@ import darex_jax as dx
 from darex_jax.core.sharding import batch_sharding, param_sharding
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import predict
+from darex_jax.files.manifest import params_digest
 from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 from darex_jax.models import build_model, init_model, read_model_config
 
@@ -228,6 +229,20 @@ def test_integers_stay_numpys(tmp_path):
     loaded = flatten_names(dx.load_params(tmp_path / "m", mesh=dx.make_mesh()))
     np.testing.assert_array_equal(loaded["embeddings.position_ids"], named["embeddings.position_ids"])
     assert loaded["lm_head.weight"].addressable_shards[0].data.shape == (1, 2)
+
+
+def test_a_digest_leaves_nothing_on_the_host():
+    mesh = dx.make_mesh()
+    named = {"q_proj.weight": np.arange(64.0, dtype=np.float32).reshape(8, 8), "norm.weight": np.ones(3)}
+    placed = {n: jax.device_put(x, param_sharding(mesh, n, x.shape)) for n, x in named.items()}
+    assert len(placed["q_proj.weight"].sharding.device_set) == 8
+    assert params_digest(unflatten_names(placed)) == params_digest(
+        unflatten_names({n: np.asarray(x, np.float32) for n, x in named.items()})
+    )
+    # The copy that a sharded array would keep of itself, once it was looked at.
+    assert all(x._npy_value is None for x in placed.values())
+    np.asarray(placed["q_proj.weight"])
+    assert placed["q_proj.weight"]._npy_value is not None
 
 
 @given(st.data())

@@ -10,6 +10,7 @@ import pytest
 
 from darex_jax.tasks import GLUE_TASKS, Examples, load_task
 from darex_jax.tasks.batching import BUCKETS, Encoded, encode, evaluation_batches, training_batches
+from darex_jax.tasks.lines import read_lines
 from darex_jax.tasks.opinions import BAD, GOOD
 
 
@@ -134,6 +135,60 @@ def test_missing_data_is_explained(tmp_path, monkeypatch):
         (tmp_path / "sst2" / f"{split}.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"train.parquet' cannot be read as parquet"):
         load_task("sst2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "said"),
+    [
+        ("cola", "sentence", lambda x: None, "None, expected a text"),
+        ("mrpc", "sentence2", lambda x: None, "None, expected a text"),
+        ("cola", "label", lambda x: None, "None, expected an integer from 0 to 1"),
+        ("cola", "label", lambda x: -1, "-1, expected an integer from 0 to 1"),
+        ("sst2", "label", lambda x: 2, "2, expected an integer from 0 to 1"),
+        ("stsb", "label", lambda x: float("nan"), "nan, expected a finite number"),
+        ("stsb", "label", lambda x: 1e300, "1e+300, expected a finite number"),
+        ("stsb", "label", lambda x: None, "None, expected a finite number"),
+        # Columns of another type: their first row is named.
+        ("mrpc", "sentence2", [7] * 30, "7, expected a text"),
+        ("cola", "label", ["1"] * 30, "'1', expected an integer from 0 to 1"),
+        ("sst2", "label", [1.0] * 30, "1.0, expected an integer from 0 to 1"),
+        ("stsb", "label", ["3.5"] * 30, "'3.5', expected a finite number"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file_column_and_row(name, column, values, said, tmp_path):
+    from datasets import Dataset
+
+    folder = tmp_path / name
+    write_glue(folder, name)
+    data = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path / "cache")).to_dict()
+    (folder / "train.parquet").unlink()
+    data[column] = values if isinstance(values, list) else [*data[column][:16], values(0), *data[column][17:]]
+    for part, rows in (("train-0", slice(0, 12)), ("train-1", slice(12, 30))):
+        Dataset.from_dict({c: x[rows] for c, x in data.items()}).to_parquet(folder / f"{part}.parquet")
+    part, row = ("train-0", 0) if isinstance(values, list) else ("train-1", 4)
+    with pytest.raises(ValueError) as error:
+        load_task(name, tmp_path)
+    place = f"'{folder}/{part}.parquet', row {row} (counted from 0)"
+    assert str(error.value) == f"{place}: '{column}' is {said}."
+
+
+def test_files_without_rows_are_named(tmp_path):
+    write_glue(tmp_path / "cola", "cola", validation=0)
+    with pytest.raises(ValueError, match=r"validation.parquet' has no rows"):
+        load_task("cola", tmp_path)
+
+
+def test_lines_of_a_text_file(tmp_path):
+    file = tmp_path / "texts"
+    file.write_bytes("\ufeffone\r\n \r\ntwo\u2028still two\n\nthree".encode())
+    assert read_lines(file) == ["one", "two\u2028still two", "three"]
+    file.write_bytes("eins\nzwei\ndr\xfcben".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"texts: line 3 is not UTF-8"):
+        read_lines(file)
+    for nothing in (b"", b" \n\n", b"\xef\xbb\xbf\n"):
+        file.write_bytes(nothing)
+        with pytest.raises(ValueError, match=r"texts: has no line of text"):
+            read_lines(file)
 
 
 def test_a_hub_out_of_reach_is_explained(monkeypatch):

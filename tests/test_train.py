@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from darex_jax.cli import main
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation import classification, outputs
 from darex_jax.evaluation.classification import evaluate, predict, pruned_params
@@ -131,6 +134,40 @@ def test_the_schedule_rises_and_falls_in_lines():
     np.testing.assert_allclose([rate(t) for t in range(11)], expected, rtol=1e-6)
     flat_start = warmup_linear(2.0, steps=4, warmup_ratio=0.0)
     np.testing.assert_allclose([flat_start(t) for t in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_the_rate_is_the_hosts_and_a_float32s():
+    """No operation of a device, which would be waited for behind the steps under way."""
+    for steps, ratio in ((7, 0.3), (1000, 0.1), (333, 0.0)):
+        rate = warmup_linear(3e-4, steps, ratio)
+        warmup = int(ratio * steps)
+        for t in range(steps):
+            share = jnp.minimum((t + 1) / (warmup + 1), (steps - t) / (steps - warmup))
+            assert type(rate(t)) is float and rate(t) == float(3e-4 * share)
+
+
+def test_rematerialisation_trains_the_same(tiny):
+    """Dropout included; its key is the layer's both times."""
+    (a, history), (b, again) = (train(tiny, remat=remat, steps=3) for remat in (False, True))
+    assert [h.loss for h in history] == pytest.approx([h.loss for h in again], rel=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+def test_the_command_hands_everything_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def train_run(base, out, recipe, **options):
+        seen.update(options, recipe=recipe)
+        raise DarexError("enough")
+
+    monkeypatch.setattr("darex_jax.runs.train.train_run", train_run)
+    for options, remat, ignored in (
+        ((), False, ()),
+        (("--remat", "--ignore-config-field", "x"), True, ("x",)),
+    ):
+        done = CliRunner().invoke(main, ["train", "base", str(tmp_path / "out"), *options])
+        assert done.exit_code == 1 and "enough" in done.output
+        assert seen["recipe"].remat is remat and seen["ignore_config_fields"] == ignored
 
 
 def test_matrices_decay_and_vectors_do_not(tiny):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
 from darex_jax.cli.show import point_bar, print_table, q_text
 
 OBJECTIVES = {
@@ -52,6 +52,7 @@ OBJECTIVES = {
 @click.option("--checkpoints", type=PATH, help="With learned: a folder from which it goes on after a stop.")
 @INCLUDE
 @EXCLUDE
+@IGNORE
 @SEED
 @JSON
 def find_q(

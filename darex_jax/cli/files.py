@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from darex_jax.cli.options import EXCLUDE, INCLUDE, JSON, PATH
+from darex_jax.cli.options import EXCLUDE, IGNORE, INCLUDE, JSON, PATH
 from darex_jax.cli.show import byte_bar, bytes_text, family_of, few, plain, print_table, q_text, warned
 
 ALLOW_CHANGED_FILES = click.option(
@@ -185,8 +185,16 @@ def verify(
 @click.argument("adapter", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@IGNORE
 @JSON
-def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+def merge_adapter(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    overwrite: bool,
+    ignore_config_fields: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Merge a LoRA adapter: write BASE with ADAPTER in it to OUT.
 
     ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, a fine-tune of BASE
@@ -194,7 +202,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, as_json
     """
     from darex_jax.files.merge import merge_adapter as merge
 
-    summary = merge(base, adapter, out, overwrite=overwrite)
+    summary = merge(base, adapter, out, overwrite=overwrite, ignore_config_fields=ignore_config_fields)
     if as_json:
         click.echo(json.dumps({"out": str(out), **summary._asdict()}))
         return

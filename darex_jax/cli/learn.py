@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,7 @@ from darex_jax.cli.options import (
     DATA_DIR,
     DELTA,
     DTYPE,
+    IGNORE,
     JSON,
     LEARNING_RATE,
     LIMIT,
@@ -20,6 +21,9 @@ from darex_jax.cli.options import (
 )
 from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
 from darex_jax.core.errors import DarexError
+
+if TYPE_CHECKING:
+    from darex_jax.tasks.opening import Opened
 
 
 @click.command("eval")
@@ -37,6 +41,7 @@ from darex_jax.core.errors import DarexError
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @DTYPE
+@IGNORE
 @SEED
 @JSON
 def evaluate(
@@ -51,6 +56,7 @@ def evaluate(
     records: Path | None,
     difficulty: int,
     dtype: str | None,
+    ignore_config_fields: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
@@ -59,7 +65,9 @@ def evaluate(
     With --delta, MODEL is the base and the delta is applied in memory. Answers to problems (gsm8k,
     word-problems) are kept in a file, and a run that was interrupted goes on where it stopped.
     """
+    from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
+    from darex_jax.tasks.opening import open_model
 
     options: dict[str, Any] = {
         "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
@@ -69,7 +77,14 @@ def evaluate(
         if task_name == "word-problems":
             options["difficulty"] = difficulty
         result, inputs = _answer_problems(
-            model, delta, dtype, task_name, problems, batch_size or 8, max_new_tokens, records, as_json
+            open_text_model(model, delta, dtype, ignore_config_fields),
+            dtype,
+            task_name,
+            problems,
+            batch_size or 8,
+            max_new_tokens,
+            records,
+            as_json,
         )
         text = (
             f"{result['metric']:.4f} ± {result['standard_error']:.4f} on {result['n']} problems, "
@@ -77,7 +92,13 @@ def evaluate(
         )
     else:
         result, inputs = _classify_examples(
-            model, delta, dtype, task_name, data_dir, split, limit, seed, batch_size
+            open_model(model, dtype, delta=delta, ignore_config_fields=ignore_config_fields),
+            task_name,
+            data_dir,
+            split,
+            limit,
+            seed,
+            batch_size,
         )
         text = f"{result['metric']:.4f} on {result['n']} examples"
     if as_json:
@@ -101,8 +122,7 @@ def _problems(task_name: str, data_dir: Path | None, split: str, seed: int, diff
 
 
 def _answer_problems(
-    model: Path,
-    delta: Path | None,
+    opened: "Opened",
     dtype: str | None,
     task_name: str,
     problems: Any,
@@ -112,14 +132,20 @@ def _answer_problems(
     quiet: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The result and the digests of what it was made from."""
-    from darex_jax.cli.text import open_text_model
     from darex_jax.evaluation.gsm8k import evaluate_gsm8k
     from darex_jax.evaluation.text import complete
     from darex_jax.files.manifest import params_digest
+    from darex_jax.models.generate import end_tokens
 
-    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
+    loaded, params, tokenizer, ends = opened
     digest = params_digest(params)
-    settings = {"model": digest, "dtype": dtype, "max_new_tokens": max_new_tokens, "decoding": "greedy"}
+    settings = {
+        "model": digest,
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+        "decoding": "greedy",
+        "eos_token_id": sorted(end_tokens(ends)),
+    }
     records = records or Path("runs") / f"records-{task_name}-{digest[:12]}.jsonl"
 
     def answers(prompts: list[str]) -> list[str]:
@@ -141,9 +167,7 @@ def _answer_problems(
 
 
 def _classify_examples(
-    model: Path,
-    delta: Path | None,
-    dtype: str | None,
+    opened: "Opened",
     task_name: str,
     data_dir: Path | None,
     split: str,
@@ -154,15 +178,13 @@ def _classify_examples(
     """The result and the digests of what it was made from."""
     from darex_jax.evaluation.classification import evaluate
     from darex_jax.files.manifest import params_digest
-    from darex_jax.files.model import load_model
     from darex_jax.tasks import load_task
-    from darex_jax.tasks.batching import encode, load_tokenizer
+    from darex_jax.tasks.batching import encode
 
-    loaded, params = load_model(model, dtype, delta=delta)
     task = load_task(task_name, data_dir, seed)
     data = getattr(task, split).select(slice(limit))
-    result = evaluate(loaded, params, encode(load_tokenizer(model, delta), data), task, batch_size)
-    return result, {"model": params_digest(params), "data": data.digest()}
+    result = evaluate(opened.model, opened.params, encode(opened.tokenizer, data), task, batch_size)
+    return result, {"model": params_digest(opened.params), "data": data.digest()}
 
 
 @click.command()

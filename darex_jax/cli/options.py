@@ -22,3 +22,5 @@ BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=cl
 DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
 DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
                      help="What to compute in. Default: the checkpoint's.")  # fmt: skip
+IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=True, metavar="NAME",
+                      help="A field of config.json that changes nothing, though it is refused.")  # fmt: skip

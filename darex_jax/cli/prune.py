@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from darex_jax.cli.choose import OBJECTIVES
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
 from darex_jax.cli.show import byte_bar, bytes_text, family_of, point_bar, print_table, q_text, warned
 from darex_jax.methods.table import METHODS
 
@@ -59,6 +59,7 @@ class Ratio(click.ParamType):
 @SEED
 @INCLUDE
 @EXCLUDE
+@IGNORE
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
 )
@@ -80,6 +81,7 @@ def prune(
     seed: int,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    ignore_config_fields: tuple[str, ...],
     allow_nonfinite: bool,
     as_json: bool,
 ) -> None:
@@ -113,8 +115,9 @@ def prune(
         if chooses:
             assert drop_rate is not None
             divisor, why = _chosen_q(
-                base, fine, drop_rate, q, examples, include, exclude, seed, limit, as_json
-            )
+                base, fine, drop_rate, q, examples, include, exclude, ignore_config_fields, seed, limit,
+                as_json,
+            )  # fmt: skip
         else:
             divisor = _read_q(q, drop_rate, base, fine, seed, include, exclude, as_json)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
@@ -139,20 +142,9 @@ def prune(
                 else:
                     file_bytes = None if size is None else round(fine_bytes / size)
                 summary = _by_method(
-                    b,
-                    f,
-                    out,
-                    method,
-                    drop_rate,
-                    file_bytes,
-                    bits,
-                    divisor,
-                    examples,
-                    limit,
-                    seed,
-                    progress,
-                    common,
-                )
+                    b, f, out, method, bits, divisor, examples, limit, ignore_config_fields,
+                    drop_rate=drop_rate, file_bytes=file_bytes, seed=seed, progress=progress, **common,
+                )  # fmt: skip
     report = {
         "out": str(out),
         "method": summary.recipe.method,
@@ -199,6 +191,7 @@ def _by_method(
     q: Any,
     examples: dict[str, Any],
     limit: int | None,
+    ignore_config_fields: tuple[str, ...],
     **more: Any,
 ) -> Any:
     from darex_jax.runs.prune import prune_by
@@ -208,13 +201,14 @@ def _by_method(
         options |= {"bits": None if bits in (None, "16") else int(bits)}
     if method == "dare":
         options["dtype"] = "bfloat16"
-    evidence, digests = None, {}
+    evidence: Any = None
+    digests: dict[str, str] = {}
     if METHODS[method].needs:
         from darex_jax.runs.evidence import gather
         from darex_jax.runs.source import Source
 
         source = Source(**examples, limit=limit or 50)
-        evidence, digests = gather(fine.path, source, METHODS[method].needs)
+        evidence, digests = gather(fine.path, source, METHODS[method].needs, ignore_config_fields)
     return prune_by(
         base, fine, out, method=method, evidence=evidence, digests=digests, options=options, **more
     )
@@ -242,6 +236,7 @@ def _chosen_q(
     examples: dict[str, Any],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    ignore_config_fields: tuple[str, ...],
     seed: int,
     limit: int | None,
     quiet: bool,
@@ -260,6 +255,7 @@ def _chosen_q(
             scope="layer" if objective == "learned" else "model",
             include=include,
             exclude=exclude,
+            ignore_config_fields=ignore_config_fields,
             seed=seed,
             limit=limit,
             on_value=on_value,

@@ -3,12 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from darex_jax.cli.options import DELTA, DTYPE, JSON, PATH, SEED
+from darex_jax.cli.options import DELTA, DTYPE, IGNORE, JSON, PATH, SEED
 from darex_jax.core.errors import DarexError
+
+if TYPE_CHECKING:
+    from darex_jax.tasks.opening import Opened
 
 
 @click.command()
@@ -21,6 +24,7 @@ from darex_jax.core.errors import DarexError
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text.")
 @click.option("--chat", is_flag=True, help="Put PROMPT as a user's message into the model's chat template.")
 @DTYPE
+@IGNORE
 @SEED
 @JSON
 def generate(
@@ -32,6 +36,7 @@ def generate(
     stop: tuple[str, ...],
     chat: bool,
     dtype: str | None,
+    ignore_config_fields: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
@@ -43,7 +48,7 @@ def generate(
 
     from darex_jax.evaluation.text import stream_text
 
-    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype)
+    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype, ignore_config_fields)
     if chat:
         if not tokenizer.chat_template:
             raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
@@ -72,23 +77,12 @@ def generate(
         click.echo()
 
 
-def open_text_model(
-    model: Path, delta: Path | None, dtype: str | None
-) -> tuple[Any, Any, Any, int | list[int] | None]:
-    """The model, its parameters, its tokenizer, and the tokens at which its text ends."""
-    from darex_jax.files.checkpoint import read_json
-    from darex_jax.files.model import load_model
+def open_text_model(model: Path, delta: Path | None, dtype: str | None, ignored: tuple[str, ...]) -> "Opened":
+    """A decoder with its parameters, its tokenizer, and the tokens at which its text ends."""
     from darex_jax.models import DecoderConfig
-    from darex_jax.tasks.batching import load_tokenizer
+    from darex_jax.tasks.opening import open_model
 
-    loaded, params = load_model(model, dtype, delta=delta)
-    if not isinstance(loaded.config, DecoderConfig):
-        raise DarexError(f"{model}: a {loaded.config.model_type} model does not write text.")
-    file = model / "generation_config.json"
-    stated = read_json(file) if file.exists() else {}
-    return (
-        loaded,
-        params,
-        load_tokenizer(model, delta),
-        stated.get("eos_token_id", loaded.config.eos_token_id),
-    )
+    opened = open_model(model, dtype, delta=delta, ignore_config_fields=ignored)
+    if not isinstance(opened.model.config, DecoderConfig):
+        raise DarexError(f"{model}: a {opened.model.config.model_type} model does not write text.")
+    return opened

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from darex_jax.cli.options import BATCH_SIZE, DATA_DIR, JSON, LEARNING_RATE, PATH, SEED
+from darex_jax.cli.options import BATCH_SIZE, DATA_DIR, IGNORE, JSON, LEARNING_RATE, PATH, SEED
 from darex_jax.cli.show import print_table, training_bar
 
 COMMAND_LINE = ParameterSource.COMMANDLINE
@@ -67,6 +67,8 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @click.option(
     "--dropout/--no-dropout", default=True, show_default=True, help="As config.json has it, or none."
 )
+@click.option("--remat", is_flag=True,
+              help="Compute layers again in the backward pass: less memory, a third more time.")  # fmt: skip
 @click.option(
     "--lora-rank", type=click.IntRange(1), help="Train adapters of this rank; OUT is PEFT's format."
 )
@@ -83,6 +85,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
               help="Newest checkpoints that are kept, beside the best.")  # fmt: skip
 @click.option("--best", is_flag=True, help="Write the best checkpoint by validation, not the last step.")
 @click.option("--mesh", metavar="DATAxMODEL", help="Parts that batch and weights are split into.")
+@IGNORE
 @SEED
 @JSON
 @click.pass_context

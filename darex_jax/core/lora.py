@@ -13,16 +13,21 @@ the merged delta; `prune(key, adapter, drop_rate)` prunes A and B as the delta o
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import compile_pattern
 from darex_jax.core.tree import PyTree, flatten_names, unflatten_names, working_dtype
 
+PLAIN = re.compile(r"[\w.]+", re.ASCII)
+MOST_PATTERNS = 256
+SHOWN = 20  # faults that one error lists
 FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -34,12 +39,14 @@ class LoraConfig:
       rank: r, at least 1.
       alpha: the numerator of the scale.
       targets: names of layers, each whole or its last parts (`q_proj`); or one regular expression, a plain
-        string, that matches whole names.
+        string, that matches whole names. Expressions are RE2's, see `compile_pattern`.
       rslora: the scale is alpha / sqrt(r) instead of alpha / r.
       rank_pattern, alpha_pattern: {regular expression: rank or alpha} of layers with one of their own; the
-        expression matches a whole name or its last parts, and the first that does counts.
+        expression matches a whole name or its last parts, and the first that does counts. What is made of
+        letters, digits, underscores and dots is a name, in which a dot is a dot; there may be any number of
+        those, and 256 others.
     Raises: ValueError that names every rank under 1, alpha that is no finite number and pattern that is no
-      regular expression.
+      regular expression of RE2's.
     """
 
     rank: int
@@ -63,29 +70,38 @@ class LoraConfig:
         wrong += [
             f"{n} is {a!r:.80}, it must be a finite number" for n, a in alphas.items() if not _is_number(a)
         ]
-        patterns = [self.targets] if isinstance(self.targets, str) else []
-        for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
+        for of in ("targets", "rank_pattern", "alpha_pattern"):
             try:
-                re.compile(f"({pattern})")
-            except (re.error, OverflowError, RecursionError) as error:
-                wrong.append(f"{pattern!r:.80} is not a regular expression: {error}")
+                getattr(self, f"_{of}")
+            except DarexError as error:
+                wrong.append(f"{of}: {str(error).rstrip('.')}")
         if wrong:
-            raise DarexError(f"LoRA config: {'; '.join(wrong)}.")
+            raise DarexError(f"LoRA config: {'; '.join(wrong[:SHOWN])}.")
+
+    @cached_property
+    def _targets(self) -> "frozenset[str] | Any":
+        return compile_pattern(self.targets) if isinstance(self.targets, str) else frozenset(self.targets)
+
+    @cached_property
+    def _rank_pattern(self) -> "_ByName":
+        return _ByName(self.rank_pattern)
+
+    @cached_property
+    def _alpha_pattern(self) -> "_ByName":
+        return _ByName(self.alpha_pattern)
 
     def matches(self, module: str) -> bool:
         """Whether the linear layer of this name has an adapter."""
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
-        return any(_ends_in(module, target) for target in self.targets)
+        if isinstance(self._targets, frozenset):
+            return not self._targets.isdisjoint(_endings(module))
+        return self._targets.fullmatch(module) is not None
 
     def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return self._rank_pattern.get(module, self.rank)
 
     def scale_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
-            math.sqrt(rank) if self.rslora else rank
-        )
+        return self._alpha_pattern.get(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def scales(self, adapter: PyTree) -> dict[str, float]:
         """The scale of every layer that an adapter has, by the layer's name.
@@ -101,6 +117,25 @@ class LoraConfig:
         if wrong:
             raise DarexError(f"the adapter does not fit its config: {'; '.join(wrong)}.")
         return {name: self.scale_of(name) for name in factors}
+
+
+class _ByName:
+    """What PEFT finds by trying one pattern after the other: the value of the first that fits a name."""
+
+    def __init__(self, patterns: Mapping[str, Any]):
+        self.values = list(patterns.values())
+        self.names = {p: i for i, p in enumerate(patterns) if PLAIN.fullmatch(p)}
+        others = [(i, p) for i, p in enumerate(patterns) if p not in self.names]
+        if len(others) > MOST_PATTERNS:
+            raise DarexError(
+                f"{len(others)} regular expressions, at most {MOST_PATTERNS} are taken beside plain names"
+            )
+        self.others = [(i, compile_pattern(rf"(.*\.)?({p})")) for i, p in others]
+
+    def get(self, module: str, default: Any) -> Any:
+        fitting = [self.names[ending] for ending in _endings(module) if ending in self.names]
+        fitting += next(([i] for i, pattern in self.others if pattern.fullmatch(module)), [])
+        return self.values[min(fitting)] if fitting else default
 
 
 def is_factor(name: str) -> bool:
@@ -171,13 +206,11 @@ def _layer_of(name: str) -> str | None:
     return next((name.removesuffix(f".{f}") for f in FACTORS if name.endswith(f".{f}")), None)
 
 
-def _ends_in(module: str, parts: str) -> bool:
-    return module == parts or module.endswith(f".{parts}")
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    found = (value for p, value in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module))
-    return next(found, default)
+def _endings(module: str) -> Iterator[str]:
+    """A name whole, and without its first parts."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def _is_rank(value: Any) -> bool:

@@ -5,7 +5,7 @@ q is an argument of compiled functions here: a sweep over values and masks compi
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,10 @@ ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
 
 
 def load_pair(
-    base: str | os.PathLike[str], fine: str | os.PathLike[str], scope: Scope | None = None
+    base: str | os.PathLike[str],
+    fine: str | os.PathLike[str],
+    scope: Scope | None = None,
+    ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, Params, Params]:
     """A fine-tuned model and what pruning needs of its base.
 
@@ -59,7 +62,9 @@ def load_pair(
         if extra:
             raise DarexError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
         half = any(tensor.info.dtype == np.float16 for tensor in f.tensors.values())
-        model, params = load_model(fine, dtype=np.float32 if half else None)
+        model, params = load_model(
+            fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
+        )
         named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
     loaded = flatten_names(params)
     wide = {name: jnp.asarray(x, jnp.promote_types(x.dtype, loaded[name].dtype)) for name, x in named.items()}

@@ -129,7 +129,9 @@ def _read_records(path: Path, header: bytes, count: int) -> tuple[dict[int, dict
     for number, line in enumerate(lines, start=2):
         try:
             record = json.loads(line)
-            index, _, _ = record["index"], record["extracted"], record["correct"]
+            index, _ = record["index"], record["extracted"]
+            if not isinstance(record["correct"], bool):
+                raise TypeError
         except (ValueError, KeyError, TypeError) as error:
             raise DarexError(f"{path}: line {number} is damaged; delete the line or the file.") from error
         if index not in range(count) or index in records:

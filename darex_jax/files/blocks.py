@@ -49,7 +49,7 @@ def pack(block: Mapping[str, Parts]) -> tuple[dict[str, Any], bytes]:
             counts = {array: [DTYPE_NAMES[x.dtype], int(x.size)] for array, x in arrays.items()}
             parameters[name].append({"kind": part.kind, **part.fields(), "counts": counts})
     coded = {group: encode(np.concatenate(arrays), _bits(group)) for group, arrays in groups.items()}
-    streams = [[group, s.coder, s.dtype, s.count, len(s.data)] for group, s in coded.items()]
+    streams = [[group, s.coder, s.dtype, s.size, len(s.data)] for group, s in coded.items()]
     return {"parameters": parameters, "streams": streams}, b"".join(s.data for s in coded.values())
 
 

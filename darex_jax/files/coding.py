@@ -30,13 +30,13 @@ class Stream(NamedTuple):
     Attributes:
       coder: of `CODERS`.
       dtype: a safetensors name: F32, BF16, U32, I8, ...
-      count: how many numbers.
+      size: how many numbers.
       data: its bytes.
     """
 
     coder: str
     dtype: str
-    count: int
+    size: int
     data: bytes
 
 
@@ -74,18 +74,18 @@ def decode(stream: Stream, bits: int | None = None) -> np.ndarray:
     dtype = DTYPES.get(stream.dtype)
     if dtype is None or stream.coder not in CODERS:
         raise FileError(f"a stream of unknown dtype or coder ({stream.dtype!r:.40}, {stream.coder!r:.40})")
-    if type(stream.count) is not int or stream.count < 0:
+    if type(stream.size) is not int or stream.size < 0:
         raise FileError("a stream of no number of values")
-    nbytes = stream.count * dtype.itemsize
+    nbytes = stream.size * dtype.itemsize
     if stream.coder != "raw" and not _bounded(nbytes, len(stream.data)):
         raise FileError(f"a stream of {len(stream.data)} bytes that claims {nbytes}")
     try:
-        found = CODERS[stream.coder](stream.data, dtype, stream.count, bits)
+        found = CODERS[stream.coder](stream.data, dtype, stream.size, bits)
     except (KeyboardInterrupt, SystemExit, FileError):
         raise
     except BaseException as error:  # a coder's panic is no Exception
         raise FileError(f"a damaged stream ({type(error).__name__})") from error
-    if found.size != stream.count or found.dtype != dtype:
+    if found.size != stream.size or found.dtype != dtype:
         raise FileError("a stream that ends early")
     return found
 

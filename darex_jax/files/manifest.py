@@ -8,23 +8,24 @@ from functools import partial
 from typing import Any
 
 import blake3
-import numpy as np
 
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.recipe import tensor_line, versions
-from darex_jax.files.safetensors import as_bytes
+from darex_jax.files.safetensors import as_bytes, on_host
 from darex_jax.files.stream import Progress, tensor_digest
 
 
 def params_digest(params: Any) -> str:
-    """BLAKE3 over the name, dtype, shape and bits of every leaf, by name: a digest of a model."""
+    """BLAKE3 over the name, dtype, shape and bits of every leaf, by name: a digest of a model.
+
+    Parameters on devices pass through the host one at a time.
+    """
     from darex_jax.core.tree import flatten_names
 
     digest = blake3.blake3()
     for name, leaf in sorted(flatten_names(params).items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(tensor_line(name, array.dtype, array.shape))
-        digest.update(as_bytes(array))
+        digest.update(tensor_line(name, leaf.dtype, leaf.shape))
+        digest.update(as_bytes(on_host(leaf)))
     return digest.hexdigest()
 
 

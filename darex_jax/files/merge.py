@@ -1,5 +1,6 @@
 """A base and an adapter as one Hugging Face directory: an ordinary fine-tune of the base."""
 
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ def merge_adapter(
     out: str | PathLike[str],
     *,
     overwrite: bool = False,
+    ignore_config_fields: Collection[str] = (),
 ) -> MergeSummary:
     """Writes `base` with an adapter merged into it: each weight `W + scale * B @ A` in float32, rounded once.
 
@@ -47,6 +49,7 @@ def merge_adapter(
       adapter: directory in PEFT's format.
       out: becomes a Hugging Face directory with the base's dtypes and companion files, whole or not at all.
       overwrite: replace what `out` holds.
+      ignore_config_fields: see `read_model_config`.
     Raises: ValueError that names every parameter of the adapter which the base lacks or has in another
       shape, or a weight that would not be finite; FileError for what cannot be read, for an adapter that
       `load_adapter` refuses, or if `out` is an input or holds something already.
@@ -56,7 +59,7 @@ def merge_adapter(
         keep_inputs(out, checkpoint, weights)
     check_replaceable(Path(out).resolve(), overwrite)
     factors, dense = adapter_factors(factors_tree), flatten_names(dense_tree)
-    model, named = _with_head(*load_model(base), dense)
+    model, named = _with_head(*load_model(base, ignore_config_fields=ignore_config_fields), dense)
     shapes = {f"{layer}.weight": (b.shape[0], a.shape[1]) for layer, (a, b) in factors.items()}
     shapes |= {name: x.shape for name, x in dense.items()}
     wrong = [f"{name} is not in the base" for name in shapes if name not in named]

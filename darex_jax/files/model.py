@@ -1,8 +1,11 @@
 """A Hugging Face directory as a model that runs, with or without a delta on top."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +14,16 @@ from jax.sharding import Mesh
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_params
-from darex_jax.files.restore import check_companions, restored_layout, restored_params
-from darex_jax.models import BertConfig, DecoderConfig, Model, build_model, read_model_config
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_config, read_params
+from darex_jax.files.restore import restore_companions, restored_layout, restored_params
+from darex_jax.models import BertConfig, Config, DecoderConfig, Model, build_model, read_model_config
 
 BODIES = {
     "BertForMaskedLM": "BertModel",
     "BertForPreTraining": "BertModel",
     "RobertaForMaskedLM": "RobertaModel",
 }
+LAYER = re.compile(r"(?:^|\.)layers?\.([0-9]+)\.")
 
 
 def load_model(
@@ -29,6 +33,7 @@ def load_model(
     *,
     delta: str | PathLike[str] | None = None,
     allow_changed_files: bool = False,
+    ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, dict[str, Any]]:
     """Reads a Hugging Face directory: the model that config.json names, and its weights.
 
@@ -42,6 +47,7 @@ def load_model(
       delta: an artifact of `darex prune` made from `path`: the fine-tuned model that it restores is loaded,
         bit for bit the one that `darex apply` writes. Every parameter then passes through the host whole.
       allow_changed_files: with a delta, take the configuration of `path` though it has changed.
+      ignore_config_fields: see `read_model_config`.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
       Buffers such as `embeddings.position_ids` are left out, and so is the stored copy of a tied head; a body
       saved without a pooler has none. Of a BERT or RoBERTa with its masked-language head the body is read.
@@ -53,12 +59,14 @@ def load_model(
         checkpoint = stack.enter_context(Checkpoint(path))
         if delta is None:
             hf, tensors = _body_of_masked_lm(checkpoint.config, checkpoint.tensors)
-            model, names = _fit(path, hf, _without_copies(path, hf, tensors))
+            config = _read(path, hf, ignore_config_fields)
+            model, names = _fit(path, config, _without_copies(path, config, tensors))
             return model, read_params({name: tensors[name] for name in names}, dtype, mesh)
         file = stack.enter_context(DeltaFile(delta))
-        check_companions(checkpoint.path, file, allow_changed_files=allow_changed_files)
         infos = {n: info for part in restored_layout(checkpoint, file).values() for n, info in part.items()}
-        model, names = _fit(path, file.config() or checkpoint.config, infos)
+        with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
+            config = _read(path, read_config(folder), ignore_config_fields)
+        model, names = _fit(path, config, infos)
         restored = restored_params(checkpoint, file)  # to its end: only then is everything verified
         named = {
             name: on_devices(name, array.dtype, array.shape, array.__getitem__, dtype, mesh)
@@ -68,14 +76,43 @@ def load_model(
         return model, unflatten_names({name: named[name] for name in names})
 
 
-def _fit(
-    path: Any, hf: Mapping[str, Any], infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-) -> tuple[Model, list[str]]:
-    """The model of a config.json, and the names of its weights among the tensors (dtype, shape) at hand."""
+@contextmanager
+def companions(
+    path: str | PathLike[str], delta: str | PathLike[str] | None, *, allow_changed_files: bool = False
+) -> Iterator[Path]:
+    """A folder with a model's configuration and tokenizer files.
+
+    Args:
+      delta: an artifact made from `path`: the files are those of the model that it restores, the artifact's
+        own before the base's, in a folder that is gone afterwards.
+      allow_changed_files: take the base's though they have changed since.
+    """
+    if delta is None:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
+        restore_companions(Path(path), file, Path(folder), allow_changed_files=allow_changed_files)
+        file.check_data()
+        yield Path(folder)
+
+
+def _read(path: Any, hf: Mapping[str, Any], ignored: Collection[str]) -> Config:
     try:
-        config = read_model_config(hf)
+        return read_model_config(hf, ignored)
     except ValueError as error:
         raise DarexError(f"{path}: {error}") from error
+
+
+def _fit(
+    path: Any, config: Config, infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+) -> tuple[Model, list[str]]:
+    """The model of a config, and the names of its weights among the tensors (dtype, shape) at hand."""
+    layers = len({match.group(1) for name in infos if (match := LAYER.search(name))})
+    if config.num_hidden_layers > layers:  # what is not there need not be traced
+        raise DarexError(
+            f"{path}: its config.json has num_hidden_layers {config.num_hidden_layers}, its weights are of "
+            f"{layers} layers."
+        )
     floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
     if isinstance(config, DecoderConfig):
         unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
@@ -101,7 +138,8 @@ def _body_of_masked_lm(
     hf: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, StoredTensor]]:
     """What is published as pretrained BERT and RoBERTa has its masked-language head: the body is taken."""
-    body = BODIES.get((hf.get("architectures") or [""])[0])
+    stated = hf.get("architectures")
+    body = next((body for name, body in BODIES.items() if stated == [name]), None)
     if body is None:
         return hf, tensors
     prefix = f"{hf.get('model_type')}."
@@ -110,11 +148,11 @@ def _body_of_masked_lm(
 
 
 def _without_copies(
-    path: Any, hf: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    path: Any, config: Config, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """The dtype and shape of every tensor; the stored copy of a tied head must be a copy."""
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    tied = hf.get("tie_word_embeddings")
+    tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     if tied and head is not None and table is not None and not _same_numbers(head, table):
         raise DarexError(
             f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties the two."

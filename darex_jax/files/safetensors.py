@@ -247,9 +247,10 @@ def write_tensors(
     with atomic_file(path) as file:
         position = write_at(file, header, 0)
         for array in ordered.values():  # no name holds the host's copy while the next one is made
-            position = write_at(file, _on_host(array), position)
+            position = write_at(file, on_host(array), position)
 
 
-def _on_host(array: Any) -> np.ndarray:
+def on_host(array: Any) -> np.ndarray:
+    """An array, NumPy's or JAX's, as a contiguous one of NumPy's that nothing else holds on to."""
     # A sharded JAX array keeps the host copy it is asked for; its own copy takes that along when it goes.
     return np.ascontiguousarray(array if isinstance(array, np.ndarray) else np.asarray(array.copy()))

@@ -6,7 +6,7 @@ Field names are Hugging Face's, so the tree of parameters is the Hugging Face st
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from darex_jax.core.errors import DarexError
-from darex_jax.models.config import INERT, read_fields, refuse
-from darex_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split_key
+from darex_jax.models.config import (
+    INERT,
+    Depth,
+    Number,
+    Size,
+    Token,
+    read_fields,
+    refuse,
+    shown,
+    type_faults,
+)
+from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, remat, split_key
 
 Array = jax.Array
 
@@ -44,6 +54,13 @@ ARCHITECTURES = {
 }
 NAMES = {"bert": "BERT", "roberta": "RoBERTa"}
 
+# Read as well: what they may be.
+LABEL_FIELDS: dict[str, Any] = {
+    "num_labels": Size | None,
+    "id2label": dict | None,
+    "problem_type": str | None,
+}
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -59,21 +76,21 @@ class BertConfig:
 
     model_type: str = "bert"
     architectures: tuple[str, ...]
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    intermediate_size: Size
     hidden_act: str
-    hidden_dropout_prob: float
-    attention_probs_dropout_prob: float
-    max_position_embeddings: int
-    type_vocab_size: int
-    initializer_range: float
-    layer_norm_eps: float
-    pad_token_id: int | None = 0
-    classifier_dropout: float | None = None
-    num_labels: int = 2
+    hidden_dropout_prob: Number
+    attention_probs_dropout_prob: Number
+    max_position_embeddings: Size
+    type_vocab_size: Size
+    initializer_range: Number
+    layer_norm_eps: Number
+    pad_token_id: Token | None = 0
+    classifier_dropout: Number | None = None
+    num_labels: Size = 2
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,12 +98,12 @@ class BertConfig:
         known = ARCHITECTURES[self.model_type]
         if len(self.architectures) != 1 or self.architectures[0] not in known:
             wrong.append(
-                f"architectures is {list(self.architectures)}, supported: {', '.join(known)} "
+                f"architectures is {shown(list(self.architectures))}, supported: {', '.join(known)} "
                 f"(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any "
                 f"{NAMES[self.model_type]}'s body as {known[0]})"
             )
         if self.hidden_act not in ACTIVATIONS:
-            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+            wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             wrong.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -103,20 +120,29 @@ class BertConfig:
         refuse(NAMES[self.model_type], wrong)
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "BertConfig":
+    def from_hf(cls, hf: Mapping[str, Any], ignored: Collection[str] = ()) -> "BertConfig":
         """Reads the content of a config.json.
 
+        Args: ignored: fields that are carried along unread, whatever they hold; see `read_fields`.
         Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
         """
         values, notes, wrong = read_fields(
-            cls, hf, computed=("num_labels", "notes"), fixed=FIXED, inert=INERT | BERT_INERT
+            cls,
+            hf,
+            computed=("num_labels", "notes"),
+            fixed=FIXED,
+            inert=INERT | BERT_INERT,
+            read=LABEL_FIELDS,
+            ignored=ignored,
         )
-        labels = hf.get("id2label")
-        num_labels = hf.get("num_labels") or (len(labels) if labels else 2)  # transformers' default
+        unread = type_faults({name: hf.get(name) for name in LABEL_FIELDS}, LABEL_FIELDS)
+        labels, num_labels = (None, None) if unread else (hf.get("id2label"), hf.get("num_labels"))
+        num_labels = num_labels or (len(labels) if labels else 2)  # transformers' default
         if labels and len(labels) != num_labels:
-            wrong.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
+            unread.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
+        wrong += unread
         if values.get("model_type") not in NAMES:
-            wrong.append(f"model_type is {hf.get('model_type')!r}, supported: {', '.join(NAMES)}")
+            wrong.append(f"model_type is {shown(hf.get('model_type'))}, supported: {', '.join(NAMES)}")
         elif values["model_type"] == "roberta":
             values.setdefault("pad_token_id", 1)
         refuse(NAMES.get(str(hf.get("model_type")), "BERT"), wrong)
@@ -183,7 +209,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         size, stddev = config.hidden_size, config.initializer_range
         self.word_embeddings = Embedding(
             config.vocab_size, size, stddev=stddev, padding_idx=config.pad_token_id, rngs=rngs
@@ -207,7 +233,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         size, stddev = config.hidden_size, config.initializer_range
         self.query = Linear(size, size, stddev=stddev, rngs=rngs)
         self.key = Linear(size, size, stddev=stddev, rngs=rngs)
@@ -232,7 +258,7 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """The end of either half of a layer: project, add what came in, normalise."""
 
-    def __init__(self, config: BertConfig, in_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, in_features: int, *, rngs: Keys):
         self.dense = Linear(in_features, config.hidden_size, stddev=config.initializer_range, rngs=rngs)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rate = config.hidden_dropout_prob
@@ -242,7 +268,7 @@ class Output(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         self.self = SelfAttention(config, rngs=rngs)
         self.output = Output(config, config.hidden_size, rngs=rngs)
 
@@ -254,7 +280,7 @@ class Attention(nnx.Module):
 class Dense(nnx.Module):
     """A linear layer and an activation: a layer's `intermediate` and the `pooler`."""
 
-    def __init__(self, config: BertConfig, out_features: int, activation: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, out_features: int, activation: str, *, rngs: Keys):
         self.dense = Linear(config.hidden_size, out_features, stddev=config.initializer_range, rngs=rngs)
         self.activation = activation
 
@@ -263,7 +289,7 @@ class Dense(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         self.attention = Attention(config, rngs=rngs)
         self.intermediate = Dense(config, config.intermediate_size, config.hidden_act, rngs=rngs)
         self.output = Output(config, config.intermediate_size, rngs=rngs)
@@ -275,19 +301,22 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    # On the class: it is no part of what the model is, see `Model`.
+    remat: bool = False
+
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         self.layer = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: Array, mask: Array, key: Array | None) -> Array:
         for layer, layer_key in zip(self.layer, split_key(key, len(self.layer)), strict=True):
-            x = layer(x, mask, layer_key)
+            x = remat(layer, x, mask, layer_key) if self.remat else layer(x, mask, layer_key)
         return x
 
 
 class BertModel(nnx.Module):
     """The body; `pooler=False` is transformers' `add_pooling_layer=False`."""
 
-    def __init__(self, config: BertConfig, *, pooler: bool = True, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, pooler: bool = True, rngs: Keys):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
         self.pooler = Dense(config, config.hidden_size, "tanh", rngs=rngs) if pooler else None
@@ -301,7 +330,7 @@ class BertModel(nnx.Module):
 
 
 class BertForSequenceClassification(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         self.bert = BertModel(config, rngs=rngs)
         self.classifier = Linear(
             config.hidden_size, config.num_labels, stddev=config.initializer_range, rngs=rngs

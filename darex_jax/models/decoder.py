@@ -16,48 +16,129 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from darex_jax.models.config import INERT, read_fields, refuse
-from darex_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from darex_jax.models.config import (
+    INERT,
+    Depth,
+    Number,
+    Positive,
+    Size,
+    Token,
+    kinds_of,
+    read_fields,
+    refuse,
+    shown,
+    type_faults,
+)
+from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, Linear, RMSNorm, remat
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al., arXiv:2104.09864) and how they are stretched.
+    """Rotary positions (Su et al., arXiv:2104.09864) and how they are stretched, as transformers computes it.
 
-    kind: "default"; "linear", every frequency divided by `factor`; or "llama3", which divides low frequencies
-      (wavelengths beyond `original_max_position_embeddings / low_freq_factor`), keeps high ones and blends
-      in between.
+    kind:
+      "default";
+      "linear", every frequency divided by `factor`;
+      "llama3", which divides low frequencies (wavelengths beyond `original_max_position_embeddings /
+        low_freq_factor`), keeps high ones and blends in between;
+      "yarn" (Peng et al., arXiv:2309.00071), which divides the frequencies that turn less than `beta_slow`
+        times within `original_max_position_embeddings`, keeps those that turn more than `beta_fast` times,
+        blends in between, and scales cosines and sines by `attention_factor`;
+      "dynamic", whose theta grows with the length of the text beyond `original_max_position_embeddings`
+        (which is config.json's `max_position_embeddings` here).
     """
 
-    theta: float
+    theta: Positive
     kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Size = 1
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    truncate: bool = True
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position, [head_dim / 2], float32."""
+    def frequencies(self, head_dim: int, lengths: Array) -> Array:
+        """Radians a position, float32 [1, head_dim / 2]; of "dynamic" [B, head_dim / 2], by `lengths` [B].
+
+        A row's frequencies follow from its own length alone. transformers takes the longest of a batch, and
+        where it was given a longer text before, that one's.
+        """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        if self.kind == "dynamic":
+            longer = jnp.maximum(lengths / self.original_max_position_embeddings, 1.0).astype(jnp.float32)
+            stretch = self.factor * longer - (self.factor - 1)
+            theta = self.theta * stretch ** (head_dim / (head_dim - 2))
+            return 1.0 / theta[:, None] ** exponents[None]
+        plain: np.ndarray = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        divided = self._divided(plain) * np.ones_like(plain)
+        return jnp.asarray((divided * plain / self.factor + (1 - divided) * plain)[None], jnp.float32)
+
+    def _divided(self, frequencies: np.ndarray) -> np.ndarray | float:
+        """How far each frequency is divided by `factor`, from 0 (not at all) to 1."""
         if self.kind == "linear":
-            return (frequencies / np.float32(self.factor)).astype(np.float32)
+            return 1.0
         if self.kind == "llama3":
-            wavelengths = 2 * math.pi / frequencies
             low, high = self.low_freq_factor, self.high_freq_factor
-            smooth = (self.original_max_position_embeddings / wavelengths - low) / (high - low)
-            kept = np.clip(smooth, 0.0, 1.0)
-            return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
-        return frequencies
+            turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+            return np.clip((high - turns) / (high - low), 0.0, 1.0)
+        if self.kind == "yarn":
+            first, last = self._blended(2 * len(frequencies))
+            return np.clip((np.arange(len(frequencies)) - first) / (last - first), 0.0, 1.0)
+        return 0.0
+
+    def _blended(self, head_dim: int) -> tuple[float, float]:
+        """YaRN's pairs between which it blends; they turn `beta_fast` and `beta_slow` times, or nearly."""
+
+        def pair(turns: float) -> float:
+            wavelength = self.original_max_position_embeddings / turns
+            return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.theta))
+
+        first, last = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        return first, last if last != first else last + 0.001  # one step, and no division by zero
+
+    @property
+    def scale(self) -> float:
+        """What cosines and sines are multiplied by; 1 for all but YaRN."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def of(mscale: float) -> float:
+            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return of(self.mscale) / of(self.mscale_all_dim)
+        return of(1.0)
 
 
-# The fields of each kind, beside rope_theta: all of them are needed.
-ROPE_KINDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+# The fields of each kind beside rope_theta: those that it needs, and those that may be left out.
+ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
 }
 
 
@@ -67,24 +148,40 @@ def read_rope(hf: Mapping[str, Any], default_theta: float | None) -> tuple[Rope 
 
     Returns: the positions, or None and what is wrong.
     """
-    stated = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = stated.pop("rope_theta", hf.get("rope_theta", default_theta))
+    both = {name: hf.get(name) for name in ("rope_scaling", "rope_parameters")}
+    if wrong := type_faults(both, dict.fromkeys(both, dict | None)):
+        return None, wrong
+    stated = {**(both["rope_scaling"] or {}), **(both["rope_parameters"] or {})}
+    theta = stated.pop("rope_theta", hf.get("rope_theta"))
     kind = stated.pop("rope_type", stated.pop("type", "default"))
     stated.pop("type", None)
+    theta = default_theta if theta is None else theta
     if theta is None:
         return None, ["rope_theta is missing"]
-    if kind not in ROPE_KINDS:
-        return None, [f"rope_type is {kind!r}, supported: {', '.join(ROPE_KINDS)}"]
-    needed = ROPE_KINDS[kind]
-    wrong = [f"{name} of the rope is missing" for name in needed if stated.get(name) is None]
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        return None, [f"rope_type is {shown(kind)}, supported: {', '.join(ROPE_KINDS)}"]
+    needed, possible = ROPE_KINDS[kind]
+    wrong = type_faults({"rope_theta": theta}, {"rope_theta": Positive})
+    wrong += [f"{name} of the rope is missing" for name in needed if stated.get(name) is None]
     wrong += [
-        f"{name} of the rope is {value!r}, which {kind!r} does not have"
+        f"{name} of the rope is {shown(value)}, which {kind!r} does not have"
         for name, value in stated.items()
-        if name not in needed and not (name == "partial_rotary_factor" and value == 1.0)
+        if name not in (*needed, *possible) and not (name == "partial_rotary_factor" and value == 1.0)
     ]
+    values = {n: stated[n] for n in (*needed, *possible) if stated.get(n) is not None}
+    wrong += [f"{fault} (of the rope)" for fault in type_faults(values, kinds_of(Rope))]
+    if kind in ("dynamic", "yarn") and "original_max_position_embeddings" not in values:
+        longest = {"max_position_embeddings": hf.get("max_position_embeddings")}
+        wrong += type_faults(longest, {"max_position_embeddings": Size})
+        values["original_max_position_embeddings"] = longest["max_position_embeddings"]
     if wrong:
         return None, wrong
-    return Rope(float(theta), kind, **{name: stated[name] for name in needed}), []
+    rope = Rope(theta, kind, **values)
+    if kind == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
+        return None, ["high_freq_factor of the rope is not above its low_freq_factor"]
+    if kind == "yarn" and rope.theta <= 1:
+        return None, [f"rope_theta is {rope.theta}, 'yarn' needs one above 1"]
+    return rope, []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +196,22 @@ class DecoderConfig:
 
     model_type: str
     architectures: tuple[str, ...]
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
     hidden_act: str
-    rms_norm_eps: float
-    initializer_range: float
-    max_position_embeddings: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    rms_norm_eps: Number
+    initializer_range: Number
+    max_position_embeddings: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
-    eos_token_id: int | list[int] | None = dataclasses.field(default=None, hash=False)
+    pad_token_id: Token | None = None
+    eos_token_id: Token | list[Token] | None = dataclasses.field(default=None, hash=False)
     rope: Rope
     windows: tuple[int | None, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
@@ -139,7 +236,7 @@ class DecoderConfig:
         """What no decoder can have."""
         wrong = []
         if self.hidden_act not in ACTIVATIONS:
-            wrong.append(f"hidden_act is {self.hidden_act!r}, supported: {', '.join(ACTIVATIONS)}")
+            wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             wrong.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -150,8 +247,15 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.key_value_heads}"
             )
+        for heads, name in ((self.num_attention_heads, "attention"), (self.key_value_heads, "key_value")):
+            if heads * self.features_per_head >= 2**31:
+                wrong.append(f"num_{name}_heads is {heads}, with {self.features_per_head} features each")
         if self.features_per_head % 2:
             wrong.append(f"head_dim is {self.features_per_head}, rotary positions need an even number")
+        if self.rope.kind == "dynamic" and self.features_per_head < 4:
+            wrong.append(f"head_dim is {self.features_per_head}, dynamic rotary positions need at least 4")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            wrong.append(f"pad_token_id is {self.pad_token_id}, the vocabulary has {self.vocab_size} rows")
         return wrong
 
     def to_hf(self) -> dict[str, Any]:
@@ -169,33 +273,35 @@ def read_decoder_config(
     architectures: Collection[str],
     fixed: Mapping[str, Any],
     inert: Collection[str],
+    ignored: Collection[str],
+    read: Collection[str] = (),
     default_theta: float | None = None,
-    windows: tuple[int | None, ...] = (),
-    wrong: Collection[str] = (),
 ) -> DecoderConfig:
     """Reads the content of a config.json.
 
     Args:
       family: what it is called in errors.
       architectures: what may stand under `architectures`.
-      fixed, inert: as for `read_fields`; the fields of the rotary positions are known here.
+      fixed, inert, read, ignored: as for `read_fields`; the fields of the rotary positions are known here.
       default_theta: what a missing `rope_theta` means; None refuses it.
-      windows, wrong: what the family read itself, and what it found wrong.
+    Returns: the config, its `windows` empty.
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """
-    values, notes, unread = read_fields(
+    values, notes, wrong = read_fields(
         DecoderConfig,
         hf,
         computed=DecoderConfig.COMPUTED,
         fixed=fixed,
-        inert={*INERT, *inert, "rope_theta", "rope_scaling", "rope_parameters"},
+        inert={*INERT, *inert},
+        read={*read, "rope_theta", "rope_scaling", "rope_parameters"},
+        ignored=ignored,
     )
     rope, rope_faults = read_rope(hf, default_theta)
-    refuse(family, [*unread, *rope_faults, *wrong])
+    refuse(family, [*wrong, *rope_faults])
     assert rope is not None
-    config = DecoderConfig(**values, rope=rope, windows=windows, notes=notes)
+    config = DecoderConfig(**values, rope=rope, notes=notes)
     known = len(config.architectures) == 1 and config.architectures[0] in architectures
-    stated = f"architectures is {list(config.architectures)}, supported: {', '.join(architectures)}"
+    stated = f"architectures is {shown(list(config.architectures))}, supported: {', '.join(architectures)}"
     refuse(family, config.faults() + ([] if known else [stated]))
     return config
 
@@ -243,7 +349,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: Keys):
         size, heads, stddev = config.hidden_size, config.features_per_head, config.initializer_range
         inner, outer = config.biases
         keys = config.key_value_heads * heads
@@ -284,7 +390,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: Keys):
         size, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = {"stddev": config.initializer_range, "bias": config.mlp_bias, "rngs": rngs}
         self.gate_proj = Linear(size, inner, **options)
@@ -297,7 +403,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: Keys):
         self.self_attn = Attention(config, rngs=rngs)
         self.mlp = FeedForward(config, rngs=rngs)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -314,7 +420,9 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """The body: `LlamaModel`, `Qwen2Model`."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    remat: bool = False  # on the class: it is no part of what the model is, see `Model`
+
+    def __init__(self, config: DecoderConfig, *, rngs: Keys):
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -336,9 +444,10 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
-        frequencies = self.config.rope.frequencies(self.config.features_per_head)
-        angles = positions[:, :, None] * jnp.asarray(frequencies)[None, None]  # B T -> B T H/2
-        turns = jnp.cos(angles), jnp.sin(angles)
+        rope = self.config.rope
+        frequencies = rope.frequencies(self.config.features_per_head, positions.max(axis=1) + 1)
+        angles = positions[:, :, None] * frequencies[:, None]  # B T -> B T H/2
+        turns = rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
         query_slots = start + jnp.arange(length)[:, None]
         distance = query_slots - jnp.arange(real.shape[1])[None]  # T S
         masks = {
@@ -349,7 +458,8 @@ class Decoder(nnx.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], start)
-            x, (k, v) = layer(x, turns, masks[self.config.window(i)], past)
+            rest = (turns, masks[self.config.window(i)], past)
+            x, (k, v) = remat(layer, x, *rest) if self.remat else layer(x, *rest)
             keys.append(k)
             values.append(v)
         if cache is not None:
@@ -360,7 +470,7 @@ class Decoder(nnx.Module):
 class CausalLM(nnx.Module):
     """A decoder with a head over the vocabulary: `LlamaForCausalLM`, `Qwen2ForCausalLM`."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: Keys):
         self.model = Decoder(config, rngs=rngs)
         size, stddev = config.hidden_size, config.initializer_range
         tied = config.tie_word_embeddings

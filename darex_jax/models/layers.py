@@ -5,6 +5,7 @@ N heads, H features per head. Ranks are matched by hand, so `jax_numpy_rank_prom
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,22 @@ def project(x: Array, weight: Array) -> Array:
     return jnp.einsum("...D,OD->...O", x, weight, preferred_element_type=wide).astype(x.dtype)
 
 
+class Keys:
+    """A stream of keys: the i-th call gives `fold_in(key, i)`.
+
+    What `nnx.Rngs` gives too; but its counter is an array, and counting it while a program is traced takes
+    time with the square of the number of layers.
+    """
+
+    def __init__(self, key: Array):
+        self.key = key
+        self.count = 0
+
+    def __call__(self) -> Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias` over the last axis; `weight` [O, D] starts at N(0, stddev), `bias` [O] at 0.
 
@@ -43,10 +60,8 @@ class Linear(nnx.Module):
     scale: float = 1.0
     observe: Callable[[Array], None] | None = None  # is shown every input, see `Model.module`
 
-    def __init__(
-        self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: nnx.Rngs
-    ):
-        self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), (out_features, in_features)))
+    def __init__(self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: Keys):
+        self.weight = nnx.Param(stddev * jax.random.normal(rngs(), (out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -67,9 +82,9 @@ class Embedding(nnx.Module):
     """
 
     def __init__(
-        self, rows: int, features: int, *, stddev: float, padding_idx: int | None = None, rngs: nnx.Rngs
+        self, rows: int, features: int, *, stddev: float, padding_idx: int | None = None, rngs: Keys
     ):
-        weight = stddev * jax.random.normal(rngs.params(), (rows, features))
+        weight = stddev * jax.random.normal(rngs(), (rows, features))
         self.weight = nnx.Param(weight if padding_idx is None else weight.at[padding_idx].set(0))
         self.padding_idx = padding_idx
 
@@ -115,6 +130,42 @@ class LayerNorm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         y = y * jnp.broadcast_to(self.weight[...], y.shape) + jnp.broadcast_to(self.bias[...], y.shape)
         return y.astype(x.dtype)
+
+
+def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
+    """`layer(x, *args)`, of which the backward pass keeps the arguments alone and computes the rest again.
+
+    What `jax.checkpoint` does, whose barrier against merging the second computation with the first XLA takes
+    away on CPUs. Here the second waits for the gradient that comes in, so that no compiler can merge the two.
+
+    Args: x: of the shape of the result, or of the first array in it.
+    """
+    graphdef, weights = nnx.split(layer)
+    leaves, structure = jax.tree.flatten(args)
+    # Keys go in as numbers: that the same is drawn from one key twice is what is meant here.
+    impls = [
+        jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
+        for leaf in leaves
+    ]
+    numbers = [
+        leaf if impl is None else jax.random.key_data(leaf) for leaf, impl in zip(leaves, impls, strict=True)
+    ]
+
+    def run(weights: nnx.State, x: Array, numbers: list[Array]) -> Any:
+        args = [
+            leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+            for leaf, impl in zip(numbers, impls, strict=True)
+        ]
+        return nnx.merge(graphdef, weights)(x, *jax.tree.unflatten(structure, args))
+
+    def backward(kept: tuple[nnx.State, Array, list[Array]], gradient: Any) -> Any:
+        weights, x, numbers = kept
+        later = x + 0 * jax.tree.leaves(gradient)[0]  # the same, unless a gradient is not finite
+        return jax.vjp(run, weights, later, numbers)[1](gradient)
+
+    again = jax.custom_vjp(run)
+    again.defvjp(lambda *kept: (run(*kept), kept), backward)
+    return again(weights, x, numbers)
 
 
 def split_key(key: Array | None, count: int) -> list[Array | None]:

@@ -1,6 +1,6 @@
 """Llama (Touvron et al., arXiv:2307.09288; Llama 3, arXiv:2407.21783) as transformers computes it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_decoder_config
@@ -15,7 +15,7 @@ FIXED: dict[str, Any] = {
 }
 
 
-def read_llama_config(hf: Mapping[str, Any]) -> DecoderConfig:
+def read_llama_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> DecoderConfig:
     """Reads the content of a config.json. A missing `rope_theta` is Llama 2's 10,000, as in transformers.
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
@@ -26,5 +26,6 @@ def read_llama_config(hf: Mapping[str, Any]) -> DecoderConfig:
         architectures=ARCHITECTURES,
         fixed=FIXED,
         inert=("is_llama_config", "transformers.js_config"),
+        ignored=ignored,
         default_theta=10_000.0,
     )

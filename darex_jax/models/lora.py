@@ -17,7 +17,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_factors, scales_by_layer
 from darex_jax.core.tree import PyTree, leaf_keys, unflatten_names
 from darex_jax.models import Model, new_module
-from darex_jax.models.layers import Linear
+from darex_jax.models.layers import Keys, Linear
 
 Array = jax.Array
 
@@ -86,9 +86,7 @@ def _shapes_only(model: Model) -> nnx.Module:
 def _shapes_of_linear(shape: tuple[int, int]) -> Linear:
     out_features, in_features = shape
     options: dict[str, Any] = {"stddev": 0.0, "bias": False}
-    return nnx.eval_shape(
-        lambda: Linear(in_features, out_features, rngs=nnx.Rngs(params=jax.random.key(0)), **options)
-    )
+    return nnx.eval_shape(lambda: Linear(in_features, out_features, rngs=Keys(jax.random.key(0)), **options))
 
 
 def _linears(module: nnx.Module) -> dict[str, Linear]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from darex_jax.models.bert import BertConfig, BertModel, EncoderOutput
-from darex_jax.models.layers import Linear, dropout, split_key
+from darex_jax.models.layers import Keys, Linear, dropout, split_key
 
 Array = jax.Array
 
@@ -15,7 +15,7 @@ Array = jax.Array
 class ClassificationHead(nnx.Module):
     """A dense layer and a projection on the first token; no pooler comes before it."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         size, stddev = config.hidden_size, config.initializer_range
         self.dense = Linear(size, size, stddev=stddev, rngs=rngs)
         self.out_proj = Linear(size, config.num_labels, stddev=stddev, rngs=rngs)
@@ -30,7 +30,7 @@ class ClassificationHead(nnx.Module):
 
 
 class RobertaForSequenceClassification(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, rngs: Keys):
         self.roberta = BertModel(config, pooler=False, rngs=rngs)
         self.classifier = ClassificationHead(config, rngs=rngs)
 

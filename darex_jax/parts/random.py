@@ -112,7 +112,7 @@ class Random:
 
         That there are as many values as survivors is seen by `chunks`, which draws the mask.
         """
-        rate = fields.get("drop_rate")
+        rate: Any = fields.get("drop_rate")
         if type(rate) not in (int, float):
             raise DarexError("drop_rate is no number")
         keep_threshold(rate)

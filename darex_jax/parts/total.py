@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Parts:
         if len(self.parts) == 1:
             yield from self.parts[0].chunks(length)
             return
-        streams = [part.chunks(length) for part in self.parts]
+        streams: list[Iterator[Any]] = [part.chunks(length) for part in self.parts]
         for start in range(0, size, length):
             total = np.zeros(min(length, size - start), np.float32)
             for stream in streams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def choose_q(
     checkpoints: Path | None = None,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    ignore_config_fields: tuple[str, ...] = (),
     seed: int = 0,
     on_value: Callable[[float, float], None] = lambda point, value: None,
 ) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def choose_q(
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
       learning_rate: with learned, see `learn_q`.
       checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
+      ignore_config_fields: of the fine-tuned model's, see `read_model_config`.
       on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
     Returns: what the q file holds, ready for strict JSON: q, value, objective, scope, curve (of q, of eta
       with rule, or of epochs; None for a value that is not finite), plateau, what it cost (evaluations of so
@@ -124,7 +126,7 @@ def choose_q(
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
-        objective = "labels" if task is not None else without_labels(fine, scope)
+        objective = "labels" if task is not None else without_labels(fine, scope, ignore_config_fields)
     _check(objective, scope, task, text, masks, grid, drop_rate)
     chosen = choose_scope(read_config(fine).get("model_type"), include, exclude)
     limit = OBJECTIVES[objective] if limit is None else limit
@@ -133,7 +135,7 @@ def choose_q(
     material = read_material(fine, source, held_out=held_out)  # before a weight is read
     if objective == "learned" and len(material.encoded) < 2:
         raise DarexError("learned takes two examples or more: to learn from, and to be held out.")
-    model, params, base_params = load_pair(base, fine, chosen)
+    model, params, base_params = load_pair(base, fine, chosen, ignore_config_fields)
     start, delta = split_in_scope(params, base_params)
     del base_params
     count = masks or (1 if objective in ("labels", "predictions", "learned") else 4)
@@ -233,13 +235,13 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def without_labels(fine: Path, scope: str) -> str:
+def without_labels(fine: Path, scope: str, ignore_config_fields: Collection[str] = ()) -> str:
     """The objective for a model whose task is not known."""
     hf = read_config(fine)
     if hf.get("model_type") in DECODERS:
         return "predictions"
     if "ForSequenceClassification" in str(hf.get("architectures")):
-        config = read_model_config(hf)
+        config = read_model_config(hf, ignore_config_fields)
         if isinstance(config, BertConfig) and config.num_labels > 1:
             return "predictions"
     return "outputs" if scope == "layer" else "two-point"

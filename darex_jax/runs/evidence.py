@@ -16,18 +16,21 @@ from darex_jax.methods.evidence import Evidence
 from darex_jax.runs.source import Source, read_material
 
 
-def gather(fine: Path, source: Source, needs: Collection[str]) -> tuple[Evidence, dict[str, str]]:
+def gather(
+    fine: Path, source: Source, needs: Collection[str], ignore_config_fields: Collection[str] = ()
+) -> tuple[Evidence, dict[str, str]]:
     """The evidence that is needed, and digests of the model and the examples it comes from.
 
     Args:
       fine: directory of the fine-tuned model.
       source: examples that train it, never those that are reported on.
       needs: fields of `Evidence`.
+      ignore_config_fields: see `read_model_config`.
     """
     if not needs:
         return Evidence(), {}
     material = read_material(fine, source, held_out=False)
-    model, params = load_model(fine)
+    model, params = load_model(fine, ignore_config_fields=ignore_config_fields)
     moments = _every if "second_moments" in needs else _none
     seen = input_statistics(model, params, material.batches(), moments)
     with Checkpoint(fine) as checkpoint:

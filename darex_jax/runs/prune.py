@@ -66,7 +66,10 @@ def prune_by(
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
             return chosen.prune(deltas, budget, known, **key, **told)
 
-        spent = {"drop_rate": budget.drop_rate, "bytes_per_parameter": budget.bytes_per_parameter}
+        spent: dict[str, Any] = {
+            "drop_rate": budget.drop_rate,
+            "bytes_per_parameter": budget.bytes_per_parameter,
+        }
         return prune_parts(
             base,
             fine,

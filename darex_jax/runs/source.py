@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import DECODERS
 from darex_jax.files.checkpoint import read_config
-from darex_jax.files.paths import read_text
 from darex_jax.tasks import Examples, Task, load_task
 from darex_jax.tasks.answers import (
     PROBLEM_TASKS,
@@ -30,6 +29,7 @@ from darex_jax.tasks.batching import (
     evaluation_batches,
     load_tokenizer,
 )
+from darex_jax.tasks.lines import read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,7 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     family = read_config(fine).get("model_type")
     decoder = family in DECODERS
     if source.text is not None:
-        lines = [line for line in read_text(source.text).splitlines() if line.strip()][: source.limit]
-        if not lines:
-            raise DarexError(f"{source.text}: has no line of text.")
+        lines = read_lines(source.text)[: source.limit]
         tokenizer = load_tokenizer(fine)
         if decoder:
             return Material(encode_texts(tokenizer, lines), None, str(source.text))

@@ -94,6 +94,7 @@ def train_run(
     keep: int = 2,
     best: bool = False,
     mesh: str | None = None,
+    ignore_config_fields: tuple[str, ...] = (),
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[int, dict[str, Any]], None] = lambda steps, line: None,
@@ -115,6 +116,7 @@ def train_run(
       keep: how many of the newest checkpoints are kept, beside the best.
       best: write the checkpoint with the best validation metric instead of the last step.
       mesh: "DATAxMODEL", the parts that a batch and the parameters are split into, over all devices.
+      ignore_config_fields: of the base's, see `read_model_config`.
       say: called with a line for the person who waits.
       on_step: called with the number of steps and every line of metrics.jsonl.
     Returns: what there is to report: out, run, task, steps, step_taken, loss, delta_rms, delta_max, digest,
@@ -133,7 +135,8 @@ def train_run(
         "base": str(base), "task": task, "data_dir": data_dir and str(data_dir), "difficulty": difficulty,
         "limit": limit, "validation_limit": validation_limit, "lora_rank": lora_rank,
         "lora_alpha": lora_alpha, "lora_targets": list(lora_targets), "rslora": rslora,
-        "checkpoint_every": checkpoint_every, "keep": keep, "best": best, "mesh": mesh, "seed": seed,
+        "checkpoint_every": checkpoint_every, "keep": keep, "best": best, "mesh": mesh,
+        "ignore_config_fields": list(ignore_config_fields), "seed": seed,
     }  # fmt: skip
     lora = None
     if lora_rank is not None:
@@ -143,14 +146,14 @@ def train_run(
     key = jax.random.key(seed)
     if task in PROBLEM_TASKS:
         problems, held_out = load_problems(task, data_dir, difficulty, seed)
-        model, known = load_model(base, mesh=parts)
+        model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         if not isinstance(model.config, DecoderConfig):
             raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, base, problems[:limit], held_out[:validation_limit], recipe, key)
     else:
         examples = load_task(task, data_dir, seed)
-        body, known = load_model(base, mesh=parts)
+        body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         model, params = classifier_for(examples, body, known, jax.random.fold_in(key, 0))
         start = _start(model, params, known, lora, key, parts)
         lesson = _classifying(start, base, examples, limit, validation_limit, recipe, key)

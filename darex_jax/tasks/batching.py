@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
-from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.model import companions
 from darex_jax.files.paths import check_entries
-from darex_jax.files.restore import restore_companions
-from darex_jax.files.safetensors import FileError
 from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
@@ -72,20 +68,15 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        raise DarexError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
-    check_entries(path)
-    try:
-        if delta is None:
-            return AutoTokenizer.from_pretrained(path)
-        with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
-            restore_companions(Path(path), file, Path(folder), allow_changed_files=allow_changed_files)
-            file.check_data()
+    with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise DarexError(f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}).")
+        check_entries(folder)
+        try:
             return AutoTokenizer.from_pretrained(folder)
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DarexError(f"{path}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # of the parsers of half a dozen formats
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DarexError(f"{path}: its tokenizer cannot be read ({why:.200})") from error
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:

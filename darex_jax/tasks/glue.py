@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from darex_jax.core.errors import DarexError
 from darex_jax.tasks import Examples, Task, hold_out_tenth
 from darex_jax.tasks.parquet import find_parquet, read_split
 
@@ -55,12 +52,9 @@ def _read(
     files: Mapping[str, Sequence[str]] | None,
 ) -> Examples:
     of_split = None if files is None else files[split]
-    rows = read_split(
+    read = read_split(
         name, split, (*columns, "label"), files=of_split, hub=(HUB_NAME, name), generated="opinions"
     )
-    labels = np.asarray(rows["label"], dtype=np.int32 if label_names else np.float32)
-    if label_names and not np.isin(labels, range(len(label_names))).all():
-        source = HUB_NAME if of_split is None else of_split[0]
-        raise DarexError(f"'{source}' has labels other than 0 to {len(label_names) - 1} in {split!r}.")
-    texts, *pairs = (tuple(rows[c]) for c in columns)
+    labels = read.classes("label", len(label_names)) if label_names else read.scores("label")
+    texts, *pairs = map(read.texts, columns)
     return Examples(texts, pairs[0] if pairs else None, labels)

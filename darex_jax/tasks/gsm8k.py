@@ -51,9 +51,14 @@ def load_gsm8k(split: str = "test", data_dir: str | os.PathLike[str] | None = No
         raise DarexError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
     files = None if data_dir is None else find_parquet("gsm8k", data_dir, (split,))[split]
     columns = ("question", "answer")
-    rows = read_split("gsm8k", split, columns, files=files, hub=HUB, generated="word-problems")
-    pairs = zip(rows["question"], rows["answer"], strict=True)
-    return tuple(Problem(question, solution, gold_answer(solution)) for question, solution in pairs)
+    read = read_split("gsm8k", split, columns, files=files, hub=HUB, generated="word-problems")
+    problems = []
+    for row, (question, solution) in enumerate(zip(*map(read.texts, columns), strict=True)):
+        try:
+            problems.append(Problem(question, solution, gold_answer(solution)))
+        except DarexError as error:
+            raise DarexError(f"{read.place(row)}: {error}") from error
+    return tuple(problems)
 
 
 def gsm8k_prompt(question: str) -> str:

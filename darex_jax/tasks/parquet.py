@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from darex_jax.core.errors import DarexError
 from darex_jax.files.paths import check_file
+from darex_jax.models.config import shown
 
 
 def find_parquet(
@@ -31,6 +36,61 @@ def find_parquet(
     raise FileNotFoundError(f"{wanted} of {name!r} are not in '{data_dir / name}' or '{data_dir}'.")
 
 
+@dataclass(frozen=True)
+class Split:
+    """One split: a `datasets.Dataset`, and how its rows are called in messages.
+
+    Attributes:
+      files: its parquet files; none where the hub gave it.
+      name: of the split and where it comes from.
+    """
+
+    rows: Any
+    files: tuple[str, ...]
+    name: str
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        """Raises: ValueError that names file, column and row of the first value that is no text."""
+        return tuple(self._column(column, lambda value: isinstance(value, str), "a text"))
+
+    def classes(self, column: str, count: int) -> NDArray:
+        """Labels from 0 to `count - 1`, int32. Raises: as `texts`."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+        return np.asarray(self._column(column, fits, f"an integer from 0 to {count - 1}"), np.int32)
+
+    def scores(self, column: str) -> NDArray:
+        """Labels that are numbers, float32. Raises: as `texts`."""
+
+        def fits(value: Any) -> bool:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return number and abs(value) <= float(np.finfo(np.float32).max)
+
+        return np.asarray(self._column(column, fits, "a finite number"), np.float32)
+
+    def _column(self, column: str, fits: Callable[[Any], bool], expected: str) -> list[Any]:
+        values = list(self.rows[column])
+        wrong = next((row for row, value in enumerate(values) if not fits(value)), None)
+        if wrong is not None:
+            raise DarexError(
+                f"{self.place(wrong)}: {column!r} is {shown(values[wrong])}, expected {expected}."
+            )
+        return values
+
+    def place(self, row: int) -> str:
+        """A row's file, and its number in that file, counted from 0."""
+        from pyarrow.parquet import read_metadata
+
+        for file in self.files:
+            count = read_metadata(file).num_rows
+            if row < count:
+                return f"'{file}', row {row} (counted from 0)"
+            row -= count
+        return f"{self.name}, row {row} (counted from 0)"
+
+
 def read_split(
     name: str,
     split: str,
@@ -39,8 +99,8 @@ def read_split(
     files: Sequence[str] | None,
     hub: tuple[str, str],
     generated: str,
-) -> Any:
-    """One split as a `datasets.Dataset`.
+) -> Split:
+    """One split, with all the columns that it has to have.
 
     Args:
       name: of the task, for messages.
@@ -48,19 +108,28 @@ def read_split(
       files: its parquet files, from `find_parquet`; None asks the hub.
       hub: repository and configuration there.
       generated: the task that needs no data, offered where the hub is out of reach.
-    Raises: FileNotFoundError if the hub does not give it; ValueError for no parquet or a missing column.
+    Raises: FileNotFoundError if the hub does not give it; ValueError for no parquet, no row or a missing
+      column.
     """
     import datasets
+    from pyarrow.parquet import read_metadata
 
     source = hub[0] if files is None else files[0]
     try:
         if files is None:
             rows = datasets.load_dataset(*hub, split=split)
-        else:
+        elif any(read_metadata(file).num_rows for file in files):
             rows = datasets.load_dataset("parquet", data_files={split: list(files)}, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        else:
+            raise DarexError(f"'{source}' has no rows.")
+    except DarexError:
+        raise
+    except Exception as error:  # what a damaged file meets in pyarrow and datasets is of many kinds
         if files is not None:
-            raise DarexError(f"'{source}' cannot be read as parquet: {error}") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DarexError(f"'{source}' cannot be read as parquet: {why:.200}") from error
+        if not isinstance(error, (OSError, ValueError, datasets.exceptions.DatasetsError)):
+            raise
         raise FileNotFoundError(
             f"the Hugging Face hub did not give {source!r} ({type(error).__name__}). Name a folder with "
             f"the parquet files of {name!r} (data_dir, --data-dir), or take {generated!r}, which needs "
@@ -71,4 +140,4 @@ def read_split(
         raise DarexError(
             f"'{source}' lacks the column {missing[0]!r} of {name!r}; it has {rows.column_names}."
         )
-    return rows
+    return Split(rows, tuple(files or ()), f"{split!r} of '{source}'")

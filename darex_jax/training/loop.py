@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.sharding import batch_sharding, param_shardings
 from darex_jax.core.tree import combine, flatten_names
+from darex_jax.models import Model as ModelOfLayers
 from darex_jax.tasks.batching import Batch
 from darex_jax.training.adamr import Norm, adamr
 from darex_jax.training.checkpoints import Checkpoints
@@ -42,6 +44,7 @@ class Recipe:
       clip_norm: gradients are scaled down to at most this global norm.
       dtype: what the model computes in; parameters and optimizer are float32.
       dropout: as the model's config has it, or none.
+      remat: compute each layer's inside again in the backward pass, see `Model`: less memory, more time.
     Raises: ValueError for anything out of range.
     """
 
@@ -57,6 +60,7 @@ class Recipe:
     clip_norm: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: bool = True
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -105,17 +109,21 @@ class StepRecord(NamedTuple):
     validation: float | None = None
 
 
-def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -> optax.Schedule:
+def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -> Callable[[int], float]:
     """Linear warm-up over the first `warmup_ratio` of `steps`, then linear decay to 0 after the last step.
 
-    Returns: step -> learning rate; the peak is at step `int(warmup_ratio * steps)`, and no step has rate 0.
+    A number of the host's: one of the device would be waited for behind all steps under way.
+
+    Returns: step -> learning rate, a float32's value; the peak is at step `int(warmup_ratio * steps)`, and no
+      step has rate 0.
     """
     if steps < 1 or not 0.0 <= warmup_ratio < 1.0:
         raise DarexError(f"need steps >= 1 and warmup_ratio in [0, 1), got {steps} and {warmup_ratio}.")
     warmup = int(warmup_ratio * steps)
 
-    def schedule(step: Any) -> Any:
-        return learning_rate * jnp.minimum((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+    def schedule(step: int) -> float:
+        share = min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+        return float(np.float32(learning_rate) * np.float32(share))
 
     return schedule
 
@@ -168,6 +176,8 @@ def train(
     Returns: the float32 parameters, and the records of the steps done in this call.
     Raises: ValueError for arguments out of range; FloatingPointError once a loss or gradient is not finite.
     """
+    if recipe.remat:
+        model = replace(cast(ModelOfLayers, model), remat=True)
     schedule = warmup_linear(recipe.learning_rate, steps, recipe.warmup_ratio)
     pretrained = params if pretrained is None else pretrained
     measure = partial(delta_size, pretrained=pretrained) if measure is None else measure
@@ -199,7 +209,7 @@ def train(
     waiting: tuple[int, float, tuple[Any, ...]] | None = None
     stream = islice(chain.from_iterable(map(batches, count())), first, steps)
     for step, batch in zip(range(first, steps), stream, strict=False):
-        rate = float(schedule(step))
+        rate = schedule(step)
         step_key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
         placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
         numbers = (rate, recipe.weight_decay, recipe.clip_norm)

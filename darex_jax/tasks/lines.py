@@ -1,0 +1,22 @@
+"""A person's texts, from a file with one text a line."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from darex_jax.core.errors import DarexError
+from darex_jax.files.paths import read_text
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 file that hold more than white space; a byte order mark is no part of the first.
+
+    Raises: FileError for a file that cannot be read or is not UTF-8, naming the line; ValueError if there is
+      no text in it.
+    """
+    lines = re.split(r"\r\n|\n|\r", read_text(path).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise DarexError(f"{path}: has no line of text.")
+    return texts
