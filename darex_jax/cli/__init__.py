@@ -6,9 +6,6 @@ neither transformers nor, merge-adapter apart, flax.
 
 import signal
 import traceback
-import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import click

@@ -66,7 +66,7 @@ def prune_by(
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
             return chosen.prune(deltas, budget, known, **key, **told)
 
-        spent: dict[str, Any] = {
+        spent: Mapping[str, Any] = {
             "drop_rate": budget.drop_rate,
             "bytes_per_parameter": budget.bytes_per_parameter,
         }
@@ -88,7 +88,8 @@ def prune_by(
         )
 
     if file_bytes is None:
-        return write(Budget(**(budget or {"drop_rate": drop_rate})), out)
+        stated: dict[str, Any] = {"drop_rate": drop_rate} if budget is None else dict(budget)
+        return write(Budget(**stated), out)
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     entries = sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
