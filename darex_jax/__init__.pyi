@@ -20,6 +20,15 @@ from .files.artifact import save_delta as save_delta
 from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
+from .methods.budget import Budget as Budget
+from .methods.dare import dare as dare
+from .methods.evidence import Evidence as Evidence
+from .methods.magnitude import magnitude as magnitude
+from .methods.sign import sign as sign
+from .methods.sign_svd import sign_svd as sign_svd
+from .methods.structured import structured as structured
+from .methods.svd import svd as svd
+from .methods.wanda import wanda as wanda
 from .models.generate import generate as generate
 from .q.analytic import analytic_q as analytic_q
 from .q.closed_form import closed_form_q as closed_form_q

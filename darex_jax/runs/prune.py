@@ -14,10 +14,11 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
+from darex_jax.files.atomic import write_whole
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.prune import PruneSummary, prune_parts
-from darex_jax.files.stream import Progress
+from darex_jax.files.stream import Progress, keep_inputs
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
@@ -93,9 +94,10 @@ def prune_by(
     match = match_checkpoints(base, fine, scope)
     match.raise_if_faulty()
     entries = sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
-    with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent, prefix=".darex-") as folder:
+    keep_inputs(out, base, fine)
+    with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(partial(_to_size, write, entries), file_bytes, Path(folder))
-        os.replace(path, out)
+        write_whole(out, path.read_bytes())
     return summary
 
 
