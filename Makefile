@@ -17,12 +17,12 @@ lint: .venv/test
 
 .venv/demo: pyproject.toml requirements/demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q -e '.[all]'
 	$(BIN)/python -m pip install -q --no-deps -r requirements/demo.txt
 	touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q -e '.[all,test]'
 	touch $@
 
 clean:

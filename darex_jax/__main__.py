@@ -1,5 +1,16 @@
-"""`python -m darex_jax`: the `darex` command."""
+"""The `darex` command, also as `python -m darex_jax`."""
 
-from darex_jax.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line, if what it needs beside the library is installed."""
+    try:
+        from darex_jax.cli import main as command
+    except ModuleNotFoundError as error:
+        sys.exit(f"darex: {error.name} is not installed; it comes with pip install 'darex_jax[all]'")
+    command(prog_name="darex")
+
+
+if __name__ == "__main__":
+    main()

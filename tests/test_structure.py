@@ -1,6 +1,9 @@
 """The package's shape: each layer knows only the layers under it, and no name stands for two things."""
 
 import ast
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import darex_jax
@@ -39,3 +42,32 @@ def test_no_public_name_is_a_module():
     assert not modules & set(darex_jax.__all__)
     for name in darex_jax.__all__:
         assert callable(getattr(darex_jax, name))
+
+
+def test_the_algebra_needs_few_packages():
+    """Deltas, masks, pruning and format 1 work where nothing but the package's own dependencies is there."""
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    code = f"""
+import sys
+modules = {{"orbax": "orbax", "google-re2": "re2", "scikit-learn": "sklearn", "tomli_w": "tomli_w"}}
+names = [requirement.split(">")[0].split("=")[0] for requirement in {extras["all"]!r}]
+for name in names:
+    sys.modules[modules.get(name, name.split("-")[0])] = None  # an import of it fails
+import jax, tempfile, pathlib
+import darex_jax as dx
+base = {{"a": {{"weight": jax.numpy.ones((64, 32))}}}}
+delta = dx.compute_delta(jax.tree.map(lambda x: x + 0.5, base), base)
+pruned = dx.prune(jax.random.key(0), delta, 0.5)
+path = pathlib.Path(tempfile.mkdtemp()) / "delta"
+dx.save_delta(path, jax.random.key(0), delta, 0.5, base=base)
+assert (dx.load_delta(path)["a"]["weight"] == pruned["a"]["weight"]).all()
+dx.apply_delta(base, dx.magnitude(delta, dx.Budget(drop_rate=0.9)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_says_what_is_missing():
+    code = "import sys; sys.modules['click'] = None; from darex_jax.__main__ import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "darex: click is not installed; it comes with pip install 'darex_jax[all]'\n"

@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import re2
-
 from darex_jax.core.errors import DarexError
 
 ENCODERS = ("bert", "roberta")
@@ -31,6 +29,8 @@ def compile_pattern(pattern: str) -> Any:
 
     Raises: ValueError, in one line, for a pattern that RE2 does not take.
     """
+    import re2  # here: only a person's patterns need it
+
     options = re2.Options()
     options.log_errors, options.never_capture = False, True
     try:

@@ -22,14 +22,13 @@ from typing import Any
 
 import blake3
 import numpy as np
-import zstandard
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.blocks import unpack
 from darex_jax.files.checkpoint import COMPANIONS
-from darex_jax.files.coding import FREE, MOST
+from darex_jax.files.coding import decompress
 from darex_jax.files.recipe import (
     FORMATS,
     METADATA,
@@ -117,13 +116,9 @@ class DeltaFile(SafetensorsFile):
         info = self.tensors.get(RECIPE)
         if info is None or info.dtype != np.uint8:
             raise FileError(f"{self.path}: damaged metadata (there is no recipe).")
-        data = self.read(RECIPE).tobytes()
         try:
-            size = zstandard.get_frame_parameters(data).content_size
-            if not 0 <= size <= FREE + MOST * len(data):
-                raise FileError(f"{self.path}: damaged metadata (a recipe of {size} bytes).")
-            return zstandard.ZstdDecompressor().decompress(data).decode()
-        except (zstandard.ZstdError, UnicodeDecodeError, MemoryError) as error:
+            return decompress(self.read(RECIPE).tobytes()).decode()
+        except (FileError, UnicodeDecodeError) as error:
             raise FileError(f"{self.path}: damaged metadata (its compression).") from error
 
     def _check_tensors(self) -> None:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import zstandard
-from pcodec import ChunkConfig, standalone
 
 from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, FileError, as_bytes
 
@@ -47,6 +45,26 @@ def coder_versions() -> dict[str, str]:
     return {name: version(name) for name in ("pcodec", "zstandard")}
 
 
+def compress(data: bytes) -> bytes:
+    """One zstandard frame."""
+    import zstandard  # here and below: format 1 needs no coder
+
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
+
+
+def decompress(data: bytes) -> bytes:
+    """The inverse of `compress`. Raises: FileError for no such frame, or one that claims to be too long."""
+    import zstandard
+
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+        if not _bounded(size, len(data)):
+            raise FileError(f"a frame of {len(data)} bytes that claims {size}")
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise FileError("a damaged frame") from error
+
+
 def encode(array: np.ndarray, bits: int | None = None) -> Stream:
     """The shortest of what the coders make of a flat array.
 
@@ -57,8 +75,10 @@ def encode(array: np.ndarray, bits: int | None = None) -> Stream:
     if bits is not None and bits < 8:
         candidates["packed"] = _pack(array, bits)
     if array.dtype == np.uint8:
-        candidates["zstd"] = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(candidates["raw"])
+        candidates["zstd"] = compress(candidates["raw"])
     elif array.size and bits != 1:
+        from pcodec import ChunkConfig, standalone
+
         config = ChunkConfig(compression_level=LEVEL)
         candidates["pco"] = standalone.simple_compress(_as_coded(array), config)
     allowed = {c: data for c, data in candidates.items() if c == "raw" or _bounded(array.nbytes, len(data))}
@@ -101,9 +121,9 @@ def _raw(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarr
 
 
 def _zstd(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
-    if dtype != np.uint8 or zstandard.get_frame_parameters(data).content_size != count:
-        raise FileError("a stream that is not as long as it says")
-    return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
+    if dtype != np.uint8:
+        raise FileError("compressed bytes that are no bytes")
+    return np.frombuffer(decompress(data), np.uint8)
 
 
 def _pco(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
@@ -136,6 +156,8 @@ CODERS: dict[str, Callable[[bytes, np.dtype, int, int | None], np.ndarray]] = {
 
 
 def _expand(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    from pcodec import standalone
+
     numbers = np.empty(count, dtype)
     if count:
         progress = standalone.simple_decompress_into(data, numbers)

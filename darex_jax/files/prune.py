@@ -16,7 +16,6 @@ from typing import Any
 
 import blake3
 import numpy as np
-import zstandard
 
 from darex_jax.core.errors import DarexWarning
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
@@ -27,7 +26,7 @@ from darex_jax.files.artifact import PARTS, RECIPE
 from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
-from darex_jax.files.coding import ZSTD_LEVEL, coder_versions
+from darex_jax.files.coding import coder_versions, compress
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import (
@@ -358,7 +357,7 @@ def _write(
         written.data_blake3 = data_digest.hexdigest()
         final = recipe()
         if final.format == 2:
-            data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(final.to_json().encode())
+            data = compress(final.to_json().encode())
             written.tensors[RECIPE] = (np.dtype(np.uint8), (len(data),))
             position = write_at(file, data, position)
         write_at(file, encode_header(written.tensors, final.to_metadata(), header_bytes), 0)
