@@ -72,13 +72,12 @@ def find_q(
         report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
     with atomic_file(out) as descriptor, open(descriptor, "w", encoding="utf-8", closefd=False) as file:
         file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    picture = out.with_suffix(".png") if "curve" in report or options["scope"] == "layer" else None
-    if picture is not None:
-        plot_curve(report, picture)
+    picture = out.with_suffix(".png")
+    drawn = plot_curve(report, picture)
     if as_json:
         click.echo(json.dumps(report, allow_nan=False))
         return
-    _print_report(report, out, picture)
+    _print_report(report, out, picture if drawn else None)
     again: list[Any] = ["--seed", options["seed"]] if options["seed"] else []
     again += [
         part for name in ("include", "exclude") for each in options[name] for part in (f"--{name}", each)
