@@ -92,7 +92,7 @@ def test_objectives_of_a_classifier_by_hand():
     real = np.concatenate([b["weight"] > 0 for b in batches])
     classes = {}
     for name, params in (("fine", fine), ("start", start)):
-        logits = [model(params, b["input_ids"], b["attention_mask"]).logits for b in batches]
+        logits = [jax.jit(model)(params, b["input_ids"], b["attention_mask"]).logits for b in batches]
         classes[name] = np.concatenate(logits)[real].argmax(-1)
     labels = np.concatenate([b["labels"] for b in batches])[real]
     by_labels = label_objective(model, TASK, batches)
@@ -107,11 +107,11 @@ def test_objectives_of_a_classifier_by_hand():
 
 def test_objectives_of_a_decoder_by_hand():
     model, fine, start, _ = pair("llama")
-    batches = with_labels(make_batches())
+    batches, run = with_labels(make_batches()), jax.jit(model)
     same = total = 0
     for b in batches:
         first = [
-            np.asarray(model(p, b["input_ids"], b["attention_mask"]).logits).argmax(-1) for p in (fine, start)
+            np.asarray(run(p, b["input_ids"], b["attention_mask"]).logits).argmax(-1) for p in (fine, start)
         ]
         real = (b["attention_mask"] > 0) & (b["weight"] > 0)[:, None]
         same, total = same + (first[0] == first[1])[real].sum(), total + real.sum()
@@ -124,14 +124,14 @@ def test_objectives_of_a_decoder_by_hand():
     for params in (fine, start):
         right = total = 0
         for b in batches:
-            scores = np.asarray(model(params, b["input_ids"], b["attention_mask"]).logits)[:, :-1]
+            scores = np.asarray(run(params, b["input_ids"], b["attention_mask"]).logits)[:, :-1]
             counts = b["loss_mask"][:, 1:] > 0
             right += (scores.argmax(-1) == b["input_ids"][:, 1:])[counts].sum()
             total += counts.sum()
         shares.append(right / total)
         assert by_answers.measure(params) == pytest.approx(shares[-1])
     # Shifted to what it ranks first itself, a batch has the answers that the model knows.
-    first = np.asarray(model(fine, batches[0]["input_ids"], batches[0]["attention_mask"]).logits).argmax(-1)
+    first = np.asarray(run(fine, batches[0]["input_ids"], batches[0]["attention_mask"]).logits).argmax(-1)
     last = batches[0]["attention_mask"].sum(1) - 1
     known = {name: x.copy() for name, x in batches[0].items()}
     known["loss_mask"][:] = 0
@@ -387,7 +387,8 @@ def squared_change(model, fine, batches, params):
     total = count = 0
     for b in batches:
         mask = (b["attention_mask"] > 0) & (b["weight"] > 0)[:, None]
-        hidden = [np.asarray(model(x, b["input_ids"], b["attention_mask"])[0]) for x in (params, fine)]
+        run = jax.jit(model)
+        hidden = [np.asarray(run(x, b["input_ids"], b["attention_mask"])[0]) for x in (params, fine)]
         square = ((hidden[0] - hidden[1]) ** 2).mean(-1)
         total, count = total + square[mask].sum(), count + mask.sum()
     return total / count
@@ -544,12 +545,14 @@ def folders(tmp_path_factory):
         model, base = init_model(read_model_config(config), jax.random.key(0))
         fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
         if family == "bert":
-            some = encode(fast, load_task("opinions").validation.select(slice(6)))
-            fine = of_two_classes(model, fine, evaluation_batches(some))
+            some = load_task("opinions").validation.select(slice(6))
+            batches = evaluation_batches(encode(fast, some))
+            fine = of_two_classes(model, fine, batches)
+            by_class = np.array(some.texts)[predict(model, fine, batches).argmax(-1).argsort()]
         for name, params in (("base", base), ("fine", fine)):
             dx.save_params(root / family / name, params, model.config.to_hf())
             fast.save_pretrained(root / family / name)
-    (root / "text").write_text("the soup was superb\n\nwe disliked the show\nso it goes\n", encoding="utf-8")
+    (root / "text").write_text(f"{by_class[0]}\n\n{by_class[1]}\n{by_class[-1]}\n", encoding="utf-8")
     return root
 
 
@@ -628,7 +631,7 @@ def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
     def warned(*arguments, why):
         report = darex("find-q", *arguments, "-p", 0.9, "--out", q_file)
         q = report["q"] if isinstance(report["q"], dict) else {"": report["q"]}
-        assert set(q.values()) == {pytest.approx(0.1)} and why in report["warning"]
+        assert all(x == pytest.approx(0.1) for x in q.values()) and why in report["warning"]
         assert "do not tell one q from another, and q stays at DARE's" in report["warning"]
         json.loads(q_file.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
         return report

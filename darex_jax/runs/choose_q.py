@@ -360,8 +360,8 @@ def log_ticks(axes: Any) -> None:
     axes.xaxis.set_minor_formatter("{x:g}")
 
 
-def plot_curve(report: dict[str, Any], path: Path) -> None:
-    """The curve that was searched, and where q by layer was chosen, every layer's q."""
+def plot_curve(report: dict[str, Any], path: Path) -> bool:
+    """The curve that was searched, and every layer's q where they differ; False if there is neither."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -370,10 +370,13 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
         if isinstance(report["q"], dict)
         else {}
     )
-    panels = [panel for panel, there in (("curve", "curve" in report), ("layers", layers)) if there]
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 3.8), layout="constrained")
+    different = len(set(layers.values())) > 1
+    panels = [panel for panel, there in (("curve", "curve" in report), ("layers", different)) if there]
+    if not panels:
+        return False
+    figure = Figure(figsize=(5.5 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.grid(alpha=0.3)
         if panel == "curve":
             finite = [point for point in report["curve"] if point[1] is not None]
@@ -392,4 +395,9 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
             axes.axhline(1.0 - report["drop_rate"], color="tab:red", linestyle="--", label="DARE")
             axes.set(xlabel="weight, from input to output", ylabel="q", yscale="log")
             axes.legend()
+<<<<<<< .merge_file_uDjumC
     save_figure(figure, path)
+=======
+    figure.savefig(path, dpi=130)
+    return True
+>>>>>>> .merge_file_6c2rXl
