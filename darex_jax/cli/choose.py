@@ -72,17 +72,9 @@ def find_q(
     check_output(out.with_suffix(".png"))
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
-<<<<<<< .merge_file_K6wdi6
     write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    picture = out.with_suffix(".png") if "curve" in report or options["scope"] == "layer" else None
-    if picture is not None:
-        plot_curve(report, picture)
-=======
-    with atomic_file(out) as descriptor, open(descriptor, "w", encoding="utf-8", closefd=False) as file:
-        file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     picture = out.with_suffix(".png")
     drawn = plot_curve(report, picture)
->>>>>>> .merge_file_KYaAsb
     if as_json:
         click.echo(json.dumps(report, allow_nan=False))
         return

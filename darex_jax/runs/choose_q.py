@@ -395,9 +395,5 @@ def plot_curve(report: dict[str, Any], path: Path) -> bool:
             axes.axhline(1.0 - report["drop_rate"], color="tab:red", linestyle="--", label="DARE")
             axes.set(xlabel="weight, from input to output", ylabel="q", yscale="log")
             axes.legend()
-<<<<<<< .merge_file_uDjumC
     save_figure(figure, path)
-=======
-    figure.savefig(path, dpi=130)
     return True
->>>>>>> .merge_file_6c2rXl
