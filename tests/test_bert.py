@@ -401,10 +401,10 @@ def test_config_refusals(changes, text):
 
 def test_a_value_of_another_type_is_one_line():
     possible = {
-        "classifier_dropout": (None,), "pad_token_id": (0, None), "num_labels": (None,), "id2label": (None,),
-        "problem_type": (None, "x"), "model_type": (), "layer_norm_eps": (0, 1.5),
-        "initializer_range": (0, 1.5), "hidden_dropout_prob": (0,), "attention_probs_dropout_prob": (0,),
-        "type_vocab_size": (),
+        "classifier_dropout": (None, 0), "pad_token_id": (0, None), "num_labels": (None,),
+        "problem_type": (None, "x"), "model_type": (), "layer_norm_eps": (0, 1.5, 2**31),
+        "initializer_range": (0, 1.5, 2**31), "hidden_dropout_prob": (0,), "id2label": (None,),
+        "attention_probs_dropout_prob": (0,), "type_vocab_size": (),
     }  # fmt: skip
     hf = {name: value for name, value in TINY.items() if name not in ("id2label", "label2id", "num_labels")}
     names = {f.name for f in dataclasses.fields(BertConfig)} - {"notes"} | possible.keys()

@@ -230,7 +230,7 @@ def test_scales_and_ranks():
         ),
         (
             {"rank_pattern": {f"{i}.*": 1 for i in range(257)}},
-            "there are 257 regular expressions, at most 256",
+            "257 regular expressions, at most 256",
         ),
     ],
 )
