@@ -27,6 +27,15 @@ def test_pruning():
     assert 0.005 < kept < 0.015
 
 
+def test_parts():
+    before = run_program_with("dx.prune(jax.random.key(0), delta")
+    (program,) = (p for p in programs("README.md") if "dx.svd(delta" in p)
+    exec(program, before)  # it goes on from there
+    dense = before["weight"].to_dense()
+    assert (before["outputs"] - jnp.ones((4, 512)) @ dense.T < 1e-3).all()
+    assert (before["model"]["layer"]["weight"] != before["base"]["layer"]["weight"]).all()
+
+
 def test_adamr():
     names = run_program_with("dx.adamr")
     assert float(names["params"]["head"]["weight"][0, 0]) < 0 and names["params"]["body"]["weight"].shape == (
@@ -58,4 +67,4 @@ def test_the_page_on_adamr():
 
 def test_every_page_is_run():
     pages = {page.name for page in (ROOT / "docs").glob("*.md") if programs(page)}
-    assert pages == {"adamr.md"}
+    assert pages == {"adamr.md", "format.md"}  # the latter in test_format2.py
