@@ -162,12 +162,11 @@ def _in_order(batches: Sequence[Batch]) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _same_first(model: Model, params: Params, batch: Batch, tokens: jax.Array) -> jax.Array:
-    """The number of real tokens after which `tokens[..., 0]` is ranked first, of real tokens, and of those
-    whose logits are finite: no other agrees."""
+    """The number of real tokens after which `tokens[..., 0]` is ranked first, of real tokens, and of real
+    tokens with finite logits."""
 
     def of(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        finite = jnp.isfinite(logits).all(-1)
-        return finite & (logits.argmax(-1) == tokens[..., 0]), finite
+        return logits.argmax(-1) == tokens[..., 0], jnp.isfinite(logits).all(-1)
 
     same, finite = of_logits(of, model, params, model_inputs(batch), tokens)
     _, real = real_parts(batch)
