@@ -78,14 +78,17 @@ def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
 
 
 @jax.custom_jvp
-def _add(b: jax.Array, d: jax.Array) -> jax.Array:
+def _changed(b: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.where(d == 0, b, _sum(b, d))
 
 
-@_add.defjvp
-def _add_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+@_changed.defjvp
+def _changed_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
     # The select keeps the base's bits where the delta is zero; the derivative there is 1 all the same.
-    return _add(*primals), _sum(*tangents)
+    return _changed(*primals), _sum(*tangents)
+
+
+_add = jax.jit(_changed, inline=True)
 
 
 def _sum(b: jax.Array, d: jax.Array) -> jax.Array:
