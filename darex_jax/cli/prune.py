@@ -42,7 +42,7 @@ class Ratio(click.ParamType):
               "stored. This, or a size.")  # fmt: skip
 @click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted.")
 @click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
-              help="Of the whole file, a pruned parameter's entry.")  # fmt: skip
+              help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
               help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of dare with a "
               "drop rate, the fine-tuned model's own dtype.")  # fmt: skip
