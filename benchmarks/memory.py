@@ -219,8 +219,8 @@ def main() -> None:
     few = ("Once upon a time", "--max-new-tokens", 4, "--json")
     run("generate", running, "generate", fine, *few)
     run("generate --delta", running, "generate", base, *few, "--delta", delta)
-    run("eval", running, "eval", fine, "--task", "word-problems", "--limit", 2, "--batch-size", 2, "--max-new-tokens", 4,
-        "--records", folder / f"records-{os.getpid()}", "--json")  # fmt: skip
+    run("eval", running, "eval", fine, "--task", "word-problems", "--limit", 2, "--batch-size", 2,
+        "--max-new-tokens", 4, "--records", folder / f"records-{os.getpid()}", "--json")  # fmt: skip
     run("find-q two-point, 1 mask", running, "find-q", base, fine, "-p", 0.99, "--objective", "two-point",
         "--masks", 1, "--text", text, "--out", folder / "q.json", "--json")  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "safetensors")}
