@@ -196,7 +196,7 @@ def test_an_objective_says_that_it_is_blind():
 
 def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
     whole_model, fine, start, _ = pair("llama")
-    batches = with_labels(make_batches())
+    batches = with_labels(make_batches(width=11))
 
     def everything(entries):
         """With at most so many logits at a time; as an option of the model it makes programs of its own."""
@@ -209,10 +209,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
         return [*values, *answer_scores(model, start, batches), loss, *jax.tree.leaves(gradient)]
 
     whole = everything(1 << 26)
-    for entries in (
-        8 * 40 * 5,
-        1,
-    ):  # 5 of 12 positions: three chunks, the last filled up; never less than one
+    for entries in (8 * 40 * 5, 1):  # 5 of 11 positions: three chunks of 4, the last filled up; or 1 each
         for one, other in zip(whole, everything(entries), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
