@@ -673,6 +673,17 @@ def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
     text = darex(*find, "--out", q_file, json_too=False)
     report = json.loads(q_file.read_text(), parse_constant=pytest.fail)
     assert "not finite" in text and report["curve"][0] == [0.01, None] and report["q"] > 0.01
+    assert "warning" not in report
+
+    def flat(model, fine, batches):
+        goal = overflowing(model, fine, batches)
+        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else 0.5)
+
+    monkeypatch.setattr(module, "output_objective", flat)
+    report = darex(*find, "--out", q_file)
+    finite = [q for q, value in report["curve"] if value is not None]
+    assert report["q"] == min(finite) > 0.01
+    assert report["warning"].endswith("and the smallest with finite outputs is kept")
 
 
 def test_what_decides_when_learning_stops_is_drawn_by_the_seed():
