@@ -196,7 +196,7 @@ def test_an_objective_says_that_it_is_blind():
 
 def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
     whole_model, fine, start, _ = pair("llama")
-    batches = with_labels(make_batches())
+    batches = with_labels(make_batches(width=11))
 
     def everything(entries):
         """With at most so many logits at a time; as an option of the model it makes programs of its own."""
@@ -209,10 +209,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
         return [*values, *answer_scores(model, start, batches), loss, *jax.tree.leaves(gradient)]
 
     whole = everything(1 << 26)
-    for entries in (
-        8 * 40 * 5,
-        1,
-    ):  # 5 of 12 positions: three chunks, the last filled up; never less than one
+    for entries in (8 * 40 * 5, 1):  # 5 of 11 positions: three chunks of 4, the last filled up; or 1 each
         for one, other in zip(whole, everything(entries), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
@@ -676,6 +673,17 @@ def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
     text = darex(*find, "--out", q_file, json_too=False)
     report = json.loads(q_file.read_text(), parse_constant=pytest.fail)
     assert "not finite" in text and report["curve"][0] == [0.01, None] and report["q"] > 0.01
+    assert "warning" not in report
+
+    def flat(model, fine, batches):
+        goal = overflowing(model, fine, batches)
+        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else 0.5)
+
+    monkeypatch.setattr(module, "output_objective", flat)
+    report = darex(*find, "--out", q_file)
+    finite = [q for q, value in report["curve"] if value is not None]
+    assert report["q"] == min(finite) > 0.01
+    assert report["warning"].endswith("and the smallest with finite outputs is kept")
 
 
 def test_what_decides_when_learning_stops_is_drawn_by_the_seed():

@@ -122,7 +122,7 @@ def choose_q(
     Returns: what the q file holds, ready for strict JSON: q, value, objective, scope, curve (of q, of eta
       with rule, or of epochs; None for a value that is not finite), plateau, what it cost (evaluations of so
       many examples, labels looked at), manifest. Where there is a `warning`, the examples tell nothing, and q
-      is 1 - p, DARE's.
+      is 1 - p, DARE's (the smallest visited with finite outputs, where some were not).
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if objective == "auto":
@@ -163,9 +163,8 @@ def choose_q(
         else:
             search = search_q if grid is None else authors_walk
             result = find_q(goal, models, grid or points, q_of=q_of, search=search, on_value=on_value)
-            found |= _searched(result, goal.name, dare, q_of, scope) | {
-                "evaluations": len(result.curve) * count
-            }
+            found |= _searched(result, goal.name, dare, q_of, scope)
+            found["evaluations"] = len(result.curve) * count
         if scope == "layer":
             found["rule"] = rule
     elif objective == "learned":
@@ -198,8 +197,10 @@ def choose_q(
         "data_dir": data_dir, "difficulty": difficulty, "text": text, "limit": limit, "masks": masks,
         "grid": grid, "learning_rate": learning_rate, "include": include, "exclude": exclude, "seed": seed,
     }  # fmt: skip
-    head = {"objective": objective, "scope": scope, "drop_rate": drop_rate, "mask_seeds": seeds, "labels": 0}
-    head |= {"data": material.source}
+    head = {
+        "objective": objective, "scope": scope, "drop_rate": drop_rate, "mask_seeds": seeds,
+        "data": material.source, "labels": 0,
+    }  # fmt: skip
     inputs = {**digests, "data": data_digest}
     return _strict(head | found | {"manifest": run_manifest("find-q", options, inputs, {})})
 
@@ -207,23 +208,24 @@ def choose_q(
 def _searched(
     result: SearchResult, value_name: str, dare: Q, q_of: Callable[[float], Q], scope: str
 ) -> dict[str, Any]:
-    """What a search found; where it found nothing, DARE's q unless its outputs were not finite."""
+    """What a search found; where it found nothing, DARE's q, unless outputs were not finite somewhere."""
     found: dict[str, Any] = {
         "q": q_of(result.q), "value": result.value, "value_name": value_name,
         "plateau": list(result.plateau), "curve": [list(point) for point in result.curve],
     }  # fmt: skip
     if scope == "layer":
         found["eta"] = result.q
-    if result.flat:
-        found |= {"warning": _untold(f"the {value_name} is the same at every point")}
-        if all(math.isfinite(value) for _, value in result.curve):
-            found["q"] = dare
-            found.pop("eta", None)
+    if result.flat and all(math.isfinite(value) for _, value in result.curve):
+        found |= {"q": dare, "warning": _untold(f"the {value_name} is the same at every point")}
+        found.pop("eta", None)
+    elif result.flat:
+        kept = "the smallest with finite outputs is kept"
+        found["warning"] = _untold(f"the {value_name} is the same wherever it is finite", kept)
     return found
 
 
-def _untold(why: str) -> str:
-    return f"{why}: these examples do not tell one q from another, and q stays at DARE's 1 - drop rate"
+def _untold(why: str, kept: str = "q stays at DARE's 1 - drop rate") -> str:
+    return f"{why}: these examples do not tell one q from another, and {kept}"
 
 
 def _strict(value: Any) -> Any:
