@@ -152,13 +152,18 @@ def leaf_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, first), second)
 
 
-def leaf_keys(key: jax.Array, names: Iterable[str]) -> dict[str, jax.Array]:
-    """`leaf_key` of every name, by name.
+def stacked_leaf_keys(key: jax.Array, names: Iterable[str]) -> jax.Array:
+    """`leaf_key` of every name, [N] in their order.
 
     All at once: written out leaf by leaf, the keys of a large model are most of a program's instructions.
     """
     check_key(key)
-    names = list(names)
     words = np.array([name_words(name) for name in names], np.uint32).reshape(-1, 2)
-    keys = jax.vmap(lambda word: jax.random.fold_in(jax.random.fold_in(key, word[0]), word[1]))(words)
+    return jax.vmap(lambda word: jax.random.fold_in(jax.random.fold_in(key, word[0]), word[1]))(words)
+
+
+def leaf_keys(key: jax.Array, names: Iterable[str]) -> dict[str, jax.Array]:
+    """`leaf_key` of every name, by name."""
+    names = list(names)
+    keys = stacked_leaf_keys(key, names)
     return {name: keys[i] for i, name in enumerate(names)}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from darex_jax.core.delta import apply_delta, drop, rescale
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import survivors, traced_threshold
-from darex_jax.core.tree import flatten_names, leaf_keys, map_named
+from darex_jax.core.tree import flatten_names, map_named, stacked_leaf_keys
 from darex_jax.tasks import Task
 from darex_jax.tasks.batching import EVALUATION_ROWS, Batch, Encoded, evaluation_batches, model_inputs
 
@@ -69,7 +69,10 @@ def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: floa
     Raises: ValueError for a name without q.
     """
     deltas = flatten_names(delta)
-    keys, threshold = leaf_keys(key, deltas), traced_threshold(drop_rate)
+    threshold, words = traced_threshold(drop_rate), jax.random.key_data(stacked_leaf_keys(key, deltas))
+    if not isinstance(words, jax.core.Tracer):
+        words = np.asarray(words)  # slicing a hundred keys on the device takes longer than the masks
+    own_key = dict(zip(deltas, words, strict=True))
     by_name = q if isinstance(q, Mapping) else dict.fromkeys(deltas, q)
     if missing := sorted(deltas.keys() - by_name.keys()):
         raise DarexError(f"there is no q for {', '.join(missing)}.")
@@ -77,14 +80,24 @@ def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: floa
     def pruned(name: str, leaf: jax.Array) -> jax.Array:
         if name not in deltas:
             return leaf
-        return _pruned_leaf(leaf, deltas[name], keys[name], *threshold, jnp.float32(by_name[name]))
+        return _pruned_leaf(leaf, deltas[name], own_key[name], *threshold, _float32(by_name[name]))
 
     return map_named(pruned, params)
 
 
+def _float32(q: Any) -> Any:
+    return q if isinstance(q, jax.Array) else np.float32(q)  # a traced q stays in its program
+
+
 @jax.jit
 def _pruned_leaf(
-    leaf: jax.Array, delta: jax.Array, key: jax.Array, below: jax.Array, all_kept: jax.Array, q: jax.Array
+    leaf: jax.Array,
+    delta: jax.Array,
+    key_words: jax.Array,
+    below: jax.Array,
+    all_kept: jax.Array,
+    q: jax.Array,
 ) -> jax.Array:
+    key = jax.random.wrap_key_data(key_words, impl="threefry2x32")
     kept = survivors(key, delta.shape, below, all_kept)
-    return apply_delta(leaf, rescale(drop(kept, delta), q))
+    return apply_delta(leaf, rescale(drop(kept, delta), jnp.asarray(q, jnp.float32)))
