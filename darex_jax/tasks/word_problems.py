@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,7 @@ class WordProblems(NamedTuple):
     test: tuple[Problem, ...]
 
 
+@lru_cache(maxsize=4)  # some seconds' work, asked for by every search and evaluation of one task
 def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordProblems:
     """The task, a function of its arguments alone: no question twice, neither in a split nor in two of them.
 
