@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from darex_jax.files.atomic import atomic_directory, atomic_file, only_one, writ
 from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.paths import check_entries, read_text
 from darex_jax.files.safetensors import FileError, write_tensors
-from darex_jax.files.stream import in_order
+from darex_jax.files.stream import in_order, run_all
 from darex_jax.tasks.batching import load_tokenizer
 from darex_jax.tasks.parquet import find_parquet
 
@@ -450,7 +450,15 @@ def test_no_thread_works_on_after_a_failure():
         time.sleep(0.2)
         done.append(item)
 
+    def make(item):
+        yield work(item) or item
+
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(KeyError):
-            list(in_order(pool, work, [0, 1]))
+            run_all(pool, work, [0, 1])
         assert done == [1]
+        begun.clear()
+        with pytest.raises(KeyError), closing(in_order(pool, make, [0, 1])) as results:
+            for _, made in results:
+                list(made)
+        assert done == [1, 1]

@@ -763,7 +763,7 @@ def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_pa
     (tmp_path / "empty").write_text("\n")
     models = folders / "bert" / "base", folders / "bert" / "fine"
     for wrong, told in (
-        ({"text": tmp_path / "latin"}, "latin: is not text in UTF-8"),
+        ({"text": tmp_path / "latin"}, "latin: line 1 is not UTF-8 text"),
         ({"text": tmp_path / "empty"}, "empty: has no line of text"),
         ({"grid": (0.5, 0.1, 0.1)}, "need 0 < low <= high and step > 0"),
         ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, "two-point searches no grid"),
@@ -773,7 +773,7 @@ def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_pa
     ):
         with pytest.raises(ValueError, match=told):
             choose_q(*models, 0.9, **({"objective": "outputs"} | wrong))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="none: No such file or directory"):
         choose_q(*models, 0.9, objective="outputs", text=tmp_path / "none")
 
 

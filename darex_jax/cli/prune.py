@@ -101,11 +101,12 @@ def prune(
         )
     examples = {"task": task, "data_dir": data_dir, "text": text}
     chooses = q == "auto" or q in OBJECTIVES
-    if q is not None and method not in ("dare", "structured"):
-        raise click.UsageError(f"--q is for methods that divide, dare and structured; {method} does not.")
-    if any(examples.values()) and not (chooses or method == "wanda"):
+    if q is not None and not METHODS[method].divides:
+        raise click.UsageError(f"{method} divides by no q; leave out --q.")
+    if any(examples.values()) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
-            "--task, --data-dir and --text are for wanda, --q auto or an objective of find-q."
+            "--task, --data-dir and --text are for --q auto or an objective of find-q, and for methods that "
+            "look at texts."
         )
     divisor: Any = None
     why = None

@@ -38,7 +38,8 @@ def output_error_bound(
     """
     c = jnp.asarray(influence, jnp.float32)
     p, q = jnp.asarray(drop_rate, jnp.float32), jnp.asarray(q, jnp.float32)
-    bias = jnp.abs((1.0 - (1.0 - p) / q) * jnp.sum(c, axis=-1))
+    bias = (1.0 - (1.0 - p) / q) * jnp.sum(c, axis=-1)
+    bias = bias * jnp.sign(bias)  # of jnp.abs the slope at 0 is 1
     square = phi(p) * jnp.log(2.0 / jnp.asarray(gamma, jnp.float32)) * jnp.sum(c * c, axis=-1)
     # The root's slope is infinite at 0, where the bound has its minimum: 0 is taken.
     spread = jnp.where(square > 0.0, jnp.sqrt(jnp.where(square > 0.0, square, 1.0)), 0.0)

@@ -69,7 +69,8 @@ def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: floa
     Raises: ValueError for a name without q.
     """
     deltas = flatten_names(delta)
-    threshold, words = traced_threshold(drop_rate), jax.random.key_data(stacked_leaf_keys(key, deltas))
+    threshold = traced_threshold(drop_rate)
+    words: Any = jax.random.key_data(stacked_leaf_keys(key, deltas))
     if not isinstance(words, jax.core.Tracer):
         words = np.asarray(words)  # slicing a hundred keys on the device takes longer than the masks
     own_key = dict(zip(deltas, words, strict=True))
