@@ -340,13 +340,13 @@ def test_every_field_of_the_rope_changes_its_turns():
         rope = read_model_config(LLAMA | {"head_dim": 32, "rope_scaling": rope}).rope
         return [*rope.frequencies(32, jnp.array([100]))[0].tolist(), rope.scale]
 
+    yarn = YARN | {"original_max_position_embeddings": 640}
     for start, changes in (
         (LLAMA3, {"factor": 2.0, "low_freq_factor": 0.5, "high_freq_factor": 3.0,
                   "original_max_position_embeddings": 8}),
-        (YARN, {"factor": 2.0, "beta_fast": 3.0, "beta_slow": 0.2, "attention_factor": 0.7,
-                "original_max_position_embeddings": 64}),
-        (YARN | {"beta_fast": 3.0}, {"truncate": False}),
-        (YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}, {"mscale": 0.6, "mscale_all_dim": 0.4}),
+        (yarn, {"factor": 2.0, "beta_fast": 3.0, "beta_slow": 0.2, "attention_factor": 0.7,
+                "original_max_position_embeddings": 64, "truncate": False}),
+        (yarn | {"mscale": 0.7, "mscale_all_dim": 0.3}, {"mscale": 0.6, "mscale_all_dim": 0.4}),
         (DYNAMIC, {"factor": 2.0}),
     ):  # fmt: skip
         for name, value in changes.items():
