@@ -174,7 +174,7 @@ def test_dynamic_positions_follow_each_rows_own_length(tmp_path, family, length)
 
 
 def test_rematerialisation_keeps_less_and_changes_nothing():
-    model, params = init_model(read_model_config(LLAMA | {"num_hidden_layers": 6}), jax.random.key(0))
+    model, params = init_model(read_model_config(LLAMA | {"num_hidden_layers": 4}), jax.random.key(0))
     ids, mask = batch(length=64)
 
     def loss(model, params):
@@ -185,13 +185,13 @@ def test_rematerialisation_keeps_less_and_changes_nothing():
 
     whole, less = compiled(model), compiled(dataclasses.replace(model, remat=True))
     sizes = [c.memory_analysis().temp_size_in_bytes for c in (whole, less)]
-    assert sizes[1] < 0.5 * sizes[0], sizes
+    assert sizes[1] < 0.6 * sizes[0], sizes
     for a, b in zip(*(jax.tree.leaves(c(params)) for c in (whole, less)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
     # What is observed is seen all the same.
     seen = []
     dataclasses.replace(model, remat=True)(params, ids, mask, observe=lambda name, x: seen.append(name))
-    assert len(seen) == 6 * 7 + 1
+    assert len(seen) == 4 * 7 + 1
 
 
 def test_each_layer_matches_transformers(tmp_path):
@@ -280,15 +280,15 @@ def test_padding_does_not_matter():
 def test_every_field_changes_something(family):
     hf = LLAMA if family == "llama" else QWEN2
     ids, mask = batch()
+    _, fresh = init_model(read_model_config(hf), jax.random.key(0))
 
     def behaviour(**changes):
         config = read_model_config(hf | changes)
         model, params = init_model(config, jax.random.key(0))
         shapes = {name: x.shape for name, x in flatten_names(params).items()}
-        _, standard = init_model(read_model_config(hf), jax.random.key(0))
-        if shapes != {name: x.shape for name, x in flatten_names(standard).items()}:
+        if shapes != {name: x.shape for name, x in flatten_names(fresh).items()}:
             return shapes, []
-        start = jax.tree.map(lambda x: x + 0.01, standard)  # no bias and no norm is as it begins
+        start = jax.tree.map(lambda x: x + 0.01, fresh)  # no bias and no norm is as it begins
         out = model(start, ids, mask)
         loss = lambda p: jnp.square(model(p, jnp.zeros((1, 2), int)).last_hidden_state).sum()  # noqa: E731
         row = jax.grad(loss)(start)["model"]["embed_tokens"]["weight"][0].sum()
@@ -327,15 +327,30 @@ def test_every_field_changes_something(family):
     assert fields - changed.keys() == rest
     for name, value in changed.items():
         assert behaviour(**{name: value}) != standard, name
-    standard = behaviour(max_position_embeddings=16)
-    for scaling in ({"type": "linear", "factor": 2.0}, LLAMA3, LLAMA3 | {"factor": 2.0},
-                    LLAMA3 | {"low_freq_factor": 0.5}, LLAMA3 | {"high_freq_factor": 3.0},
-                    LLAMA3 | {"original_max_position_embeddings": 8}, *YARNS.values(),
-                    DYNAMIC | {"factor": 90.0}):  # fmt: skip
-        assert behaviour(rope_scaling=scaling, max_position_embeddings=16) != standard, scaling
-    assert behaviour(rope_scaling=LLAMA3) != behaviour(rope_scaling=LLAMA3 | {"factor": 2.0})
+    for scaling in ({"type": "linear", "factor": 2.0}, LLAMA3, YARN, DYNAMIC | {"factor": 90.0}):
+        stretched = behaviour(rope_scaling=scaling, max_position_embeddings=16)
+        assert stretched != standard, scaling
+    assert behaviour(rope_scaling=YARN | {"attention_factor": 0.7}) != behaviour(rope_scaling=YARN)
     carried = {name: "anything" for name in INERT - {"tie_encoder_decoder"}}
     assert behaviour(**carried) == standard
+
+
+def test_every_field_of_the_rope_changes_its_turns():
+    def turns(rope):
+        rope = read_model_config(LLAMA | {"head_dim": 32, "rope_scaling": rope}).rope
+        return [*rope.frequencies(32, jnp.array([100]))[0].tolist(), rope.scale]
+
+    yarn = YARN | {"original_max_position_embeddings": 640}
+    for start, changes in (
+        (LLAMA3, {"factor": 2.0, "low_freq_factor": 0.5, "high_freq_factor": 3.0,
+                  "original_max_position_embeddings": 8}),
+        (yarn, {"factor": 2.0, "beta_fast": 3.0, "beta_slow": 0.2, "attention_factor": 0.7,
+                "original_max_position_embeddings": 64, "truncate": False}),
+        (yarn | {"mscale": 0.7, "mscale_all_dim": 0.3}, {"mscale": 0.6, "mscale_all_dim": 0.4}),
+        (DYNAMIC, {"factor": 2.0}),
+    ):  # fmt: skip
+        for name, value in changes.items():
+            assert turns(start | {name: value}) != turns(start), name
 
 
 @pytest.mark.parametrize("hf", [*CASES.values(), STRETCHED], ids=[*CASES, "dynamic"])

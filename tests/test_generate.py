@@ -8,7 +8,7 @@ import pytest
 import darex_jax as dx
 from darex_jax.models import init_model, read_model_config
 from darex_jax.models.generate import decode, prefill, stop_tokens
-from tests.test_decoders import CASES, LLAMA, original
+from tests.test_decoders import CASES, LLAMA, STRETCHED, original
 
 torch = pytest.importorskip("torch")
 
@@ -21,7 +21,7 @@ def prompts(rows=3, length=9):
     return ids, mask
 
 
-@pytest.mark.parametrize("case", ["llama", "tied", "llama3", "qwen2 tied", "windows"])
+@pytest.mark.parametrize("case", ["llama", "tied", "llama3", "qwen2 tied", "windows", "qwen2 yarn"])
 def test_greedy_tokens_are_those_of_transformers(tmp_path, case):
     theirs = original(CASES[case], tmp_path)
     model, params = dx.load_model(tmp_path)
@@ -35,6 +35,23 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, case):
         end = int(np.argmax(row == 2)) + 1 if 2 in row else len(row)
         assert ours[:end].tolist() == row[:end].tolist()
         assert set(ours[end:].tolist()) <= {2}  # no pad_token_id in this config: the end token
+
+
+def test_tokens_of_dynamic_positions_are_those_of_transformers_for_each_row_alone(tmp_path):
+    """Frequencies change with every token beyond 16 positions; keys in the cache keep those they had."""
+    theirs = original(STRETCHED, tmp_path)
+    model, params = dx.load_model(tmp_path)
+    ids, mask = prompts()
+    out = np.asarray(dx.generate(model, params, ids, mask, max_new_tokens=20))
+    plain, _ = init_model(read_model_config(STRETCHED | {"max_position_embeddings": 64}), jax.random.key(0))
+    assert (out != np.asarray(dx.generate(plain, params, ids, mask, max_new_tokens=20))).any()
+    for row in range(3):
+        fresh = type(theirs)(theirs.config).eval()  # what a longer text left behind is gone
+        fresh.load_state_dict(theirs.state_dict())
+        alone = torch.tensor(ids[row : row + 1, mask[row] == 1])
+        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        expected = fresh.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert out[row].tolist() == expected[0, alone.shape[1] :].tolist()
 
 
 def make(**changes):
