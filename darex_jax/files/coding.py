@@ -17,6 +17,7 @@ from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, FileError, as_bytes
 LEVEL = 8  # of pcodec, its default
 ZSTD_LEVEL = 19
 MOST = 64  # bytes that a coded byte may stand for: what a reader makes room for stays in proportion
+SAMPLE = 1 << 16  # bytes that tell whether bytes can be compressed
 FREE = 1 << 12  # bytes that any stream may decode to
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -75,7 +76,9 @@ def encode(array: np.ndarray, bits: int | None = None) -> Stream:
     if bits is not None and bits < 8:
         candidates["packed"] = _pack(array, bits)
     if array.dtype == np.uint8:
-        candidates["zstd"] = compress(candidates["raw"])
+        sample = candidates["raw"][:SAMPLE]
+        if len(compress(sample)) < len(sample):  # signs are as good as random, and it takes long to see it
+            candidates["zstd"] = compress(candidates["raw"])
     elif array.size and bits != 1:
         from pcodec import ChunkConfig, standalone
 
