@@ -364,43 +364,49 @@ def _write(
     return final, written, position
 
 
+class _Pair:
+    """A parameter in both models, read once in stretches, and what is noticed on the way."""
+
+    def __init__(self, base: StoredTensor, fine: StoredTensor, progress: Progress):
+        self._base, self._fine, self._progress = base, fine, progress
+        self._digest, self._nonfinite, self._changed = blake3.blake3(), 0, False
+
+    def stretches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Where a stretch begins, and its entries of the base and of the fine-tune; the arrays are reused."""
+        base, fine, size = self._base, self._fine, self._base.info.size
+        base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
+        fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
+        for start in range(0, size, CHUNK):
+            length = min(CHUNK, size - start)
+            b, f = base_buffer[:length], fine_buffer[:length]
+            base.file.read_into(base.info, start, b)
+            fine.file.read_into(fine.info, start, f)
+            self._digest.update(as_bytes(b))
+            self._nonfinite += count_nonfinite(b) + count_nonfinite(f)
+            self._changed = self._changed or not _same_numbers(b, f)
+            yield start, b, f
+            self._progress(b.nbytes + f.nbytes)
+
+    def seen(self, inexact: int = 0) -> _Seen:
+        return _Seen(inexact, self._nonfinite, self._digest.hexdigest(), changed=self._changed)
+
+
 def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Seen]:
     """`fine - base` of the rows that both have, float32, and what was noticed."""
-    size, digest = base.info.size, blake3.blake3()
-    nonfinite, changed, delta = 0, False, np.empty(base.info.size, np.float32)
-    base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
-    fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
-    for start in range(0, size, CHUNK):
-        length = min(CHUNK, size - start)
-        b, f = base_buffer[:length], fine_buffer[:length]
-        base.file.read_into(base.info, start, b)
-        fine.file.read_into(fine.info, start, f)
-        digest.update(as_bytes(b))
-        nonfinite += count_nonfinite(b) + count_nonfinite(f)
-        changed = changed or not _same_numbers(b, f)
+    pair, delta = _Pair(base, fine, progress), np.empty(base.info.size, np.float32)
+    for start, b, f in pair.stretches():
         with np.errstate(invalid="ignore", over="ignore"):
-            np.subtract(f.astype(np.float32), b.astype(np.float32), out=delta[start : start + length])
-        progress(b.nbytes + f.nbytes)
-    return delta.reshape(base.info.shape), _Seen(0, nonfinite, digest.hexdigest(), changed=changed)
+            np.subtract(f.astype(np.float32), b.astype(np.float32), out=delta[start : start + len(b)])
+    return delta.reshape(base.info.shape), pair.seen()
 
 
 def _pruned_values(
     leaf_key: np.ndarray, threshold: int, base: StoredTensor, fine: StoredTensor, progress: Progress
 ) -> Iterator[np.ndarray | _Seen]:
     """The survivors of one parameter, in index order; the base is fingerprinted in the same pass."""
-    size, digest = base.info.size, blake3.blake3()
-    inexact, nonfinite, changed = 0, 0, False
-    base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
-    fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
-    for start in range(0, size, CHUNK):
-        length = min(CHUNK, size - start)
-        b, f = base_buffer[:length], fine_buffer[:length]
-        base.file.read_into(base.info, start, b)
-        fine.file.read_into(fine.info, start, f)
-        digest.update(as_bytes(b))
-        nonfinite += count_nonfinite(b) + count_nonfinite(f)
-        changed = changed or not _same_numbers(b, f)
-        kept = np.flatnonzero(stream_mask(leaf_key, start, length, threshold))
+    pair, inexact = _Pair(base, fine, progress), 0
+    for start, b, f in pair.stretches():
+        kept = np.flatnonzero(stream_mask(leaf_key, start, len(b), threshold))
         kept_base, kept_fine = b[kept], f[kept]
         with np.errstate(invalid="ignore", over="ignore"):
             difference = kept_fine.astype(np.float32) - kept_base.astype(np.float32)
@@ -411,8 +417,7 @@ def _pruned_values(
                 np.count_nonzero((exact[0] + exact[2] != exact[1]) | (exact[1] - exact[0] != exact[2]))
             )
         yield stored
-        progress(b.nbytes + f.nbytes)
-    yield _Seen(inexact, nonfinite, digest.hexdigest(), changed=changed)
+    yield pair.seen(inexact)
 
 
 def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
