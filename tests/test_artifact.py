@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.mask import survivor_indices
 from darex_jax.core.scope import choose_scope
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.threefry import numpy_leaf_key
+from darex_jax.core.tree import flatten_names, name_words, unflatten_names
 from darex_jax.files import stream
-from darex_jax.files.artifact import DeltaFile, survivor_indices
+from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
@@ -750,7 +752,8 @@ def test_a_model_is_restored_in_the_fine_tunes_dtype(tmp_path, of_base, of_fine,
     with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
         in_memory = dict(restored_params(b, d, written))
         mask = {
-            n: survivor_indices(d.recipe.key, n, base[n].size, d.threshold()) for n in d.recipe.parameters
+            n: survivor_indices(numpy_leaf_key(d.recipe.key, name_words(n)), base[n].size, d.threshold())
+            for n in d.recipe.parameters
         }
     assert {n: x.tobytes() for n, x in restored.items()} == {n: x.tobytes() for n, x in in_memory.items()}
     for name, kept in mask.items():

@@ -138,8 +138,10 @@ def prune(
                     b, f, out, key=(0, seed), drop_rate=drop_rate, q=divisor, progress=progress, **common
                 )
             else:
+                from darex_jax.runs.prune import pruned_entries
+
                 if bytes_per_parameter is not None:
-                    file_bytes: int | None = round(bytes_per_parameter * _entries(b, f, scope))
+                    file_bytes: int | None = round(bytes_per_parameter * pruned_entries(b, f, scope))
                 else:
                     file_bytes = None if size is None else round(fine_bytes / size)
                 summary = _by_method(
@@ -213,15 +215,6 @@ def _by_method(
     return prune_by(
         base, fine, out, method=method, evidence=evidence, digests=digests, options=options, **more
     )
-
-
-def _entries(base: Any, fine: Any, scope: Any) -> int:
-    """How many entries are pruned."""
-    from darex_jax.files.match import match_checkpoints
-
-    match = match_checkpoints(base, fine, scope)
-    match.raise_if_faulty()
-    return sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
 
 
 def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ How the bits are computed is free as long as they are the same bits. Accelerator
 CPU the same bits come several times faster from Threefry written out (see `threefry.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -88,6 +88,23 @@ def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: i
         pieces.append(piece[: min(size, length)])
         start, length = start + size, length - size
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def survivor_chunks(
+    leaf_key_data: np.ndarray, size: int, threshold: int, length: int = STREAM_CHUNKS[0]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A flattened mask of `size` entries in stretches of `length`: its begin, the survivors' places in it.
+
+    Args: leaf_key_data, threshold: as for `stream_mask`.
+    """
+    for start in range(0, size, length):
+        yield start, np.flatnonzero(stream_mask(leaf_key_data, start, min(length, size - start), threshold))
+
+
+def survivor_indices(leaf_key_data: np.ndarray, size: int, threshold: int) -> np.ndarray:
+    """The flat indices of all survivors, rising, int64; on the host. Args: as for `survivor_chunks`."""
+    found = [start + kept for start, kept in survivor_chunks(leaf_key_data, size, threshold)]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 @cache

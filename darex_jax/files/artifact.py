@@ -24,6 +24,7 @@ import blake3
 import numpy as np
 
 from darex_jax.core.errors import DarexError
+from darex_jax.core.mask import survivor_chunks, survivor_indices
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.blocks import unpack
@@ -272,14 +273,11 @@ class DeltaFile(SafetensorsFile):
 
     def _survivors(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """`chunks_of` of format 1, of which only a stretch is held."""
-        from darex_jax.core.mask import stream_mask
-
         entry, stored = self.recipe.parameters[name], self.tensors[f"values/{name}"].size
         leaf_key = numpy_leaf_key(self.recipe.key, name_words(name))
         scale = np.float32(1.0) / np.float32(entry["q"])
         size, take, used = element_count(tuple(entry["shape"])), self.stream(f"values/{name}"), 0
-        for start in range(0, size, CHUNK):
-            kept = np.flatnonzero(stream_mask(leaf_key, start, min(CHUNK, size - start), self.threshold()))
+        for _, kept in survivor_chunks(leaf_key, size, self.threshold(), CHUNK):
             used += len(kept)
             if used > stored:
                 raise FileError(f"{self.path}: '{name}' has fewer values than its mask has survivors.")
@@ -376,7 +374,8 @@ def save_delta(
     q_by_name = resolve_q(by_name, drop_rate, list(deltas))
     tensors = {}
     for name in sorted(deltas, key=lambda n: (-deltas[n].dtype.itemsize, n)):
-        kept = survivor_indices(words, name, deltas[name].size, threshold)
+        leaf_key = numpy_leaf_key(tuple(map(int, words)), name_words(name))
+        kept = survivor_indices(leaf_key, deltas[name].size, threshold)
         tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
     digest = blake3.blake3()
     for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
@@ -509,16 +508,3 @@ def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
         named = {name: file.read(f"dense/{name}") for name in file.names("dense")}
         file.check_data()
         return unflatten_names(named)
-
-
-def survivor_indices(key_words: np.ndarray, name: str, size: int, threshold: int) -> np.ndarray:
-    """The indices of a parameter's survivors in its flattened layout, ascending."""
-    from darex_jax.core.mask import stream_mask
-    from darex_jax.core.tree import name_words
-
-    leaf_key = numpy_leaf_key(tuple(int(w) for w in key_words), name_words(name))
-    pieces = [
-        start + np.flatnonzero(stream_mask(leaf_key, start, min(CHUNK, size - start), threshold))
-        for start in range(0, size, CHUNK)
-    ]
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)

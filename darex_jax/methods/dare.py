@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from darex_jax.core.mask import survivor_indices
+from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.parts.random import Random
@@ -50,10 +52,10 @@ def dare(
     def prune_leaf(name: str, leaf: Any) -> Parts:
         divisor = 1.0 - drop_rate if q is None else q[name] if isinstance(q, Mapping) else q
         flat, shape = np.asarray(leaf).reshape(-1), tuple(np.shape(leaf))
-        part = Random(Values(flat), np.asarray(keys[name]), np.asarray(np.float32(divisor)), drop_rate, shape)
-        places = part.located().positions
-        values = survivors_values(flat, np.asarray(places), shape, bits, dtype)
-        return Parts((Random(values, part.key, part.q, drop_rate, shape),), shape)
+        own_key = np.asarray(keys[name])
+        places = survivor_indices(own_key, flat.size, keep_threshold(drop_rate))
+        values = survivors_values(flat, places, shape, bits, dtype)
+        return Parts((Random(values, own_key, np.asarray(np.float32(divisor)), drop_rate, shape),), shape)
 
     return map_named(prune_leaf, delta)
 

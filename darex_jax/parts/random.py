@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.mask import STREAM_CHUNKS, stream_mask, survivors, traced_threshold
+from darex_jax.core.mask import survivor_chunks, survivor_indices, survivors, traced_threshold
 from darex_jax.core.threefry import keep_threshold, threefry2x32
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
@@ -76,19 +76,15 @@ class Random:
 
     def located(self) -> Sparse:
         """The same part with its places written out; on the host."""
-        key, size = np.asarray(self.key), int(np.prod(self.shape, dtype=np.int64))
-        chunks = [
-            start + kept for start, kept in _survivor_chunks(key, size, self.drop_rate, STREAM_CHUNKS[0])
-        ]
-        positions = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-        return Sparse(
-            self.values, positions.astype(np.uint32 if size < 2**32 else np.uint64), self.q, self.shape
-        )
+        size = int(np.prod(self.shape, dtype=np.int64))
+        positions = survivor_indices(np.asarray(self.key), size, keep_threshold(self.drop_rate))
+        dtype = np.uint32 if size < 2**32 else np.uint64
+        return Sparse(self.values, positions.astype(dtype), self.q, self.shape)
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
         part, size, used = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64)), 0
-        for start, kept in _survivor_chunks(part.key, size, self.drop_rate, length):
+        for start, kept in survivor_chunks(part.key, size, keep_threshold(self.drop_rate), length):
             places = np.arange(used, used + len(kept))
             if used + len(kept) > len(self.values):
                 raise DarexError("there are fewer values than the mask has survivors")
@@ -127,11 +123,3 @@ def _spread(part: Random, mask: jax.Array, used: jax.Array, rows: jax.Array, col
     """The values where the flat mask is True, from number `used` on, zero elsewhere."""
     place = jnp.maximum(used + jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
     return jnp.where(mask, part.values.read(place, rows, columns) * reciprocal(part.q), 0.0)
-
-
-def _survivor_chunks(
-    key: np.ndarray, size: int, drop_rate: float, length: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    threshold = keep_threshold(drop_rate)
-    for start in range(0, size, length):
-        yield start, np.flatnonzero(stream_mask(key, start, min(length, size - start), threshold))

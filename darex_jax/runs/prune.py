@@ -91,14 +91,19 @@ def prune_by(
     if file_bytes is None:
         stated: dict[str, Any] = {"drop_rate": drop_rate} if budget is None else dict(budget)
         return write(Budget(**stated), out)
-    match = match_checkpoints(base, fine, scope)
-    match.raise_if_faulty()
-    entries = sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
+    entries = pruned_entries(base, fine, scope)
     keep_inputs(out, base, fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(partial(_to_size, write, entries), file_bytes, Path(folder))
         write_whole(out, path.read_bytes())
     return summary
+
+
+def pruned_entries(base: Checkpoint, fine: Checkpoint, scope: Scope) -> int:
+    """How many entries are pruned. Raises: FileError if the models do not fit together."""
+    match = match_checkpoints(base, fine, scope)
+    match.raise_if_faulty()
+    return sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
 
 
 def _to_size(
