@@ -59,16 +59,18 @@ def make_batches(count=3, rows=8, width=12, seed=0):
 
 def raw_inputs(model, params, batches):
     """Every layer's real inputs in float64, [tokens, D], by running the model as it is."""
-    found = {}
-    for batch in batches:
+    def inputs_of(batch):
+        seen = {}
+        model(params, batch["input_ids"], batch["attention_mask"], observe=seen.__setitem__)
+        return seen
 
-        def observe(name, x, batch=batch):
+    found, compiled = {}, jax.jit(inputs_of)
+    for batch in batches:
+        for name, x in compiled(batch).items():
             real = batch["weight"] > 0
             if x.ndim == 3:
                 real = (batch["attention_mask"] > 0) & real[:, None]
             found.setdefault(name, []).append(np.asarray(x, np.float64)[real])
-
-        model(params, batch["input_ids"], batch["attention_mask"], observe=observe)
     return {name: np.concatenate(rows) for name, rows in found.items()}
 
 

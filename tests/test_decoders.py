@@ -219,7 +219,7 @@ def test_gradients_match_torch(tmp_path):
     def loss(p):
         return jnp.sum(jnp.square(model(p, ids, mask).logits) * mask[..., None]) / 1000
 
-    grads = flatten_names(jax.grad(loss)(params))
+    grads = flatten_names(jax.jit(jax.grad(loss))(params))
     out = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), use_cache=False).logits
     (torch.sum(out**2 * torch.tensor(mask)[..., None]) / 1000).backward()
     for name, weight in theirs.named_parameters():
@@ -289,11 +289,15 @@ def test_every_field_changes_something(family):
         if shapes != {name: x.shape for name, x in flatten_names(fresh).items()}:
             return shapes, []
         start = jax.tree.map(lambda x: x + 0.01, fresh)  # no bias and no norm is as it begins
-        out = model(start, ids, mask)
         loss = lambda p: jnp.square(model(p, jnp.zeros((1, 2), int)).last_hidden_state).sum()  # noqa: E731
-        row = jax.grad(loss)(start)["model"]["embed_tokens"]["weight"][0].sum()
+
+        @jax.jit
+        def outcome(start):
+            row = jax.grad(loss)(start)["model"]["embed_tokens"]["weight"][0].sum()
+            return model(start, ids, mask).logits.sum(), row
+
         first = params["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"]
-        return shapes, [float(x) for x in (out.logits.sum(), row, first.sum())]
+        return shapes, [float(x) for x in (*outcome(start), first.sum())]
 
     standard = behaviour()
     changed = {

@@ -73,8 +73,8 @@ def run_demo(
     """Runs the demo; writes the models, the artifacts, `results.json` and `metric_by_q.png` under `out`.
 
     Args:
-      limit: at most so many test examples are used, and of the validation ones, if they are fewer than
-        `SEARCH_SIZE`; None takes all.
+      limit: at most so many test examples are used; of validation ones and of texts to measure output
+        changes on, too, if that is fewer than `SEARCH_SIZE` and `CALIBRATION_SIZE`. None takes all.
       say: called with one line before each stage.
     Returns: the results, the content of results.json. `restored_bit_identical`: whether the model restored
       from the artifact gives the in-memory model's logits bit for bit.
@@ -85,7 +85,7 @@ def run_demo(
     tokenizer = load_tokenizer(base)
     rows = slice(limit)
     train = encode(tokenizer, task.train)
-    some = encode(tokenizer, task.train.select(slice(CALIBRATION_SIZE)))
+    some = encode(tokenizer, task.train.select(rows).select(slice(CALIBRATION_SIZE)))
     validation = encode(tokenizer, task.validation.select(rows).select(slice(SEARCH_SIZE)))
     test = encode(tokenizer, task.test.select(rows))
     test_batches = evaluation_batches(test)
