@@ -31,10 +31,10 @@ import numpy as np
 import torch
 import transformers
 
+from darex_jax.choosing.pair import Pair, load_pair, split_in_scope
 from darex_jax.core.bound import phi
 from darex_jax.core.mask import random_mask
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.find_q import load_pair, pruned_models, split_in_scope
 from darex_jax.evaluation.objectives import label_objective
 from darex_jax.q.analytic import analytic_q
 from darex_jax.q.per_layer import row_sums
@@ -80,7 +80,7 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
     goal = label_objective(model, task, batches)
 
     def ours(masks: int, values: list[float], size: int) -> list[float]:
-        models = pruned_models(start, delta, DROP_RATE, range(masks))
+        models = Pair(model, params, start, delta, DROP_RATE, range(masks)).models
         rows = encode(tokenizer, data.select(slice(size)))
         some = label_objective(model, task, evaluation_batches(rows))
         return [some.measure(pruned(q)) for q in values for pruned in models]
@@ -146,7 +146,7 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
     ):  # fmt: skip
         timed(ours, *arguments)
         growth[what] = statistics.median(timed(ours, *arguments)[0] for _ in range(3))
-    pruned = pruned_models(start, delta, DROP_RATE, (0,))[0]
+    pruned = Pair(model, params, start, delta, DROP_RATE, (0,)).models[0]
     batch = model_inputs(batches[-1])
 
     def logits(q):

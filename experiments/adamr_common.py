@@ -4,7 +4,8 @@ import os
 import platform
 from importlib.metadata import version
 
-from darex_jax.evaluation.find_q import find_q, scored
+from darex_jax.choosing.pair import Pair, scored
+from darex_jax.choosing.searched import find_q
 from darex_jax.evaluation.objectives import Objective
 from darex_jax.q.search import SearchResult, authors_walk
 
@@ -31,18 +32,21 @@ def machine() -> dict[str, object]:
     }
 
 
-def authors_search(objective: Objective, models, drop_rate: float) -> SearchResult:
-    """The authors' walk in steps of 1 - p (at 0.9 half of it), to 10 (at 0.9 five) times that."""
-    density = round(1.0 - drop_rate, 12)
+def authors_search(objective: Objective, pair: Pair, models) -> SearchResult:
+    """The authors' walk in steps of 1 - p (at 0.9 half of it), to 10 (at 0.9 five) times that.
+
+    Args: models: those of the pair that are looked at.
+    """
+    density = pair.density
     high, step = (5 * density, density / 2) if density >= 0.05 else (10 * density, density)
     return find_q(objective, models, (density, high, step), search=authors_walk)
 
 
-def scored_row(drop_rate: float, models, q_v: float, q_e: float, score) -> dict[str, object]:
+def scored_row(pair: Pair, q_v: float, q_e: float, score) -> dict[str, object]:
     """By method, q and what `scored` says of it."""
-    row: dict[str, object] = {"drop_rate": drop_rate}
-    for method, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v), ("q_e", q_e)):
-        row[method] = {"q": q, **scored(score, models, q)}
+    row: dict[str, object] = {"drop_rate": pair.drop_rate}
+    for method, q in (("dare", pair.density), ("q_v", q_v), ("q_e", q_e)):
+        row[method] = {"q": q, **scored(score, pair.models, q)}
     return row
 
 

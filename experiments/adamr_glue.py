@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored_row, table_rows
 
+from darex_jax.choosing.pair import Pair, load_pair, split_in_scope
+from darex_jax.choosing.table import CALIBRATION_SIZE
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import CALIBRATION_SIZE, load_pair, pruned_models, split_in_scope
 from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.checkpoint import save_params
 from darex_jax.files.manifest import params_digest
@@ -120,10 +121,10 @@ def run(task_name: str, name: str, data_dir: Path | None, runs: Path) -> dict[st
     by_labels = label_objective(model, task, evaluation_batches(validation))
     by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in DROP_RATES:
-        models = pruned_models(start, delta, drop_rate)
-        q_v = authors_search(by_labels, models[:1], drop_rate)
-        q_e = authors_search(by_outputs, models, drop_rate)
-        row = scored_row(drop_rate, models, q_v.q, q_e.q, score)
+        pair = Pair(model, fine, start, delta, drop_rate)
+        q_v = authors_search(by_labels, pair, pair.models[:1])
+        q_e = authors_search(by_outputs, pair, pair.models)
+        row = scored_row(pair, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results

@@ -18,9 +18,9 @@ import jax
 from adamr_common import DROP_RATES, HEADINGS, authors_search, machine, optimizers, scored_row, table_rows
 
 import darex_jax as dx
+from darex_jax.choosing.pair import Pair, split_in_scope
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.find_q import pruned_models, split_in_scope
 from darex_jax.evaluation.objectives import answer_objective, output_objective
 from darex_jax.files.checkpoint import save_params
 from darex_jax.files.manifest import params_digest
@@ -93,10 +93,10 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     start, delta = split_in_scope(fine, unflatten_names(in_scope))
     by_labels, by_outputs = answer_objective(model, held_out), output_objective(model, fine, calibration)
     for drop_rate in DROP_RATES:
-        models = pruned_models(start, delta, drop_rate)
-        q_v = authors_search(by_labels, models[:1], drop_rate)
-        q_e = authors_search(by_outputs, models, drop_rate)
-        row = scored_row(drop_rate, models, q_v.q, q_e.q, score)
+        pair = Pair(model, fine, start, delta, drop_rate)
+        q_v = authors_search(by_labels, pair, pair.models[:1])
+        q_e = authors_search(by_outputs, pair, pair.models)
+        row = scored_row(pair, q_v.q, q_e.q, score)
         results["rates"].append(row)
         say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results

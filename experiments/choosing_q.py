@@ -18,14 +18,17 @@ from pathlib import Path
 
 from adamr_common import machine
 
+from darex_jax.choosing.choice import Choice
+from darex_jax.choosing.choose import choose_q
+from darex_jax.choosing.pair import open_pair, scored
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import load_pair, pruned_models, scored, split_in_scope
 from darex_jax.files.manifest import params_digest
-from darex_jax.runs.choose_q import choose_q, log_ticks
 from darex_jax.runs.demo import demo_weights
+from darex_jax.runs.figures import log_ticks
 from darex_jax.tasks import load_task
 from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.source import Source
 from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores
 
@@ -92,11 +95,11 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
     results = json.loads(file.read_text()) if file.exists() else None
     if results is not None and results["ways"].keys() >= ways(drop_rate).keys():
         return
-    model, fine, base_params = load_pair(base, fine_path)
+    opened = open_pair(base, fine_path, drop_rate)
+    model, fine = opened.model, opened.params
     digest = params_digest(fine)
     if results is not None and results["digest"] != digest:
         results = None
-    start, delta = split_in_scope(fine, base_params)
     tokenizer = load_tokenizer(fine_path)
     if task == "word-problems":
         problems = word_problems(seed=1, max_steps=2).test
@@ -115,20 +118,21 @@ def run(pair: str, drop_rate: float, data_dir: Path | None, llama: Path) -> None
         def score(params) -> float:
             return loaded.metric(predict(model, params, batches), test.labels)
 
-    models = pruned_models(start, delta, drop_rate)
+    models = opened.models
 
     if results is None:
         results = {
             "pair": pair, "task": task, "drop_rate": drop_rate, "metric": metric, "test_examples": count,
-            "fine_tuned": score(fine), "no_delta": score(start), "digest": digest, **machine(),
-            "ways": {"DARE": {"q": round(1 - drop_rate, 12), "evaluations": 0, "labels": 0,
-                              **scored(score, models, round(1 - drop_rate, 12))}},
+            "fine_tuned": score(fine), "no_delta": score(opened.start), "digest": digest, **machine(),
+            "ways": {"DARE": {"q": opened.density, "evaluations": 0, "labels": 0,
+                              **scored(score, models, opened.density)}},
         }  # fmt: skip
     for way, how in ways(drop_rate).items():
         if way in results["ways"]:
             continue
         begun = time.monotonic()
-        found = choose_q(base, fine_path, drop_rate, task=task, data_dir=data_dir, difficulty=2, **how)
+        source = Source(task=task, data_dir=data_dir, difficulty=2, limit=how.pop("limit", None))
+        found = choose_q(base, fine_path, drop_rate, Choice(**how), source)
         seconds = time.monotonic() - begun
         del found["manifest"]
         found["seconds"] = round(seconds, 1)

@@ -21,6 +21,8 @@ import numpy as np
 from adamr_common import machine
 from adamr_glue import BUDGETS, OPTIMIZERS
 
+from darex_jax.choosing.choice import Choice
+from darex_jax.choosing.choose import choose_q
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.classification import predict
@@ -29,13 +31,12 @@ from darex_jax.files.manifest import params_digest
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.model import load_model
 from darex_jax.methods.table import METHODS
-from darex_jax.runs.choose_q import choose_q
 from darex_jax.runs.demo import demo_weights
 from darex_jax.runs.evidence import gather
 from darex_jax.runs.prune import prune_by
-from darex_jax.runs.source import Source
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.source import Source
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 BYTES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # a parameter
@@ -132,10 +133,7 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
                     budget = first.recipe.budget
                     if q is not None:
                         drop_rate = first.recipe.blocks[0]["parameters"][match.pruned[0]][0]["drop_rate"]
-                        found = choose_q(
-                            base, fine, drop_rate, objective=q, task=task_name, data_dir=data_dir,
-                            limit=CALIBRATION,
-                        )  # fmt: skip
+                        found = choose_q(base, fine, drop_rate, Choice(objective=q), source)
                         options["q"] = found["q"]
                         first = write(seed=0, budget=budget)
                     seen = [measured(path)]

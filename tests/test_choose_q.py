@@ -1,8 +1,8 @@
 """Choosing q on tiny models: objectives, one q, one a layer, in closed form, learned; find-q and prune."""
 
-import dataclasses
 import json
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,22 +13,18 @@ import pytest
 from click.testing import CliRunner
 
 import darex_jax as dx
+from darex_jax.choosing.choice import Choice
+from darex_jax.choosing.choose import choose_q, without_labels
+from darex_jax.choosing.learned import LearnedQ, Learning, hold_out_quarter, learn_q
+from darex_jax.choosing.pair import Pair, load_pair, open_pair, split_in_scope
+from darex_jax.choosing.searched import eta_grid, find_q, layer_rule, q_grid
+from darex_jax.choosing.table import WAYS
+from darex_jax.choosing.two_point import two_point
 from darex_jax.cli import main
 from darex_jax.core.delta import apply_delta, drop, rescale
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.calibration import input_statistics, squared_influences
 from darex_jax.evaluation.classification import _logits, _pruned_leaf, predict
-from darex_jax.evaluation.find_q import (
-    eta_grid,
-    find_q,
-    layer_rule,
-    load_pair,
-    pruned_models,
-    q_grid,
-    split_in_scope,
-    two_point,
-)
-from darex_jax.evaluation.learned_q import LearnedQ, learn_q
 from darex_jax.evaluation.objectives import (
     Objective,
     answer_objective,
@@ -39,10 +35,10 @@ from darex_jax.evaluation.objectives import (
 from darex_jax.evaluation.outputs import output_change, output_change_sums, reference_outputs
 from darex_jax.models import init_model, logits, read_model_config
 from darex_jax.q.closed_form import closed_form, two_point_q
-from darex_jax.runs.choose_q import choose_q, hold_out_quarter, without_labels
 from darex_jax.tasks import Examples, Task, load_task
 from darex_jax.tasks.answers import encode_problems, load_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.source import Source
 from darex_jax.training.causal_lm import answer_loss, answer_scores
 from darex_jax.training.checkpoints import Checkpoints
 from tests.test_calibration import FAMILIES, make, make_batches, raw_inputs
@@ -167,7 +163,8 @@ def test_outputs_that_are_not_finite_agree_with_nothing(family):
     with pytest.raises(ValueError, match="the fine-tuned model's own outputs are NaN or infinite"):
         prediction_objective(model, broken(fine), batches)
     # Such a q is passed over, and the search goes on.
-    models = [lambda q: broken(start) if q < 0.3 else pruned_models(start, delta, DROP_RATE, (0,))[0](q)]
+    (sound,) = Pair(model, fine, start, delta, DROP_RATE, (0,)).models
+    models = [lambda q: broken(start) if q < 0.3 else sound(q)]
     found = find_q(goals[0], models, [0.1, 0.2, 0.4, 0.8])
     assert found.q >= 0.3 and np.isnan(found.curve[0][1])
     with pytest.raises(ValueError, match="the objective is finite at none of the 2 visited q"):
@@ -201,7 +198,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
     def everything(entries):
         """With at most so many logits at a time; as an option of the model it makes programs of its own."""
         monkeypatch.setattr(logits, "CHUNK_ENTRIES", entries)
-        model = dataclasses.replace(whole_model, options=((str(entries), True),))
+        model = replace(whole_model, options=((str(entries), True),))
         goals = prediction_objective(model, fine, batches), answer_objective(model, batches)
         change = output_objective(model, fine, batches)
         loss, gradient = jax.value_and_grad(lambda p: answer_loss(model, p, batches[0])[0])(start)
@@ -268,14 +265,14 @@ def test_a_model_with_one_output_is_compared_by_its_tasks_metric():
 
 
 def test_a_sweep_over_values_and_masks_compiles_once():
-    model, _, start, delta = pair("bert")
-    models = pruned_models(start, delta, DROP_RATE, (0, 1, 2))
+    model, fine, start, delta = pair("bert")
+    models = Pair(model, fine, start, delta, DROP_RATE, (0, 1, 2)).models
     assert all(pruned.args[1] is delta for pruned in models)  # one delta, and no copy of it a mask
     goal = label_objective(model, TASK, with_labels(make_batches()))
     goal.measure(models[0](0.1))
     before = _pruned_leaf._cache_size(), _logits._cache_size()
     found = find_q(goal, models, q_grid(DROP_RATE))
-    others = pruned_models(start, delta, 0.8, (9,))
+    others = Pair(model, fine, start, delta, 0.8, (9,)).models
     find_q(goal, others, [0.3], q_of=lambda q: dict.fromkeys(flatten_names(delta), q))
     assert len(found.curve) > 6 and (_pruned_leaf._cache_size(), _logits._cache_size()) == before
     with pytest.raises(ValueError, match=r"there is no q for bert\.embeddings"):
@@ -296,7 +293,8 @@ def test_a_mask_drawn_on_the_way_gives_the_bits_of_one_drawn_beforehand(dtype):
     start = unflatten_names({name: x.astype(dtype) for name, x in named.items()})
     delta = unflatten_names({name: 0.01 * jnp.sin(100 * x) for name, x in named.items() if name != "head"})
     delta["b"] = delta["b"].at[0].set(0.0)
-    for seed, pruned in zip((0, 7), pruned_models(start, delta, DROP_RATE, (0, 7)), strict=True):
+    opened = Pair(None, None, start, delta, DROP_RATE, (0, 7))
+    for seed, pruned in zip(opened.seeds, opened.models, strict=True):
         masked = drop(dx.random_mask(jax.random.key(seed), delta, DROP_RATE), delta)
         for q in (0.1, 0.37, jnp.float32(0.8), {"a.weight": 0.1, "a.bias": 0.2, "b": 0.3}):
             ours, before = flatten_names(pruned(q)), flatten_names(by_masked_delta(start, masked, q))
@@ -305,8 +303,8 @@ def test_a_mask_drawn_on_the_way_gives_the_bits_of_one_drawn_beforehand(dtype):
 
 
 def test_masks_are_averaged_as_the_objective_says():
-    _, _, start, delta = pair("bert")
-    models = pruned_models(start, delta, DROP_RATE)
+    model, fine, start, delta = pair("bert")
+    models = Pair(model, fine, start, delta, DROP_RATE).models
     kept = [dx.prune(jax.random.key(seed), delta, DROP_RATE, 1.0) for seed in range(4)]
     sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in kept]
 
@@ -329,7 +327,7 @@ def test_layers_by_outputs(family, rule):
     q_of = layer_rule(input_statistics(model, fine, batches), delta, DROP_RATE, rule)
     names = set(flatten_names(delta))
     goal = output_objective(model, fine, batches)
-    found = find_q(goal, pruned_models(start, delta, DROP_RATE), eta_grid(), q_of=q_of)
+    found = find_q(goal, Pair(model, fine, start, delta, DROP_RATE).models, eta_grid(), q_of=q_of)
     q = q_of(found.q)
     assert set(q) == names and all(1 - DROP_RATE - 1e-9 <= x <= 1.0 for x in q.values())
     assert found.value == min(value for _, value in found.curve)
@@ -394,15 +392,13 @@ def squared_change(model, fine, batches, params):
 def test_two_point_measures_the_squared_change_of_base_and_dare():
     model, fine, start, delta = pair("bert")
     batches, told = make_batches(), []
-    models = pruned_models(start, delta, DROP_RATE, (0, 1))
-    q, visited = two_point(
-        model, fine, start, models, batches, DROP_RATE, on_value=lambda *point: told.append(point)
-    )
+    opened = Pair(model, fine, start, delta, DROP_RATE, (0, 1))
+    q, visited = two_point(opened, batches, on_value=lambda *point: told.append(point))
     assert told == visited[1:]
     (_, without), (first, dare), *later = visited
     assert first == 0.1 and len(later) >= 1
     assert without == pytest.approx(squared_change(model, fine, batches, start), rel=1e-4)
-    pruned = [squared_change(model, fine, batches, pruned(0.1)) for pruned in models]
+    pruned = [squared_change(model, fine, batches, pruned(0.1)) for pruned in opened.models]
     assert dare == pytest.approx(np.mean(pruned), rel=1e-4)
     assert later[0][0] == pytest.approx(0.1 * (1 + dare / without))
     assert q == later[-1][0] and later[-1][1] <= 1.1 * without
@@ -421,11 +417,13 @@ def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
 
 def two_point_of(monkeypatch, change, drop_rate):
     """`two_point` where the squared output change is a function of q, of None without a delta."""
-    from darex_jax.evaluation import find_q as module
+    from darex_jax.choosing import pair
+    from darex_jax.choosing import two_point as module
 
     monkeypatch.setattr(module, "output_change", lambda model, q, *_, squared: change(q))
     monkeypatch.setattr(module, "reference_outputs", lambda *_: None)
-    return two_point(None, None, None, [lambda q: q], [], drop_rate)
+    monkeypatch.setattr(pair, "pruned_params", lambda start, delta, key, drop_rate, q: q)
+    return two_point(Pair(None, None, None, None, drop_rate, (0,)), [])
 
 
 def test_two_point_measures_every_q_it_gives(monkeypatch):
@@ -459,7 +457,8 @@ def learning(family, **options):
               and "embed" not in name]  # fmt: skip
     batches = make_batches(3)
     masked = dx.prune(jax.random.key(0), delta, DROP_RATE, 1.0)
-    return learn_q(model, fine, start, masked, DROP_RATE, layers, batches[:2], batches[2:], **options)
+    opened = Pair(model, fine, start, delta, DROP_RATE)
+    return learn_q(opened, masked, layers, batches[:2], batches[2:], Learning(**options))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -477,7 +476,7 @@ def test_learning_lowers_the_held_out_change(family):
 def test_learning_has_the_right_gradient():
     """Of the output change in one layer's q, against the difference quotient."""
     model, fine, start, delta = pair("bert")
-    pruned = pruned_models(start, delta, DROP_RATE, (0,))[0]
+    (pruned,) = Pair(model, fine, start, delta, DROP_RATE, (0,)).models
     batch = make_batches(1)[0]
     reference = reference_outputs(model, fine, [batch])[0]
     names = list(flatten_names(delta))
@@ -518,7 +517,8 @@ def test_learning_ends_without_improvement():
     assert len(found.history) - 1 == best + 2 < 50
     with pytest.raises(ValueError, match="at least one layer"):
         model, fine, start, delta = pair("bert")
-        learn_q(model, fine, start, delta, DROP_RATE, [], make_batches(1), make_batches(1))
+        opened = Pair(model, fine, start, delta, DROP_RATE)
+        learn_q(opened, delta, [], make_batches(1), make_batches(1), Learning())
 
 
 # At the terminal.
@@ -559,7 +559,7 @@ def darex(*arguments, json_too=True):
     return json.loads(result.stdout) if json_too else result.stdout
 
 
-WAYS = [
+RUNS = [
     ("bert", "--objective", "labels", "--task", "opinions", "--masks", 2),
     ("bert", "--objective", "auto"),
     ("bert", "--objective", "outputs", "--grid", 0.1, 0.5, 0.1),
@@ -582,7 +582,7 @@ def digest_of_six(fine, objective):
     return encode(tokenizer, (task.validation if held_out else task.train).select(slice(6))).digest()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way[::2])))
+@pytest.mark.parametrize("way", RUNS, ids=lambda way: "-".join(map(str, way[::2])))
 def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
     family, *way = way
     base, fine, q_file = folders / family / "base", folders / family / "fine", tmp_path / "q.json"
@@ -608,18 +608,18 @@ def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
 def test_the_masks_are_those_of_the_seed(folders):
     """What is measured is what `prune` with that key leaves, of the examples by hand."""
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
-    model, params, in_scope = load_pair(base, fine)
-    start, delta = split_in_scope(params, in_scope)
+    pair = open_pair(base, fine, 0.9)
+    model, params = pair.model, pair.params
     tokenizer = load_tokenizer(fine)
     batches = evaluation_batches(encode(tokenizer, load_task("opinions").train.select(slice(6))))
     references = reference_outputs(model, params, batches)
-    how = {"objective": "outputs", "limit": 6, "grid": (0.1, 0.1, 0.1), "masks": 1}
+    how = {"objective": "outputs", "grid": (0.1, 0.1, 0.1), "masks": 1}
     for seed in (0, 5):
-        found = choose_q(base, fine, 0.9, seed=seed, **how)
-        pruned = dx.apply_delta(start, dx.prune(jax.random.key(seed), delta, 0.9, 0.1))
+        found = choose_q(base, fine, 0.9, Choice(seed=seed, **how), Source(limit=6))
+        pruned = dx.apply_delta(pair.start, dx.prune(jax.random.key(seed), pair.delta, 0.9, 0.1))
         assert found["mask_seeds"] == [seed] and found["curve"][0][0] == 0.1
         assert found["curve"][0][1] == pytest.approx(output_change(model, pruned, batches, references))
-    assert choose_q(base, fine, 0.9, seed=0, **how)["curve"][0] != found["curve"][0]
+    assert choose_q(base, fine, 0.9, Choice(seed=0, **how), Source(limit=6))["curve"][0] != found["curve"][0]
 
 
 def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
@@ -659,7 +659,7 @@ def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
 
 def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
     """A q whose outputs overflow is passed over; the file and the terminal say so."""
-    from darex_jax.runs import choose_q as module
+    from darex_jax.choosing import searched as module
 
     plain = output_objective
 
@@ -697,18 +697,19 @@ def test_what_decides_when_learning_stops_is_drawn_by_the_seed():
 
 
 def test_learning_gets_texts_of_all_lengths_and_counts_its_passes(folders, monkeypatch):
-    from darex_jax.runs import choose_q as module
+    from darex_jax.choosing import learned as module
 
     seen = {}
 
-    def learn(model, fine, start, masked, drop_rate, layers, batches, held_out, **_):
+    def learn(pair, masked, layers, batches, held_out, how):
         seen.update(rest=batches, held_out=held_out, masked=masked)
         history = [(3.0, 3.0), (2.5, 2.0), (2.0, 1.0)]
         return LearnedQ(dict.fromkeys(flatten_names(masked), 0.2), 1.0, history)
 
     monkeypatch.setattr(module, "learn_q", learn)
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
-    found = choose_q(base, fine, 0.9, objective="learned", scope="layer", limit=40, seed=3)
+    choice = Choice(objective="learned", scope="layer", seed=3)
+    found = choose_q(base, fine, 0.9, choice, Source(limit=40))
     examples = encode(load_tokenizer(fine), load_task("opinions").train.select(slice(40)))
 
     def texts(batches):
@@ -728,7 +729,7 @@ def test_learning_gets_texts_of_all_lengths_and_counts_its_passes(folders, monke
     masked = dx.prune(jax.random.key(3), split_in_scope(params, in_scope)[1], 0.9, 1.0)
     jax.tree.map(np.testing.assert_array_equal, seen["masked"], masked)
     with pytest.raises(ValueError, match="learned takes two examples or more"):
-        choose_q(base, fine, 0.9, objective="learned", scope="layer", limit=1)
+        choose_q(base, fine, 0.9, replace(choice, seed=0), Source(limit=1))
 
 
 def test_float16_is_searched_in_float32(folders, tmp_path):
@@ -741,7 +742,7 @@ def test_float16_is_searched_in_float32(folders, tmp_path):
     assert {x.dtype for x in jax.tree.leaves((params, base))} == {jnp.dtype(jnp.float32)}
     told = []
     found = choose_q(
-        tmp_path / "base", tmp_path / "fine", 0.9, objective="two-point", limit=4, masks=1,
+        tmp_path / "base", tmp_path / "fine", 0.9, Choice(objective="two-point", masks=1), Source(limit=4),
         on_value=lambda q, change: told.append([q, change]),
     )  # fmt: skip
     assert told == found["changes"] and found["q"] == told[-1][0]  # what is shown, and what is measured
@@ -756,25 +757,24 @@ def test_a_narrow_base_is_widened_to_its_fine_tune(folders, tmp_path):
 
 
 def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_path, monkeypatch):
-    from darex_jax.runs import choose_q as module
+    from darex_jax.choosing import choose as module
 
-    monkeypatch.setattr(module, "load_pair", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "open_pair", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "latin").write_bytes("caf\xe9\n".encode("latin-1"))
     (tmp_path / "empty").write_text("\n")
     models = folders / "bert" / "base", folders / "bert" / "fine"
-    for wrong, told in (
-        ({"text": tmp_path / "latin"}, "latin: line 1 is not UTF-8 text"),
-        ({"text": tmp_path / "empty"}, "empty: has no line of text"),
-        ({"grid": (0.5, 0.1, 0.1)}, "need 0 < low <= high and step > 0"),
-        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, "two-point searches no grid"),
-        ({"task": "gsm8k"}, "gsm8k is for decoders"),
-        ({"task": "nonsense"}, "unknown task 'nonsense'"),
-        ({"objective": "labels"}, "labels are those of the model's own task: name it"),
+    for wrong, source, told in (
+        ({}, {"text": tmp_path / "latin"}, "latin: line 1 is not UTF-8 text"),
+        ({}, {"text": tmp_path / "empty"}, "empty: has no line of text"),
+        ({"grid": (0.5, 0.1, 0.1)}, {}, "need 0 < low <= high and step > 0"),
+        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, {}, "two-point searches no grid"),
+        ({}, {"task": "gsm8k"}, "gsm8k is for decoders"),
+        ({}, {"task": "nonsense"}, "unknown task 'nonsense'"),
+        ({"objective": "labels"}, {}, "labels are those of the model's own task: name it"),
+        ({}, {"text": tmp_path / "none"}, "none: No such file or directory"),
     ):
         with pytest.raises(ValueError, match=told):
-            choose_q(*models, 0.9, **({"objective": "outputs"} | wrong))
-    with pytest.raises(ValueError, match="none: No such file or directory"):
-        choose_q(*models, 0.9, objective="outputs", text=tmp_path / "none")
+            choose_q(*models, 0.9, Choice(**({"objective": "outputs"} | wrong)), Source(**source))
 
 
 @pytest.mark.parametrize("changed", ["base", "fine"])
@@ -881,10 +881,15 @@ def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family, monkeypat
 
 
 def test_the_terminal_names_every_objective():
-    from darex_jax.cli.choose import OBJECTIVES as named
-    from darex_jax.runs.choose_q import OBJECTIVES as known
+    (option,) = (option for option in main.commands["find-q"].params if option.name == "objective")
+    assert list(option.type.choices) == ["auto", *WAYS]
+    assert all(f"{name}: {way.what}" in option.help for name, way in WAYS.items())
 
-    assert list(named) == list(known)
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_is_where_the_table_says(name):
+    assert WAYS[name].find.__module__ == f"darex_jax.choosing.{WAYS[name].place.split('.')[0]}"
+    assert WAYS[name].find.__doc__
 
 
 def test_mistakes_are_told(folders, tmp_path):

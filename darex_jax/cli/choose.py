@@ -2,31 +2,24 @@
 
 import json
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from darex_jax.choosing.table import WAYS, curve_axis
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
 from darex_jax.cli.show import point_bar, print_table, q_text
-
-OBJECTIVES = {
-    "labels": "the metric on held-out examples of --task (q_v)",
-    "predictions": "agreement with the fine-tuned model's predictions",
-    "outputs": "the output change (q_e)",
-    "learned": "the output change, by gradient",
-    "two-point": "the squared output change, solved from two of its values",
-    "closed-form": "the squared error of linear layers' outputs, solved",
-}
 
 
 @click.command("find-q")
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
 @RATE
-@click.option("--objective", default="auto", show_default=True, type=click.Choice(["auto", *OBJECTIVES]),
+@click.option("--objective", default="auto", show_default=True, type=click.Choice(["auto", *WAYS]),
               help="auto: labels with --task, else predictions, or two-point for an encoder without classes; "
-              + "; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()) + ".")  # fmt: skip
+              + "; ".join(f"{name}: {way.what}" for name, way in WAYS.items()) + ".")  # fmt: skip
 @click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
               help="One q for the model, or one for each linear layer.")  # fmt: skip
 @click.option("--rule", default="published", show_default=True, type=click.Choice(["published", "exact"]),
@@ -62,16 +55,21 @@ def find_q(
 
     Written to a file that `darex prune --q` takes.
     """
+    from darex_jax.choosing.choice import Choice
+    from darex_jax.choosing.choose import choose_q
     from darex_jax.files.atomic import write_whole
     from darex_jax.files.paths import check_output
-    from darex_jax.runs.choose_q import choose_q, plot_curve
+    from darex_jax.runs.figures import plot_curve
+    from darex_jax.tasks.source import Source
 
     if out.suffix == ".png":
         raise click.BadParameter(f"{out} cannot be the q file: it is a picture.", param_hint="--out")
     check_output(out)
     check_output(out.with_suffix(".png"))
+    source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
+    choice = Choice(objective=objective, **options)
     with point_bar(objective, as_json) as on_value:
-        report = choose_q(base, fine, drop_rate, objective=objective, on_value=on_value, **options)
+        report = choose_q(base, fine, drop_rate, choice, source, on_value)
     write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
     picture = out.with_suffix(".png")
     drawn = plot_curve(report, picture)
@@ -79,10 +77,9 @@ def find_q(
         click.echo(json.dumps(report, allow_nan=False))
         return
     _print_report(report, out, picture if drawn else None)
-    again: list[Any] = ["--seed", options["seed"]] if options["seed"] else []
-    again += [
-        part for name in ("include", "exclude") for each in options[name] for part in (f"--{name}", each)
-    ]
+    again: list[Any] = ["--seed", choice.seed] if choice.seed else []
+    for name, patterns in (("include", choice.include), ("exclude", choice.exclude)):
+        again += [part for pattern in patterns for part in (f"--{name}", pattern)]
     use = ["darex", "prune", base, fine, "OUT", "--drop-rate", drop_rate, "--q", out, *again]
     click.echo(f"Use it: {shlex.join(map(str, use))}")
 
@@ -93,9 +90,8 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
 
     searched = report.get("value_name")
     if searched is not None:
-        by_layer = report["scope"] == "layer"
-        axis = "epoch" if report["objective"] == "learned" else "eta" if by_layer else "q"
-        taken = report.get("eta") if by_layer else report["q"]
+        axis = curve_axis(report["objective"], report["scope"])
+        taken = report.get(axis)
         table = Table(title=f"{searched} by {axis}")
         table.add_column(axis, justify="right")
         table.add_column(searched, justify="right")
@@ -111,14 +107,14 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
         first, last = report.get("plateau", (0, 0))
         if first != last:
             rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}"))
-    if report["objective"] == "two-point":
+    if "changes" in report:
         seen = [
             f"{'not finite' if change is None else f'{change:.5g}'} at {q:.4g}"
             for q, change in report["changes"]
         ]
         without = f"{report['change_without_delta']:.5g} without the delta"
         rows.append(("squared output change", ", ".join([without, *seen])))
-    if report["objective"] == "closed-form":
+    if "layers" in report:
         known = {name: q for name, q in report["layers"].items() if q is not None}
         if known:
             rows.append(("by layer", q_text(known)))

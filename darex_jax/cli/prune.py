@@ -5,12 +5,13 @@ the model.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from darex_jax.cli.choose import OBJECTIVES
+from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
 from darex_jax.cli.show import byte_bar, bytes_text, family_of, point_bar, print_table, q_text, warned
 from darex_jax.methods.table import METHODS
@@ -90,6 +91,7 @@ def prune(
     BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. How much
     is kept is said by --drop-rate, --size or --bytes-per-parameter, one of the three.
     """
+    from darex_jax.choosing.choice import Choice
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.paths import check_output
@@ -99,28 +101,32 @@ def prune(
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size or --bytes-per-parameter, one of them."
         )
-    examples = {"task": task, "data_dir": data_dir, "text": text}
-    chooses = q == "auto" or q in OBJECTIVES
+    chooses = q == "auto" or q in WAYS
     if q is not None and not METHODS[method].divides:
         raise click.UsageError(f"{method} divides by no q; leave out --q.")
-    if any(examples.values()) and not (chooses or METHODS[method].needs):
+    if any((task, data_dir, text)) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
             "--task, --data-dir and --text are for --q auto or an objective of find-q, and for methods that "
             "look at texts."
         )
+    source: Any = None
+    if chooses or METHODS[method].needs:
+        from darex_jax.tasks.source import Source
+
+        source = Source(task=task, data_dir=data_dir, text=text, limit=limit)
+    choice = Choice(
+        objective=q if q is not None and chooses else "auto",
+        scope=WAYS[q].scopes[0] if q in WAYS else "model",
+        include=include, exclude=exclude, ignore_config_fields=ignore_config_fields, seed=seed,
+    )  # fmt: skip
     divisor: Any = None
     why = None
-    if q is not None:
-        if drop_rate is None and chooses:
+    if q is not None and chooses:
+        if drop_rate is None:
             raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
-        if chooses:
-            assert drop_rate is not None
-            divisor, why = _chosen_q(
-                base, fine, drop_rate, q, examples, include, exclude, ignore_config_fields, seed, limit,
-                as_json,
-            )  # fmt: skip
-        else:
-            divisor = _read_q(q, drop_rate, base, fine, seed, include, exclude, as_json)
+        divisor, why = _chosen_q(base, fine, drop_rate, choice, source, as_json)
+    elif q is not None:
+        divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
         scope = choose_scope(family, include, exclude)
@@ -138,15 +144,17 @@ def prune(
                     b, f, out, key=(0, seed), drop_rate=drop_rate, q=divisor, progress=progress, **common
                 )
             else:
-                from darex_jax.runs.prune import pruned_entries
+                from darex_jax.runs.prune import prune_by, pruned_entries
 
                 if bytes_per_parameter is not None:
                     file_bytes: int | None = round(bytes_per_parameter * pruned_entries(b, f, scope))
                 else:
                     file_bytes = None if size is None else round(fine_bytes / size)
-                summary = _by_method(
-                    b, f, out, method, bits, divisor, examples, limit, ignore_config_fields,
-                    drop_rate=drop_rate, file_bytes=file_bytes, seed=seed, progress=progress, **common,
+                evidence, digests = _evidence(fine, method, source, ignore_config_fields)
+                summary = prune_by(
+                    b, f, out, method=method, drop_rate=drop_rate, file_bytes=file_bytes, seed=seed,
+                    evidence=evidence, digests=digests, options=_options(method, bits, divisor),
+                    progress=progress, **common,
                 )  # fmt: skip
     report = {
         "out": str(out),
@@ -185,36 +193,25 @@ def prune(
     print_table(str(out), rows)
 
 
-def _by_method(
-    base: Any,
-    fine: Any,
-    out: Path,
-    method: str,
-    bits: str | None,
-    q: Any,
-    examples: dict[str, Any],
-    limit: int | None,
-    ignore_config_fields: tuple[str, ...],
-    **more: Any,
-) -> Any:
-    from darex_jax.runs.prune import prune_by
-
+def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"q": q} if q is not None else {}
     if METHODS[method].quantises:
         options |= {"bits": None if bits in (None, "16") else int(bits)}
     if method == "dare":
         options["dtype"] = "bfloat16"
-    evidence: Any = None
-    digests: dict[str, str] = {}
-    if METHODS[method].needs:
-        from darex_jax.runs.evidence import gather
-        from darex_jax.runs.source import Source
+    return options
 
-        source = Source(**examples, limit=limit or 50)
-        evidence, digests = gather(fine.path, source, METHODS[method].needs, ignore_config_fields)
-    return prune_by(
-        base, fine, out, method=method, evidence=evidence, digests=digests, options=options, **more
-    )
+
+def _evidence(
+    fine: Path, method: str, source: Any, ignore_config_fields: tuple[str, ...]
+) -> tuple[Any, dict[str, str]]:
+    """What the method has to know, and digests of what it is gathered from."""
+    if not METHODS[method].needs:
+        return None, {}
+    from darex_jax.runs.evidence import gather
+
+    source = replace(source, limit=source.limit or CALIBRATION_SIZE)
+    return gather(fine, source, METHODS[method].needs, ignore_config_fields)
 
 
 def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
@@ -223,38 +220,15 @@ def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str
 
 
 def _chosen_q(
-    base: Path,
-    fine: Path,
-    drop_rate: float,
-    objective: str,
-    examples: dict[str, Any],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    ignore_config_fields: tuple[str, ...],
-    seed: int,
-    limit: int | None,
-    quiet: bool,
+    base: Path, fine: Path, drop_rate: float, choice: Any, source: Any, quiet: bool
 ) -> tuple[Any, str]:
     """A q from what is at hand, and how it was chosen."""
-    if objective == "auto" and examples["task"] is None and examples["text"] is None:
+    if choice.objective == "auto" and source.task is None and source.text is None:
         return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
-    from darex_jax.runs.choose_q import choose_q
+    from darex_jax.choosing.choose import choose_q
 
     with point_bar("choosing q", quiet) as on_value:
-        found = choose_q(
-            base,
-            fine,
-            drop_rate,
-            objective=objective,
-            scope="layer" if objective == "learned" else "model",
-            include=include,
-            exclude=exclude,
-            ignore_config_fields=ignore_config_fields,
-            seed=seed,
-            limit=limit,
-            on_value=on_value,
-            **examples,
-        )
+        found = choose_q(base, fine, drop_rate, choice, source, on_value)
     if "warning" in found:
         return found["q"], f"{found['objective']}, to no avail: {found['warning']}"
     what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
@@ -262,14 +236,7 @@ def _chosen_q(
 
 
 def _read_q(
-    text: str,
-    drop_rate: float | None,
-    base: Path,
-    fine: Path,
-    seed: int,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    quiet: bool,
+    text: str, drop_rate: float | None, base: Path, fine: Path, choice: Any, quiet: bool
 ) -> float | dict[str, float] | None:
     """--q: a number, or a q file: {"q": number or {name: number}}, of this drop rate if it names one.
 
@@ -300,12 +267,12 @@ def _read_q(
     for what, path in (("base", base), ("fine", fine)):
         _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
     seeds = content.get("mask_seeds")
-    if isinstance(seeds, list) and seed not in seeds and seeds:
-        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {seed}.")
-    for name, given in (("include", include), ("exclude", exclude)):
-        chosen_with = options.get(name, list(given))
-        if chosen_with != list(given):
-            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {list(given)}.")
+    if isinstance(seeds, list) and choice.seed not in seeds and seeds:
+        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {choice.seed}.")
+    for name, given in (("include", list(choice.include)), ("exclude", list(choice.exclude))):
+        chosen_with = options.get(name, given)
+        if chosen_with != given:
+            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {given}.")
     return q
 
 

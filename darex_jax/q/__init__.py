@@ -1,1 +1,1 @@
-"""Choosing q: the number that survivors are divided by."""
+"""The mathematics of q, the number that survivors are divided by: of numbers and functions alone."""

@@ -9,19 +9,12 @@ from typing import Any
 
 import jax
 
+from darex_jax.choosing.pair import MASK_SEEDS, Pair, load_pair, scored, split_in_scope
+from darex_jax.choosing.searched import find_q, q_grid
+from darex_jax.choosing.table import CALIBRATION_SIZE
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.find_q import (
-    CALIBRATION_SIZE,
-    MASK_SEEDS,
-    find_q,
-    load_pair,
-    pruned_models,
-    q_grid,
-    scored,
-    split_in_scope,
-)
 from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.atomic import write_whole
@@ -30,7 +23,7 @@ from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import prune_checkpoints
 from darex_jax.files.restore import apply_artifact
-from darex_jax.runs.choose_q import log_ticks
+from darex_jax.runs.figures import log_ticks
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.training.fine_tune import classifier_for, fine_tune
@@ -127,11 +120,12 @@ def run_demo(
     by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in drop_rates:
         say(f"drop rate {drop_rate}: searching q by labels and by output change")
-        pruned = pruned_models(start, delta, drop_rate)
+        pair = Pair(model, fine, start, delta, drop_rate)
+        pruned = pair.models
         q_v = find_q(by_labels, pruned[:1], q_grid(drop_rate))
         q_e = find_q(by_outputs, pruned, q_grid(drop_rate))
         row: dict[str, Any] = {"drop_rate": drop_rate, "curve_q_v": q_v.curve, "curve_q_e": q_e.curve}
-        for name, q in (("dare", round(1.0 - drop_rate, 12)), ("q_v", q_v.q), ("q_e", q_e.q)):
+        for name, q in (("dare", pair.density), ("q_v", q_v.q), ("q_e", q_e.q)):
             row[name] = {"q": q, **scored(score, pruned, q)}
         say(f"drop rate {drop_rate}: writing the artifact and restoring the model from it")
         row |= _store_and_restore(base, fine_path, out, drop_rate, q_v.q)

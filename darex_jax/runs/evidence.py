@@ -13,7 +13,7 @@ from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.model import load_model
 from darex_jax.methods.evidence import Evidence
-from darex_jax.runs.source import Source, read_material
+from darex_jax.tasks.source import Source, read_material
 
 
 def gather(

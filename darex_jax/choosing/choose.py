@@ -1,0 +1,118 @@
+"""Choosing q for a fine-tuned model and its base: what `darex find-q` and `darex prune --q auto` do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from darex_jax.choosing.choice import Choice, OnValue
+from darex_jax.choosing.pair import open_pair
+from darex_jax.choosing.table import SCOPES, WAYS
+from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import DECODERS, choose_scope
+from darex_jax.files.checkpoint import Checkpoint, read_config
+from darex_jax.files.manifest import run_manifest, weights_digest
+from darex_jax.models import BertConfig, read_model_config
+from darex_jax.q.search import check_bounds
+from darex_jax.tasks.source import Source, read_material
+
+RECORDED = (  # of what a person said: what the manifest keeps
+    "drop_rate", "objective", "scope", "rule", "task", "data_dir", "difficulty", "text", "limit", "masks",
+    "grid", "learning_rate", "include", "exclude", "seed",
+)  # fmt: skip
+
+
+def choose_q(
+    base: Path,
+    fine: Path,
+    drop_rate: float,
+    choice: Choice,
+    source: Source,
+    on_value: OnValue = lambda point, value: None,
+) -> dict[str, Any]:
+    """Chooses q, one for the model or one for each linear layer; the same arguments give the same q.
+
+    Args:
+      base, fine: Hugging Face directories.
+      choice: the way, and what else is to be said of it.
+      source: where the examples come from; where it says no limit, that of the way.
+      on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
+    Returns: what the q file holds, ready for strict JSON: q, value, objective, scope, curve (of q, of eta
+      with rule, or of epochs; None for a value that is not finite), plateau, what it cost (evaluations of so
+      many examples, labels looked at), manifest. Where there is a `warning`, the examples tell nothing, and q
+      is 1 - p, DARE's (the smallest visited with finite outputs, where some were not).
+    Raises: ValueError for what does not fit; FileError for a damaged file.
+    """
+    if choice.objective == "auto":
+        labelled, ignored = source.task is not None, choice.ignore_config_fields
+        objective = "labels" if labelled else without_labels(fine, choice.scope, ignored)
+        choice = replace(choice, objective=objective)
+    _check(choice, source, drop_rate)
+    way = WAYS[choice.objective]
+    scope = choose_scope(read_config(fine).get("model_type"), choice.include, choice.exclude)
+    source = replace(source, limit=way.limit if source.limit is None else source.limit)
+    material = read_material(fine, source, held_out=way.held_out)  # before a weight is read
+    if way.learns and len(material.encoded) < 2:
+        raise DarexError(f"{choice.objective} takes two examples or more: to learn from, and to be held out.")
+    seeds = [choice.seed + i for i in range((choice.masks or way.masks) if way.masks else 0)]
+    pair = open_pair(base, fine, drop_rate, seeds, scope, choice.ignore_config_fields)
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        inputs = {"base_weights": weights_digest(b), "fine_weights": weights_digest(f)}
+    inputs["data"] = material.encoded.digest()
+    head = {
+        "objective": choice.objective, "scope": choice.scope, "drop_rate": drop_rate, "mask_seeds": seeds,
+        "data": material.source, "labels": 0,
+    }  # fmt: skip
+    found = way.find(pair, material, choice, inputs, on_value)
+    said = vars(choice) | vars(source) | {"drop_rate": drop_rate}
+    manifest = run_manifest("find-q", {name: said[name] for name in RECORDED}, inputs, {})
+    return _strict(head | found | {"manifest": manifest})
+
+
+def without_labels(fine: Path, scope: str, ignore_config_fields: Collection[str] = ()) -> str:
+    """The objective for a model whose task is not known."""
+    hf = read_config(fine)
+    if hf.get("model_type") in DECODERS:
+        return "predictions"
+    if "ForSequenceClassification" in str(hf.get("architectures")):
+        config = read_model_config(hf, ignore_config_fields)
+        if isinstance(config, BertConfig) and config.num_labels > 1:
+            return "predictions"
+    return "outputs" if scope == "layer" else "two-point"
+
+
+def _check(choice: Choice, source: Source, drop_rate: float) -> None:
+    name = choice.objective
+    if name not in WAYS or choice.scope not in SCOPES:
+        raise DarexError(f"objective is one of {', '.join(WAYS)}, scope {' or '.join(SCOPES)}.")
+    way = WAYS[name]
+    if not 0.0 < drop_rate < 1.0:
+        raise DarexError(f"at a drop rate of {drop_rate} there is no q to choose.")
+    if choice.scope not in way.scopes:
+        own = way.scopes[0]
+        raise DarexError(f"{name} finds {SCOPES[own]}; say --scope {own}.")
+    if way.labels and source.text is not None:
+        raise DarexError("texts have no labels; choose another objective, or a task.")
+    if way.labels and source.task is None:
+        raise DarexError(
+            f"{name} are those of the model's own task: name it (--task), or choose another objective."
+        )
+    if way.one_mask and choice.masks not in (None, 1):
+        raise DarexError(f"{name} takes one mask.")
+    if choice.grid is not None:
+        check_bounds(*choice.grid)
+        if not way.searches:
+            searched = ", ".join(other for other, way in WAYS.items() if way.searches)
+            raise DarexError(f"{name} searches no grid; a grid is for {searched}.")
+
+
+def _strict(value: Any) -> Any:
+    """The same with None for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,238 @@
+"""The way that learns: gradient descent on the output change, in one coefficient a layer and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from darex_jax.choosing.choice import LEARNING_RATE, Choice, OnValue, untold
+from darex_jax.choosing.pair import Pair, Params
+from darex_jax.choosing.table import CALIBRATION_SIZE
+from darex_jax.core.delta import apply_delta, prune, rescale
+from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import flatten_names
+from darex_jax.evaluation.calibration import input_statistics
+from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
+from darex_jax.models import Model
+from darex_jax.q.per_layer import bias_of
+from darex_jax.tasks.batching import Batch
+from darex_jax.tasks.source import Material
+from darex_jax.training.checkpoints import Checkpoints
+
+
+def by_gradient(
+    pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
+) -> dict[str, Any]:
+    """The least output change on held-out examples while it is learned from the others.
+
+    Of the pair's one mask, which is applied in the delta's own place: the pair is used up.
+    """
+    (seed,) = pair.seeds
+    order, quarter = hold_out_quarter(len(material.encoded), seed)
+    rest, held_out = (material.select(rows).batches(CALIBRATION_SIZE) for rows in (order, quarter))
+    masked = prune(jax.random.key(seed), pair.delta, pair.drop_rate, 1.0, donate=True)
+    known = input_statistics(pair.model, pair.params, rest[:1])
+    layers = [name for name in flatten_names(masked) if name in known]
+    how = Learning(
+        learning_rate=choice.learning_rate,
+        checkpoints=_checkpoints(pair, choice, inputs),
+        on_epoch=lambda epoch, _, change: on_value(epoch, change),
+    )
+    learned = learn_q(pair, masked, layers, rest, held_out, how)
+    epochs = len(learned.history) - 1
+    # The held-out examples once at the start; an epoch sends the others through forwards and backwards, which
+    # counts as two more, and the held-out ones once.
+    passes = len(quarter) + epochs * (3 * len(order) + len(quarter))
+    found = {
+        "q": learned.q, "value": learned.change, "value_name": "held-out output change",
+        "curve": [[epoch, change] for epoch, (_, change) in enumerate(learned.history)],
+        "evaluations": round(passes / len(material.encoded), 2), "examples": len(material.encoded),
+    }  # fmt: skip
+    if learned.change == learned.history[0][1]:
+        found["warning"] = untold("no epoch was better than the first q")
+    return found
+
+
+def hold_out_quarter(count: int, seed: int) -> tuple[NDArray, NDArray]:
+    """Row numbers to learn from, and the quarter (at least one) that decides when to stop; both ascending."""
+    order, quarter = np.random.default_rng(seed).permutation(count), max(1, count // 4)
+    return np.sort(order[quarter:]), np.sort(order[:quarter])
+
+
+def _checkpoints(pair: Pair, choice: Choice, inputs: Mapping[str, str]) -> Checkpoints | None:
+    """A place of its own: what was learnt from other models, data or masks is no beginning."""
+    if choice.checkpoints is None:
+        return None
+    made_from = {
+        "model": inputs["fine_weights"], "data": inputs["data"], "base": inputs["base_weights"],
+        "mask": f"{pair.drop_rate} {list(pair.seeds)}", "rate": str(choice.learning_rate),
+        "scope": json.dumps([choice.include, choice.exclude]),
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return Checkpoints(choice.checkpoints / digest[:16], every=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How long and how fast, see `learn_q`.
+
+    Attributes:
+      learning_rate: AdamW's at the start, which is by how much the first step changes every q: the authors'
+        1e-2 brings it to eleven times DARE's at 0.999.
+      patience: epochs without a better held-out change.
+      on_epoch: called after every epoch with its number from 1, the mean change and the held-out change.
+    """
+
+    epochs: int = 20
+    learning_rate: float = LEARNING_RATE
+    patience: int = 5
+    checkpoints: Checkpoints | None = None
+    on_epoch: Callable[[int, float, float], None] = lambda epoch, change, held_out: None
+
+
+class LearnedQ(NamedTuple):
+    """What training found.
+
+    Attributes:
+      q: one for every name of the masked delta, of the epoch with the least held-out change.
+      change: that held-out change.
+      history: epoch by epoch, the mean change in training and the held-out change after it. The first entry
+        is the start, its training change the held-out one.
+    """
+
+    q: dict[str, float]
+    change: float
+    history: list[tuple[float, float]]
+
+
+def learn_q(
+    pair: Pair,
+    masked: Params,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    how: Learning,
+) -> LearnedQ:
+    """Trains q_l = (1 - p) + |coefficient_l| of every linear layer, from DARE's q on.
+
+    AdamW with a cosine schedule; the loss is the output change (`darex_jax.evaluation.outputs`): of an
+    encoder's hidden states, or of a decoder's logits at the fine-tuned model's five likeliest tokens. It ends
+    after `patience` epochs without a better held-out change. Nothing in it is random; with `checkpoints` a
+    training that was stopped goes on, to the same bits.
+
+    Args:
+      pair: of which neither the delta nor the seeds are looked at.
+      masked: its delta with the dropped entries at zero, not rescaled: `prune(key, delta, drop_rate, 1.0)`.
+      layers: the weights that have a coefficient each; their biases follow them, all else has the mean q.
+      batches, held_out: what is trained on, a step a batch, and what decides when to stop.
+    Raises: ValueError for no layer or no batch, or if the outputs are not finite at DARE's q, where learning
+      begins; FloatingPointError once the change is not finite.
+    Source: the authors' code for DAREx, arXiv:2410.09344.
+    """
+    if not layers or not batches or not held_out:
+        raise DarexError("learning q takes at least one layer, one batch and one held-out batch.")
+    names = tuple(flatten_names(masked))
+    number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
+    layout = tuple(number.get(name, -1) for name in names)
+    fixed = _Fixed(pair.model, layout, pair.density)
+    epochs, checkpoints = how.epochs, how.checkpoints
+    references, held_out_references = (
+        reference_outputs(pair.model, pair.params, some) for some in (batches, held_out)
+    )
+
+    def change(coefficients: jax.Array) -> float:
+        q = dict(zip(names, _q_by_name(fixed, coefficients), strict=True))
+        return output_change(pair.model, _rescaled(pair.start, masked, q), held_out, held_out_references)
+
+    coefficients = jnp.zeros(len(layers), jnp.float32)
+    history = np.full((epochs + 1, 2), np.nan)
+    history[0] = change(coefficients)
+    if not np.isfinite(history[0, 0]):
+        raise DarexError("outputs are not finite at DARE's q, where learning begins: choose a searched one.")
+    state = (jnp.int32(0), coefficients, _optimizer(0.0).init(coefficients), coefficients, history)
+    if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
+        state = found[1]
+    epoch, coefficients, moments, best, history = state
+    done = int(epoch)
+    while done < epochs and done - int(np.nanargmin(history[:, 1])) < how.patience:
+        changes = []
+        for i, example in enumerate(zip(batches, references, strict=True)):
+            rate = _cosine(how.learning_rate, done * len(batches) + i, epochs * len(batches))
+            (coefficients, moments), seen = _step(
+                fixed, rate, (coefficients, moments), pair.start, masked, example
+            )
+            changes.append(seen)
+        done += 1
+        mean, after = float(np.mean(np.asarray(changes, np.float64))), change(coefficients)
+        if not np.isfinite(mean + after):
+            raise FloatingPointError(f"learning q diverged in epoch {done}: the output change is {after}.")
+        best = coefficients if after < np.nanmin(history[:, 1]) else best
+        history[done] = mean, after
+        how.on_epoch(done, mean, after)
+        if checkpoints is not None:
+            checkpoints.save(done, (jnp.int32(done), coefficients, moments, best, history), -after)
+    by_name = {name: float(x) for name, x in zip(names, _q_by_name(fixed, best), strict=True)}
+    seen = [(float(a), float(b)) for a, b in history[: done + 1]]
+    return LearnedQ(by_name, min(b for _, b in seen), seen)
+
+
+class _Fixed(NamedTuple):
+    """What a compiled step is for. layout: of every name of the delta the number of its coefficient, or -1
+    for the mean of all."""
+
+    model: Model
+    layout: tuple[int, ...]
+    density: float
+
+
+@jax.jit
+def _rescaled(start: Params, masked: Params, q: dict[str, jax.Array]) -> Params:
+    return apply_delta(start, rescale(masked, q))
+
+
+def _cosine(learning_rate: float, step: int, steps: int) -> float:
+    """optax's `cosine_decay_schedule` on the host: a device would do it behind the steps that are queued."""
+    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=0.01)
+
+
+def _q_by_name(fixed: _Fixed, coefficients: jax.Array) -> list[jax.Array]:
+    # Not `jnp.abs`, whose gradient at 0, where all begin, is 0.
+    q = fixed.density + jnp.where(coefficients < 0, -coefficients, coefficients)
+    return [q[i] if i >= 0 else jnp.mean(q) for i in fixed.layout]
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(
+    fixed: _Fixed,
+    learning_rate: float,
+    state: tuple[jax.Array, Any],
+    start: Params,
+    masked: Params,
+    example: tuple[Batch, Reference],
+) -> tuple[tuple[jax.Array, Any], jax.Array]:
+    """One step: new coefficients and moments, and the change before it."""
+
+    def loss(coefficients: jax.Array) -> jax.Array:
+        q = dict(zip(flatten_names(masked), _q_by_name(fixed, coefficients), strict=True))
+        total, count = output_change_sums(fixed.model, False, _rescaled(start, masked, q), *example)
+        return total / count
+
+    coefficients, moments = state
+    value, gradient = jax.value_and_grad(loss)(coefficients)
+    steps, moments = _optimizer(learning_rate).update(gradient, moments, coefficients)
+    return (optax.apply_updates(coefficients, steps), moments), value

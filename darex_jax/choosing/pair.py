@@ -1,0 +1,127 @@
+"""A fine-tuned model and its base, and the pruned models between them, each a function of q.
+
+q is an argument of compiled functions here: a sweep over values and masks compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.delta import compute_delta
+from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import Scope, choose_scope
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.evaluation.classification import pruned_params
+from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.match import match_checkpoints
+from darex_jax.files.model import load_model
+from darex_jax.models import Model
+
+Params = dict[str, Any]
+Q = float | Mapping[str, float]
+PrunedModel = Callable[[Q], Params]  # from q to the params of a model pruned with one mask
+MASK_SEEDS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What q is chosen for: a model between its base and its fine-tune, pruned at one rate with some masks.
+
+    Attributes:
+      model, params: the fine-tuned model.
+      start, delta: what pruning begins from, and what of it: see `split_in_scope`.
+      drop_rate: p, in (0, 1).
+      seeds: of the masks, `jax.random.key(seed)` each.
+    """
+
+    model: Model
+    params: Params
+    start: Params
+    delta: Params
+    drop_rate: float
+    seeds: Sequence[int] = MASK_SEEDS
+
+    @property
+    def density(self) -> float:
+        """DARE's q."""
+        return round(1.0 - self.drop_rate, 12)
+
+    @property
+    def models(self) -> list[PrunedModel]:
+        """For each mask the params of the pruned model as a function of q: see `pruned_params`."""
+        keys = map(jax.random.key, self.seeds)
+        return [partial(pruned_params, self.start, self.delta, key, self.drop_rate) for key in keys]
+
+    def dare(self, scope: str) -> Q:
+        """DARE's q: a number, or with the scope "layer" the same for every name of the delta."""
+        return dict.fromkeys(flatten_names(self.delta), self.density) if scope == "layer" else self.density
+
+
+def open_pair(
+    base: str | os.PathLike[str],
+    fine: str | os.PathLike[str],
+    drop_rate: float,
+    seeds: Sequence[int] = MASK_SEEDS,
+    scope: Scope | None = None,
+    ignore_config_fields: Collection[str] = (),
+) -> Pair:
+    """Reads a pair: see `load_pair`."""
+    model, params, base_params = load_pair(base, fine, scope, ignore_config_fields)
+    return Pair(model, params, *split_in_scope(params, base_params), drop_rate, seeds)
+
+
+def load_pair(
+    base: str | os.PathLike[str],
+    fine: str | os.PathLike[str],
+    scope: Scope | None = None,
+    ignore_config_fields: Collection[str] = (),
+) -> tuple[Model, Params, Params]:
+    """A fine-tuned model and what pruning needs of its base.
+
+    Both in the dtypes of their files, but float16 as float32: a small q leaves float16's range, and XLA's CPU
+    backend does not run all of a float16 model. A base that is narrower than its fine-tune is widened.
+
+    Returns: the fine-tuned model and its params; the base's values of the parameters in scope, a nested dict
+      with the fine-tuned names.
+    Raises: ValueError if the two do not fit together.
+    """
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type")))
+        match.raise_if_faulty()
+        extra = [name for name in match.pruned if name in match.extra_rows]
+        if extra:
+            raise DarexError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
+        half = any(tensor.info.dtype == np.float16 for tensor in f.tensors.values())
+        model, params = load_model(
+            fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
+        )
+        named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
+    loaded = flatten_names(params)
+    wide = {name: jnp.asarray(x, jnp.promote_types(x.dtype, loaded[name].dtype)) for name, x in named.items()}
+    return model, params, unflatten_names(wide)
+
+
+def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
+    """The point a search starts from, and the delta that is pruned.
+
+    Args: fine: all parameters; base: those in scope, the same names.
+    Returns: `fine` with the base's values where the base has any (a fresh head stays fine-tuned); the float32
+      delta of the parameters in scope.
+    """
+    fine_named, base_named = flatten_names(fine), flatten_names(base)
+    in_scope = unflatten_names({name: fine_named[name] for name in base_named})
+    return unflatten_names(fine_named | base_named), compute_delta(in_scope, base)
+
+
+def scored(score: Callable[[Params], float], models: Sequence[PrunedModel], q: Q) -> dict[str, Any]:
+    """What `score` says of the models pruned with each mask: `scores`, their `mean`, their sample `std`."""
+    scores = [score(model(q)) for model in models]
+    return {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)), "scores": scores}
