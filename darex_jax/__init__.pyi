@@ -16,10 +16,10 @@ from .files.adapter import load_adapter as load_adapter
 from .files.adapter import save_adapter as save_adapter
 from .files.artifact import load_delta as load_delta
 from .files.artifact import load_kept as load_kept
-from .files.artifact import save_delta as save_delta
 from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
+from .files.save import save_delta as save_delta
 from .methods.budget import Budget as Budget
 from .methods.dare import dare as dare
 from .methods.evidence import Evidence as Evidence

@@ -118,7 +118,8 @@ def apply(
 @JSON
 def inspect(delta: Path, as_json: bool) -> None:
     """What is in a delta, where its bytes are, and how it was made."""
-    from darex_jax.files.artifact import DeltaFile, contents
+    from darex_jax.files.artifact import DeltaFile
+    from darex_jax.files.contents import contents
 
     with DeltaFile(delta) as d:
         report = contents(d)

@@ -15,7 +15,7 @@ Format 2, a sum of parts for each parameter, has
 import json
 import math
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Any
@@ -24,7 +24,7 @@ import blake3
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.mask import survivor_chunks, survivor_indices
+from darex_jax.core.mask import survivor_chunks
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.blocks import unpack
@@ -34,22 +34,16 @@ from darex_jax.files.recipe import (
     FORMATS,
     METADATA,
     Recipe,
-    is_name,
     recipe_from,
-    resolve_q,
     tensor_line,
-    versions,
-    warn_of_little,
 )
 from darex_jax.files.safetensors import (
     CHUNK,
-    DTYPE_NAMES,
     DTYPES,
     FileError,
     SafetensorsFile,
     as_bytes,
     element_count,
-    write_tensors,
 )
 from darex_jax.parts.random import Random
 from darex_jax.parts.total import Parts
@@ -329,93 +323,6 @@ class DeltaFile(SafetensorsFile):
         return keep_threshold(self.recipe.drop_rate)
 
 
-def save_delta(
-    path: str | os.PathLike[str],
-    key: Any,
-    delta: Any,
-    drop_rate: float,
-    q: Any = None,
-    *,
-    base: Any,
-) -> Recipe:
-    """Prunes a delta and writes the artifact, whole or not at all; `darex apply` and `load_delta` read it.
-
-    Args:
-      key: scalar typed Threefry key.
-      delta: tree of floating arrays, not yet pruned; values are stored in its leaves' dtypes.
-      drop_rate, q: as in `prune`; q a number, or one per leaf as a tree or a dict by name.
-      base: the tree the delta belongs to, fingerprinted; the names and shapes of `delta`, and maybe more.
-        The restored parameters have its dtypes, as after `apply_delta`.
-    Raises: ValueError for arguments out of range, or a delta or a q that do not fit.
-    """
-    import jax
-
-    from darex_jax.core.tree import check_key, flatten_names
-
-    check_key(key)
-    words = np.asarray(jax.random.key_data(key))
-    threshold = keep_threshold(drop_rate)
-    deltas = {name: np.asarray(leaf) for name, leaf in flatten_names(delta).items()}
-    bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
-    for name, leaf in bases.items():
-        if not is_name(f"values/{name}"):
-            raise DarexError(f"{name[:80]!a} is not a name that a parameter can have in a file.")
-        if leaf.dtype not in DTYPE_NAMES:
-            raise DarexError(f"'{name}' of the base is {leaf.dtype}, which an artifact cannot hold.")
-    for name, leaf in deltas.items():
-        if name not in bases or bases[name].shape != leaf.shape:
-            raise DarexError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
-        if leaf.dtype not in DTYPE_NAMES or leaf.dtype.kind not in "fV":  # bfloat16 is of kind V
-            raise DarexError(
-                f"'{name}' of the delta holds {leaf.dtype}: only floating parameters are pruned."
-            )
-    named_q = None if q is None else flatten_names(q)
-    by_name = named_q[""] if named_q is not None and list(named_q) == [""] else named_q  # a single number
-    q_by_name = resolve_q(by_name, drop_rate, list(deltas))
-    tensors = {}
-    for name in sorted(deltas, key=lambda n: (-deltas[n].dtype.itemsize, n)):
-        leaf_key = numpy_leaf_key(tuple(map(int, words)), name_words(name))
-        kept = survivor_indices(leaf_key, deltas[name].size, threshold)
-        tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
-    digest = blake3.blake3()
-    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
-        digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
-        digest.update(as_bytes(tensors[name]))
-    recipe = Recipe(
-        format=1,
-        method="dare" if q is None else "darex-q",
-        drop_rate=float(drop_rate),
-        key=(int(words[0]), int(words[1])),
-        scope="the delta's own leaves",
-        parameters={
-            name: {"shape": list(leaf.shape), "q": q_by_name[name], "dtype": DTYPE_NAMES[bases[name].dtype]}
-            for name, leaf in deltas.items()
-        },
-        base={
-            name: {
-                "dtype": DTYPE_NAMES[leaf.dtype],
-                "shape": list(leaf.shape),
-                "blake3": blake3.blake3(as_bytes(np.ascontiguousarray(leaf))).hexdigest(),
-            }
-            for name, leaf in bases.items()
-        },
-        base_names={},
-        base_only=[],
-        inexact=0,
-        nonfinite=sum(_count_nonfinite(tree[name]) for tree in (deltas, bases) for name in deltas),
-        versions=versions(),
-        data_blake3=digest.hexdigest(),
-    )
-    write_tensors(path, tensors, recipe.to_metadata())
-    same = not any(np.any(leaf) for leaf in deltas.values())
-    warn_of_little(drop_rate, q_by_name, same=same, survivors=sum(x.size for x in tensors.values()))
-    return recipe
-
-
-def _count_nonfinite(array: np.ndarray) -> int:
-    return int(np.count_nonzero(~np.isfinite(array)))
-
-
 def load_delta(
     path: str | os.PathLike[str], *, parts: bool = False, max_entries: int | None = None
 ) -> dict[str, Any]:
@@ -453,51 +360,6 @@ def load_delta(
             named[name] = jnp.asarray(dense.reshape(entry["shape"]))
         file.check_data()
     return unflatten_names(named)
-
-
-def contents(file: DeltaFile) -> dict[str, Any]:
-    """What is in an artifact and where its bytes are, ready for JSON; `darex inspect` shows it.
-
-    `survivors` counts the numbers stored, places and scales included, before any entropy coding; bytes are
-    those on disk.
-    """
-    recipe, size = file.recipe, os.fstat(file._file).st_size
-    bytes_of = {
-        kind: sum(i.nbytes for n, i in file.tensors.items() if n.startswith(kind + "/")) for kind in KINDS
-    }
-    q, parts_of, stored = set(), Counter[str](), 0
-    if recipe.format == 1:
-        q |= {entry["q"] for entry in recipe.parameters.values()}
-        stored = sum(file.tensors[f"values/{name}"].size for name in recipe.parameters)
-        parts_of["random"] = len(recipe.parameters)
-    for block in recipe.blocks or ():
-        for group, *_, length in block["streams"]:
-            kind, array, _ = group.split(" ") if group.count(" ") == 2 else (group, "", "")
-            name = f"{kind} {array}".strip()
-            bytes_of[name] = bytes_of.get(name, 0) + length
-        for part in (part for parts in block["parameters"].values() for part in parts):
-            parts_of[part["kind"]] += 1
-            stored += sum(count for _, count in part["counts"].values())
-            q |= {part["q"]} if type(part.get("q")) in (int, float) else set()
-    if recipe.format == 2:
-        bytes_of["recipe"] = file.tensors[RECIPE].nbytes
-    bytes_of["header"] = size - sum(info.nbytes for info in file.tensors.values())
-    entries = sum(element_count(tuple(entry["shape"])) for entry in recipe.parameters.values())
-    made_with: dict[str, Any] = {**(recipe.budget or {}), **(recipe.options or {})}
-    if recipe.drop_rate is not None:
-        made_with["drop_rate"] = recipe.drop_rate
-    return {
-        "format": recipe.format, "method": recipe.method, "made_with": made_with,
-        "drop_rate": made_with.get("drop_rate"), "key": list(recipe.key), "scope": recipe.scope,
-        "parameters": len(recipe.parameters), "entries": entries, "parts": dict(parts_of),
-        "survivors": stored, "q": sorted(q), "evidence": recipe.evidence or {},
-        "dtypes": sorted({DTYPES[e["dtype"]].name for e in recipe.parameters.values() if "dtype" in e}),
-        "dense": file.names("dense"), "extra_rows": file.names("rows"), "files": file.names("file"),
-        "inexact": recipe.inexact, "nonfinite": recipe.nonfinite, "bytes": size,
-        "bytes_by_kind": {name: count for name, count in bytes_of.items() if count},
-        "bytes_per_parameter": size / max(1, entries), "versions": recipe.versions,
-        "data_blake3": recipe.data_blake3, "digest": recipe.digest(),
-    }  # fmt: skip
 
 
 def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""A delta in memory as an artifact of format 1."""
+
+import os
+from typing import Any
+
+import blake3
+import numpy as np
+
+from darex_jax.core.errors import DarexError
+from darex_jax.core.mask import survivor_indices
+from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
+from darex_jax.core.tree import name_words
+from darex_jax.files.recipe import Recipe, is_name, resolve_q, tensor_line, versions, warn_of_little
+from darex_jax.files.safetensors import DTYPE_NAMES, as_bytes, write_tensors
+
+
+def save_delta(
+    path: str | os.PathLike[str],
+    key: Any,
+    delta: Any,
+    drop_rate: float,
+    q: Any = None,
+    *,
+    base: Any,
+) -> Recipe:
+    """Prunes a delta and writes the artifact, whole or not at all; `darex apply` and `load_delta` read it.
+
+    Args:
+      key: scalar typed Threefry key.
+      delta: tree of floating arrays, not yet pruned; values are stored in its leaves' dtypes.
+      drop_rate, q: as in `prune`; q a number, or one per leaf as a tree or a dict by name.
+      base: the tree the delta belongs to, fingerprinted; the names and shapes of `delta`, and maybe more.
+        The restored parameters have its dtypes, as after `apply_delta`.
+    Raises: ValueError for arguments out of range, or a delta or a q that do not fit.
+    """
+    import jax
+
+    from darex_jax.core.tree import check_key, flatten_names
+
+    check_key(key)
+    words = np.asarray(jax.random.key_data(key))
+    threshold = keep_threshold(drop_rate)
+    deltas = {name: np.asarray(leaf) for name, leaf in flatten_names(delta).items()}
+    bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
+    for name, leaf in bases.items():
+        if not is_name(f"values/{name}"):
+            raise DarexError(f"{name[:80]!a} is not a name that a parameter can have in a file.")
+        if leaf.dtype not in DTYPE_NAMES:
+            raise DarexError(f"'{name}' of the base is {leaf.dtype}, which an artifact cannot hold.")
+    for name, leaf in deltas.items():
+        if name not in bases or bases[name].shape != leaf.shape:
+            raise DarexError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
+        if leaf.dtype not in DTYPE_NAMES or leaf.dtype.kind not in "fV":  # bfloat16 is of kind V
+            raise DarexError(
+                f"'{name}' of the delta holds {leaf.dtype}: only floating parameters are pruned."
+            )
+    named_q = None if q is None else flatten_names(q)
+    by_name = named_q[""] if named_q is not None and list(named_q) == [""] else named_q  # a single number
+    q_by_name = resolve_q(by_name, drop_rate, list(deltas))
+    tensors = {}
+    for name in sorted(deltas, key=lambda n: (-deltas[n].dtype.itemsize, n)):
+        leaf_key = numpy_leaf_key(tuple(map(int, words)), name_words(name))
+        kept = survivor_indices(leaf_key, deltas[name].size, threshold)
+        tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
+    digest = blake3.blake3()
+    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
+        digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
+        digest.update(as_bytes(tensors[name]))
+    recipe = Recipe(
+        format=1,
+        method="dare" if q is None else "darex-q",
+        drop_rate=float(drop_rate),
+        key=(int(words[0]), int(words[1])),
+        scope="the delta's own leaves",
+        parameters={
+            name: {"shape": list(leaf.shape), "q": q_by_name[name], "dtype": DTYPE_NAMES[bases[name].dtype]}
+            for name, leaf in deltas.items()
+        },
+        base={
+            name: {
+                "dtype": DTYPE_NAMES[leaf.dtype],
+                "shape": list(leaf.shape),
+                "blake3": blake3.blake3(as_bytes(np.ascontiguousarray(leaf))).hexdigest(),
+            }
+            for name, leaf in bases.items()
+        },
+        base_names={},
+        base_only=[],
+        inexact=0,
+        nonfinite=sum(_count_nonfinite(tree[name]) for tree in (deltas, bases) for name in deltas),
+        versions=versions(),
+        data_blake3=digest.hexdigest(),
+    )
+    write_tensors(path, tensors, recipe.to_metadata())
+    same = not any(np.any(leaf) for leaf in deltas.values())
+    warn_of_little(drop_rate, q_by_name, same=same, survivors=sum(x.size for x in tensors.values()))
+    return recipe
+
+
+def _count_nonfinite(array: np.ndarray) -> int:
+    return int(np.count_nonzero(~np.isfinite(array)))
