@@ -30,6 +30,8 @@ from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.model import load_model
+from darex_jax.files.prune import Job
+from darex_jax.methods.budget import Budget
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.demo import demo_weights
 from darex_jax.runs.evidence import gather
@@ -106,7 +108,7 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
         })  # fmt: skip
     done = {(row["way"], row.get("bytes")) for row in rows}
     source = Source(task=task_name, data_dir=data_dir, limit=CALIBRATION)
-    evidence, digests = gather(fine, source, ("input_norms",))
+    gathered = gather(fine, source, ("input_norms",))
     scope = choose_scope("bert")
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope)
@@ -120,25 +122,23 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "delta.safetensors"
 
-                    write = partial(
-                        prune_by, b, f, path, method=name, evidence=evidence, digests=digests,
-                        options=options, scope=scope,
-                    )  # fmt: skip
+                    job = Job(b, f, path, scope)
+                    write = partial(prune_by, job, name, gathered=gathered, options=options)
                     try:
                         q = options.pop("q", None)
-                        first = write(seed=0, file_bytes=round(size * entries))
+                        first = write(round(size * entries), seed=0)
                     except DarexError as error:
                         note({"way": way, "bytes": size, "why": str(error)})
                         continue
-                    budget = first.recipe.budget
+                    budget = Budget(**first.recipe.budget)
                     if q is not None:
                         drop_rate = first.recipe.blocks[0]["parameters"][match.pruned[0]][0]["drop_rate"]
                         found = choose_q(base, fine, drop_rate, Choice(objective=q), source)
                         options["q"] = found["q"]
-                        first = write(seed=0, budget=budget)
+                        first = write(budget, seed=0)
                     seen = [measured(path)]
                     for seed in SEEDS[1:] if method.random else ():
-                        write(seed=seed, budget=budget)
+                        write(budget, seed=seed)
                         seen.append(measured(path))
                 metrics = [s["metric"] for s in seen]
                 note({

@@ -22,7 +22,7 @@ from darex_jax.evaluation.gsm8k import evaluate_gsm8k
 from darex_jax.evaluation.text import complete
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import params_digest
-from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.models import init_model, read_model_config
 from darex_jax.tasks.answers import encode_problems
 from darex_jax.tasks.word_problems import word_problem_tokenizer, word_problems
@@ -92,7 +92,7 @@ def main() -> None:
     for drop_rate in (0.1, 0.5, 0.9):
         delta = options.runs / f"delta-{drop_rate}.safetensors"
         with Checkpoint(base) as b, Checkpoint(fine) as f:
-            prune_checkpoints(b, f, delta, key=(0, 0), drop_rate=drop_rate, scope=choose_scope("llama"))
+            prune_checkpoints(Job(b, f, delta, choose_scope("llama")), key=(0, 0), drop_rate=drop_rate)
         results["pruned"][str(drop_rate)] = accuracy(f"dare-{drop_rate}", base, delta)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "word_problems.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -31,10 +31,11 @@ from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.scope import choose_scope
 from darex_jax.files.artifact import DeltaFile, load_delta, load_kept
 from darex_jax.files.checkpoint import Checkpoint
-from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params, verify_artifact
 from darex_jax.files.safetensors import DTYPES, as_bytes, write_tensors
+from darex_jax.methods.budget import Budget
 from darex_jax.runs.prune import prune_by
 
 MEMORY = 700 << 20  # bytes above those of the process when it begins
@@ -86,16 +87,14 @@ def make_models(folder: Path) -> list[Path]:
     for fine, drop_rate, q in fines:
         artifacts.append(folder / f"{fine.name}.delta")
         with Checkpoint(folder / "base") as b, Checkpoint(fine) as f:
-            prune_checkpoints(
-                b, f, artifacts[-1], key=(0, 7), drop_rate=drop_rate, q=q, scope=choose_scope("bert")
-            )
+            job = Job(b, f, artifacts[-1], choose_scope("bert"))
+            prune_checkpoints(job, key=(0, 7), drop_rate=drop_rate, q=q)
     methods = {"dare": {"bits": 8}, "magnitude": {"bits": 4}, "structured": {}, "sign-svd": {"bits": 2}}
     for method, options in methods.items():
         artifacts.append(folder / f"{method}.delta")
         with Checkpoint(folder / "base") as b, Checkpoint(folder / "rows") as f:
-            prune_by(
-                b, f, artifacts[-1], method=method, drop_rate=0.5, options=options, scope=choose_scope("bert")
-            )
+            job = Job(b, f, artifacts[-1], choose_scope("bert"))
+            prune_by(job, method, Budget(drop_rate=0.5), options=options)
     return artifacts
 
 

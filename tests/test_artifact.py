@@ -30,7 +30,7 @@ from darex_jax.core.tree import flatten_names, name_words, unflatten_names
 from darex_jax.files import stream
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import INDEX, Checkpoint
-from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
@@ -87,10 +87,10 @@ def darex(*arguments, code=0):
     return result
 
 
-def prune(base, fine, out, drop_rate=0.9, **options):
+def prune(base, fine, out, drop_rate=0.9, q=None, **more):
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        scope = choose_scope("bert")
-        return prune_checkpoints(b, f, out, key=(0, 0), drop_rate=drop_rate, scope=scope, **options)
+        job = Job(b, f, out, choose_scope("bert"), **more)
+        return prune_checkpoints(job, key=(0, 0), drop_rate=drop_rate, q=q)
 
 
 def read_all(path):

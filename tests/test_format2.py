@@ -17,8 +17,10 @@ from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.prune import Job
 from darex_jax.files.restore import apply_artifact, restored_params, verify_artifact
 from darex_jax.files.safetensors import FileError, SafetensorsFile
+from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
 from darex_jax.parts.total import Parts
@@ -34,11 +36,11 @@ def pair(tmp_path):
     return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
 
 
-def prune(base, fine, out, method, drop_rate=0.75, **options):
+def prune(base, fine, out, method, drop_rate=0.75, file_bytes=None, **options):
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        kept = {} if "file_bytes" in options else {"drop_rate": drop_rate}
+        job = Job(b, f, out, choose_scope("bert"))
         return prune_by(
-            b, f, out, method=method, scope=choose_scope("bert"), evidence=EVIDENCE, **kept, **options
+            job, method, file_bytes or Budget(drop_rate=drop_rate), gathered=(EVIDENCE, {}), **options
         )
 
 
@@ -122,7 +124,7 @@ def verify(path):
 
 def test_wanda_says_what_it_needs(tmp_path, pair):
     with Checkpoint(pair[0]) as b, Checkpoint(pair[1]) as f, pytest.raises(DarexError, match="input norms"):
-        prune_by(b, f, tmp_path / "d", method="wanda", drop_rate=0.5, scope=choose_scope("bert"))
+        prune_by(Job(b, f, tmp_path / "d", choose_scope("bert")), "wanda", Budget(drop_rate=0.5))
 
 
 def test_another_base_is_named(tmp_path, pair):

@@ -5,7 +5,6 @@ the model.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +94,7 @@ def prune(
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.paths import check_output
+    from darex_jax.files.prune import Job, prune_checkpoints
 
     check_output(out)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter)) != 1:
@@ -113,7 +113,8 @@ def prune(
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
-        source = Source(task=task, data_dir=data_dir, text=text, limit=limit)
+        seen = limit if chooses else limit or CALIBRATION_SIZE
+        source = Source(task=task, data_dir=data_dir, text=text, limit=seen)
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
@@ -130,32 +131,28 @@ def prune(
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
         scope = choose_scope(family, include, exclude)
-        common: dict[str, Any] = {
-            "scope": scope, "scope_text": _scope_text(family, include, exclude),
-            "allow_nonfinite": allow_nonfinite,
-        }  # fmt: skip
         fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
         total = fine_bytes + sum(t.info.nbytes for t in b.tensors.values())
         with byte_bar("pruning", total, as_json) as progress:
+            scope_text = _scope_text(family, include, exclude)
+            job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress)
             if method == "dare" and drop_rate is not None and bits is None:
-                from darex_jax.files.prune import prune_checkpoints
-
-                summary = prune_checkpoints(
-                    b, f, out, key=(0, seed), drop_rate=drop_rate, q=divisor, progress=progress, **common
-                )
+                summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
             else:
+                from darex_jax.methods.budget import Budget
                 from darex_jax.runs.prune import prune_by, pruned_entries
 
                 if bytes_per_parameter is not None:
-                    file_bytes: int | None = round(bytes_per_parameter * pruned_entries(b, f, scope))
+                    budget: Any = round(bytes_per_parameter * pruned_entries(job))
                 else:
-                    file_bytes = None if size is None else round(fine_bytes / size)
-                evidence, digests = _evidence(fine, method, source, ignore_config_fields)
-                summary = prune_by(
-                    b, f, out, method=method, drop_rate=drop_rate, file_bytes=file_bytes, seed=seed,
-                    evidence=evidence, digests=digests, options=_options(method, bits, divisor),
-                    progress=progress, **common,
-                )  # fmt: skip
+                    budget = Budget(drop_rate=drop_rate) if size is None else round(fine_bytes / size)
+                known: dict[str, Any] = {}
+                if METHODS[method].needs:
+                    from darex_jax.runs.evidence import gather
+
+                    known["gathered"] = gather(fine, source, METHODS[method].needs, ignore_config_fields)
+                options = _options(method, bits, divisor)
+                summary = prune_by(job, method, budget, seed=seed, options=options, **known)
     report = {
         "out": str(out),
         "method": summary.recipe.method,
@@ -200,18 +197,6 @@ def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
     if method == "dare":
         options["dtype"] = "bfloat16"
     return options
-
-
-def _evidence(
-    fine: Path, method: str, source: Any, ignore_config_fields: tuple[str, ...]
-) -> tuple[Any, dict[str, str]]:
-    """What the method has to know, and digests of what it is gathered from."""
-    if not METHODS[method].needs:
-        return None, {}
-    from darex_jax.runs.evidence import gather
-
-    source = replace(source, limit=source.limit or CALIBRATION_SIZE)
-    return gather(fine, source, METHODS[method].needs, ignore_config_fields)
 
 
 def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:

@@ -54,6 +54,33 @@ READ_BACK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is pruned, whatever the method, and where it goes.
+
+    Attributes:
+      base, fine: open, and both are read.
+      out: the artifact, written whole or not at all.
+      scope: which parameters are pruned; scope_text: what the artifact says of it.
+      allow_nonfinite: NaN and infinity are carried along instead of refused.
+      progress: told of bytes that were read.
+    """
+
+    base: Checkpoint
+    fine: Checkpoint
+    out: str | os.PathLike[str]
+    scope: Scope
+    scope_text: str = "default"
+    allow_nonfinite: bool = False
+    progress: Progress = lambda _: None
+
+    def match(self) -> Match:
+        """Pairs the parameters. Raises: FileError if the models do not fit together."""
+        match = match_checkpoints(self.base, self.fine, self.scope)
+        match.raise_if_faulty()
+        return match
+
+
+@dataclass(frozen=True)
 class PruneSummary:
     """What was written. survivors: of DARE, how many; of a method, the numbers stored."""
 
@@ -97,19 +124,9 @@ Piece = np.ndarray | Parts | _Seen
 
 
 def prune_checkpoints(
-    base: Checkpoint,
-    fine: Checkpoint,
-    out: str | os.PathLike[str],
-    *,
-    key: tuple[int, int],
-    drop_rate: float,
-    scope: Scope,
-    q: float | Mapping[str, float] | None = None,
-    scope_text: str = "default",
-    allow_nonfinite: bool = False,
-    progress: Progress = lambda _: None,
+    job: Job, *, key: tuple[int, int], drop_rate: float, q: float | Mapping[str, float] | None = None
 ) -> PruneSummary:
-    """DARE / DAREx-q on two checkpoints: writes the artifact `out`, whole or not at all, in format 1.
+    """DARE / DAREx-q on two checkpoints: writes the artifact in format 1.
 
     Args:
       key: the two words of a Threefry key, `jax.random.key_data(key)`; (0, seed) for a seed.
@@ -120,61 +137,47 @@ def prune_checkpoints(
       survives, or a q is below 1 - drop_rate.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
     """
-    keep_inputs(out, base, fine)
-    match = match_checkpoints(base, fine, scope)
-    match.raise_if_faulty()
+    keep_inputs(job.out, job.base, job.fine)
+    match = job.match()
     threshold = keep_threshold(drop_rate)
-    q_by_name = resolve_q(q, drop_rate, match.pruned, unused=fine.tensors)
+    q_by_name = resolve_q(q, drop_rate, match.pruned, unused=job.fine.tensors)
 
     def make(name: str) -> Iterator[Piece]:
-        stored, leaf_key = base.tensors[match.base_names[name]], numpy_leaf_key(key, name_words(name))
-        return _pruned_values(leaf_key, threshold, stored, fine.tensors[name], progress)
+        stored, leaf_key = job.base.tensors[match.base_names[name]], numpy_leaf_key(key, name_words(name))
+        return _pruned_values(leaf_key, threshold, stored, job.fine.tensors[name], job.progress)
 
     def recipe(common: dict[str, Any], written: _Written) -> Recipe:
         parameters = {name: entry | {"q": q_by_name[name]} for name, entry in common["parameters"].items()}
         method = "dare" if q is None else "darex-q"
         own = {"format": 1, "method": method, "drop_rate": float(drop_rate), "parameters": parameters}
-        return Recipe(**(common | own | {"key": key, "scope": scope_text}))
+        return Recipe(**(common | own | {"key": key, "scope": job.scope_text}))
 
-    recipe_of, written, size = _write(
-        base, fine, out, match, "values", make, recipe, allow_nonfinite, progress
-    )
+    recipe_of, written, size = _write(job, match, "values", make, recipe)
     warn_of_little(drop_rate, q_by_name, same=not written.changed, survivors=written.survivors)
     return _summary(recipe_of, match, written, size)
 
 
 def prune_parts(
-    base: Checkpoint,
-    fine: Checkpoint,
-    out: str | os.PathLike[str],
-    *,
-    method: str,
+    job: Job,
     make_parts: Callable[[dict[str, np.ndarray]], dict[str, Parts]],
+    *,
     leafwise: bool,
-    key: tuple[int, int] = (0, 0),
-    budget: Mapping[str, float],
-    options: Mapping[str, Any],
-    evidence: Mapping[str, str],
-    scope: Scope,
-    scope_text: str = "default",
-    allow_nonfinite: bool = False,
-    progress: Progress = lambda _: None,
+    made_by: Mapping[str, Any],
 ) -> PruneSummary:
-    """Any method on two checkpoints: writes the artifact `out`, whole or not at all, in format 2.
+    """Any method on two checkpoints: writes the artifact in format 2.
 
     Args:
-      method, budget, options, evidence: what the file says of how it was made; see `Recipe`.
       make_parts: deltas by name, float32, to their parts.
       leafwise: whether it takes one delta at a time; else all are held in memory.
-      key: as for `prune_checkpoints`; random parts are drawn again from it.
+      made_by: `method`, `key` (random parts are drawn again from it), `budget`, `options` and `evidence` of
+        the file's `Recipe`.
     Raises, Warns: as `prune_checkpoints`.
     """
-    keep_inputs(out, base, fine)
-    match = match_checkpoints(base, fine, scope)
-    match.raise_if_faulty()
+    keep_inputs(job.out, job.base, job.fine)
+    match = job.match()
 
     def delta_of(name: str) -> tuple[np.ndarray, _Seen]:
-        return _delta(base.tensors[match.base_names[name]], fine.tensors[name], progress)
+        return _delta(job.base.tensors[match.base_names[name]], job.fine.tensors[name], job.progress)
 
     together: dict[str, Parts] = {}
     noticed: dict[str, _Seen] = {}
@@ -198,14 +201,13 @@ def prune_parts(
         whole = common["base"]
         cut = {name: entry | {"blake3": entry["blake3"][:CUT]} for name, entry in whole.items()}
         own = {
-            "format": 2, "method": method, "drop_rate": None, "key": key, "scope": scope_text, "base": cut,
-            "budget": dict(budget), "options": dict(options), "evidence": dict(evidence),
+            "format": 2, "drop_rate": None, "scope": job.scope_text, "base": cut,
             "blocks": written.blocks, "base_blake3": fingerprint(whole),
             "versions": common["versions"] | coder_versions(),
         }  # fmt: skip
-        return Recipe(**(common | own))
+        return Recipe(**(common | own), **made_by)
 
-    recipe_of, written, size = _write(base, fine, out, match, PARTS, make, recipe, allow_nonfinite, progress)
+    recipe_of, written, size = _write(job, match, PARTS, make, recipe)
     if not written.changed:
         text = "every delta is zero: in what is pruned the fine-tuned model is the base."
         warnings.warn(text, DarexWarning, stacklevel=2)
@@ -220,20 +222,17 @@ def _summary(recipe: Recipe, match: Match, written: _Written, file_bytes: int) -
 
 
 def _write(
-    base: Checkpoint,
-    fine: Checkpoint,
-    out: str | os.PathLike[str],
+    job: Job,
     match: Match,
     pruned_kind: str,
     make_pruned: Callable[[str], Iterator[Piece]],
     make_recipe: Callable[[dict[str, Any], _Written], Recipe],
-    allow_nonfinite: bool,
-    progress: Progress,
 ) -> tuple[Recipe, _Written, int]:
     """Writes an artifact: pruned parameters as `make_pruned` gives them, all else as it has to be kept.
 
     Returns: its recipe, what was noticed, the file's bytes.
     """
+    base, fine, progress = job.base, job.fine, job.progress
     # Widest dtype first: so every tensor of the file is aligned. Coded parts and files, bytes, are last.
     work = [("rows", name) for name in match.extra_rows if name in match.pruned]
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
@@ -292,7 +291,7 @@ def _write(
     most = replace(recipe(), inexact=2**62, nonfinite=2**62)
     header_bytes = len(encode_header(longest, most.to_metadata()))
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(out) as file:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(job.out) as file:
         position, data_digest = header_bytes, blake3.blake3()
         block: dict[str, Parts] = {}
         parts_start: int | None = None
@@ -326,7 +325,7 @@ def _write(
                 written.nonfinite += seen.nonfinite
                 if seen.base_digest is not None:
                     written.digests[match.base_names[name]] = seen.base_digest
-                if seen.nonfinite and not allow_nonfinite:
+                if seen.nonfinite and not job.allow_nonfinite:
                     raise FileError(
                         f"'{name}' holds {seen.nonfinite} NaN or infinite entries in one of the two models; "
                         "--allow-nonfinite carries them along."

@@ -21,7 +21,7 @@ from darex_jax.files.atomic import write_whole
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
-from darex_jax.files.prune import prune_checkpoints
+from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.restore import apply_artifact
 from darex_jax.runs.figures import log_ticks
 from darex_jax.tasks import load_task
@@ -150,10 +150,8 @@ def run_demo(
 def _store_and_restore(base: Path, fine: Path, out: Path, drop_rate: float, q: float) -> dict[str, Any]:
     artifact, restored = out / f"delta-{drop_rate}.safetensors", out / f"restored-{drop_rate}"
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        scope = choose_scope(f.config.get("model_type"))
-        summary = prune_checkpoints(
-            b, f, artifact, key=(0, MASK_SEEDS[0]), drop_rate=drop_rate, q=q, scope=scope
-        )
+        job = Job(b, f, artifact, choose_scope(f.config.get("model_type")))
+        summary = prune_checkpoints(job, key=(0, MASK_SEEDS[0]), drop_rate=drop_rate, q=q)
     with Checkpoint(base) as b, DeltaFile(artifact) as d:
         apply_artifact(b, d, restored, overwrite=True)
     return {"artifact": str(artifact), "artifact_bytes": summary.file_bytes, "restored": str(restored)}

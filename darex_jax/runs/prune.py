@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ import jax
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.scope import Scope
 from darex_jax.files.atomic import write_whole
-from darex_jax.files.checkpoint import Checkpoint
-from darex_jax.files.match import match_checkpoints
-from darex_jax.files.prune import PruneSummary, prune_parts
-from darex_jax.files.stream import Progress, keep_inputs
+from darex_jax.files.prune import Job, PruneSummary, prune_parts
+from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
@@ -28,88 +24,60 @@ ATTEMPTS = 8
 
 
 def prune_by(
-    base: Checkpoint,
-    fine: Checkpoint,
-    out: str | os.PathLike[str],
-    *,
+    job: Job,
     method: str,
-    drop_rate: float | None = None,
-    file_bytes: int | None = None,
-    budget: Mapping[str, float] | None = None,
+    budget: Budget | int,
+    *,
     seed: int = 0,
-    evidence: Evidence | None = None,
-    digests: Mapping[str, str] | None = None,
+    gathered: tuple[Evidence, Mapping[str, str]] = (Evidence(), {}),
     options: Mapping[str, Any] | None = None,
-    scope: Scope,
-    scope_text: str = "default",
-    allow_nonfinite: bool = False,
-    progress: Progress = lambda _: None,
 ) -> PruneSummary:
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
     Args:
-      drop_rate, file_bytes, budget: how much may be kept, one of the three: at the method's own drop rate; so
-        that the whole file has at most so many bytes and, where the method allows it, 98 % of them; or what
-        the recipe of another file says.
+      budget: how much may be kept; of an int the whole file has at most so many bytes and, where the method
+        allows it, 98 % of them.
       seed: of random methods, `jax.random.key(seed)`.
-      evidence: what the method needs to know; digests: of what it was gathered from, for the file.
+      gathered: what the method needs to know, and digests of what that comes from, for the file: of `gather`.
       options: of the method: bits, q, ...
     Raises: DarexError for a method that lacks evidence, or a size out of its reach; else as `prune_parts`.
     """
-    chosen, known = METHODS[method], evidence or Evidence()
+    chosen, (known, digests) = METHODS[method], gathered
     for need in chosen.needs:
         if not getattr(known, need):
             raise DarexError(f"{method} has to know {need.replace('_', ' ')}: give texts (--text, --task).")
     told = {name: value for name, value in (options or {}).items() if value is not None}
     key = {"key": jax.random.key(seed)} if chosen.random else {}
 
-    def write(budget: Budget, path: str | os.PathLike[str]) -> PruneSummary:
+    def write(job: Job, budget: Budget) -> PruneSummary:
+        spent = {name: value for name, value in vars(budget).items() if value is not None}
+        made_by = {
+            "method": method, "key": (0, seed), "budget": spent, "options": told, "evidence": dict(digests)
+        }  # fmt: skip
+
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
             return chosen.prune(deltas, budget, known, **key, **told)
 
-        spent: Mapping[str, Any] = {
-            "drop_rate": budget.drop_rate,
-            "bytes_per_parameter": budget.bytes_per_parameter,
-        }
-        return prune_parts(
-            base,
-            fine,
-            path,
-            method=method,
-            make_parts=make_parts,
-            leafwise=chosen.leafwise,
-            key=(0, seed),
-            budget={name: value for name, value in spent.items() if value is not None},
-            options=told,
-            evidence=digests or {},
-            scope=scope,
-            scope_text=scope_text,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
+        return prune_parts(job, make_parts, leafwise=chosen.leafwise, made_by=made_by)
 
-    if file_bytes is None:
-        stated: dict[str, Any] = {"drop_rate": drop_rate} if budget is None else dict(budget)
-        return write(Budget(**stated), out)
-    entries = pruned_entries(base, fine, scope)
-    keep_inputs(out, base, fine)
+    if isinstance(budget, Budget):
+        return write(job, budget)
+    entries = pruned_entries(job)
+
+    def of_size(part_bytes: float, path: Path) -> PruneSummary:
+        return write(replace(job, out=path), Budget(bytes_per_parameter=part_bytes / entries))
+
+    keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
-        summary, path = fit_to_size(partial(_to_size, write, entries), file_bytes, Path(folder))
-        write_whole(out, path.read_bytes())
+        summary, path = fit_to_size(of_size, budget, Path(folder))
+        write_whole(job.out, path.read_bytes())
     return summary
 
 
-def pruned_entries(base: Checkpoint, fine: Checkpoint, scope: Scope) -> int:
+def pruned_entries(job: Job) -> int:
     """How many entries are pruned. Raises: FileError if the models do not fit together."""
-    match = match_checkpoints(base, fine, scope)
-    match.raise_if_faulty()
-    return sum(base.tensors[match.base_names[name]].info.size for name in match.pruned)
-
-
-def _to_size(
-    write: Callable[[Budget, Path], PruneSummary], entries: int, part_bytes: float, path: Path
-) -> PruneSummary:
-    return write(Budget(bytes_per_parameter=part_bytes / entries), path)
+    match = job.match()
+    return sum(job.base.tensors[match.base_names[name]].info.size for name in match.pruned)
 
 
 def fit_to_size(
