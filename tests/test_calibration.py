@@ -59,6 +59,7 @@ def make_batches(count=3, rows=8, width=12, seed=0):
 
 def raw_inputs(model, params, batches):
     """Every layer's real inputs in float64, [tokens, D], by running the model as it is."""
+
     def inputs_of(batch):
         seen = {}
         model(params, batch["input_ids"], batch["attention_mask"], observe=seen.__setitem__)
