@@ -281,6 +281,21 @@ def test_signals_wait_for_imports_and_are_given_back(tmp_path, monkeypatch):
         time.sleep(10)
 
 
+def test_a_signal_right_after_a_temporary_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    make = atomic._new_file
+
+    def then_the_signal(path):
+        file = make(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))
+        return file
+
+    monkeypatch.setattr(atomic, "_new_file", then_the_signal)
+    with pytest.raises(SystemExit), signals.unwinding(), atomic_file(tmp_path / "out"):
+        time.sleep(10)
+    assert names(tmp_path) == []
+
+
 def test_ctrl_c_is_130(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -201,7 +201,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
         model = replace(whole_model, options=((str(entries), True),))
         goals = prediction_objective(model, fine, batches), answer_objective(model, batches)
         change = output_objective(model, fine, batches)
-        loss, gradient = jax.value_and_grad(lambda p: answer_loss(model, p, batches[0])[0])(start)
+        loss, gradient = jax.jit(jax.value_and_grad(lambda p: answer_loss(model, p, batches[0])[0]))(start)
         values = [goal.measure(start) for goal in (*goals, change)]
         return [*values, *answer_scores(model, start, batches), loss, *jax.tree.leaves(gradient)]
 
