@@ -108,7 +108,7 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
         })  # fmt: skip
     done = {(row["way"], row.get("bytes")) for row in rows}
     source = Source(task=task_name, data_dir=data_dir, limit=CALIBRATION)
-    gathered = gather(fine, source, ("input_norms",))
+    gathered = gather(base, fine, source, ("input_norms",))
     scope = choose_scope("bert")
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope)

@@ -12,8 +12,19 @@ import click
 
 from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
 from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
-from darex_jax.cli.show import byte_bar, bytes_text, family_of, point_bar, print_table, q_text, warned
+from darex_jax.cli.show import (
+    byte_bar,
+    bytes_text,
+    family_of,
+    look_bar,
+    point_bar,
+    print_table,
+    q_text,
+    warned,
+)
 from darex_jax.methods.table import METHODS
+
+TRAINING_TEXTS = 10_000  # at most, that distilled learns from
 
 
 class Ratio(click.ParamType):
@@ -44,15 +55,14 @@ class Ratio(click.ParamType):
 @click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
               help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
-              help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of dare with a "
-              "drop rate, the fine-tuned model's own dtype.")  # fmt: skip
+              help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of distilled 4; "
+              "of dare with a drop rate, the fine-tuned model's own dtype.")  # fmt: skip
 @click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
               help="Divisor of random survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by "
               "the labels of --task, else by the model's predictions on --text, else DARE's; or an objective "
               "of find-q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
-@click.option(
-    "--task", help="Where examples come from, as find-q takes it: for --q auto or OBJECTIVE, wanda."
-)
+@click.option("--task", help="Where examples come from, as find-q takes it: for --q auto or OBJECTIVE, and "
+              "for wanda, resolved and distilled.")  # fmt: skip
 @DATA_DIR
 @TEXT
 @LIMIT
@@ -63,6 +73,9 @@ class Ratio(click.ParamType):
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
 )
+@click.option("--steps", default=600, show_default=True, type=click.IntRange(3),
+              help="Of training, with distilled.")  # fmt: skip
+@click.option("--checkpoints", type=PATH, help="With distilled: a folder from which it goes on after a stop.")
 @JSON
 def prune(
     base: Path,
@@ -83,6 +96,8 @@ def prune(
     exclude: tuple[str, ...],
     ignore_config_fields: tuple[str, ...],
     allow_nonfinite: bool,
+    steps: int,
+    checkpoints: Path | None,
     as_json: bool,
 ) -> None:
     """Prune FINE - BASE and write the delta to OUT.
@@ -113,7 +128,8 @@ def prune(
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
-        seen = limit if chooses else limit or CALIBRATION_SIZE
+        texts = TRAINING_TEXTS if "train" in METHODS[method].needs else CALIBRATION_SIZE
+        seen = limit if chooses else limit or texts
         source = Source(task=task, data_dir=data_dir, text=text, limit=seen)
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
@@ -133,7 +149,7 @@ def prune(
         scope = choose_scope(family, include, exclude)
         fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
         total = fine_bytes + sum(t.info.nbytes for t in b.tensors.values())
-        with byte_bar("pruning", total, as_json) as progress:
+        with byte_bar("pruning", total, as_json) as progress, look_bar(steps, as_json) as on_look:
             scope_text = _scope_text(family, include, exclude)
             job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress)
             if method == "dare" and drop_rate is not None and bits is None:
@@ -150,7 +166,10 @@ def prune(
                 if METHODS[method].needs:
                     from darex_jax.runs.evidence import gather
 
-                    known["gathered"] = gather(fine, source, METHODS[method].needs, ignore_config_fields)
+                    known["gathered"] = gather(
+                        base, fine, source, METHODS[method].needs, scope=scope, steps=steps,
+                        checkpoints=checkpoints, ignore_config_fields=ignore_config_fields, on_look=on_look,
+                    )  # fmt: skip
                 options = _options(method, bits, divisor)
                 summary = prune_by(job, method, budget, seed=seed, options=options, **known)
     report = {
@@ -193,7 +212,8 @@ def prune(
 def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"q": q} if q is not None else {}
     if METHODS[method].quantises:
-        options |= {"bits": None if bits in (None, "16") else int(bits)}
+        stated = METHODS[method].bits if bits is None else int(bits)
+        options |= {"bits": None if stated == 16 else stated}
     if method == "dare":
         options["dtype"] = "bfloat16"
     return options

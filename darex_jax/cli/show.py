@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -175,3 +175,19 @@ def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, 
             bar.update(answered - bar.n)
 
         yield on_batch
+
+
+@contextmanager
+def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A bar for a training that is looked at now and then; it is there from the first look on."""
+    with ExitStack() as stack:
+        bar: Any = None
+
+        def on_look(look: Any) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = stack.enter_context(_bar(desc="training", total=total, unit="step", disable=quiet))
+            bar.set_postfix(loss=f"{look.loss:.4f}", agreement=f"{look.agreement:.3f}", refresh=False)
+            bar.update(look.step - bar.n)
+
+        yield on_look

@@ -74,15 +74,18 @@ def choose_ranks(factors: Mapping[str, Factors], room: float) -> dict[str, int]:
     return ranks
 
 
-def low_rank(factors: Factors, rank: int, bits: int | None) -> LowRank:
-    """The first singular values, their square root in each factor."""
+def low_rank(factors: Factors, rank: int, bits: int | None, dtype: Any = jnp.bfloat16) -> LowRank:
+    """The first singular values, their square root in each factor.
+
+    Args: bits: None rounds to `dtype`, which else is that of the scales.
+    """
     root = np.sqrt(factors.values[:rank])
     a, b = factors.left[:, :rank] * root, factors.right[:rank] * root[:, None]
     number = np.arange(rank)
     shape = (a.shape[0], b.shape[1])
     return LowRank(
-        quantise(a, bits, "column", columns=number[None], shape=a.shape),
-        quantise(b, bits, "row", rows=number[:, None], shape=b.shape),
+        quantise(a, bits, "column", columns=number[None], shape=a.shape, dtype=dtype),
+        quantise(b, bits, "row", rows=number[:, None], shape=b.shape, dtype=dtype),
         np.asarray(np.float32(1)),
         shape,
     )

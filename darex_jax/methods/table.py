@@ -20,6 +20,7 @@ class Method(NamedTuple):
       quantises: takes `bits`.
       needs: fields of `Evidence` that it reads.
       leafwise: gives a leaf the same parts alone as among others, so that models are streamed.
+      bits: of values where nothing is said; None is bfloat16.
     """
 
     module: str
@@ -29,6 +30,7 @@ class Method(NamedTuple):
     quantises: bool = True
     needs: tuple[str, ...] = ()
     leafwise: bool = True
+    bits: int | None = None
 
     @property
     def prune(self) -> Callable[..., Any]:
@@ -40,8 +42,18 @@ METHODS = {
     "dare": Method("dare", "random survivors divided by q, no place stored", random=True, divides=True),
     "magnitude": Method("magnitude", "the largest entries of each parameter"),
     "wanda": Method("wanda", "entries with most influence on a layer's outputs", needs=("input_norms",)),
+    "resolved": Method(
+        "resolved", "the entries of wanda, their values solved anew", needs=("second_moments",)
+    ),
     "structured": Method("structured", "random input features divided by q", True, True, leafwise=False),
     "svd": Method("svd", "low-rank factors", leafwise=False),
+    "distilled": Method(
+        "distilled",
+        "low-rank factors and vectors, trained on the fine-tuned model's outputs",
+        needs=("second_moments", "train"),
+        leafwise=False,
+        bits=4,
+    ),
     "sign": Method("sign", "the sign of every entry and a scale", quantises=False, leafwise=False),
     "sign-svd": Method("sign_svd", "signs, then low-rank factors of the rest", leafwise=False),
 }

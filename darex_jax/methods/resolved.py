@@ -1,0 +1,76 @@
+"""Survivors chosen by influence, their values solved anew for what was dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.importance import wanda_mask
+from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.methods.budget import Budget
+from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.magnitude import kept_parts, value_bits
+from darex_jax.parts.total import Parts
+
+DAMPING = 0.01  # of the mean diagonal of the second moments
+AT_ONCE = 1 << 24  # entries of the systems that are solved together
+
+
+def resolved(
+    delta: PyTree,
+    budget: Budget,
+    evidence: Evidence,
+    *,
+    bits: int | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> PyTree:
+    """WANDA's survivors with the values that change a layer's outputs least.
+
+    Of each row d and its support: argmin_v (d - v)^T H (d - v) + lambda |v|^2, H the second moments of the
+    layer's inputs, lambda a hundredth of its mean diagonal. Parameters without second moments (biases,
+    embeddings) keep their own largest entries.
+
+    Args: evidence: with `second_moments`; bits, dtype: as in `magnitude`.
+    Returns: a tree like `delta` with a `Parts` for each leaf.
+    Source: spec 13; ridge regression on a fixed support as in SparseGPT, arXiv:2301.00774.
+    """
+    density = budget.density(value_bits(bits, dtype), places=True)
+    names = flatten_names(delta).keys()
+    known = evidence.second_moments
+    moments = {name: np.asarray(known[name], np.float64) for name in known if name in names}
+    norms = {name: np.sqrt(np.diag(h)).astype(np.float32) for name, h in moments.items()}
+    masks = wanda_mask(delta, norms, 1.0 - density, "row")
+
+    def solve(name: str, leaf: Any, mask: Any) -> Parts:
+        matrix, kept = np.asarray(leaf, np.float32), np.asarray(mask)
+        if name in moments and kept.any():
+            matrix = solved(matrix, kept, moments[name])
+        return kept_parts(matrix, kept, bits, dtype)
+
+    return map_named(solve, delta, jax.tree.map(np.asarray, masks))
+
+
+def solved(matrix: np.ndarray, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """The values of least squared output error at the kept entries, zero elsewhere.
+
+    Args: matrix: [out, in]; kept: bool [out, in], as many in each row; moments: [in, in], float64.
+    """
+    places = np.nonzero(kept)[1].reshape(len(matrix), -1)  # [out, k]
+    wanted = np.take_along_axis(matrix.astype(np.float64) @ moments, places, axis=1)
+    ridge = DAMPING * np.mean(np.diag(moments)) * np.eye(places.shape[1])
+    found = np.zeros(matrix.shape, np.float32)
+    for rows in _stretches(len(matrix), places.shape[1]):
+        own = places[rows]
+        systems = moments[own[:, :, None], own[:, None, :]] + ridge
+        values = np.linalg.solve(systems, wanted[rows][..., None])[..., 0]
+        np.put_along_axis(found[rows], own, values.astype(np.float32), axis=1)
+    return found
+
+
+def _stretches(rows: int, unknowns: int) -> Iterator[slice]:
+    step = max(1, AT_ONCE // max(1, unknowns**2))
+    return (slice(start, start + step) for start in range(0, rows, step))

@@ -1,0 +1,381 @@
+"""Distilled parts: a fixed support whose values are trained towards the fine-tuned model's answers.
+
+No label is looked at. What is trained is every number that a delta's parts store, whatever their kind:
+survivors of a random mask, largest entries, columns, factors, vectors. Places, keys and shapes stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from darex_jax.core.delta import apply_delta
+from darex_jax.core.errors import DarexError
+from darex_jax.models import DecoderConfig, Model
+from darex_jax.models.logits import of_logits
+from darex_jax.parts.random import Random
+from darex_jax.parts.rounding import FIELDS, rounded
+from darex_jax.parts.total import Part, Parts
+from darex_jax.parts.values import Values, largest_integer, reciprocal
+from darex_jax.tasks.batching import Batch, model_inputs
+from darex_jax.training.checkpoints import Checkpoints
+from darex_jax.training.loop import warmup_linear
+
+Params = Any  # nested dict of float arrays, as `load_params` returns it
+Delta = dict[str, Parts]
+MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of survivors, that a training may begin with
+ROUNDING = 1 / 3  # the share of the steps that goes through the rounding
+INTEGER_RATE, SCALE_RATE = 0.05, 0.01  # Adam's there: of an integer, and of a scale in terms of itself
+STEPS, LOOKS = 600, 8  # of a training, and how often it looks at the held-out text
+
+
+class Look(NamedTuple):
+    """What held-out text says: the loss, and the share of predictions that are the fine-tuned model's (with
+    one output, the correlation of the scores); after how many steps."""
+
+    step: int
+    loss: float
+    agreement: float
+
+
+class Distilled(NamedTuple):
+    """Parts with trained values as a file stores them; the multiple of the survivors that training began
+    with; and the looks at the held-out text, the first before training and the last at what is returned."""
+
+    parts: Delta
+    multiple: float
+    looks: list[Look]
+
+
+def distill(
+    model: Model,
+    fine: Params,
+    start: Params,
+    parts: Mapping[str, Parts],
+    batches: Callable[[int], Iterable[Batch]],
+    held_out: Sequence[Batch],
+    *,
+    steps: int = STEPS,
+    learning_rate: float = 2e-4,
+    bits: int | None = None,
+    checkpoints: Path | None = None,
+    on_look: Callable[[Look], None] = lambda look: None,
+) -> Distilled:
+    """Trains the values of `parts` so that `start + parts` answers as `fine` does.
+
+    Adam, a linear warm-up and decay. With `bits` the last third of the steps goes through the rounding:
+    forwards values are integers times a scale, backwards numbers. Of the looks at the held-out text the best
+    is returned.
+
+    Args:
+      fine, start: the fine-tuned model's parameters, and the same with the base's values where there are
+        parts.
+      parts: raw floats, by dotted name. Divisors are multiplied in (q is 1 afterwards); sparse and random
+        ones begin at the multiple of their values that the held-out text likes best, which may be none.
+      batches: of an epoch, counted from 0; held_out: other texts, which decide.
+      learning_rate: for a dense delta; it is divided by each part's density, for factors by its root.
+      bits: 8, 4, 2 or 1 a value; None rounds to bfloat16 at the end.
+      checkpoints: a folder where it goes on after a stop.
+      on_look: called with every look.
+    Raises: DarexError for no part or no text; FloatingPointError once the loss is not finite.
+    Source: values of a random mask's survivors, arXiv:2510.14444; gradients through rounding,
+      arXiv:1308.3432, with scales as in arXiv:1902.08153.
+    """
+    if not parts or not held_out or steps < 3:
+        raise DarexError("distilling takes a part at least, held-out text, and three steps.")
+    pair = _Pair(model, fine, start)
+    placed = {name: _placed(each) for name, each in parts.items()}
+    losses = {m: look_at(pair, _times(placed, m), held_out).loss for m in MULTIPLES}
+    multiple = min(MULTIPLES, key=lambda m: losses[m] if math.isfinite(losses[m]) else math.inf)
+    delta = _times(placed, multiple)
+    looks = [look_at(pair, delta, held_out)]
+    on_look(looks[0])
+    through = 0 if bits is None else round(ROUNDING * steps)
+    stream = partial(_stream, batches)
+    saved = None if checkpoints is None else checkpoints / "whole"
+
+    def tell(look: Look) -> None:
+        looks.append(look)
+        on_look(look)
+
+    rates, _ = _split({name: _rates(each, learning_rate) for name, each in delta.items()})
+    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, tell)
+    if bits is not None:
+        delta = {name: _in_bits(each, bits) for name, each in delta.items()}
+        rates, _ = _split({name: _rates_of_integers(each) for name, each in delta.items()})
+        saved = None if checkpoints is None else checkpoints / "rounded"
+        delta = _train(pair, delta, rates, stream, held_out, (steps - through, steps), saved, tell)
+    stored = {name: _stored(each) for name, each in delta.items()}
+    tell(look_at(pair, stored, held_out)._replace(step=steps))
+    return Distilled({name: _unplaced(each, parts[name]) for name, each in stored.items()}, multiple, looks)
+
+
+class _Pair(NamedTuple):
+    model: Model
+    fine: Params
+    start: Params
+
+
+def look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
+    """The mean loss over texts and the agreement; of a decoder over tokens."""
+    params = _applied(pair.start, delta)
+    seen = [_compared(pair.model, pair.fine, params, batch) for batch in held_out]
+    total, rows = np.sum([np.asarray(s[0], np.float64) for s in seen], axis=0)
+    a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in seen]) for i in (1, 2, 3))
+    a, b = a[real > 0], b[real > 0]
+    if np.issubdtype(a.dtype, np.integer):
+        agreement = float(np.mean(a == b))
+    else:
+        agreement = float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+    return Look(0, float(total / rows), agreement)
+
+
+_applied = jax.jit(apply_delta)
+
+
+def _stream(batches: Callable[[int], Iterable[Batch]], first: int, stop: int) -> Iterable[Batch]:
+    return islice(chain.from_iterable(map(batches, count())), first, stop)
+
+
+def _train(
+    pair: _Pair,
+    delta: Delta,
+    rates: Trained,
+    stream: Callable[[int, int], Iterable[Batch]],
+    held_out: Sequence[Batch],
+    span: tuple[int, int],
+    folder: Path | None,
+    tell: Callable[[Look], None],
+) -> Delta:
+    """Steps [first, stop) on the floating leaves of `delta`; those of the best look."""
+    first, stop = span
+    schedule, every = warmup_linear(1.0, stop - first), max(1, (stop - first) // LOOKS)
+    trained, fixed = _split(delta)
+    state = _OPTIMIZER.init(trained)
+    checkpoints = None if folder is None else Checkpoints(folder, every)
+    done, best = 0, (math.inf, trained)
+    if checkpoints is not None:
+        like = (trained, state, trained, jnp.float32(0))
+        if (found := checkpoints.restore(like)) is not None:
+            done, (trained, state, values, loss) = found
+            best = float(loss), values
+    for number, batch in enumerate(stream(first + done, stop), done):
+        trained, state, loss = _step(
+            pair.model, pair.fine, pair.start, trained, state, fixed, rates, schedule(number), batch
+        )
+        if (number + 1) % every == 0 or number + 1 == stop - first:
+            if not math.isfinite(float(loss)):
+                raise FloatingPointError(f"distilling diverged: the loss is {float(loss)}; try a lower rate.")
+            look = look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
+            tell(look)
+            if look.loss < best[0]:
+                best = look.loss, trained
+            if checkpoints is not None:
+                checkpoints.save(number + 1, (trained, state, best[1], jnp.float32(best[0])), -look.loss)
+    return _joined(best[1], fixed)
+
+
+_OPTIMIZER = optax.scale_by_adam()
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(
+    model: Model,
+    fine: Params,
+    start: Params,
+    trained: Any,
+    state: Any,
+    fixed: Any,
+    rates: Any,
+    rate: jax.Array,
+    batch: Batch,
+) -> tuple[Any, Any, jax.Array]:
+    def loss(trained: Any) -> jax.Array:
+        params = apply_delta(start, _joined(trained, fixed))
+        total, rows = _compared(model, fine, params, batch)[0]
+        return total / rows
+
+    value, gradient = jax.value_and_grad(loss)(trained)
+    direction, state = _OPTIMIZER.update(gradient, state)
+    trained = jax.tree.map(lambda x, step, own: x - rate * own * step, trained, direction, rates)
+    return trained, state, value
+
+
+@partial(jax.jit, static_argnums=0)
+def _compared(
+    model: Model, fine: Params, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The summed loss and what it is summed over; both models' predictions, and which of them count.
+
+    Encoders: the divergence of the classes (the squared difference of a single score), and the squared error
+    of the last hidden states in terms of their square. Decoders: the divergence of the next token.
+    """
+    inputs = model_inputs(batch)
+    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
+    rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
+    real = mask * rows[:, None]
+    wanted = model(fine, **inputs)
+    if isinstance(model.config, DecoderConfig):
+        head = model.module(fine)
+
+        def of(logits: jax.Array, hidden: jax.Array) -> tuple[jax.Array, ...]:
+            theirs = head.logits(hidden).astype(jnp.float32)
+            return _divergence(theirs, logits), theirs.argmax(-1), logits.argmax(-1)
+
+        divergence, theirs, ours = of_logits(of, model, params, inputs, wanted.last_hidden_state)
+        return (jnp.stack([jnp.sum(divergence * real), jnp.sum(real)]), theirs, ours, real)
+    out = model(params, **inputs)
+    a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (wanted, out))
+    change = jnp.sum(jnp.square(a - b), (1, 2)) / jnp.maximum(jnp.sum(jnp.square(a), (1, 2)), 1e-12)
+    if out.logits is None:
+        moved = jnp.sqrt(change)
+        return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), jnp.zeros_like(moved), moved, rows
+    theirs, ours = (x.logits.astype(jnp.float32) for x in (wanted, out))
+    if ours.shape[-1] == 1:
+        change = change + jnp.square(theirs - ours)[:, 0]
+        theirs, ours = theirs[:, 0], ours[:, 0]
+    else:
+        change = change + _divergence(theirs, ours)
+        theirs, ours = theirs.argmax(-1), ours.argmax(-1)
+    return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), theirs, ours, rows
+
+
+def _divergence(theirs: jax.Array, ours: jax.Array) -> jax.Array:
+    """KL(theirs || ours) of logits."""
+    known, guessed = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
+    return jnp.sum(jnp.exp(known) * (known - guessed), axis=-1)
+
+
+# A delta is trained as the list of its `Values`: their numbers, and with bits the logarithms of their scales.
+Trained = list[Values]
+
+
+def _split(delta: Delta) -> tuple[Trained, Any]:
+    """The values of all parts, in the order of the tree, and the tree with None in their places."""
+    leaves, structure = jax.tree.flatten(delta, is_leaf=_is_values)
+    fixed = structure.unflatten([None if _is_values(leaf) else leaf for leaf in leaves])
+    return [leaf for leaf in leaves if _is_values(leaf)], fixed
+
+
+def _joined(trained: Trained, fixed: Any) -> Delta:
+    """The inverse of `_split`; values with bits are read through the rounding."""
+    remaining = iter(trained)
+    return jax.tree.map(
+        lambda leaf: _through(next(remaining)) if leaf is None else leaf, fixed, is_leaf=lambda x: x is None
+    )
+
+
+def _is_values(node: Any) -> bool:
+    return isinstance(node, Values)
+
+
+def _through(values: Values) -> Values:
+    """Integers forwards, for the gradient the numbers themselves, as far as the integers reach."""
+    if values.bits is None:
+        return values
+    most = largest_integer(values.bits)
+    numbers = jnp.clip(values.numbers, -most, most)
+    integers = jnp.where(numbers < 0, -1.0, 1.0) if values.bits == 1 else jnp.round(numbers)
+    straight = numbers + jax.lax.stop_gradient(integers - numbers)
+    return replace(values, numbers=straight, scales=jnp.exp(values.scales))
+
+
+def _placed(parts: Parts) -> Parts:
+    """The same sum in a form to train: float32, divisors multiplied in, places of random parts written
+    out."""
+
+    def of(part: Part) -> Part:
+        located: Any = part.located() if isinstance(part, Random) else part
+        scale, one = reciprocal(np.asarray(part.q)), np.asarray(np.float32(1))
+        first, *others = FIELDS[located.kind]
+        scaled = {first: Values(jnp.asarray(getattr(located, first).numbers, jnp.float32) * scale)}
+        more = {name: Values(jnp.asarray(getattr(located, name).numbers, jnp.float32)) for name in others}
+        return replace(located, q=one, **scaled, **more)
+
+    return Parts(tuple(map(of, parts.parts)), parts.shape)
+
+
+def _unplaced(parts: Parts, original: Parts) -> Parts:
+    """Random parts in the places of those whose places `_placed` wrote out."""
+
+    def of(part: Any, before: Part) -> Part:
+        return replace(before, values=part.values, q=part.q) if isinstance(before, Random) else part
+
+    return Parts(tuple(map(of, parts.parts, original.parts)), parts.shape)
+
+
+def _times(delta: Delta, multiple: float) -> Delta:
+    """Sparse parts times a number."""
+
+    def of(part: Any) -> Part:
+        if part.kind != "sparse":
+            return part
+        return replace(part, values=Values(part.values.numbers * np.float32(multiple)))
+
+    return {name: Parts(tuple(map(of, each.parts)), each.shape) for name, each in delta.items()}
+
+
+def _rates(parts: Parts, learning_rate: float) -> Parts:
+    """What Adam moves each value by: a dense delta's rate divided by the density, of factors by its root."""
+    size = max(1, math.prod(parts.shape))
+
+    def of(part: Any) -> Part:
+        stored = sum(len(getattr(part, name)) for name in FIELDS[part.kind])
+        density = max(stored, 1) / size
+        rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
+        return replace(part, **{name: Values(np.float32(rate)) for name in FIELDS[part.kind]})
+
+    return Parts(tuple(map(of, parts.parts)), parts.shape)
+
+
+def _rates_of_integers(parts: Parts) -> Parts:
+    def of(part: Any) -> Part:
+        rates = {
+            name: replace(
+                getattr(part, name), numbers=np.float32(INTEGER_RATE), scales=np.float32(SCALE_RATE)
+            )
+            for name in FIELDS[part.kind]
+        }
+        return replace(part, **rates)
+
+    return Parts(tuple(map(of, parts.parts)), parts.shape)
+
+
+def _in_bits(parts: Parts, bits: int) -> Parts:
+    """Values as numbers in terms of their scales, and the logarithms of the scales."""
+
+    def of(values: Values, fitted: Values) -> Values:
+        scales = jnp.maximum(fitted.scales, 1e-12)
+        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[fitted.per]
+        return replace(fitted, numbers=values.numbers / own, scales=jnp.log(scales))
+
+    return jax.tree.map(
+        lambda one, other: of(one, other) if _is_values(one) else one,
+        parts,
+        rounded(parts, bits, jnp.float32),
+        is_leaf=_is_values,
+    )
+
+
+def _stored(parts: Parts) -> Parts:
+    """Values as a file stores them: bfloat16, or integers with scales in bfloat16. `_joined` came before."""
+
+    def of(values: Any) -> Any:
+        if not _is_values(values):
+            return values
+        if values.bits is None:
+            return Values(values.numbers.astype(jnp.bfloat16))
+        integers = jnp.round(values.numbers).astype(jnp.int8)
+        return replace(values, numbers=integers, scales=values.scales.astype(jnp.bfloat16))
+
+    return jax.tree.map(of, parts, is_leaf=_is_values)
