@@ -33,7 +33,7 @@ from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params
-from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
+from darex_jax.files.safetensors import MAX_NAME, FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -248,6 +248,7 @@ def test_command_line(tmp_path, pair):
     pruned = json.loads(darex("prune", base, fine, out, "-p", 0.9, "--seed", 3, "--json").stdout)
     assert pruned["bytes"] == out.stat().st_size
     seen = json.loads(darex("inspect", out, "--json").stdout)
+    assert seen["bytes_per_parameter"] == out.stat().st_size / seen["entries"]
     assert seen["key"] == [0, 3] and seen["survivors"] == pruned["survivors"]
     assert "ok" in darex("verify", out, "--base", base).stdout
     darex("apply", base, out, restored)
@@ -396,6 +397,16 @@ def test_lying_headers(tmp_path, pair):
     write_tensors(tmp_path / "plain", {"w": np.zeros(3, np.float32)})
     with pytest.raises(FileError, match="not a delta made by darex"):
         DeltaFile(tmp_path / "plain")
+
+
+def test_a_tensors_name_has_so_many_characters_at_most(tmp_path):
+    for length in (MAX_NAME, MAX_NAME + 1):
+        write_tensors(tmp_path / f"{length}", {"n" * length: np.zeros(3, np.float32)})
+    assert MAX_NAME == 500
+    with SafetensorsFile(tmp_path / "500") as file:
+        assert list(file.tensors) == ["n" * 500]
+    with pytest.raises(FileError, match="a tensor is called 'nnn"):
+        SafetensorsFile(tmp_path / "501")
 
 
 def forge(path, source, change_recipe=None, change_tensors=None):

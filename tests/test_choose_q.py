@@ -370,6 +370,7 @@ def test_two_points_give_the_minimum_of_a_linear_model():
     assert two_point_q(1.0, 1.5, 0.9, 0.2) > 0.4
     for wrong in (
         (0.0, 1.0, 0.9),
+        (-1.0, 1.0, 0.9),
         (1.0, -1.0, 0.9),
         (1.0, np.nan, 0.9),
         (1.0, 1.0, 1.0),

@@ -224,6 +224,8 @@ def part(table):
         lambda t: t["parameters"][WORD].update(shape=[2**23, 2**23]),
         lambda t: t["parameters"].pop(WORD),
         lambda t: t.update(blocks=[]),
+        lambda t: t.update(blocks=[1]),
+        lambda t: t.update(blocks=1),
         lambda t: t.update(base_blake3="0"),
     ],
 )
