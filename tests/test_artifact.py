@@ -181,6 +181,26 @@ def test_a_difference_below_float32_is_one(tmp_path):
     prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.5)  # warnings are errors
 
 
+def test_a_delta_of_format_1_as_parts(tmp_path, pair):
+    prune(*pair, tmp_path / "d", q=0.3)
+    dense = dx.load_delta(tmp_path / "d")
+    parts = dx.load_delta(tmp_path / "d", parts=True)
+    found = jax.tree.map(lambda part: part.to_dense(), parts, is_leaf=lambda x: hasattr(x, "to_dense"))
+    jax.tree.map(np.testing.assert_array_equal, found, dense)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"), [(lambda x: np.append(x, x[:1]), "more"), (lambda x: x[:-1], "fewer")]
+)
+def test_as_many_values_as_the_mask_has_survivors(tmp_path, pair, change, text):
+    """One is far less than what the first look at a file sees."""
+    prune(*pair, tmp_path / "d")
+    values = f"values/{POOLER}"
+    forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update({values: change(t[values])}))
+    with pytest.raises(FileError, match=f"'{POOLER}' has {text} values than its mask has survivors"):
+        dx.load_delta(tmp_path / "forged")
+
+
 def test_any_safetensors_reader_opens_it(tmp_path, pair):
     safetensors_numpy = pytest.importorskip("safetensors.numpy")
     prune(*pair, tmp_path / "d")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import darex_jax as dx
-from darex_jax.core.mask import stream_mask, traced_threshold
+from darex_jax.core.mask import compiler_options, stream_mask, traced_threshold
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key, numpy_mask
 from darex_jax.core.tree import flatten_names, leaf_key, name_words, unflatten_names
 
@@ -91,6 +91,14 @@ def test_thresholds_are_compared_to_their_last_bit():
     for threshold in (1, 5, 2**31 + 1, 2**32 - 1):
         assert traced_threshold(1 - threshold / 2**32) == (threshold, False)
     assert traced_threshold(0.0) == (0, True)
+
+
+def test_a_version_of_xla_without_the_option_does_without(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("No such compile option")
+
+    monkeypatch.setattr(jax, "jit", refuse)
+    assert compiler_options.__wrapped__("cpu") is None
 
 
 @given(st.integers(0, 2**20), st.integers(1, 5000), st.sampled_from([0.0, 0.3, 0.99]))
