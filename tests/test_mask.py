@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import darex_jax as dx
-from darex_jax.core.mask import compiler_options, stream_mask, traced_threshold
+from darex_jax.core.mask import STREAM_CHUNKS, compiler_options, stream_mask, traced_threshold
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key, numpy_mask
 from darex_jax.core.tree import flatten_names, leaf_key, name_words, unflatten_names
 
@@ -99,6 +99,13 @@ def test_a_version_of_xla_without_the_option_does_without(monkeypatch):
 
     monkeypatch.setattr(jax, "jit", refuse)
     assert compiler_options.__wrapped__("cpu") is None
+
+
+@pytest.mark.parametrize("length", [40_000, 131_072, STREAM_CHUNKS[0] + 40_000])
+def test_a_stretch_of_several_pieces(length):
+    words, threshold = numpy_leaf_key((0, 1), name_words("w")), keep_threshold(0.5)
+    expected = numpy_mask(words, 5, length, threshold)
+    np.testing.assert_array_equal(stream_mask(words, 5, length, threshold), expected)
 
 
 @given(st.integers(0, 2**20), st.integers(1, 5000), st.sampled_from([0.0, 0.3, 0.99]))
