@@ -33,7 +33,7 @@ from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params
-from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes, write_tensors
+from darex_jax.files.safetensors import MAX_NAME, FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -132,6 +132,75 @@ def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, d
     assert summary.survivors == sum(int(m.sum()) for m in jax.tree.leaves(mask))
 
 
+@pytest.mark.parametrize(("base_dtype", "fine_dtype"), [("f8", "f8"), ("f8", "f4"), ("f4", "f8")])
+def test_float64_tensors_are_computed_in_float64(tmp_path, base_dtype, fine_dtype):
+    """Stored and restored are the very bits of `prune` and `apply_delta` under x64; float32 loses them."""
+    base = {
+        name: leaf.astype(base_dtype) for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"
+    }
+    fine = {name: (leaf * np.float64(1 + 2.0**-30)).astype(fine_dtype) for name, leaf in base.items()}
+    base |= {name: leaf * (1 - 2.0**-29) for name, leaf in base.items() if base_dtype == "f8"}
+    write(tmp_path / "base", base)
+    write(tmp_path / "fine", fine)
+    names = list(prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.8, q=0.3).recipe.parameters)
+    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
+        restored = dict(restored_params(b, d))
+    assert {x.dtype for x in jax.tree.leaves(dx.load_delta(tmp_path / "d"))} == {np.dtype("f4")}
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(base[name], "f8") for name in names}
+        delta = dx.compute_delta({name: fine[name] for name in names}, wide)
+        delta = {name: leaf.astype(fine_dtype) for name, leaf in delta.items()}  # as it is stored
+        pruned = dx.prune(jax.random.key(0), delta, 0.8, 0.3)
+        found = flatten_names(dx.load_delta(tmp_path / "d"))
+        for name, total in dx.apply_delta(wide, pruned).items():
+            assert found[name].dtype == fine_dtype
+            np.testing.assert_array_equal(found[name], pruned[name])
+            assert restored[name].dtype == fine_dtype
+            np.testing.assert_array_equal(restored[name], total.astype(fine_dtype))
+
+
+def test_float64_deltas_of_trees(tmp_path):
+    with jax.enable_x64(True):
+        base = {"w": jnp.linspace(1.0, 2.0, 1000)}
+        delta = {"w": base["w"] * 2.0**-40}
+        dx.save_delta(tmp_path / "d", jax.random.key(5), delta, 0.9, 0.3, base=base)
+        pruned = dx.prune(jax.random.key(5), delta, 0.9, 0.3)
+        write_tensors(tmp_path / "base", base)
+        with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
+            [(_, restored)] = restored_params(b, d)
+        np.testing.assert_array_equal(dx.load_delta(tmp_path / "d")["w"], pruned["w"])
+        np.testing.assert_array_equal(restored, dx.apply_delta(base, pruned)["w"])
+        assert np.any(restored != base["w"])
+
+
+def test_a_difference_below_float32_is_one(tmp_path):
+    """Else it would be said that the models are the same."""
+    base = {name: leaf for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"}
+    write(tmp_path / "base", base)
+    write(tmp_path / "fine", {name: leaf * np.float64(1 + 2.0**-40) for name, leaf in base.items()})
+    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.5)  # warnings are errors
+
+
+def test_a_delta_of_format_1_as_parts(tmp_path, pair):
+    prune(*pair, tmp_path / "d", q=0.3)
+    dense = dx.load_delta(tmp_path / "d")
+    parts = dx.load_delta(tmp_path / "d", parts=True)
+    found = jax.tree.map(lambda part: part.to_dense(), parts, is_leaf=lambda x: hasattr(x, "to_dense"))
+    jax.tree.map(np.testing.assert_array_equal, found, dense)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"), [(lambda x: np.append(x, x[:1]), "more"), (lambda x: x[:-1], "fewer")]
+)
+def test_as_many_values_as_the_mask_has_survivors(tmp_path, pair, change, text):
+    """One is far less than what the first look at a file sees."""
+    prune(*pair, tmp_path / "d")
+    values = f"values/{POOLER}"
+    forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update({values: change(t[values])}))
+    with pytest.raises(FileError, match=f"'{POOLER}' has {text} values than its mask has survivors"):
+        dx.load_delta(tmp_path / "forged")
+
+
 def test_any_safetensors_reader_opens_it(tmp_path, pair):
     safetensors_numpy = pytest.importorskip("safetensors.numpy")
     prune(*pair, tmp_path / "d")
@@ -199,6 +268,7 @@ def test_command_line(tmp_path, pair):
     pruned = json.loads(darex("prune", base, fine, out, "-p", 0.9, "--seed", 3, "--json").stdout)
     assert pruned["bytes"] == out.stat().st_size
     seen = json.loads(darex("inspect", out, "--json").stdout)
+    assert seen["bytes_per_parameter"] == out.stat().st_size / seen["entries"]
     assert seen["key"] == [0, 3] and seen["survivors"] == pruned["survivors"]
     assert "ok" in darex("verify", out, "--base", base).stdout
     darex("apply", base, out, restored)
@@ -347,6 +417,16 @@ def test_lying_headers(tmp_path, pair):
     write_tensors(tmp_path / "plain", {"w": np.zeros(3, np.float32)})
     with pytest.raises(FileError, match="not a delta made by darex"):
         DeltaFile(tmp_path / "plain")
+
+
+def test_a_tensors_name_has_so_many_characters_at_most(tmp_path):
+    for length in (MAX_NAME, MAX_NAME + 1):
+        write_tensors(tmp_path / f"{length}", {"n" * length: np.zeros(3, np.float32)})
+    assert MAX_NAME == 500
+    with SafetensorsFile(tmp_path / "500") as file:
+        assert list(file.tensors) == ["n" * 500]
+    with pytest.raises(FileError, match="a tensor is called 'nnn"):
+        SafetensorsFile(tmp_path / "501")
 
 
 def forge(path, source, change_recipe=None, change_tensors=None):

@@ -33,6 +33,7 @@ from darex_jax.evaluation.objectives import (
     prediction_objective,
 )
 from darex_jax.evaluation.outputs import output_change, output_change_sums, reference_outputs
+from darex_jax.files.atomic import only_one
 from darex_jax.models import init_model, logits, read_model_config
 from darex_jax.q.closed_form import closed_form, two_point_q
 from darex_jax.tasks import Examples, Task, load_task
@@ -369,6 +370,7 @@ def test_two_points_give_the_minimum_of_a_linear_model():
     assert two_point_q(1.0, 1.5, 0.9, 0.2) > 0.4
     for wrong in (
         (0.0, 1.0, 0.9),
+        (-1.0, 1.0, 0.9),
         (1.0, -1.0, 0.9),
         (1.0, np.nan, 0.9),
         (1.0, 1.0, 1.0),
@@ -844,7 +846,11 @@ def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
     way = ("--objective", "learned", "--scope", "layer", "--limit", 6, "--out", tmp_path / "q.json")
     kept = ("--checkpoints", tmp_path / "run")
     first = darex("find-q", *models, "-p", 0.9, *way, *kept)
-    other = darex("find-q", *models, "-p", 0.8, *way, *kept)
+    (place,) = (tmp_path / "run").iterdir()
+    with only_one(place / "lock", ""):  # as if the same search were under way; others do not mind
+        same = CliRunner().invoke(main, [str(x) for x in ("find-q", *models, "-p", 0.9, *way, *kept)])
+        other = darex("find-q", *models, "-p", 0.8, *way, *kept)
+    assert same.exit_code == 1 and "the same search is under way with its checkpoints in" in same.stderr
     assert other["curve"][0] != first["curve"][0] and min(other["q"].values()) >= 0.2 - 1e-6
     slow = darex("find-q", *models, "-p", 0.9, *way, *kept, "--learning-rate", 1e-3)
     assert slow["curve"][0] == first["curve"][0] and slow["curve"][1] != first["curve"][1]

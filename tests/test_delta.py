@@ -97,6 +97,11 @@ def test_drop_then_rescale_is_prune():
         np.testing.assert_array_equal(a, b)
 
 
+def test_whole_numbers_are_rescaled_like_others():
+    delta = {"w": jnp.array([-1.0, 0.0, 1.0, 2.0])}
+    assert dx.rescale(delta, 0.5)["w"].tolist() == [-2.0, 0.0, 2.0, 4.0]
+
+
 def test_same_bits_when_everything_is_one_program():
     """A fused multiply-add across prune and apply would round differently."""
     base, delta, key = model(0), model(1, scale=0.1), jax.random.key(0)

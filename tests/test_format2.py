@@ -86,6 +86,23 @@ def test_parts_are_leaves(tmp_path, pair, method):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
 
 
+def test_float64_models_have_a_float32_delta_added_in_float64(tmp_path):
+    base = encoder(0, np.float64, prefix="", head=False)
+    fine = {f"bert.{name}": x * (1 + 2.0**-30) for name, x in base.items() if x.dtype == np.float64}
+    paths = write(tmp_path / "base", base), write(tmp_path / "fine", fine)
+    names = list(prune(*paths, tmp_path / "d", "magnitude").recipe.parameters)
+    with Checkpoint(paths[0]) as b, DeltaFile(tmp_path / "d") as d:
+        restored = dict(restored_params(b, d))
+    delta = flatten_names(dx.load_delta(tmp_path / "d"))
+    for name in names:
+        own = base[name.removeprefix("bert.")]
+        exact = (fine[name] - own).astype(np.float32)
+        added = np.asarray(delta[name])
+        np.testing.assert_allclose(added[added != 0], exact[added != 0], rtol=2.0**-8)  # bfloat16's
+        np.testing.assert_array_equal(restored[name], own + added)
+    assert any(np.any(np.asarray(leaf)) for leaf in delta.values())
+
+
 def test_same_arguments_same_bytes(tmp_path, pair):
     for name in ("a", "b"):
         prune(*pair, tmp_path / name, "magnitude")
@@ -207,6 +224,8 @@ def part(table):
         lambda t: t["parameters"][WORD].update(shape=[2**23, 2**23]),
         lambda t: t["parameters"].pop(WORD),
         lambda t: t.update(blocks=[]),
+        lambda t: t.update(blocks=[1]),
+        lambda t: t.update(blocks=1),
         lambda t: t.update(base_blake3="0"),
     ],
 )
@@ -260,6 +279,15 @@ def test_the_documented_reader_reads_it(tmp_path, pair, reader, method, options)
     assert ours.keys() == theirs.keys()
     for name, leaf in ours.items():
         np.testing.assert_array_equal(theirs[name], leaf)
+
+
+def test_the_documented_reader_reads_float64(tmp_path, reader):
+    with jax.enable_x64(True):
+        delta = {"w": jnp.linspace(1.0, 2.0, 1000)}
+        dx.save_delta(tmp_path / "d", jax.random.key(5), delta, 0.9, 0.3, base=delta)
+        ours = dx.load_delta(tmp_path / "d")["w"]
+        assert ours.dtype == reader(tmp_path / "d")["w"].dtype == np.float64
+        np.testing.assert_array_equal(ours, reader(tmp_path / "d")["w"])
 
 
 def test_the_documented_reader_reads_format_1(reader):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from darex_jax.core.errors import FileError
 from darex_jax.evaluation.gsm8k import evaluate_gsm8k
 from darex_jax.tasks.gsm8k import (
     ANSWER_IS,
@@ -402,6 +403,18 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path, content):
     with pytest.raises(ValueError, match=r"notes.txt is no file of GSM8K records"):
         evaluate_gsm8k(PROBLEMS, never, path, SETTINGS)
     assert path.read_bytes() == content + b"x"
+
+
+def test_two_runs_do_not_share_a_file(tmp_path):
+    path = tmp_path / "records.jsonl"
+
+    def second_run(prompts):
+        with pytest.raises(FileError, match=r"another run writes its answers into .*records.jsonl; wait for"):
+            evaluate_gsm8k(PROBLEMS, never, path, SETTINGS)
+        return answers(prompts)
+
+    result = evaluate_gsm8k(PROBLEMS, second_run, path, SETTINGS)
+    assert evaluate_gsm8k(PROBLEMS, never, path, SETTINGS) == result
 
 
 def test_damage_and_wrong_arguments_are_explained(tmp_path, whole):

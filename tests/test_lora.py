@@ -15,6 +15,7 @@ import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.lora import LoraConfig
 from darex_jax.core.tree import combine, flatten_names, leaf_key, unflatten_names
+from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.merge import merge_adapter
 from darex_jax.files.safetensors import FileError, write_tensors
 from darex_jax.models import build_model, init_model, read_model_config
@@ -572,6 +573,26 @@ def test_the_command(tmp_path):
     delta = str(tmp_path / "delta.safetensors")
     darex("prune", base, out, delta, "-p", "0.5")
     assert "ok" in darex("verify", delta, "--base", base)
+
+
+@pytest.mark.parametrize("wide", ["base", "adapter", "both"])
+def test_float64_tensors_are_merged_in_float64(tmp_path, wide):
+    model, params, _, adapter, config = made("llama")
+    adapter = trained(adapter)
+    with jax.enable_x64(True):
+        widen = lambda tree, which: jax.tree.map(  # noqa: E731
+            lambda x: x * np.float64(1 + 2.0**-30) if wide in (which, "both") else x, tree
+        )
+        params, adapter = widen(params, "base"), widen(adapter, "adapter")
+        dx.save_params(tmp_path / "base", params, model.config.to_hf())
+        dx.save_adapter(tmp_path / "lora", config, adapter)
+        expected = flatten_names(dx.apply_delta(params, dx.adapter_delta(adapter, config.scales(adapter))))
+    merge_adapter(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
+    with Checkpoint(tmp_path / "out") as out:
+        assert out.tensors.keys() == expected.keys()
+        for name, tensor in out.tensors.items():
+            assert tensor.info.dtype == expected[name].dtype
+            np.testing.assert_array_equal(tensor.read(), expected[name])
 
 
 def test_a_classifiers_adapter_on_the_body_it_was_made_of(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import darex_jax as dx
-from darex_jax.core.mask import stream_mask
+from darex_jax.core.mask import STREAM_CHUNKS, compiler_options, stream_mask, traced_threshold
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key, numpy_mask
 from darex_jax.core.tree import flatten_names, leaf_key, name_words, unflatten_names
 
@@ -77,6 +77,35 @@ def test_beyond_32_bit_indices():
     expected = numpy_mask(words, start, 2000, keep_threshold(0.5))
     np.testing.assert_array_equal(stream_mask(words, start, 2000, keep_threshold(0.5)), expected)
     assert 900 < expected.sum() < 1100
+
+
+def test_a_leaf_whose_indices_need_more_than_32_bits_is_left_to_jax():
+    """The bits written out count in 32. The program alone is looked at: its mask would take 4 GiB."""
+    for size, written_out in ((2**32 - 1, True), (2**32, False), (2**33, False)):
+        tree = {"w": jax.ShapeDtypeStruct((size,), jnp.bfloat16)}
+        program = jax.make_jaxpr(lambda key, tree=tree: dx.random_mask(key, tree, 0.5))(jax.random.key(0))
+        assert ("platform_index" in str(program)) is written_out
+
+
+def test_thresholds_are_compared_to_their_last_bit():
+    for threshold in (1, 5, 2**31 + 1, 2**32 - 1):
+        assert traced_threshold(1 - threshold / 2**32) == (threshold, False)
+    assert traced_threshold(0.0) == (0, True)
+
+
+def test_a_version_of_xla_without_the_option_does_without(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("No such compile option")
+
+    monkeypatch.setattr(jax, "jit", refuse)
+    assert compiler_options.__wrapped__("cpu") is None
+
+
+@pytest.mark.parametrize("length", [40_000, 131_072, STREAM_CHUNKS[0] + 40_000])
+def test_a_stretch_of_several_pieces(length):
+    words, threshold = numpy_leaf_key((0, 1), name_words("w")), keep_threshold(0.5)
+    expected = numpy_mask(words, 5, length, threshold)
+    np.testing.assert_array_equal(stream_mask(words, 5, length, threshold), expected)
 
 
 @given(st.integers(0, 2**20), st.integers(1, 5000), st.sampled_from([0.0, 0.3, 0.99]))

@@ -67,6 +67,17 @@ def test_other_boxes_and_other_values():
     assert list(flatten_names([linear, (1, None)])) == ["0.weight", "0.bias", "1.0"]
 
 
+@pytest.mark.parametrize("method", ["to_dense", "matmul"])
+def test_a_part_has_both_methods_of_one(method):
+    """A module with one of the two is a branch like any other."""
+    kind = jax.tree_util.register_dataclass(
+        type("Layer", (), {method: lambda self: None, "__init__": lambda self, w: setattr(self, "w", w)}),
+        data_fields=["w"],
+        meta_fields=[],
+    )
+    assert list(flatten_names({"a": kind(jnp.ones(1))})) == ["a.w"]
+
+
 def test_masks_of_a_state_are_those_of_its_dict(state):
     key, pure = jax.random.key(0), nnx.to_pure_dict(state)
     for make in (dx.random_mask, dx.structured_mask):

@@ -117,14 +117,20 @@ def test_refuses_a_grid_that_is_none(grid):
     for coarse in ([], [0.2, 0.1], [0.0, 0.1], [0.1, math.inf]):
         with pytest.raises(ValueError, match="one or more rising positive numbers"):
             search_q(lambda q: q, coarse, maximise=True)
-    with pytest.raises(ValueError, match="ratio > 1"):
-        geometric_grid(0.1, 1.0, 1.0)
+    for wrong in ((0.1, 1.0, 1.0), (0.0, 1.0), (1.0, 0.1), (0.1, math.inf), (0.1, 1.0, math.inf)):
+        with pytest.raises(ValueError, match="need 0 < low <= high and ratio > 1"):
+            geometric_grid(*wrong)
+
+
+def test_a_linear_grid_has_twelve_digits():
+    assert linear_grid(1e-12, 3e-12, 1e-12) == [1e-12, 2e-12, 3e-12]
 
 
 def test_a_geometric_grid_reaches_its_end():
     assert geometric_grid(0.01, 0.09, 2.0) == [0.01, 0.02, 0.04, 0.08, 0.09]
     assert geometric_grid(2**-5, 2**5, 2.0)[-1] == 32.0
     assert geometric_grid(0.001, 1.0)[:4] == [0.001, 0.001414, 0.002, 0.002828]
+    assert geometric_grid(0.12346, 0.3, 2.0) == [0.12346, 0.2469, 0.3]  # its first point is not rounded
     assert geometric_grid(0.7, 1.0) == [0.7, 0.9899, 1.0] and geometric_grid(1.0, 1.0) == [1.0]
     for low in (0.1, 0.5, 0.01, 0.001, 0.125, 0.99999, 2.0**-30):
         grid = geometric_grid(low, 1.0)

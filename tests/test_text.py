@@ -170,6 +170,20 @@ def test_a_base_with_a_delta_is_the_restored_directory(folder, opened, tmp_path)
         open_model(fine)
 
 
+def test_changed_files_of_the_base_are_taken_if_allowed(folder, opened, tmp_path):
+    base, delta = tmp_path / "base", tmp_path / "delta"
+    config = json.loads((folder / "config.json").read_text())
+    dx.save_params(base, opened[1], config, companions_from=folder)
+    darex("prune", base, folder, delta, "--drop-rate", 0.5)
+    (base / "generation_config.json").write_text("{}")
+    short = ("--max-new-tokens", 2, "--delta", delta)
+    problems = ("--task", "word-problems", "--limit", 1, "--records", tmp_path / "records")
+    for command in (("generate", base, PROMPTS[0], *short), ("eval", base, *problems, *short)):
+        assert "--allow-changed-files" in darex(*command, code=1).stderr
+        told = darex(*command, "--allow-changed-files").stderr
+        assert told.count("warning:") == 1 and "was not there" in told and "allowed" in told
+
+
 def test_a_field_of_a_tool_is_no_obstacle(folder, tmp_path):
     """A note of unsloth's is taken; what might change the mathematics needs a word."""
     _, params = dx.load_model(folder)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
+from darex_jax.files.atomic import only_one
 from darex_jax.models import Model
 from darex_jax.q.per_layer import bias_of
 from darex_jax.tasks.batching import Batch
@@ -44,12 +46,14 @@ def by_gradient(
     masked = prune(jax.random.key(seed), pair.delta, pair.drop_rate, 1.0, donate=True)
     known = input_statistics(pair.model, pair.params, rest[:1])
     layers = [name for name in flatten_names(masked) if name in known]
+    checkpoints = _checkpoints(pair, choice, inputs)
     how = Learning(
         learning_rate=choice.learning_rate,
-        checkpoints=_checkpoints(pair, choice, inputs),
+        checkpoints=checkpoints,
         on_epoch=lambda epoch, _, change: on_value(epoch, change),
     )
-    learned = learn_q(pair, masked, layers, rest, held_out, how)
+    with nullcontext() if checkpoints is None else _alone(checkpoints):
+        learned = learn_q(pair, masked, layers, rest, held_out, how)
     epochs = len(learned.history) - 1
     # The held-out examples once at the start; an epoch sends the others through forwards and backwards, which
     # counts as two more, and the held-out ones once.
@@ -81,6 +85,13 @@ def _checkpoints(pair: Pair, choice: Choice, inputs: Mapping[str, str]) -> Check
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     return Checkpoints(choice.checkpoints / digest[:16], every=1)
+
+
+def _alone(checkpoints: Checkpoints) -> AbstractContextManager[None]:
+    """Raises: FileError if another process learns with these."""
+    place = checkpoints.folder
+    busy = f"the same search is under way with its checkpoints in {place}; wait for it, or choose another."
+    return only_one(place / "lock", busy)
 
 
 @dataclass(frozen=True, kw_only=True)

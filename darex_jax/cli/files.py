@@ -9,13 +9,8 @@ from pathlib import Path
 
 import click
 
-from darex_jax.cli.options import EXCLUDE, IGNORE, INCLUDE, JSON, PATH
+from darex_jax.cli.options import ALLOW_CHANGED_FILES, EXCLUDE, IGNORE, INCLUDE, JSON, PATH
 from darex_jax.cli.show import byte_bar, bytes_text, family_of, few, plain, print_table, q_text, warned
-
-ALLOW_CHANGED_FILES = click.option(
-    "--allow-changed-files", is_flag=True,
-    help="Take the base's configuration and tokenizer files though they have changed since.",
-)  # fmt: skip
 
 
 @click.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from darex_jax.cli.options import (
+    ALLOW_CHANGED_FILES,
     BATCH_SIZE,
     DATA_DIR,
     DELTA,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--task", "task_name", default="opinions", show_default=True,
               help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems.")  # fmt: skip
 @DELTA
+@ALLOW_CHANGED_FILES
 @DATA_DIR
 @click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
 @LIMIT
@@ -48,6 +50,7 @@ def evaluate(
     model: Path,
     task_name: str,
     delta: Path | None,
+    allow_changed_files: bool,
     data_dir: Path | None,
     split: str,
     limit: int | None,
@@ -72,12 +75,17 @@ def evaluate(
     options: dict[str, Any] = {
         "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
     }  # fmt: skip
+    opening: dict[str, Any] = {
+        "delta": delta,
+        "allow_changed_files": allow_changed_files,
+        "ignore_config_fields": ignore_config_fields,
+    }
     if task_name in ("gsm8k", "word-problems"):
         problems = _problems(task_name, data_dir, split, seed, difficulty)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty
         result, inputs = _answer_problems(
-            open_text_model(model, delta, dtype, ignore_config_fields),
+            open_text_model(model, dtype, **opening),
             dtype,
             task_name,
             problems,
@@ -92,7 +100,7 @@ def evaluate(
         )
     else:
         result, inputs = _classify_examples(
-            open_model(model, dtype, delta=delta, ignore_config_fields=ignore_config_fields),
+            open_model(model, dtype, **opening),
             task_name,
             data_dir,
             split,

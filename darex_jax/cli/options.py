@@ -20,6 +20,9 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so man
 LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
 BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
+ALLOW_CHANGED_FILES = click.option("--allow-changed-files", is_flag=True,
+                                   help="Take the base's configuration and tokenizer files though they have "
+                                   "changed since the delta was made.")  # fmt: skip
 DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
                      help="What to compute in. Default: the checkpoint's.")  # fmt: skip
 IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=True, metavar="NAME",

@@ -3,11 +3,11 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from darex_jax.cli.options import DELTA, DTYPE, IGNORE, JSON, PATH, SEED
+from darex_jax.cli.options import ALLOW_CHANGED_FILES, DELTA, DTYPE, IGNORE, JSON, PATH, SEED
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.argument("prompt")
 @DELTA
+@ALLOW_CHANGED_FILES
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
               help="0 takes the likeliest token.")  # fmt: skip
@@ -31,6 +32,7 @@ def generate(
     model: Path,
     prompt: str,
     delta: Path | None,
+    allow_changed_files: bool,
     max_new_tokens: int,
     temperature: float,
     stop: tuple[str, ...],
@@ -48,7 +50,13 @@ def generate(
 
     from darex_jax.evaluation.text import stream_text
 
-    loaded, params, tokenizer, ends = open_text_model(model, delta, dtype, ignore_config_fields)
+    loaded, params, tokenizer, ends = open_text_model(
+        model,
+        dtype,
+        delta=delta,
+        allow_changed_files=allow_changed_files,
+        ignore_config_fields=ignore_config_fields,
+    )
     if chat:
         if not tokenizer.chat_template:
             raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
@@ -77,12 +85,12 @@ def generate(
         click.echo()
 
 
-def open_text_model(model: Path, delta: Path | None, dtype: str | None, ignored: tuple[str, ...]) -> "Opened":
-    """A decoder with its parameters, its tokenizer, and the tokens at which its text ends."""
+def open_text_model(model: Path, dtype: str | None, **options: Any) -> "Opened":
+    """`open_model` of a decoder, which alone writes text."""
     from darex_jax.models import DecoderConfig
     from darex_jax.tasks.opening import open_model
 
-    opened = open_model(model, dtype, delta=delta, ignore_config_fields=ignored)
+    opened = open_model(model, dtype, **options)
     if not isinstance(opened.model.config, DecoderConfig):
         raise DarexError(f"{model}: a {opened.model.config.model_type} model does not write text.")
     return opened

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from darex_jax.core.errors import DarexError
+from darex_jax.files.atomic import only_one
 from darex_jax.files.paths import read_bytes
 from darex_jax.tasks.gsm8k import ANSWER_IS, PROMPT, Problem, extract_answer, gsm8k_prompt
 
@@ -42,17 +43,18 @@ def evaluate_gsm8k(
       on_batch: called at the start and after every batch: how many are answered, and how many are correct.
     Returns: {"metric": share of correct answers, "metric_name": "accuracy", "standard_error": of that share,
       sqrt(metric (1 - metric) / n), "unanswered": answers without a number, "n": number of problems}.
-    Raises: ValueError if the file holds something else or was written with other settings.
+    Raises: ValueError if the file holds something else or was written with other settings, or another run
+      is writing to it.
     """
     if batch_size < 1 or not problems:
         raise DarexError(f"need batch_size >= 1 and problems, got {batch_size} and {len(problems)} problems.")
     path = Path(records)
     header = _line({"settings": {**settings, **_protocol(problems, marker)}})
-    found, size = _read_records(path, header, len(problems))
     prompts = [gsm8k_prompt(problem.question) for problem in problems]
-    left = sorted(set(range(len(problems))) - found.keys(), key=lambda i: (len(prompts[i]), i))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    busy = f"another run writes its answers into {path}; wait for it, or choose another file for these."
+    with only_one(path, busy), path.open("ab") as file:
+        found, size = _read_records(path, header, len(problems))
+        left = sorted(set(range(len(problems))) - found.keys(), key=lambda i: (len(prompts[i]), i))
         file.truncate(size)
         if not size:
             _write_through(file, header)

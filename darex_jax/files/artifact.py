@@ -26,7 +26,7 @@ import numpy as np
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import survivor_chunks
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
-from darex_jax.core.tree import name_words
+from darex_jax.core.tree import name_words, working_dtype
 from darex_jax.files.blocks import unpack
 from darex_jax.files.checkpoint import COMPANIONS
 from darex_jax.files.coding import decompress
@@ -214,7 +214,7 @@ class DeltaFile(SafetensorsFile):
     def chunks_of(self, name: str) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
         """A pruned parameter's delta, for each stretch of `safetensors.CHUNK` entries in turn.
 
-        Yields: which entries of the stretch may be other than zero, and their float32 numbers.
+        Yields: which entries of the stretch may be other than zero, and their numbers, `delta_dtype`.
         Raises: FileError for what does not fit the parameter, a count that is not the mask's, say.
         """
         if self.recipe.format == 1:
@@ -228,8 +228,15 @@ class DeltaFile(SafetensorsFile):
         except DarexError as error:
             raise FileError(f"{self.path}: '{name}': {error}.") from error
 
+    def delta_dtype(self, name: str) -> Any:
+        """Of a pruned parameter's delta: float64 where format 1 has float64 values, else float32."""
+        return working_dtype(self.tensors[f"values/{name}"].dtype) if self.recipe.format == 1 else np.float32
+
     def parts(self, name: str) -> Parts:
-        """A pruned parameter's parts, on the host. Raises: FileError for a damaged block."""
+        """A pruned parameter's parts, on the host; they count in float32.
+
+        Raises: FileError for a damaged block.
+        """
         if self.recipe.format == 1:
             entry, values = self.recipe.parameters[name], self.read(f"values/{name}")
             key = numpy_leaf_key(self.recipe.key, name_words(name))
@@ -269,14 +276,15 @@ class DeltaFile(SafetensorsFile):
         """`chunks_of` of format 1, of which only a stretch is held."""
         entry, stored = self.recipe.parameters[name], self.tensors[f"values/{name}"].size
         leaf_key = numpy_leaf_key(self.recipe.key, name_words(name))
-        scale = np.float32(1.0) / np.float32(entry["q"])
+        dtype = self.delta_dtype(name)
+        scale = dtype(1.0) / dtype(entry["q"])
         size, take, used = element_count(tuple(entry["shape"])), self.stream(f"values/{name}"), 0
         for _, kept in survivor_chunks(leaf_key, size, self.threshold(), CHUNK):
             used += len(kept)
             if used > stored:
                 raise FileError(f"{self.path}: '{name}' has fewer values than its mask has survivors.")
             with np.errstate(invalid="ignore", over="ignore"):
-                yield kept, take(len(kept)).astype(np.float32) * scale
+                yield kept, take(len(kept)).astype(dtype) * scale
         if used != stored:
             raise FileError(f"{self.path}: '{name}' has more values than its mask has survivors.")
 
@@ -328,6 +336,8 @@ def load_delta(
 ) -> dict[str, Any]:
     """The pruned, rescaled delta of an artifact: a nested dict of float32 arrays for `apply_delta`.
 
+    Under JAX's x64 a delta of float64 values is float64.
+
     Only the pruned parameters; what the artifact keeps whole (a task head, say) is `load_kept`'s. Besides the
     result one parameter's worth is held.
 
@@ -354,7 +364,7 @@ def load_delta(
             if parts:
                 named[name] = jax.tree.map(jnp.asarray, file.parts(name))
                 continue
-            dense = np.zeros(element_count(tuple(entry["shape"])), np.float32)
+            dense = np.zeros(element_count(tuple(entry["shape"])), file.delta_dtype(name))
             for i, (kept, values) in enumerate(file.chunks_of(name)):
                 dense[i * CHUNK : (i + 1) * CHUNK][kept] = values
             named[name] = jnp.asarray(dense.reshape(entry["shape"]))

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
-from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
+from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_factors
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
@@ -19,6 +20,11 @@ from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
 from darex_jax.models import BertConfig, Model, build_model, classifier_from_pretrained
+
+try:
+    from jax import enable_x64
+except ImportError:  # of JAX before 0.8
+    from jax.experimental import enable_x64  # type: ignore[attr-defined, no-redef]
 
 HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and RoBERTa's: [labels, D]
 
@@ -39,9 +45,10 @@ def merge_adapter(
     overwrite: bool = False,
     ignore_config_fields: Collection[str] = (),
 ) -> MergeSummary:
-    """Writes `base` with an adapter merged into it: each weight `W + scale * B @ A` in float32, rounded once.
+    """Writes `base` with an adapter merged into it: each weight `W + scale * B @ A`, rounded once.
 
-    One model is held in memory, and the delta of one weight at a time.
+    In float32, and in float64 where the base or the adapter has a float64 tensor, also without JAX's x64. One
+    model is held in memory, and the delta of one weight at a time.
 
     Args:
       base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also fits the
@@ -54,10 +61,26 @@ def merge_adapter(
       shape, or a weight that would not be finite; FileError for what cannot be read, for an adapter that
       `load_adapter` refuses, or if `out` is an input or holds something already.
     """
-    config, factors_tree, dense_tree = load_adapter(adapter)
+    loaded = load_adapter(adapter)
     with Checkpoint(base) as checkpoint, SafetensorsFile(Path(adapter) / WEIGHTS) as weights:
         keep_inputs(out, checkpoint, weights)
+        infos = [*(tensor.info for tensor in checkpoint.tensors.values()), *weights.tensors.values()]
     check_replaceable(Path(out).resolve(), overwrite)
+    if not any(info.dtype == np.float64 for info in infos):
+        return _merge(base, adapter, loaded, out, overwrite, ignore_config_fields)
+    with enable_x64(True):  # without it JAX reads float64 as float32
+        return _merge(base, adapter, load_adapter(adapter), out, overwrite, ignore_config_fields)
+
+
+def _merge(
+    base: str | PathLike[str],
+    adapter: str | PathLike[str],
+    loaded: tuple[LoraConfig, dict[str, Any], dict[str, Any]],
+    out: str | PathLike[str],
+    overwrite: bool,
+    ignore_config_fields: Collection[str],
+) -> MergeSummary:
+    config, factors_tree, dense_tree = loaded
     factors, dense = adapter_factors(factors_tree), flatten_names(dense_tree)
     model, named = _with_head(*load_model(base, ignore_config_fields=ignore_config_fields), dense)
     shapes = {f"{layer}.weight": (b.shape[0], a.shape[1]) for layer, (a, b) in factors.items()}

@@ -21,7 +21,7 @@ from darex_jax.core.errors import DarexWarning
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
-from darex_jax.core.tree import name_words
+from darex_jax.core.tree import name_words, working_dtype
 from darex_jax.files.artifact import PARTS, RECIPE
 from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
@@ -391,11 +391,11 @@ class _Pair:
 
 
 def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Seen]:
-    """`fine - base` of the rows that both have, float32, and what was noticed."""
+    """`fine - base` of the rows that both have, rounded once to float32, and what was noticed."""
     pair, delta = _Pair(base, fine, progress), np.empty(base.info.size, np.float32)
     for start, b, f in pair.stretches():
         with np.errstate(invalid="ignore", over="ignore"):
-            np.subtract(f.astype(np.float32), b.astype(np.float32), out=delta[start : start + len(b)])
+            delta[start : start + len(b)] = _difference(f, b)
     return delta.reshape(base.info.shape), pair.seen()
 
 
@@ -408,8 +408,7 @@ def _pruned_values(
         kept = np.flatnonzero(stream_mask(leaf_key, start, len(b), threshold))
         kept_base, kept_fine = b[kept], f[kept]
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = kept_fine.astype(np.float32) - kept_base.astype(np.float32)
-            stored = difference.astype(fine.info.dtype)
+            stored = _difference(kept_fine, kept_base).astype(fine.info.dtype)
             exact = stored.astype(np.float64), kept_fine.astype(np.float64), kept_base.astype(np.float64)
             # Both ways round: in one of them alone a small operand can vanish in the rounding.
             inexact += int(
@@ -419,10 +418,16 @@ def _pruned_values(
     yield pair.seen(inexact)
 
 
+def _difference(fine: np.ndarray, base: np.ndarray) -> np.ndarray:
+    dtype = working_dtype(fine.dtype, base.dtype)
+    return fine.astype(dtype) - base.astype(dtype)
+
+
 def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype == b.dtype:
         return np.array_equal(a.view(np.uint8), b.view(np.uint8))
-    return np.array_equal(a.astype(np.float32), b.astype(np.float32))
+    dtype = working_dtype(a.dtype, b.dtype)
+    return np.array_equal(a.astype(dtype), b.astype(dtype))
 
 
 def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Seen]:

@@ -16,6 +16,7 @@ import blake3
 import numpy as np
 
 from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.tree import working_dtype
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.atomic import atomic_directory
 from darex_jax.files.checkpoint import (
@@ -319,11 +320,11 @@ def _hashed_chunks(stored: StoredTensor, digest: Any, progress: Progress) -> Ite
 def _summed_chunks(
     name: str, chunks: Iterator[np.ndarray], delta: DeltaFile, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """base + values / q, chunk by chunk: the same float32 arithmetic as `prune` then `apply_delta`."""
+    """base + values / q, chunk by chunk: the same arithmetic as `prune` then `apply_delta`."""
     for chunk, (kept, pruned) in zip(chunks, delta.chunks_of(name), strict=True):
         kept_base = chunk[kept]
         with np.errstate(invalid="ignore", over="ignore"):
-            total = (kept_base.astype(np.float32) + pruned).astype(dtype)
+            total = (kept_base.astype(working_dtype(chunk.dtype, pruned.dtype)) + pruned).astype(dtype)
         if not delta.recipe.nonfinite and dtype.kind in "fV" and count_nonfinite(total):
             q = delta.recipe.parameters[name].get("q")
             raise _does_not_fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from darex_jax.core.errors import DarexError
@@ -36,6 +37,7 @@ def open_model(
     dtype: Any = None,
     *,
     delta: str | os.PathLike[str] | None = None,
+    allow_changed_files: bool = False,
     ignore_config_fields: Collection[str] = (),
 ) -> Opened:
     """Opens a Hugging Face directory, or with an artifact made from it the model that the two restore.
@@ -45,17 +47,24 @@ def open_model(
 
     Args, Raises: as `load_model` and `load_tokenizer`.
     """
-    model, params = load_model(path, dtype, delta=delta, ignore_config_fields=ignore_config_fields)
-    ends = _ends(path, delta, getattr(model.config, "eos_token_id", None))
-    return Opened(model, params, load_tokenizer(path, delta), ends)
+    model, params = load_model(
+        path,
+        dtype,
+        delta=delta,
+        allow_changed_files=allow_changed_files,
+        ignore_config_fields=ignore_config_fields,
+    )
+    with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
+        ends = _ends(path, folder, getattr(model.config, "eos_token_id", None))
+    tokenizer = load_tokenizer(path, delta, allow_changed_files=allow_changed_files)
+    return Opened(model, params, tokenizer, ends)
 
 
 def _ends(
-    path: str | os.PathLike[str], delta: str | os.PathLike[str] | None, otherwise: int | list[int] | None
+    path: str | os.PathLike[str], folder: Path, otherwise: int | list[int] | None
 ) -> int | list[int] | None:
-    with companions(path, delta) as folder:
-        file = folder / GENERATION_CONFIG
-        stated = {"eos_token_id": otherwise, **(read_json(file) if file.exists() else {})}
+    file = folder / GENERATION_CONFIG
+    stated = {"eos_token_id": otherwise, **(read_json(file) if file.exists() else {})}
     kinds = {"eos_token_id": Token | list[Token] | None}
     if wrong := type_faults({name: stated[name] for name in kinds}, kinds):
         raise DarexError(f"{path}: {GENERATION_CONFIG}: {wrong[0]}.")
