@@ -23,11 +23,16 @@ from darex_jax.files.safetensors import FileError, SafetensorsFile
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
+from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.runs.prune import prune_by
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-EVIDENCE = Evidence(input_norms={"bert.pooler.dense.weight": np.linspace(1, 2, 16).astype(np.float32)})
+EVIDENCE = Evidence(
+    input_norms={"bert.pooler.dense.weight": np.linspace(1, 2, 16).astype(np.float32)},
+    second_moments={"bert.pooler.dense.weight": np.diag(np.linspace(1, 2, 16))},
+    train=lambda parts, bits: {name: rounded(each, bits) for name, each in parts.items()},
+)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every part, by one table: dense, product and chunks agree, and its bytes come back as they were."""
 
+import dataclasses
 import json
 
 import jax
@@ -20,6 +21,7 @@ from darex_jax.parts.columns import Columns
 from darex_jax.parts.dense import Dense
 from darex_jax.parts.low_rank import LowRank
 from darex_jax.parts.random import Random
+from darex_jax.parts.rounding import rounded
 from darex_jax.parts.sign import Sign, pack_signs
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import PARTS, Parts
@@ -231,7 +233,11 @@ TREE = {
               "bias": jnp.asarray(np.random.default_rng(4).normal(0, 1e-2, 64), jnp.float32)},
     "other": {"weight": jnp.asarray(np.random.default_rng(5).normal(0, 1e-3, (32, 64)), jnp.float32)},
 }  # fmt: skip
-EVIDENCE = Evidence(input_norms={"layer.weight": jnp.linspace(1.0, 3.0, 96)})
+ROWS = {n: np.random.default_rng(6).normal(size=(200, w)) for n, w in (("layer", 96), ("other", 64))}
+EVIDENCE = Evidence(
+    input_norms={"layer.weight": jnp.linspace(1.0, 3.0, 96)},
+    second_moments={f"{name}.weight": x.T @ x / len(x) for name, x in ROWS.items()},
+)
 
 
 def run(name, budget, tree=TREE):
@@ -306,6 +312,50 @@ def test_budgets_say_one_thing():
     density = Budget(bytes_per_parameter=0.02).density(16, places=True)
     assert density * 16 + entropy(density) == pytest.approx(0.16, rel=1e-6)
     assert Budget(drop_rate=0.9).density(16, places=True) == pytest.approx(0.1)
+
+
+def test_resolved_values_are_those_of_least_squares():
+    """Of each row, by a solver of another kind: augmented least squares on the inputs themselves."""
+    x, delta = ROWS["layer"], np.asarray(TREE["layer"]["weight"], np.float64)
+    parts = METHODS["resolved"].prune(TREE, Budget(drop_rate=0.8), EVIDENCE, dtype=np.float32)
+    found = np.asarray(parts["layer"]["weight"].to_dense())
+    moments = x.T @ x / len(x)
+    ridge = np.sqrt(0.01 * np.mean(np.diag(moments)))
+    scores = np.abs(delta) * np.sqrt(np.diag(moments))
+    for row in range(0, 64, 9):
+        kept = np.sort(np.argsort(-scores[row])[: round(0.2 * 96)])
+        system = np.concatenate([x[:, kept] / np.sqrt(len(x)), ridge * np.eye(len(kept))])
+        wanted = np.concatenate([x @ delta[row] / np.sqrt(len(x)), np.zeros(len(kept))])
+        np.testing.assert_allclose(found[row, kept], np.linalg.lstsq(system, wanted)[0], rtol=1e-4, atol=1e-7)
+        assert np.count_nonzero(found[row]) == len(kept)
+    plain = (
+        METHODS["wanda"]
+        .prune(
+            TREE, Budget(drop_rate=0.8), Evidence(input_norms={"layer.weight": np.sqrt(np.diag(moments))})
+        )["layer"]["weight"]
+        .to_dense()
+    )
+    error = [np.linalg.norm(x @ (delta - d).T) for d in (found, np.asarray(plain))]
+    assert error[0] < error[1]
+
+
+def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
+    seen = {}
+
+    def train(parts, bits):
+        seen.update(bits=bits, names=set(parts), kinds={p.kind for s in parts.values() for p in s.parts})
+        return {name: rounded(each, bits) for name, each in parts.items()}
+
+    tree = TREE | {"embeddings": {"weight": TREE["other"]["weight"]}}
+    evidence = dataclasses.replace(EVIDENCE, train=train)
+    parts = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.4), evidence, bits=4)
+    assert seen == {
+        "bits": 4, "names": {"layer.weight", "layer.bias"}, "kinds": {"low_rank", "dense"}
+    }  # fmt: skip
+    assert parts["embeddings"]["weight"].parts == ()  # no linear layer
+    assert parts["layer"]["weight"].parts[0].a.bits == 4
+    tight = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.004), EVIDENCE, bits=4)
+    assert tight["layer"]["bias"].parts == ()  # whole it would take more than half
 
 
 def test_svd_spends_where_it_explains_most():

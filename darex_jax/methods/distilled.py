@@ -14,6 +14,7 @@ from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.svd import Factors, choose_ranks, decompose, low_rank
 from darex_jax.methods.vectors import is_matrix
 from darex_jax.parts.dense import Dense
+from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values
 
@@ -29,7 +30,8 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     layer, an embedding, gets nothing.
 
     Args:
-      evidence: with `second_moments` of the linear layers and `train`.
+      evidence: with `second_moments` of the linear layers and `train`; without the latter values are rounded
+        as they are.
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: spec 13; decomposition behind the inputs' moments, arXiv:2312.05821.
@@ -58,7 +60,11 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
 
     found = flatten_names(map_named(support, delta))
     stored = {name: parts for name, parts in found.items() if parts.parts}
-    trained: Mapping[str, Parts] = evidence.train(stored, bits) if evidence.train is not None else stored
+    trained: Mapping[str, Parts]
+    if evidence.train is None:
+        trained = {name: rounded(parts, bits) for name, parts in stored.items()}
+    else:
+        trained = evidence.train(stored, bits)
     return map_named(lambda name, _: trained.get(name, found[name]), delta)
 
 

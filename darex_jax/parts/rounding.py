@@ -28,7 +28,7 @@ def rounded(parts: Parts, bits: int | None, dtype: Any = jnp.bfloat16) -> Parts:
     """
 
     def of(part: Part) -> Part:
-        found = {name: _rounded(name, getattr(part, name), bits, dtype) for name in FIELDS[part.kind]}
+        found: Any = {name: _rounded(name, getattr(part, name), bits, dtype) for name in FIELDS[part.kind]}
         return replace(part, **found)
 
     return Parts(tuple(map(of, parts.parts)), parts.shape)

@@ -18,8 +18,6 @@ from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
-from darex_jax.parts.rounding import rounded
-from darex_jax.parts.total import Parts
 
 CLOSE = 0.98  # of the size asked for: near enough
 ATTEMPTS = 8
@@ -66,8 +64,9 @@ def prune_by(
         return write(job, budget)
     entries = pruned_entries(job)
     # Training is long, and hardly changes the size: sizes are tried without, a little below.
-    quick = known if known.train is None else replace(known, train=_only_rounded)
-    wanted = budget if known.train is None else round(CLOSE * budget)
+    trains = "train" in chosen.needs
+    quick = replace(known, train=None)
+    wanted = round(CLOSE * budget) if trains else budget
 
     def of_size(part_bytes: float, path: Path) -> PruneSummary:
         return write(replace(job, out=path), Budget(bytes_per_parameter=part_bytes / entries), quick)
@@ -75,7 +74,7 @@ def prune_by(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(of_size, wanted, Path(folder))
-        while known.train is not None:
+        while trains:
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)
             if summary.file_bytes <= budget:
@@ -84,10 +83,6 @@ def prune_by(
             summary = of_size(room - 1.5 * (summary.file_bytes - budget) - 0.01 * budget, path)
         write_whole(job.out, path.read_bytes())
     return summary
-
-
-def _only_rounded(parts: Mapping[str, Parts], bits: int | None) -> dict[str, Parts]:
-    return {name: rounded(each, bits) for name, each in parts.items()}
 
 
 def pruned_entries(job: Job) -> int:

@@ -262,6 +262,7 @@ Trained = list[Values]
 
 def _split(delta: Delta) -> tuple[Trained, Any]:
     """The values of all parts, in the order of the tree, and the tree with None in their places."""
+    structure: Any
     leaves, structure = jax.tree.flatten(delta, is_leaf=_is_values)
     fixed = structure.unflatten([None if _is_values(leaf) else leaf for leaf in leaves])
     return [leaf for leaf in leaves if _is_values(leaf)], fixed
@@ -287,7 +288,7 @@ def _through(values: Values) -> Values:
     numbers = jnp.clip(values.numbers, -most, most)
     integers = jnp.where(numbers < 0, -1.0, 1.0) if values.bits == 1 else jnp.round(numbers)
     straight = numbers + jax.lax.stop_gradient(integers - numbers)
-    return replace(values, numbers=straight, scales=jnp.exp(values.scales))
+    return replace(values, numbers=straight, scales=jnp.exp(jnp.asarray(values.scales)))
 
 
 def _placed(parts: Parts) -> Parts:
@@ -296,6 +297,8 @@ def _placed(parts: Parts) -> Parts:
 
     def of(part: Part) -> Part:
         located: Any = part.located() if isinstance(part, Random) else part
+        if not FIELDS[located.kind]:
+            return located
         scale, one = reciprocal(np.asarray(part.q)), np.asarray(np.float32(1))
         first, *others = FIELDS[located.kind]
         scaled = {first: Values(jnp.asarray(getattr(located, first).numbers, jnp.float32) * scale)}
@@ -355,8 +358,9 @@ def _in_bits(parts: Parts, bits: int) -> Parts:
     """Values as numbers in terms of their scales, and the logarithms of the scales."""
 
     def of(values: Values, fitted: Values) -> Values:
-        scales = jnp.maximum(fitted.scales, 1e-12)
-        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[fitted.per]
+        scales = jnp.maximum(jnp.asarray(fitted.scales), 1e-12)
+        per: Any = fitted.per
+        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[per]
         return replace(fitted, numbers=values.numbers / own, scales=jnp.log(scales))
 
     return jax.tree.map(
