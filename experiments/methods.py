@@ -16,6 +16,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from adamr_common import machine
@@ -41,9 +42,10 @@ from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.source import Source
 
 RESULTS = Path(__file__).parent / "results" / "methods"
-BYTES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # a parameter
+BYTES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # a parameter
 SEEDS = (0, 1, 2, 3)
-CALIBRATION = 50  # training texts for WANDA's norms and for q
+CALIBRATION = 50  # training texts for statistics of inputs and for q
+TRAINING, STEPS = 10_000, 300  # at most so many training texts, of 16 a step, for distilled
 WAYS = {  # what a row is called -> method of the table, its options
     "DARE": ("dare", {"dtype": "bfloat16"}),
     "DAREx-q": ("dare", {"dtype": "bfloat16", "q": "two-point"}),
@@ -52,10 +54,13 @@ WAYS = {  # what a row is called -> method of the table, its options
     "MP": ("magnitude", {}),
     "MP, 4 bits": ("magnitude", {"bits": 4}),
     "WANDA": ("wanda", {}),
+    "re-solved": ("resolved", {}),
     "structural": ("structured", {}),
-    "SVD": ("svd", {}),
     "sign": ("sign", {}),
     "sign, then SVD": ("sign-svd", {}),
+    "SVD": ("svd", {}),
+    "SVD, 4 bits": ("svd", {"bits": 4}),
+    "distilled": ("distilled", {"bits": 4}),
 }
 
 
@@ -65,6 +70,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "mrpc", "stsb"], choices=list(BUDGETS))
     names = ["adamw", "adamr-l2-0.01", "adamr-l1-0.00002"]
     parser.add_argument("--optimizers", nargs="+", default=names, choices=list(OPTIMIZERS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--bytes", nargs="+", type=float, default=BYTES)
     parser.add_argument("--runs", type=Path, default=Path("runs/adamr_glue"))
     parser.add_argument("--table", action="store_true", help="write table and picture from what is there")
     options = parser.parse_args()
@@ -72,12 +79,15 @@ def main() -> None:
     if not options.table:
         for optimizer in options.optimizers:
             for task in options.tasks:
-                run(task, optimizer, options.data_dir, options.runs / f"{task}_{optimizer}" / "fine-tuned")
+                fine = options.runs / f"{task}_{optimizer}" / "fine-tuned"
+                run(task, optimizer, options.data_dir, fine, options.ways, options.bytes)
     write_table()
     plot()
 
 
-def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> None:
+def run(
+    task_name: str, optimizer: str, data_dir: Path | None, fine: Path, ways: list[str], sizes: list[float]
+) -> None:
     base, file = demo_weights(), RESULTS / f"{task_name}_{optimizer}.jsonl"
     task = load_task(task_name, data_dir)
     test = encode(load_tokenizer(fine), task.test.select(slice(500)))
@@ -108,17 +118,23 @@ def run(task_name: str, optimizer: str, data_dir: Path | None, fine: Path) -> No
         })  # fmt: skip
     done = {(row["way"], row.get("bytes")) for row in rows}
     source = Source(task=task_name, data_dir=data_dir, limit=CALIBRATION)
-    gathered = gather(base, fine, source, ("input_norms",))
+    known: dict[tuple[str, ...], Any] = {}
     scope = choose_scope("bert")
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope)
         entries = sum(f.tensors[name].info.size for name in match.pruned)
-        for size in BYTES:
-            for way, (name, told) in WAYS.items():
+        for size in sizes:
+            for way in ways:
                 if (way, size) in done:
                     continue
+                name, told = WAYS[way]
                 begun, method = time.monotonic(), METHODS[name]
                 options = dict(told)
+                if method.needs not in known:
+                    texts = TRAINING if "train" in method.needs else CALIBRATION
+                    some = Source(task=task_name, data_dir=data_dir, limit=texts)
+                    known[method.needs] = gather(base, fine, some, method.needs, steps=STEPS)
+                gathered = known[method.needs]
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "delta.safetensors"
 
@@ -178,7 +194,8 @@ def write_table() -> None:
         "The metric of the model restored from the file, MiniLM-L6, on the first 500 examples of the",
         "official validation split; random methods over four masks (seeds 0-3). The columns are bytes of the",
         "whole file divided by the parameters in scope; a file has at most that and, but for signs, at least",
-        "98 % of it. q is chosen in two points, WANDA's norms are seen, on 50 training texts without labels.",
+        "98 % of it. q is chosen in two points, statistics of inputs are seen, on 50 training texts without",
+        f"labels; distilled is trained on at most {TRAINING:,} of them, without labels, {STEPS} steps of 16.",
         "Below 0.125 bytes a parameter signs do not fit. Made by",
         "`python experiments/methods.py --data-dir DIR`; every number, agreement with the fine-tuned model,",
         "seconds, machine and versions stand in the JSON lines under `methods/`.",

@@ -1,5 +1,6 @@
 """Training that stops and goes on, repeats, and runs from the terminal; on a tiny BERT and a tiny Llama."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from darex_jax.core.tree import flatten_names
 from darex_jax.files.atomic import only_one
 from darex_jax.files.manifest import params_digest
 from darex_jax.models import init_model, read_model_config
+from darex_jax.runs import train as train_module
 from darex_jax.runs.repeat import repeat_run
 from darex_jax.runs.train import train_run
 from darex_jax.tasks.word_problems import word_problem_tokenizer
@@ -46,6 +48,20 @@ LLAMA = {
 }  # fmt: skip
 RECIPE = Recipe(learning_rate=1e-3, steps=12, batch_size=8, optimizer="adamr", weight_decay=0.01)
 SHORT = {"limit": 60, "validation_limit": 20, "checkpoint_every": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_test_examples():
+    """What a run reports at its end is of 48 examples instead of 1,000."""
+    load = train_module.load_task
+
+    def load_few(*arguments):
+        task = load(*arguments)
+        return dataclasses.replace(task, test=task.test.select(slice(48)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "load_task", load_few)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +430,7 @@ def test_an_adapter_is_trained_saved_and_merged(bert, tmp_path):
     assert json.loads((out / "darex_manifest.json").read_text())["outputs"] == {"adapter": report["digest"]}
     done = CliRunner().invoke(main, ["merge-adapter", str(bert), str(out), str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(main, ["eval", str(tmp_path / "merged"), "--json"])
+    done = CliRunner().invoke(main, ["eval", str(tmp_path / "merged"), "--limit", "48", "--json"])
     assert json.loads(done.stdout)["metric"] == pytest.approx(report["test"], abs=0.005)
     interrupted(bert, tmp_path / "again", 7, lora_rank=2)
     assert train_run(bert, tmp_path / "again", RECIPE, **SHORT, lora_rank=2)["digest"] == report["digest"]

@@ -50,7 +50,7 @@ METHODS = {
     "distilled": Method(
         "distilled",
         "low-rank factors and vectors, trained on the fine-tuned model's outputs",
-        needs=("second_moments", "train"),
+        needs=("input_norms", "train"),
         leafwise=False,
         bits=4,
     ),
