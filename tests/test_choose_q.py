@@ -928,3 +928,24 @@ def test_mistakes_are_told(folders, tmp_path):
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"
     )
     assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()
+
+
+# Methods that train what they keep: the whole way from the terminal.
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family):
+    base, fine = folders / family / "base", folders / family / "fine"
+    texts = tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--size", "1.3x", "--steps", 6]
+    report = darex(*line, "--text", texts)
+    assert report["method"] == "distilled" and report["bytes"] <= report["fine_bytes"] / 1.3
+    assert darex(*line, "--text", texts)["digest"] == report["digest"]  # a repeat gives the same file
+    named = flatten_names(dx.load_delta(tmp_path / "d"))
+    assert any(np.any(np.asarray(x)) for name, x in named.items() if name.endswith("weight"))
+    tables = ("embeddings.weight", "embed_tokens.weight")
+    assert not any(np.any(np.asarray(x)) for name, x in named.items() if name.endswith(tables))
+    (tmp_path / "one").write_text("a single line\n")
+    refused = CliRunner().invoke(main, list(map(str, [*line, "--text", tmp_path / "one"])))
+    assert refused.exit_code == 1 and "takes two texts or more" in refused.stderr

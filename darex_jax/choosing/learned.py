@@ -68,7 +68,7 @@ def by_gradient(
     return found
 
 
-def hold_out_quarter(count: int, seed: int) -> tuple[NDArray, NDArray]:
+def hold_out_quarter(count: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Row numbers to learn from, and the quarter (at least one) that decides when to stop; both ascending."""
     order, quarter = np.random.default_rng(seed).permutation(count), max(1, count // 4)
     return np.sort(order[quarter:]), np.sort(order[:quarter])

@@ -27,7 +27,7 @@ from darex_jax.methods.table import METHODS
 TRAINING_TEXTS = 10_000  # at most, that distilled learns from
 
 
-class Ratio(click.ParamType):
+class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
     """`100x`: a hundredth of the fine-tuned model."""
 
     name = "RATIOx"

@@ -89,7 +89,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @SEED
 @JSON
 @click.pass_context
-def train(ctx: click.Context, base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
+def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
     """Fine-tune BASE on a task and write the model to OUT.
 
     Linear warm-up and decay. OUT is a Hugging Face directory (with --lora-rank, an adapter) with a manifest

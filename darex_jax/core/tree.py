@@ -134,7 +134,7 @@ def name_words(name: str) -> tuple[int, int]:
 
 def check_key(key: jax.Array) -> None:
     """Raises TypeError unless `key` is one typed Threefry key: the only kind a mask is defined for."""
-    if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"expected a typed key, jax.random.key(seed), got {type(key).__name__}.")
     if str(jax.random.key_impl(key)) != "threefry2x32":
         raise TypeError(

@@ -33,7 +33,7 @@ def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     return logits
 
 
-def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray:
+def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray[Any]:
     """The logits of every real row, [N, num_labels] float32, in the order of the data set."""
     pending = [_logits(model, params, model_inputs(batch)) for batch in batches]
     rows = [batch["index"][batch["weight"] > 0] for batch in batches]

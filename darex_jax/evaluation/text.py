@@ -16,7 +16,7 @@ PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 30
 PIECE = 32  # tokens decoded between two looks at the text
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[NDArray, NDArray]:
+def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Token ids and mask [batch, bucket] of prompts, padded on the left; missing rows repeat the first.
 
     Raises: ValueError for a prompt without tokens, or beyond the longest bucket.

@@ -9,13 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.lora import LoraConfig, adapter_factors
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import PyTree, flatten_names
 from darex_jax.files.atomic import atomic_directory
 from darex_jax.files.checkpoint import MANIFEST, StoredTensor, read_json, read_params
-from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
+from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

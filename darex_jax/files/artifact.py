@@ -23,7 +23,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.mask import survivor_chunks
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words, working_dtype
@@ -40,7 +40,6 @@ from darex_jax.files.recipe import (
 from darex_jax.files.safetensors import (
     CHUNK,
     DTYPES,
-    FileError,
     SafetensorsFile,
     as_bytes,
     element_count,

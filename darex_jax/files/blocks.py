@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.threefry import numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.coding import Stream, decode, encode, from_gaps, to_gaps
-from darex_jax.files.safetensors import DTYPE_NAMES, FileError
+from darex_jax.files.safetensors import DTYPE_NAMES
 from darex_jax.parts.random import Random
 from darex_jax.parts.total import PARTS, Part, Parts
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, FileError, as_bytes
+from darex_jax.core.errors import FileError
+from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, as_bytes
 
 LEVEL = 8  # of pcodec, its default
 ZSTD_LEVEL = 19

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from darex_jax.core.errors import FileError
 from darex_jax.core.scope import HEAD, OPTIONAL, Scope
 from darex_jax.files.checkpoint import Checkpoint
-from darex_jax.files.safetensors import FileError
 
 PREFIXES = ("bert.", "roberta.", "model.")
 

@@ -17,7 +17,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.core.errors import DarexWarning
+from darex_jax.core.errors import DarexWarning, FileError
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
@@ -40,7 +40,6 @@ from darex_jax.files.recipe import (
 )
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
-    FileError,
     as_bytes,
     element_count,
     encode_header,

@@ -15,7 +15,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.errors import DarexError, DarexWarning, FileError
 from darex_jax.core.tree import working_dtype
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.atomic import atomic_directory
@@ -33,7 +33,6 @@ from darex_jax.files.safetensors import (
     CHUNK,
     DTYPE_NAMES,
     DTYPES,
-    FileError,
     as_bytes,
     element_count,
     encode_header,

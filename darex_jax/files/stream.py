@@ -12,9 +12,10 @@ from typing import TypeVar
 import blake3
 import numpy as np
 
+from darex_jax.core.errors import FileError
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor
-from darex_jax.files.safetensors import FileError, SafetensorsFile, as_bytes
+from darex_jax.files.safetensors import SafetensorsFile, as_bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes that are done
 WAITING = 32  # results, chunks of tensors say, that wait for their turn: 128 MB of float32

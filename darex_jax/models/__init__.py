@@ -72,7 +72,7 @@ class Model:
     """
 
     config: Config
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[Any]
     options: tuple[tuple[str, bool], ...] = ()
     remat: bool = False
 
@@ -217,7 +217,7 @@ def new_module(config: Config, key: Array, **options: bool) -> nnx.Module:
     return MODULES[config.architectures[0]](config, rngs=Keys(key), **options)
 
 
-def _state_dict(state: nnx.State) -> dict[str, Any]:
+def _state_dict(state: nnx.State[Any, Any]) -> dict[str, Any]:
     return _map_keys(str, nnx.to_pure_dict(state))
 
 

@@ -151,14 +151,14 @@ def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
         leaf if impl is None else jax.random.key_data(leaf) for leaf, impl in zip(leaves, impls, strict=True)
     ]
 
-    def run(weights: nnx.State, x: Array, numbers: list[Array]) -> Any:
+    def run(weights: nnx.State[Any, Any], x: Array, numbers: list[Array]) -> Any:
         args = [
             leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
             for leaf, impl in zip(numbers, impls, strict=True)
         ]
         return nnx.merge(graphdef, weights)(x, *jax.tree.unflatten(structure, args))
 
-    def backward(kept: tuple[nnx.State, Array, list[Array]], gradient: Any) -> Any:
+    def backward(kept: tuple[nnx.State[Any, Any], Array, list[Array]], gradient: Any) -> Any:
         weights, x, numbers = kept
         later = x + 0 * jax.tree.leaves(gradient)[0]  # the same, unless a gradient is not finite
         return jax.vjp(run, weights, later, numbers)[1](gradient)

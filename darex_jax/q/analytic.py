@@ -90,14 +90,14 @@ def _exact(xp: Any, s: Any, energy: Any, drop_rate: float, eta: float, prob: flo
 
 
 def _published_scan(
-    s: NDArray, energy: NDArray, drop_rate: float, eta: float, prob: float
+    s: NDArray[Any], energy: NDArray[Any], drop_rate: float, eta: float, prob: float
 ) -> NDArray[np.float64]:
     """The scan on row sums, each operation taken in float32 and rounded to float16, as PyTorch does it.
 
     A number that multiplies or divides stays float32 there; one that is added becomes float16 first.
     """
 
-    def half(x: NDArray) -> NDArray:
+    def half(x: NDArray[Any]) -> NDArray[Any]:
         return x.astype(np.float16).astype(np.float32)
 
     number = np.float32

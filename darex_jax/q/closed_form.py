@@ -72,7 +72,7 @@ def closed_form(influences: Mapping[str, tuple[ArrayLike, ArrayLike]], drop_rate
     sums = {name: np.asarray(pair, np.float64) for name, pair in influences.items()}  # [2, O] each
     layers = {name: pair.sum(axis=1) for name, pair in sums.items()}
 
-    def best(pair: NDArray) -> NDArray[np.float64]:
+    def best(pair: NDArray[Any]) -> NDArray[np.float64]:
         return closed_form_q(pair[0], pair[1], drop_rate)
 
     q = float(best(np.sum(list(layers.values()), axis=0)))

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +30,7 @@ class Examples:
 
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
-    labels: NDArray
+    labels: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,7 +44,7 @@ class Examples:
         digest.update(np.ascontiguousarray(self.labels).tobytes())
         return digest.hexdigest()
 
-    def select(self, rows: Sequence[int] | NDArray | slice) -> Examples:
+    def select(self, rows: Sequence[int] | NDArray[Any] | slice) -> Examples:
         """The given rows, in the given order; `slice(n)` is the first n."""
         chosen = np.arange(len(self))[rows]
         pairs = None if self.pairs is None else tuple(self.pairs[i] for i in chosen)
@@ -86,7 +86,7 @@ class Task:
         return METRICS[self.metric_name](logits, labels)
 
 
-def hold_out_tenth(count: int) -> tuple[NDArray, NDArray]:
+def hold_out_tenth(count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Row numbers of a training split: those that train, and the tenth that a search for q may see.
 
     Source: the protocol of DAREx (arXiv:2410.09344), the first tenth of `RandomState(0).permutation`.

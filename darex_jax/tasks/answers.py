@@ -40,7 +40,7 @@ class EncodedAnswers:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def select(self, rows: Sequence[int] | NDArray) -> EncodedAnswers:
+    def select(self, rows: Sequence[int] | NDArray[Any]) -> EncodedAnswers:
         """The given rows, in the given order."""
         lengths = [self.prompt_lengths[i] for i in rows]
         return EncodedAnswers([self.input_ids[i] for i in rows], lengths, self.pad_id)

@@ -22,7 +22,7 @@ MAX_LENGTH = BUCKETS[-1]
 EVALUATION_ROWS = 16  # of a batch: sorted by length little is padded, and on a CPU more rows take longer each
 # Without any of these, transformers makes up a tokenizer that knows no word.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-Batch = dict[str, NDArray]
+Batch = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Encoded:
 
     input_ids: list[list[int]]
     token_type_ids: list[list[int]]
-    labels: NDArray
+    labels: NDArray[Any]
     pad_id: int
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def select(self, rows: Sequence[int] | NDArray) -> Encoded:
+    def select(self, rows: Sequence[int] | NDArray[Any]) -> Encoded:
         """The given rows, in the given order."""
         types = [self.token_type_ids[i] for i in rows]
         return Encoded([self.input_ids[i] for i in rows], types, self.labels[np.asarray(rows)], self.pad_id)
@@ -120,7 +120,7 @@ def training_batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -
         yield _batch(encoded, rows, batch_size)
 
 
-def training_rows(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray]:
+def training_rows(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[Any]]:
     """The row numbers of one epoch's batches, every row once, in an order that follows from (seed, epoch).
 
     Rows of similar length go together, within pools of 16 batches of the shuffled rows: little is padded,
@@ -135,7 +135,7 @@ def training_rows(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
         yield cuts[i]
 
 
-def _batch(encoded: Encoded, rows: NDArray, batch_size: int) -> Batch:
+def _batch(encoded: Encoded, rows: NDArray[Any], batch_size: int) -> Batch:
     """Arrays of exactly `batch_size` rows, padded to the shortest bucket that holds the longest row.
 
     Returns: input_ids, attention_mask, token_type_ids: int32 [B, T]; labels [B]; weight: float32 [B], 1 for a
@@ -155,7 +155,7 @@ def _batch(encoded: Encoded, rows: NDArray, batch_size: int) -> Batch:
     }
 
 
-def right_padded(rows: Sequence[Sequence[int]], fill: int, buckets: Sequence[int] = BUCKETS) -> NDArray:
+def right_padded(rows: Sequence[Sequence[int]], fill: int, buckets: Sequence[int] = BUCKETS) -> NDArray[Any]:
     """Rows as int32 [B, T], T the shortest bucket that holds the longest row, the rest filled up."""
     longest = max(map(len, rows))
     padded = np.full((len(rows), next(bucket for bucket in buckets if longest <= bucket)), fill, np.int32)

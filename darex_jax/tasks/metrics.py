@@ -8,13 +8,15 @@ Source: GLUE (arXiv:1804.07461) with the choices of DAREx (arXiv:2410.09344).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from darex_jax.core.errors import DarexError
 
 
-def _classes(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
+def _classes(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     scores, gold = np.asarray(logits), np.asarray(labels)
     if scores.ndim != 2 or gold.shape != scores.shape[:1] or not len(gold):
         raise DarexError(f"need logits [N, classes] and labels [N], got {scores.shape} and {gold.shape}.")
@@ -22,7 +24,7 @@ def _classes(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
     return scores.argmax(axis=1), gold
 
 
-def _refuse_non_finite(scores: NDArray) -> None:
+def _refuse_non_finite(scores: NDArray[Any]) -> None:
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
         raise DarexError(f"the model's output is NaN or infinite for {bad} of {len(scores)} examples.")

@@ -53,7 +53,7 @@ class Split:
         """Raises: ValueError that names file, column and row of the first value that is no text."""
         return tuple(self._column(column, lambda value: isinstance(value, str), "a text"))
 
-    def classes(self, column: str, count: int) -> NDArray:
+    def classes(self, column: str, count: int) -> NDArray[Any]:
         """Labels from 0 to `count - 1`, int32. Raises: as `texts`."""
 
         def fits(value: Any) -> bool:
@@ -61,7 +61,7 @@ class Split:
 
         return np.asarray(self._column(column, fits, f"an integer from 0 to {count - 1}"), np.int32)
 
-    def scores(self, column: str) -> NDArray:
+    def scores(self, column: str) -> NDArray[Any]:
         """Labels that are numbers, float32. Raises: as `texts`."""
 
         def fits(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ class Material(NamedTuple):
             return answer_batches(self.encoded, 8, 0, number)
         return training_batches(self.encoded, TRAINING_ROWS, 0, number)
 
-    def select(self, rows: NDArray) -> Material:
+    def select(self, rows: NDArray[Any]) -> Material:
         return self._replace(encoded=self.encoded.select(rows))
 
 

@@ -68,7 +68,7 @@ def answer_loss(
 
 def _token_losses(
     model: Callable[..., Any], params: Params, batch: Batch
-) -> tuple[jax.Array, NDArray, jax.Array]:
+) -> tuple[jax.Array, NDArray[Any], jax.Array]:
     """Of each token but the first, [B, T - 1]: loss, 1 if it is an answer's, whether it is ranked first.
 
     A token whose loss is not finite is not ranked: the argmax of NaN would be some token.

@@ -25,7 +25,7 @@ def classifier_for(task: Task, model: Model, params: Params, key: jax.Array) -> 
     return classifier_from_pretrained(model, params, task.num_labels, key, problem)
 
 
-def example_losses(logits: jax.Array, labels: jax.Array | NDArray) -> jax.Array:
+def example_losses(logits: jax.Array, labels: jax.Array | NDArray[Any]) -> jax.Array:
     """Loss per example [B]: cross-entropy for integer labels, squared error for float labels (one output)."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
