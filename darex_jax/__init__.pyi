@@ -22,8 +22,10 @@ from .files.model import load_model as load_model
 from .files.save import save_delta as save_delta
 from .methods.budget import Budget as Budget
 from .methods.dare import dare as dare
+from .methods.distilled import distilled as distilled
 from .methods.evidence import Evidence as Evidence
 from .methods.magnitude import magnitude as magnitude
+from .methods.resolved import resolved as resolved
 from .methods.sign import sign as sign
 from .methods.sign_svd import sign_svd as sign_svd
 from .methods.structured import structured as structured
@@ -33,3 +35,4 @@ from .models.generate import generate as generate
 from .q.analytic import analytic_q as analytic_q
 from .q.closed_form import closed_form_q as closed_form_q
 from .training.adamr import adamr as adamr
+from .training.distill import distill as distill

@@ -75,7 +75,8 @@ def gather(
         if checkpoints is not None:  # what was trained of other models, texts or parts is no beginning
             stored = {name: [len(x) for x in jax.tree.leaves(p, is_leaf=_is_values) if _is_values(x)]
                       for name, p in parts.items()}  # fmt: skip
-            told = json.dumps([digests, stored, bits, steps], sort_keys=True)
+            with Checkpoint(base) as checkpoint:
+                told = json.dumps([digests, weights_digest(checkpoint), stored, bits, steps], sort_keys=True)
             folder = checkpoints / hashlib.sha256(told.encode()).hexdigest()[:16]
         found = distill(
             model, params, start, parts, rest.epoch, held_out.batches(), steps=steps, bits=bits,

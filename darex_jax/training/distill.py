@@ -95,10 +95,10 @@ def distill(
         raise DarexError("distilling takes a part at least, held-out text, and three steps.")
     pair = _Pair(model, fine, start)
     placed = {name: _placed(each) for name, each in parts.items()}
-    losses = {m: look_at(pair, _times(placed, m), held_out).loss for m in MULTIPLES}
-    multiple = min(MULTIPLES, key=lambda m: losses[m] if math.isfinite(losses[m]) else math.inf)
-    delta = _times(placed, multiple)
-    looks = [look_at(pair, delta, held_out)]
+    multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
+    begun = {m: look_at(pair, _times(placed, m), held_out) for m in multiples}
+    multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
+    delta, looks = _times(placed, multiple), [begun[multiple]]
     on_look(looks[0])
     through = 0 if bits is None else round(ROUNDING * steps)
     stream = partial(_stream, batches)
