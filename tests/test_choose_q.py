@@ -949,3 +949,27 @@ def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family):
     (tmp_path / "one").write_text("a single line\n")
     refused = CliRunner().invoke(main, list(map(str, [*line, "--text", tmp_path / "one"])))
     assert refused.exit_code == 1 and "takes two texts or more" in refused.stderr
+
+
+def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypatch):
+    from darex_jax.runs import prune as module
+
+    monkeypatch.setattr(module, "SIZES", (0.05, 1.5))
+    monkeypatch.setattr(module, "PLACES", 4)
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    texts = tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--text", texts, "--steps", 9]
+    loose, strict = (darex(*line, "--max-loss", loss) for loss in (0.9, 0.2))
+    for loss, report in ((0.9, loose), (0.2, strict)):
+        assert 1 - report["agreement"] <= loss and report["held_out"] == 20
+    assert (tmp_path / "d").stat().st_size == strict["bytes"] >= loose["bytes"]
+    for wrong, text in (
+        (("--max-loss", 0.1, "--size", "3x"), "one of them"),
+        (("--max-loss", 0.1, "--method", "svd"), "svd measures no loss"),
+    ):
+        refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
+        assert refused.exit_code == 2 and text in refused.stderr
+    monkeypatch.setattr(module, "SIZES", (0.001, 0.002))
+    refused = CliRunner().invoke(main, list(map(str, [*line, "--max-loss", 0.0])))
+    assert refused.exit_code == 1 and "allow a larger loss" in refused.stderr

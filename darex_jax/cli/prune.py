@@ -5,6 +5,7 @@ the model.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
 @click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted.")
 @click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
               help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+@click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
+              help="The smallest file that disagrees with the fine-tuned model on at most this share of "
+              "held-out texts (of a decoder, of next tokens); with distilled.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
               help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of distilled 4; "
               "of dare with a drop rate, the fine-tuned model's own dtype.")  # fmt: skip
@@ -85,6 +89,7 @@ def prune(
     drop_rate: float | None,
     size: float | None,
     bytes_per_parameter: float | None,
+    max_loss: float | None,
     bits: str | None,
     q: str | None,
     task: str | None,
@@ -112,10 +117,13 @@ def prune(
     from darex_jax.files.prune import Job, prune_checkpoints
 
     check_output(out)
-    if sum(given is not None for given in (drop_rate, size, bytes_per_parameter)) != 1:
+    if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(
-            "say how much is kept: --drop-rate, --size or --bytes-per-parameter, one of them."
+            "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
         )
+    trains = "train" in METHODS[method].needs
+    if max_loss is not None and not trains:
+        raise click.UsageError(f"--max-loss is for a method that trains; {method} measures no loss.")
     chooses = q == "auto" or q in WAYS
     if q is not None and not METHODS[method].divides:
         raise click.UsageError(f"{method} divides by no q; leave out --q.")
@@ -128,7 +136,7 @@ def prune(
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
-        texts = TRAINING_TEXTS if "train" in METHODS[method].needs else CALIBRATION_SIZE
+        texts = TRAINING_TEXTS if trains else CALIBRATION_SIZE
         seen = limit if chooses else limit or texts
         source = Source(task=task, data_dir=data_dir, text=text, limit=seen)
     choice = Choice(
@@ -156,22 +164,33 @@ def prune(
                 summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
             else:
                 from darex_jax.methods.budget import Budget
-                from darex_jax.runs.prune import prune_by, pruned_entries
+                from darex_jax.runs.prune import prune_by, prune_within, pruned_entries
 
+                budget: Any = None
                 if bytes_per_parameter is not None:
-                    budget: Any = round(bytes_per_parameter * pruned_entries(job))
-                else:
-                    budget = Budget(drop_rate=drop_rate) if size is None else round(fine_bytes / size)
+                    budget = round(bytes_per_parameter * pruned_entries(job))
+                elif size is not None:
+                    budget = round(fine_bytes / size)
+                elif drop_rate is not None:
+                    budget = Budget(drop_rate=drop_rate)
                 known: dict[str, Any] = {}
                 if METHODS[method].needs:
                     from darex_jax.runs.evidence import gather
 
+                    training = (
+                        {"steps": steps, "checkpoints": checkpoints, "on_look": on_look} if trains else {}
+                    )
                     known["gathered"] = gather(
-                        base, fine, source, METHODS[method].needs, scope=scope, steps=steps,
-                        checkpoints=checkpoints, ignore_config_fields=ignore_config_fields, on_look=on_look,
+                        base, fine, source, METHODS[method].needs, scope=scope,
+                        ignore_config_fields=ignore_config_fields, **training,
                     )  # fmt: skip
                 options = _options(method, bits, divisor)
-                summary = prune_by(job, method, budget, seed=seed, options=options, **known)
+                if max_loss is None:
+                    summary = prune_by(job, method, budget, seed=seed, options=options, **known)
+                else:
+                    summary = prune_within(
+                        job, method, max_loss, options=options, on_size=_tried(as_json), **known
+                    )
     report = {
         "out": str(out),
         "method": summary.recipe.method,
@@ -189,6 +208,9 @@ def prune(
     }
     if why is not None:
         report |= {"q": divisor, "q_chosen_by": why}
+    if trains:
+        look, seen = known["gathered"][0].train.result, len(known["gathered"][0].train.held_out.encoded)
+        report |= {"agreement": look.agreement, "held_out": seen}
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -200,6 +222,8 @@ def prune(
         ("survivors", kept) if random else ("numbers stored", kept),
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
         *([("chosen by", why)] if why else []),
+        *([("agreement", f"{look.agreement:.4f} with the fine-tuned model, on {seen} held-out texts")]
+          if trains else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
         ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
@@ -207,6 +231,14 @@ def prune(
           if random else []),
     ]  # fmt: skip
     print_table(str(out), rows)
+
+
+def _tried(quiet: bool) -> Callable[[int, float], None]:
+    def say(size: int, agreement: float) -> None:
+        if not quiet:
+            click.echo(f"tried {bytes_text(size)}: agreement {agreement:.4f}", err=True)
+
+    return say
 
 
 def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,43 @@ from darex_jax.training.distill import STEPS, Look, distill
 STATISTICS, HELD_OUT = 200, 200  # texts that moments are taken over; that are kept for looks while training
 
 
+@dataclass
+class Trainer:
+    """Trains parts by `distill` on texts, some of which are held out; `Evidence.train`.
+
+    Attributes:
+      model, fine, start, steps, checkpoints, on_look: as `distill` takes them.
+      texts, held_out: examples.
+      made_from: digests of the models and the texts: what was trained of others is no beginning.
+      result: the last look of the last training, at what it returned.
+    """
+
+    model: Model
+    fine: Any
+    start: Any
+    texts: Material
+    held_out: Material
+    made_from: Mapping[str, str]
+    steps: int = STEPS
+    checkpoints: Path | None = None
+    on_look: Callable[[Look], None] = lambda look: None
+    result: Look | None = None
+
+    def __call__(self, parts: Mapping[str, Parts], bits: int | None) -> Mapping[str, Parts]:
+        folder = None
+        if self.checkpoints is not None:
+            stored = {name: [len(x) for x in jax.tree.leaves(p, is_leaf=_is_values) if _is_values(x)]
+                      for name, p in parts.items()}  # fmt: skip
+            told = json.dumps([dict(self.made_from), stored, bits, self.steps], sort_keys=True)
+            folder = self.checkpoints / hashlib.sha256(told.encode()).hexdigest()[:16]
+        found = distill(
+            self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),
+            steps=self.steps, bits=bits, checkpoints=folder, on_look=self.on_look,
+        )  # fmt: skip
+        self.result = found.looks[-1]
+        return found.parts
+
+
 def gather(
     base: Path,
     fine: Path,
@@ -38,10 +75,8 @@ def gather(
     needs: Collection[str],
     *,
     scope: Scope | None = None,
-    steps: int = STEPS,
-    checkpoints: Path | None = None,
     ignore_config_fields: Collection[str] = (),
-    on_look: Callable[[Look], None] = lambda look: None,
+    **training: Any,
 ) -> tuple[Evidence, dict[str, str]]:
     """The evidence that is needed, and digests of the model and the examples it comes from.
 
@@ -50,8 +85,8 @@ def gather(
       source: examples that train the fine-tuned model, never those that are reported on.
       needs: fields of `Evidence`.
       scope: of what is pruned; None is the family's.
-      steps, checkpoints, on_look: of training parts, see `distill`.
       ignore_config_fields: see `read_model_config`.
+      training: steps, checkpoints and on_look of the `Trainer`.
     """
     if not needs:
         return Evidence(), {}
@@ -60,30 +95,17 @@ def gather(
         digests = {"fine_weights": weights_digest(checkpoint), "data": material.encoded.digest()}
     if "train" not in needs:
         model, params = load_model(fine, ignore_config_fields=ignore_config_fields)
-        known = _statistics(model, params, material, needs)
-        return known, digests
+        return _statistics(model, params, material, needs), digests
     if len(material.encoded) < 2:
         raise DarexError("training parts takes two texts or more: to learn from, and to be held out.")
     model, params, base_params = load_pair(base, fine, scope, ignore_config_fields)
     start, _ = split_in_scope(params, base_params)
     order = np.random.default_rng(0).permutation(len(material.encoded))
     held = min(HELD_OUT, len(order) // 2)
-    rest, held_out = material.select(np.sort(order[held:])), material.select(np.sort(order[:held]))
-
-    def train(parts: Mapping[str, Parts], bits: int | None) -> Mapping[str, Parts]:
-        folder = None
-        if checkpoints is not None:  # what was trained of other models, texts or parts is no beginning
-            stored = {name: [len(x) for x in jax.tree.leaves(p, is_leaf=_is_values) if _is_values(x)]
-                      for name, p in parts.items()}  # fmt: skip
-            with Checkpoint(base) as checkpoint:
-                told = json.dumps([digests, weights_digest(checkpoint), stored, bits, steps], sort_keys=True)
-            folder = checkpoints / hashlib.sha256(told.encode()).hexdigest()[:16]
-        found = distill(
-            model, params, start, parts, rest.epoch, held_out.batches(), steps=steps, bits=bits,
-            checkpoints=folder, on_look=on_look,
-        )  # fmt: skip
-        return found.parts
-
+    texts, held_out = material.select(np.sort(order[held:])), material.select(np.sort(order[:held]))
+    with Checkpoint(base) as checkpoint:
+        made_from = digests | {"base_weights": weights_digest(checkpoint)}
+    train = Trainer(model, params, start, texts, held_out, made_from, **training)
     return replace(_statistics(model, params, held_out, needs), train=train), digests
 
 

@@ -18,9 +18,16 @@ from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
+from darex_jax.runs.evidence import Trainer
 
 CLOSE = 0.98  # of the size asked for: near enough
 ATTEMPTS = 8
+SIZES, PLACES = (0.0003, 0.03), 15  # bytes a parameter, beside what any file has, that are looked at
+PROBE = 1 / 3  # of a training's steps, to try a size
+
+
+class TooSmall(DarexError):
+    """A size that no file of a method has."""
 
 
 def prune_by(
@@ -85,6 +92,65 @@ def prune_by(
     return summary
 
 
+def prune_within(
+    job: Job,
+    method: str,
+    max_loss: float,
+    *,
+    gathered: tuple[Evidence, Mapping[str, str]],
+    options: Mapping[str, Any] | None = None,
+    on_size: Callable[[int, float], None] = lambda size, agreement: None,
+) -> PruneSummary:
+    """The smallest artifact that disagrees with the fine-tuned model on so few of the held-out texts.
+
+    By bisection of a row of sizes with trainings of a third of the steps. The smallest that does is trained
+    in full, and the next larger one where that, against expectation, does not.
+
+    Args:
+      method: one that trains; gathered: with a `Trainer`.
+      max_loss: one minus the agreement, which goes in steps of one text.
+      on_size: called with every size tried and its agreement.
+    Raises: DarexError for another method, or if no size does.
+    """
+    known, digests = gathered
+    if not isinstance(known.train, Trainer):
+        raise DarexError(f"{method} does not train: no loss is measured that could be kept to.")
+    full, quick = known.train, replace(known.train, steps=max(3, round(PROBE * known.train.steps)))
+
+    def disagrees(size: int, path: Path, train: Trainer) -> float:
+        evidence = replace(known, train=train), digests
+        try:
+            found = prune_by(replace(job, out=path), method, size, gathered=evidence, options=options)
+        except TooSmall:
+            return 1.0
+        assert train.result is not None
+        on_size(found.file_bytes, train.result.agreement)
+        written[size] = found
+        return 1.0 - train.result.agreement
+
+    written: dict[int, PruneSummary] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "delta"
+        nothing = replace(known, train=lambda parts, bits: parts), digests
+        empty = Budget(bytes_per_parameter=1e-12)
+        summary = prune_by(replace(job, out=path), method, empty, gathered=nothing, options=options)
+        rooms = np.geomspace(SIZES[0], SIZES[1], PLACES) * summary.pruned_size
+        sizes = [summary.file_bytes + round(float(room)) for room in rooms]
+        low, high = -1, len(sizes)  # places of a size that does not do, and of one that does
+        while high - low > 1:
+            middle = (low + high) // 2
+            does = disagrees(sizes[middle], path, quick) <= max_loss
+            low, high = (low, middle) if does else (middle, high)
+        for size in sizes[high:]:
+            if disagrees(size, path, full) <= max_loss:
+                write_whole(job.out, path.read_bytes())
+                return written[size]
+    raise DarexError(
+        f"no file of up to {sizes[-1]:,} bytes disagrees on {max_loss:.1%} of the held-out texts or less: "
+        "allow a larger loss, train longer (--steps), or choose another method."
+    )
+
+
 def pruned_entries(job: Job) -> int:
     """How many entries are pruned. Raises: FileError if the models do not fit together."""
     match = job.match()
@@ -97,7 +163,7 @@ def fit_to_size(
     """Writes files until one has nearly `file_bytes` and no more: the largest of those that fit.
 
     Args: write: the bytes that parts may take, before they are coded, and a path -> what was written there.
-    Raises: DarexError if none fits.
+    Raises: TooSmall if none fits.
     """
     best: tuple[PruneSummary, Path] | None = None
     least: int | None = None
@@ -123,7 +189,7 @@ def fit_to_size(
         if not low < room < high:
             room = (low + high) / 2 if np.isfinite(high) else 2 * low
     if best is None:
-        raise DarexError(
+        raise TooSmall(
             f"the file would have {least:,} bytes at least, {file_bytes:,} were asked for: the head, the "
             "base's fingerprint and the recipe take their part; ask for more, or choose another method."
         )
