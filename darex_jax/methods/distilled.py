@@ -19,14 +19,16 @@ from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values
 
 VECTORS = 0.5  # of the budget, that norms and biases may take whole
+OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
 
 
 def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | None = None) -> PyTree:
     """A support for every kind of parameter, whose values are then trained through their rounding.
 
-    Matrices of linear layers get the best low rank, the ranks bought over all of them as in `svd`; norms and
-    biases are whole where they take at most half of the budget; what is no linear layer, an embedding, gets
-    nothing. A start that weighs inputs by their second moments did not end better.
+    Matrices get the best low rank, the ranks bought over all of them as in `svd`; but an embedding, most of
+    whose rows no text touches, gets none where one would take more than a fifth of the budget. Norms and
+    biases are whole where they take at most half of it. A start that weighs inputs by their second moments
+    did not end better.
 
     Args:
       evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without the
@@ -41,7 +43,12 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     spent = sum(int(np.size(leaf)) for leaf in vectors.values())
     if spent > VECTORS * room:
         vectors, spent = {}, 0
-    factors = {name: decompose(leaves[name]) for name in evidence.input_norms if name in leaves}
+    matrices = {name: leaf for name, leaf in leaves.items() if is_matrix(leaf)}
+    factors = {
+        name: decompose(leaf)
+        for name, leaf in matrices.items()
+        if name in evidence.input_norms or sum(np.shape(leaf)) <= OTHERS * room
+    }
     ranks = choose_ranks(factors, room - spent)
     one = np.asarray(np.float32(1))
 
