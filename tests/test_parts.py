@@ -357,6 +357,9 @@ def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
     assert tight["embeddings"]["weight"].parts == () and tight["layer"]["weight"].parts
     tight = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.004), EVIDENCE, bits=4)
     assert tight["layer"]["bias"].parts == ()  # whole it would take more than half
+    seen.clear()
+    METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
+    assert not seen  # there is nothing to train
 
 
 def test_svd_spends_where_it_explains_most():

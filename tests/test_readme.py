@@ -65,6 +65,14 @@ def test_the_page_on_adamr():
     assert trained["head"].dtype == jnp.float32 and (trained["head"] != params["head"]).all()
 
 
+def test_the_page_on_small_files():
+    (program,) = programs("docs/small.md")
+    names: dict = {}
+    exec(program, names)
+    first, *_, last = names["found"].looks
+    assert last.loss <= first.loss and names["found"].parts[names["name"]].parts[0].values.bits == 4
+
+
 def test_every_page_is_run():
     pages = {page.name for page in (ROOT / "docs").glob("*.md") if programs(page)}
-    assert pages == {"adamr.md", "format.md"}  # the latter in test_format2.py
+    assert pages == {"adamr.md", "small.md", "format.md"}  # the latter in test_format2.py

@@ -108,7 +108,7 @@ def prune(
     """Prune FINE - BASE and write the delta to OUT.
 
     BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. How much
-    is kept is said by --drop-rate, --size or --bytes-per-parameter, one of the three.
+    is kept is said by --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them.
     """
     from darex_jax.choosing.choice import Choice
     from darex_jax.core.scope import choose_scope
@@ -208,8 +208,9 @@ def prune(
     }
     if why is not None:
         report |= {"q": divisor, "q_chosen_by": why}
-    if trains:
-        look, seen = known["gathered"][0].train.result, len(known["gathered"][0].train.held_out.encoded)
+    look = known["gathered"][0].train.result if trains else None
+    if look is not None:
+        seen = len(known["gathered"][0].train.held_out.encoded)
         report |= {"agreement": look.agreement, "held_out": seen}
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -223,7 +224,7 @@ def prune(
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
         *([("chosen by", why)] if why else []),
         *([("agreement", f"{look.agreement:.4f} with the fine-tuned model, on {seen} held-out texts")]
-          if trains else []),
+          if look is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
         ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),

@@ -63,7 +63,7 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     found = flatten_names(map_named(support, delta))
     stored = {name: parts for name, parts in found.items() if parts.parts}
     trained: Mapping[str, Parts]
-    if evidence.train is None:
+    if evidence.train is None or not stored:
         trained = {name: rounded(parts, bits) for name, parts in stored.items()}
     else:
         trained = evidence.train(stored, bits)

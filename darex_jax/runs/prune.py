@@ -118,12 +118,13 @@ def prune_within(
     full, quick = known.train, replace(known.train, steps=max(3, round(PROBE * known.train.steps)))
 
     def disagrees(size: int, path: Path, train: Trainer) -> float:
-        evidence = replace(known, train=train), digests
+        evidence, train.result = (replace(known, train=train), digests), None
         try:
             found = prune_by(replace(job, out=path), method, size, gathered=evidence, options=options)
         except TooSmall:
             return 1.0
-        assert train.result is not None
+        if train.result is None:  # there was room for nothing
+            return 1.0
         on_size(found.file_bytes, train.result.agreement)
         written[size] = found
         return 1.0 - train.result.agreement
