@@ -97,6 +97,18 @@ def test_part(kind, form):
     np.testing.assert_array_equal(from_chunks(read_back(part), 64), from_chunks(part, 64))
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_sparse_product_by_entries_and_by_blocks(rows):
+    """23 rows are no multiple of the blocks; 1 input is few for 200 values of 851, 40 are many."""
+    rng = np.random.default_rng(0)
+    places = np.sort(rng.choice(23 * 37, 200, replace=False)).astype(np.uint32)
+    part = Sparse(Values(rng.normal(size=200).astype(np.float32)), places, Q, (23, 37))
+    assert (rows * 200 > 23 * 37 / 2) == (rows == 40)
+    x = rng.normal(size=(rows, 37)).astype(np.float32)
+    expected = x @ np.asarray(part.to_dense()).T
+    np.testing.assert_allclose(part.matmul(jnp.asarray(x)), expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", list(PARTS))
 def test_part_is_a_pytree_of_its_arrays(kind):
     part = make(kind, (4, "row"))

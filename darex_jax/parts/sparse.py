@@ -14,7 +14,8 @@ import numpy as np
 from darex_jax.core.errors import DarexError
 from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
 
-PRODUCTS = 1 << 24  # of an input and a value that are held at a time
+PRODUCTS = 1 << 21  # of an input and a value that are held at a time: more do not fit in a cache
+BLOCKS = 8  # that a matrix is made in
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "positions", "q"], meta_fields=["shape"])
@@ -44,18 +45,15 @@ class Sparse:
         return flat.reshape(self.shape)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ dense.T`, [..., in] -> [..., out]: a gather of inputs and a sum by rows of the matrix."""
-        part = on_device(self)
-        rows, columns = cell(part.positions, self.shape)
-        numbers, (out, width) = part.numbers(), self.shape
+        """`x @ dense.T`, [..., in] -> [..., out].
 
-        def one(row: jax.Array) -> jax.Array:
-            products = row[columns].astype(jnp.float32) * numbers
-            return jax.ops.segment_sum(products, rows, out, indices_are_sorted=True)
-
-        flat = x.reshape(-1, width)
-        together = max(1, min(len(flat), PRODUCTS // max(1, len(numbers))))
-        return jax.lax.map(one, flat, batch_size=together).reshape(*x.shape[:-1], out)
+        Of few inputs for what is stored a gather and a sum by rows of the matrix; of many an eighth of the
+        matrix is made at a time.
+        """
+        part, (out, width) = on_device(self), self.shape
+        numbers, flat = part.numbers(), x.reshape(-1, width)
+        by = _by_blocks if len(flat) * len(numbers) > out * width / 2 else _by_entries
+        return by(part.positions, numbers, flat, out).reshape(*x.shape[:-1], out)
 
     def numbers(self) -> Array:
         """What stands at `positions`, float32 [S]."""
@@ -87,3 +85,28 @@ class Sparse:
         rows = size // width if width else 0
         values = values_from(fields.get("values") or {}, arrays, positions.shape, rows, width)
         return cls(values, positions, np.asarray(check_q(fields.get("q"))), shape)
+
+
+def _by_entries(positions: jax.Array, numbers: jax.Array, x: jax.Array, out: int) -> jax.Array:
+    rows, columns = cell(positions, (out, x.shape[1]))
+
+    def one(row: jax.Array) -> jax.Array:
+        products = row[columns].astype(jnp.float32) * numbers
+        return jax.ops.segment_sum(products, rows, out, indices_are_sorted=True)
+
+    together = max(1, min(len(x), PRODUCTS // max(1, len(numbers))))
+    return jax.lax.map(one, x, batch_size=together)
+
+
+def _by_blocks(positions: jax.Array, numbers: jax.Array, x: jax.Array, out: int) -> jax.Array:
+    width = x.shape[1]
+    rows = -(-out // BLOCKS)
+
+    def block(first: jax.Array) -> jax.Array:
+        place = positions - first.astype(positions.dtype) * np.asarray(width, positions.dtype)
+        # Places before the block wrap around to large numbers, and are dropped like those behind it.
+        flat = jnp.zeros(rows * width, jnp.float32).at[place].set(numbers, mode="drop", unique_indices=True)
+        return jnp.einsum("ND,OD->ON", x, flat.reshape(rows, width))
+
+    products = jax.lax.map(block, jnp.arange(0, out, rows, dtype=jnp.int32))
+    return products.reshape(-1, len(x))[:out].T
