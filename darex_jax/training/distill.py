@@ -35,7 +35,7 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 Delta = dict[str, Parts]
 MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of survivors, that a training may begin with
 ROUNDING = 1 / 3  # the share of the steps that goes through the rounding
-INTEGER_RATE, SCALE_RATE = 0.02, 0.01  # Adam's there: of an integer, and of a scale in terms of itself
+INTEGER_RATE, SCALE_RATE = 0.03, 0.01  # Adam's there: of an integer, and of a scale in terms of itself
 STEPS, LOOKS = 600, 8  # of a training, and how often it looks at the held-out text
 
 
@@ -66,7 +66,7 @@ def distill(
     held_out: Sequence[Batch],
     *,
     steps: int = STEPS,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 2e-4,
     bits: int | None = None,
     checkpoints: Path | None = None,
     on_look: Callable[[Look], None] = lambda look: None,
