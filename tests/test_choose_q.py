@@ -965,9 +965,16 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
     for wrong, text in (
         (("--max-loss", 0.1, "--size", "3x"), "one of them"),
         (("--max-loss", 0.1, "--method", "svd"), "svd measures no loss"),
+        (("--size", "3x", "--method", "svd", "--checkpoints", tmp_path / "c"), "svd does not train"),
+        (("--size", "3x", "--method", "sign", "--bits", 4), "sign has bits of its own"),
     ):
         refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr
+    own = fine / "model.safetensors"
+    before = own.read_bytes()
+    over = [own if x == tmp_path / "d" else x for x in line]
+    refused = CliRunner().invoke(main, list(map(str, [*over, "--max-loss", 0.9])))
+    assert refused.exit_code == 1 and own.read_bytes() == before
     monkeypatch.setattr(module, "SIZES", (0.001, 0.002))
     refused = CliRunner().invoke(main, list(map(str, [*line, "--max-loss", 0.0])))
     assert refused.exit_code == 1 and "allow a larger loss" in refused.stderr

@@ -160,3 +160,21 @@ def test_wrong_arguments_are_explained():
     model, fine, start, _ = pair("bert")
     with pytest.raises(dx.DarexError, match="distilling takes a part"):
         distill(model, fine, start, {}, texts, make_batches(), steps=9)
+    few = dx.magnitude(pair("bert")[3], dx.Budget(drop_rate=0.7), bits=4)
+    signs = dx.sign(pair("bert")[3], dx.Budget(drop_rate=0.5))
+    for wrong in (few, {name: parts for name, parts in signs.items() if parts.parts[0].kind == "sign"}):
+        with pytest.raises(dx.DarexError, match="parts of floats"):
+            distill(model, fine, start, wrong, texts, make_batches(), steps=9)
+    many, params = init_model(
+        read_model_config(FAMILIES["bert"] | {"problem_type": "multi_label_classification"}),
+        jax.random.key(0),
+    )
+    with pytest.raises(dx.DarexError, match="not several labels"):
+        distill(many, params, params, largest(pair("bert")[3]), texts, make_batches(), steps=9)
+
+
+def test_no_training_is_worse_than_its_start_and_without_a_head_nothing_agrees():
+    found, _ = distilled("bert", largest, steps=9, learning_rate=3.0)  # far too fast
+    assert found.looks[-1].loss <= found.looks[0].loss + 1e-3  # but for the rounding to bfloat16
+    found, _ = distilled("bert", largest, steps=9, config={"architectures": ["BertModel"]})
+    assert np.isnan(found.looks[-1].agreement) and found.looks[-1].loss < found.looks[0].loss

@@ -98,13 +98,21 @@ def load_pair(
         match.raise_if_faulty()
         extra = [name for name in match.pruned if name in match.extra_rows]
         if extra:
-            raise DarexError(f"extra vocabulary rows ({', '.join(extra)}) are not searched over.")
+            raise DarexError(
+                f"rows of a larger vocabulary ({', '.join(extra)}) have no base to run the model from here: "
+                "leave these parameters out with --exclude."
+            )
         half = any(tensor.info.dtype == np.float16 for tensor in f.tensors.values())
         model, params = load_model(
             fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
         )
-        named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned}
-    loaded = flatten_names(params)
+        loaded = flatten_names(params)  # without what no model computes with, old Llamas' inv_freq say
+        named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned if name in loaded}
+        if not named and match.pruned:
+            raise DarexError(
+                f"{fine}: the model that is run has no '{match.pruned[0]}' nor anything else that is pruned; "
+                "a pretraining head can be left out by saving the body alone."
+            )
     wide = {name: jnp.asarray(x, jnp.promote_types(x.dtype, loaded[name].dtype)) for name, x in named.items()}
     return model, params, unflatten_names(wide)
 

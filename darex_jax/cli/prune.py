@@ -56,8 +56,8 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
 @click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
               help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
 @click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
-              help="The smallest file that disagrees with the fine-tuned model on at most this share of "
-              "held-out texts (of a decoder, of next tokens); with distilled.")  # fmt: skip
+              help="A small file that disagrees with the fine-tuned model on at most this share of "
+              "held-out texts (decoders: next tokens; a score: 1 - correlation); distilled.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
               help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of distilled 4; "
               "of dare with a drop rate, the fine-tuned model's own dtype.")  # fmt: skip
@@ -125,6 +125,10 @@ def prune(
     if max_loss is not None and not trains:
         raise click.UsageError(f"--max-loss is for a method that trains; {method} measures no loss.")
     chooses = q == "auto" or q in WAYS
+    if checkpoints is not None and not trains:
+        raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
+    if bits is not None and not METHODS[method].quantises:
+        raise click.UsageError(f"{method} has bits of its own; leave out --bits.")
     if q is not None and not METHODS[method].divides:
         raise click.UsageError(f"{method} divides by no q; leave out --q.")
     if any((task, data_dir, text)) and not (chooses or METHODS[method].needs):
@@ -210,8 +214,11 @@ def prune(
         report |= {"q": divisor, "q_chosen_by": why}
     look = known["gathered"][0].train.result if trains else None
     if look is not None:
-        seen = len(known["gathered"][0].train.held_out.encoded)
-        report |= {"agreement": look.agreement, "held_out": seen}
+        trainer = known["gathered"][0].train
+        seen, measure = len(trainer.held_out.encoded), trainer.measure
+        agreed = look.loss if measure is None else look.agreement
+        report |= {"held_out": seen, "held_out_loss": look.loss}
+        report |= {} if measure is None else {"agreement": look.agreement, "agreement_is": measure}
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -223,7 +230,7 @@ def prune(
         ("survivors", kept) if random else ("numbers stored", kept),
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
         *([("chosen by", why)] if why else []),
-        *([("agreement", f"{look.agreement:.4f} with the fine-tuned model, on {seen} held-out texts")]
+        *([(measure or "loss", f"{agreed:.4f} with the fine-tuned model, on {seen} held-out texts")]
           if look is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),

@@ -61,7 +61,7 @@ def solved(matrix: np.ndarray, kept: np.ndarray, moments: np.ndarray) -> np.ndar
     """
     places = np.nonzero(kept)[1].reshape(len(matrix), -1)  # [out, k]
     wanted = np.take_along_axis(matrix.astype(np.float64) @ moments, places, axis=1)
-    ridge = DAMPING * np.mean(np.diag(moments)) * np.eye(places.shape[1])
+    ridge = DAMPING * max(float(np.mean(np.diag(moments))), 1e-30) * np.eye(places.shape[1])
     found = np.zeros(matrix.shape, np.float32)
     for rows in _stretches(len(matrix), places.shape[1]):
         own = places[rows]

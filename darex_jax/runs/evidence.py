@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import numpy as np
 from darex_jax.choosing.pair import load_pair, split_in_scope
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
+from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import InputStatistics, input_statistics
+from darex_jax.files.atomic import only_one
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.model import load_model
 from darex_jax.methods.evidence import Evidence
-from darex_jax.models import Model
+from darex_jax.models import DecoderConfig, Model
+from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values
 from darex_jax.tasks.source import Material, Source, read_material
@@ -53,19 +57,35 @@ class Trainer:
     on_look: Callable[[Look], None] = lambda look: None
     result: Look | None = None
 
+    @property
+    def measure(self) -> str | None:
+        """What a look's `agreement` is of; None for a model without a head."""
+        config = self.model.config
+        if isinstance(config, DecoderConfig):
+            return "agreement of next tokens"
+        if "ForSequenceClassification" not in config.architectures[0]:
+            return None
+        return "correlation of scores" if config.num_labels == 1 else "agreement of predictions"
+
     def __call__(self, parts: Mapping[str, Parts], bits: int | None) -> Mapping[str, Parts]:
-        folder = None
+        computed = flatten_names(self.start)
+        aside = {name: rounded(each, bits) for name, each in parts.items() if name not in computed}
+        parts = {name: each for name, each in parts.items() if name in computed}
+        folder: Path | None = None
+        alone: AbstractContextManager[None] = nullcontext()
         if self.checkpoints is not None:
             stored = {name: [len(x) for x in jax.tree.leaves(p, is_leaf=_is_values) if _is_values(x)]
                       for name, p in parts.items()}  # fmt: skip
             told = json.dumps([dict(self.made_from), stored, bits, self.steps], sort_keys=True)
             folder = self.checkpoints / hashlib.sha256(told.encode()).hexdigest()[:16]
-        found = distill(
-            self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),
-            steps=self.steps, bits=bits, checkpoints=folder, on_look=self.on_look,
-        )  # fmt: skip
+            alone = only_one(folder / "lock", f"the same training is under way in {folder}; wait for it.")
+        with alone:
+            found = distill(
+                self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),
+                steps=self.steps, bits=bits, checkpoints=folder, on_look=self.on_look,
+            )  # fmt: skip
         self.result = found.looks[-1]
-        return found.parts
+        return found.parts | aside
 
 
 def gather(

@@ -41,7 +41,7 @@ STEPS, LOOKS = 600, 8  # of a training, and how often it looks at the held-out t
 
 class Look(NamedTuple):
     """What held-out text says: the loss, and the share of predictions that are the fine-tuned model's (with
-    one output, the correlation of the scores); after how many steps."""
+    one output, the correlation of the scores; NaN without a head); after how many steps."""
 
     step: int
     loss: float
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 
 class Distilled(NamedTuple):
     """Parts with trained values as a file stores them; the multiple of the survivors that training began
-    with; and the looks at the held-out text, the first before training and the last at what is returned."""
+    with; and this call's looks at the held-out text, the first before training, the last at the result."""
 
     parts: Delta
     multiple: float
@@ -74,8 +74,8 @@ def distill(
     """Trains the values of `parts` so that `start + parts` answers as `fine` does.
 
     Adam, a linear warm-up and decay. With `bits` the last third of the steps goes through the rounding:
-    forwards values are integers times a scale, backwards numbers. Of the looks at the held-out text the best
-    is returned.
+    forwards values are integers times a scale, backwards numbers. Of the looks at the held-out text, the
+    start's among them, the best is returned.
 
     Args:
       fine, start: the fine-tuned model's parameters, and the same with the base's values where there are
@@ -85,14 +85,20 @@ def distill(
       batches: of an epoch, counted from 0; held_out: other texts, which decide.
       learning_rate: for a dense delta; it is divided by each part's density, for factors by its root.
       bits: 8, 4, 2 or 1 a value; None rounds to bfloat16 at the end.
-      checkpoints: a folder where it goes on after a stop.
+      checkpoints: a folder for this training alone, where it goes on after a stop to the same values.
       on_look: called with every look.
-    Raises: DarexError for no part or no text; FloatingPointError once the loss is not finite.
+    Raises: DarexError for parts without floats to train, no text, or a classifier of many labels at once;
+      FloatingPointError once the loss is not finite.
     Source: values of a random mask's survivors, arXiv:2510.14444; gradients through rounding,
       arXiv:1308.3432, with scales as in arXiv:1902.08153.
     """
     if not parts or not held_out or steps < 3:
         raise DarexError("distilling takes a part at least, held-out text, and three steps.")
+    trainable = _split(dict(parts))[0]
+    if not trainable or any(values.bits is not None for values in trainable):
+        raise DarexError("distilling takes parts of floats; bits are its own argument.")
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        raise DarexError("distilling takes classes or a score, not several labels at once.")
     pair = _Pair(model, fine, start)
     placed = {name: _placed(each) for name, each in parts.items()}
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
@@ -109,12 +115,14 @@ def distill(
         on_look(look)
 
     rates, _ = _split({name: _rates(each, learning_rate) for name, each in delta.items()})
-    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, tell)
+    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, tell, looks[0].loss)
     if bits is not None:
         delta = {name: _in_bits(each, bits) for name, each in delta.items()}
         rates, _ = _split({name: _rates_of_integers(each) for name, each in delta.items()})
         saved = None if checkpoints is None else checkpoints / "rounded"
-        delta = _train(pair, delta, rates, stream, held_out, (steps - through, steps), saved, tell)
+        begun_again = look_at(pair, _joined(*_split(delta)), held_out).loss
+        span = (steps - through, steps)
+        delta = _train(pair, delta, rates, stream, held_out, span, saved, tell, begun_again)
     stored = {name: _stored(each) for name, each in delta.items()}
     tell(look_at(pair, stored, held_out)._replace(step=steps))
     return Distilled({name: _unplaced(each, parts[name]) for name, each in stored.items()}, multiple, looks)
@@ -133,7 +141,9 @@ def look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
     total, rows = np.sum([np.asarray(s[0], np.float64) for s in seen], axis=0)
     a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in seen]) for i in (1, 2, 3))
     a, b = a[real > 0], b[real > 0]
-    if np.issubdtype(a.dtype, np.integer):
+    if not len(b):
+        agreement = math.nan
+    elif np.issubdtype(a.dtype, np.integer):
         agreement = float(np.mean(a == b))
     else:
         agreement = float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
@@ -156,16 +166,17 @@ def _train(
     span: tuple[int, int],
     folder: Path | None,
     tell: Callable[[Look], None],
+    begun: float,
 ) -> Delta:
-    """Steps [first, stop) on the floating leaves of `delta`; those of the best look."""
+    """Steps [first, stop) on the values of `delta`, whose own loss is `begun`; those of the best look."""
     first, stop = span
     schedule, every = warmup_linear(1.0, stop - first), max(1, (stop - first) // LOOKS)
     trained, fixed = _split(delta)
     state = _OPTIMIZER.init(trained)
     checkpoints = None if folder is None else Checkpoints(folder, every)
-    done, best = 0, (math.inf, trained)
+    done, best = 0, (begun if math.isfinite(begun) else math.inf, trained)
     if checkpoints is not None:
-        like = (trained, state, trained, jnp.float32(0))
+        like = (trained, state, trained, np.zeros((), np.float64))
         if (found := checkpoints.restore(like)) is not None:
             done, (trained, state, values, loss) = found
             best = float(loss), values
@@ -181,7 +192,8 @@ def _train(
             if look.loss < best[0]:
                 best = look.loss, trained
             if checkpoints is not None:
-                checkpoints.save(number + 1, (trained, state, best[1], jnp.float32(best[0])), -look.loss)
+                kept = (trained, state, best[1], np.asarray(best[0], np.float64))
+                checkpoints.save(number + 1, kept, -look.loss)
     return _joined(best[1], fixed)
 
 
@@ -238,8 +250,8 @@ def _compared(
     a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (wanted, out))
     change = jnp.sum(jnp.square(a - b), (1, 2)) / jnp.maximum(jnp.sum(jnp.square(a), (1, 2)), 1e-12)
     if out.logits is None:
-        moved = jnp.sqrt(change)
-        return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), jnp.zeros_like(moved), moved, rows
+        nothing = jnp.zeros(0, jnp.int32)
+        return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), nothing, nothing, nothing
     theirs, ours = (x.logits.astype(jnp.float32) for x in (wanted, out))
     if ours.shape[-1] == 1:
         change = change + jnp.square(theirs - ours)[:, 0]
