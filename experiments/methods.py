@@ -192,38 +192,41 @@ def write_table() -> None:
         "# Every method at the same bytes",
         "",
         "The metric of the model restored from the file, MiniLM-L6, on the first 500 examples of the",
-        "official validation split; random methods over four masks (seeds 0-3). The columns are bytes of the",
-        "whole file divided by the parameters in scope; a file has at most that and, but for signs, at least",
-        "98 % of it. q is chosen in two points, statistics of inputs are seen, on 50 training texts without",
-        f"labels; distilled is trained on at most {TRAINING:,} of them, without labels, {STEPS} steps of 16.",
-        "Below 0.125 bytes a parameter signs do not fit. Made by",
-        "`python experiments/methods.py --data-dir DIR`; every number, agreement with the fine-tuned model,",
-        "seconds, machine and versions stand in the JSON lines under `methods/`.",
+        "official validation split, and in brackets its agreement with the fine-tuned model (the",
+        "correlation of scores); random methods over four masks (seeds 0-3). The columns are bytes of",
+        "the whole file divided by the parameters in scope; a file has at most that and, but for signs,",
+        "at least 96 % of it. What is not there was not run. q is chosen in two points, statistics of",
+        "inputs are seen, on 50 training texts without labels; distilled is trained on at most",
+        f"{TRAINING:,} of them, without labels, {STEPS} steps of 16. Below 0.125 bytes a parameter signs",
+        "do not fit. Made by `python experiments/methods.py --data-dir DIR`; every number, seconds,",
+        "machine and versions stand in the JSON lines under `methods/`.",
         "",
     ]
     for task, optimizer, rows in finished():
         head = next(row for row in rows if row["way"] == "fine-tuned")
         title = f"## {task}, {optimizer}: {head['metric_name']} on {head['test_examples']}"
+        cells = {(row["way"], row.get("bytes")): row for row in rows if "bytes" in row}
+        sizes = [size for size in BYTES if any(s == size for _, s in cells)]
         lines += [
             f"{title}, fine-tuned {head['mean']:.3f}",
             "",
-            "| method | " + " | ".join(f"{size:g}" for size in BYTES) + " |",
-            "|" + " --- |" * (len(BYTES) + 1),
+            "| method | " + " | ".join(f"{size:g}" for size in sizes) + " |",
+            "|" + " --- |" * (len(sizes) + 1),
         ]
-        cells = {(row["way"], row.get("bytes")): row for row in rows}
         best = {
             size: max((c["mean"] for (_, s), c in cells.items() if s == size and "mean" in c), default=0.0)
-            for size in BYTES
+            for size in sizes
         }
-        for way in WAYS:
+        for way in [way for way in WAYS if any(w == way for w, _ in cells)]:
             texts = []
-            for size in BYTES:
+            for size in sizes:
                 cell = cells.get((way, size))
                 if cell is None or "mean" not in cell:
                     texts.append("" if cell is None else "-")
                     continue
                 text = f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if len(cell["metrics"]) > 1 else "")
-                texts.append(f"**{text}**" if cell["mean"] >= best[size] - 1e-9 else text)
+                text = f"**{text}**" if cell["mean"] >= best[size] - 1e-9 else text
+                texts.append(f"{text} ({cell['agreement']:.3f})")
             lines.append(f"| {way} | " + " | ".join(texts) + " |")
         lines.append("")
     (RESULTS.parent / "methods.md").write_text("\n".join(lines))

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import shutil
@@ -271,14 +272,22 @@ def test_signals_wait_for_imports_and_are_given_back(tmp_path, monkeypatch):
         time.sleep(10)  # the signal comes again
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
 
-    def _xla_gc_callback():
-        os.kill(os.getpid(), signal.SIGINT)
-        sum(range(1000))
-        return True
+    ended = []
 
-    with pytest.raises(KeyboardInterrupt), signals.unwinding():
-        assert _xla_gc_callback()
-        time.sleep(10)
+    def while_collecting(phase, info):
+        if not ended:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))
+            ended.append(phase)
+
+    gc.callbacks.append(while_collecting)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.unwinding():
+            gc.collect()
+            assert ended == ["start"]
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(while_collecting)
 
 
 def test_a_signal_right_after_a_temporary_file_is_made_leaves_nothing(tmp_path, monkeypatch):

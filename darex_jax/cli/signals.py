@@ -1,6 +1,7 @@
 """Ctrl-C and a request to end (SIGTERM, SIGHUP) unwind the stack, so that what is under way is cleaned up."""
 
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,15 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 AGAIN = 0.02  # seconds
-UNINTERRUPTED = ("_xla_gc_callback", "_temporary")  # the latter of files/atomic.py
+UNINTERRUPTED = "_temporary"  # of files/atomic.py
 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
     """While this lasts, SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + their number).
 
-    Not in the middle of an import, since native modules can crash of it, nor in JAX's callback for the
-    garbage collector, where the exception would be lost, nor while something temporary is made or removed,
+    Not in the middle of an import, since native modules can crash of it, nor in a callback of the garbage
+    collector, JAX's say, where the exception would be lost, nor while something temporary is made or removed,
     which would be left: there the signal is put off until these are done.
     Signals that somebody else handles or ignores (nohup) are left alone.
     """
@@ -45,9 +46,12 @@ def unwinding() -> Iterator[None]:
 
 
 def _at_a_bad_moment(frame: FrameType | None) -> bool:
+    collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith("<frozen importlib") or code.co_name in UNINTERRUPTED:
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == UNINTERRUPTED:
+            return True
+        if code in collecting:
             return True
         if code.co_name == "__enter__" and code.co_filename == contextlib.__file__:
             return True  # what it has begun is ended only once the block is entered
