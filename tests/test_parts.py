@@ -16,6 +16,7 @@ from darex_jax.files.blocks import pack, unpack
 from darex_jax.files.coding import CODERS, Stream, decode, encode, from_gaps, to_gaps
 from darex_jax.methods.budget import Budget, entropy
 from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.svd import decompose
 from darex_jax.methods.table import METHODS
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.dense import Dense
@@ -372,6 +373,19 @@ def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
     seen.clear()
     METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
     assert not seen  # there is nothing to train
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40), (12, 12)])
+def test_decompositions_are_numpys(shape):
+    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    matrix[:, -1] = matrix[:, 0]  # not of full rank
+    left, values, right = decompose(matrix)
+    np.testing.assert_allclose(values, np.linalg.svd(matrix)[1], atol=1e-5)
+    np.testing.assert_allclose(left * values @ right, matrix, atol=1e-5)
+    for rank in (1, 3):
+        best = np.linalg.svd(matrix)
+        expected = best[0][:, :rank] * best[1][:rank] @ best[2][:rank]
+        np.testing.assert_allclose(left[:, :rank] * values[:rank] @ right[:rank], expected, atol=1e-5)
 
 
 def test_svd_spends_where_it_explains_most():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,14 +49,24 @@ def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None
     return map_named(prune_leaf, delta)
 
 
-@jax.jit
-def _decomposed(matrix: jax.Array) -> Factors:
-    return Factors(*jnp.linalg.svd(matrix, full_matrices=False))
-
-
 def decompose(matrix: Any) -> Factors:
-    """Args: matrix: [out, in], float32."""
-    return Factors(*(np.asarray(x) for x in _decomposed(jnp.asarray(matrix, jnp.float32))))
+    """The singular value decomposition, by the eigenvectors of the smaller product of matrix and transpose.
+
+    In float64, so that singular values down to 1e-7 of the largest are told from rounding; those below are 0.
+    Many times faster than a decomposition of the matrix where it is long, an embedding say.
+
+    Args: matrix: [out, in].
+    """
+    wide = np.asarray(matrix, np.float64)
+    tall = wide.shape[0] >= wide.shape[1]
+    thin = wide if tall else wide.T
+    squares, vectors = np.linalg.eigh(thin.T @ thin)
+    squares, vectors = squares[::-1], vectors[:, ::-1]
+    values = np.sqrt(np.maximum(squares, 0.0))
+    values[values < 1e-7 * values.max(initial=0.0)] = 0.0
+    others = thin @ (vectors / np.where(values > 0, values, 1.0))
+    left, right = (others, vectors.T) if tall else (vectors, others.T)
+    return Factors(*(np.asarray(x, np.float32) for x in (left, values, right)))
 
 
 def choose_ranks(factors: Mapping[str, Factors], room: float) -> dict[str, int]:
