@@ -131,7 +131,7 @@ def run(
                 begun, method = time.monotonic(), METHODS[name]
                 options = dict(told)
                 if method.needs not in known:
-                    texts = TRAINING if "train" in method.needs else CALIBRATION
+                    texts = TRAINING if method.trains else CALIBRATION
                     some = Source(task=task_name, data_dir=data_dir, limit=texts)
                     known[method.needs] = gather(base, fine, some, method.needs, steps=STEPS)
                 gathered = known[method.needs]

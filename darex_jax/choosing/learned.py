@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,12 +23,11 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
-from darex_jax.files.atomic import only_one
 from darex_jax.models import Model
 from darex_jax.q.per_layer import bias_of
 from darex_jax.tasks.batching import Batch
-from darex_jax.tasks.source import Material
-from darex_jax.training.checkpoints import Checkpoints
+from darex_jax.tasks.source import Material, hold_out
+from darex_jax.training.checkpoints import Checkpoints, own_place
 
 
 def by_gradient(
@@ -46,13 +43,17 @@ def by_gradient(
     masked = prune(jax.random.key(seed), pair.delta, pair.drop_rate, 1.0, donate=True)
     known = input_statistics(pair.model, pair.params, rest[:1])
     layers = [name for name in flatten_names(masked) if name in known]
-    checkpoints = _checkpoints(pair, choice, inputs)
-    how = Learning(
-        learning_rate=choice.learning_rate,
-        checkpoints=checkpoints,
-        on_epoch=lambda epoch, _, change: on_value(epoch, change),
-    )
-    with nullcontext() if checkpoints is None else _alone(checkpoints):
+    made_from = {
+        "model": inputs["fine_weights"], "data": inputs["data"], "base": inputs["base_weights"],
+        "mask": f"{pair.drop_rate} {list(pair.seeds)}", "rate": str(choice.learning_rate),
+        "scope": json.dumps([choice.include, choice.exclude]),
+    }  # fmt: skip
+    with own_place(choice.checkpoints, made_from, "search") as place:
+        how = Learning(
+            learning_rate=choice.learning_rate,
+            checkpoints=None if place is None else Checkpoints(place, every=1),
+            on_epoch=lambda epoch, _, change: on_value(epoch, change),
+        )
         learned = learn_q(pair, masked, layers, rest, held_out, how)
     epochs = len(learned.history) - 1
     # The held-out examples once at the start; an epoch sends the others through forwards and backwards, which
@@ -70,28 +71,7 @@ def by_gradient(
 
 def hold_out_quarter(count: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Row numbers to learn from, and the quarter (at least one) that decides when to stop; both ascending."""
-    order, quarter = np.random.default_rng(seed).permutation(count), max(1, count // 4)
-    return np.sort(order[quarter:]), np.sort(order[:quarter])
-
-
-def _checkpoints(pair: Pair, choice: Choice, inputs: Mapping[str, str]) -> Checkpoints | None:
-    """A place of its own: what was learnt from other models, data or masks is no beginning."""
-    if choice.checkpoints is None:
-        return None
-    made_from = {
-        "model": inputs["fine_weights"], "data": inputs["data"], "base": inputs["base_weights"],
-        "mask": f"{pair.drop_rate} {list(pair.seeds)}", "rate": str(choice.learning_rate),
-        "scope": json.dumps([choice.include, choice.exclude]),
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    return Checkpoints(choice.checkpoints / digest[:16], every=1)
-
-
-def _alone(checkpoints: Checkpoints) -> AbstractContextManager[None]:
-    """Raises: FileError if another process learns with these."""
-    place = checkpoints.folder
-    busy = f"the same search is under way with its checkpoints in {place}; wait for it, or choose another."
-    return only_one(place / "lock", busy)
+    return hold_out(count, max(1, count // 4), seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope, choose_scope
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.evaluation.classification import pruned_params
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.match import match_checkpoints
@@ -124,9 +124,9 @@ def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
     Returns: `fine` with the base's values where the base has any (a fresh head stays fine-tuned); the float32
       delta of the parameters in scope.
     """
-    fine_named, base_named = flatten_names(fine), flatten_names(base)
-    in_scope = unflatten_names({name: fine_named[name] for name in base_named})
-    return unflatten_names(fine_named | base_named), compute_delta(in_scope, base)
+    fine_named = flatten_names(fine)
+    in_scope = unflatten_names({name: fine_named[name] for name in flatten_names(base)})
+    return combine(fine, base), compute_delta(in_scope, base)
 
 
 def scored(score: Callable[[Params], float], models: Sequence[PrunedModel], q: Q) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def prune(
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
         )
-    trains = "train" in METHODS[method].needs
+    trains = METHODS[method].trains
     if max_loss is not None and not trains:
         raise click.UsageError(f"--max-loss is for a method that trains; {method} measures no loss.")
     chooses = q == "auto" or q in WAYS
@@ -212,9 +212,9 @@ def prune(
     }
     if why is not None:
         report |= {"q": divisor, "q_chosen_by": why}
-    look = known["gathered"][0].train.result if trains else None
+    trainer: Any = known["gathered"][0].train if trains else None
+    look = None if trainer is None else trainer.result
     if look is not None:
-        trainer = known["gathered"][0].train
         seen, measure = len(trainer.held_out.encoded), trainer.measure
         agreed = look.loss if measure is None else look.agreement
         report |= {"held_out": seen, "held_out_loss": look.loss}

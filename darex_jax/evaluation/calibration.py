@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.tree import flatten_names
-from darex_jax.evaluation.outputs import real_parts
 from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 from darex_jax.models import Model
-from darex_jax.tasks.batching import Batch, model_inputs
+from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 
 Params = Any
 FORMAT = "darex-statistics-1"

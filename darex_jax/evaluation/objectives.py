@@ -17,12 +17,12 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.evaluation.classification import predict
-from darex_jax.evaluation.outputs import output_change, real_parts, reference_outputs
+from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.logits import of_logits
 from darex_jax.q.search import trimmed_mean
 from darex_jax.tasks import Task
-from darex_jax.tasks.batching import Batch, model_inputs, row_count
+from darex_jax.tasks.batching import Batch, model_inputs, real_parts, row_count
 from darex_jax.training.causal_lm import answer_scores
 
 Params = Any

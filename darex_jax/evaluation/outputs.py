@@ -17,7 +17,7 @@ import numpy as np
 
 from darex_jax.models import DecoderConfig, EncoderOutput, Model
 from darex_jax.models.logits import of_logits
-from darex_jax.tasks.batching import Batch, model_inputs
+from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Reference = Any  # of one batch
@@ -77,13 +77,6 @@ def output_change_sums(
     rows, tokens = real_parts(batch)
     real = rows if change.ndim == 1 else tokens
     return jnp.stack([jnp.sum(change * real), jnp.sum(real)])
-
-
-def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Which rows [B] and tokens [B, T] count, float32 1 or 0: no padding, no row whose `weight` is 0."""
-    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
-    rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
-    return rows, mask * rows[:, None]
 
 
 def _hidden(out: EncoderOutput) -> jax.Array:

@@ -12,11 +12,9 @@ from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.svd import choose_ranks, decompose, low_rank
-from darex_jax.methods.vectors import is_matrix
-from darex_jax.parts.dense import Dense
+from darex_jax.methods.vectors import is_matrix, whole
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
-from darex_jax.parts.values import Values
 
 VECTORS = 0.5  # of the budget, that norms and biases may take whole
 OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
@@ -50,12 +48,11 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
         if name in evidence.input_norms or sum(np.shape(leaf)) <= OTHERS * room
     }
     ranks = choose_ranks(factors, room - spent)
-    one = np.asarray(np.float32(1))
 
     def support(name: str, leaf: Any) -> Parts:
         shape = tuple(np.shape(leaf))
         if name in vectors:
-            return Parts((Dense(Values(jnp.asarray(leaf, jnp.float32)), one, shape),), shape)
+            return whole(leaf, jnp.float32)
         if ranks.get(name, 0):
             return Parts((low_rank(factors[name], ranks[name], None, jnp.float32),), shape)
         return Parts((), shape)

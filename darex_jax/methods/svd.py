@@ -12,8 +12,9 @@ from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.vectors import is_matrix, numbers_stored, vector_parts
 from darex_jax.parts.low_rank import LowRank
+from darex_jax.parts.rounding import rounded_part
 from darex_jax.parts.total import Parts
-from darex_jax.parts.values import quantise
+from darex_jax.parts.values import Values
 
 
 class Factors(NamedTuple):
@@ -90,11 +91,5 @@ def low_rank(factors: Factors, rank: int, bits: int | None, dtype: Any = jnp.bfl
     """
     root = np.sqrt(factors.values[:rank])
     a, b = factors.left[:, :rank] * root, factors.right[:rank] * root[:, None]
-    number = np.arange(rank)
-    shape = (a.shape[0], b.shape[1])
-    return LowRank(
-        quantise(a, bits, "column", columns=number[None], shape=a.shape, dtype=dtype),
-        quantise(b, bits, "row", rows=number[:, None], shape=b.shape, dtype=dtype),
-        np.asarray(np.float32(1)),
-        shape,
-    )
+    part = LowRank(Values(a), Values(b), np.asarray(np.float32(1)), (a.shape[0], b.shape[1]))
+    return rounded_part(part, bits, dtype)

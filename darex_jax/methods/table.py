@@ -33,6 +33,10 @@ class Method(NamedTuple):
     bits: int | None = None
 
     @property
+    def trains(self) -> bool:
+        return "train" in self.needs
+
+    @property
     def prune(self) -> Callable[..., Any]:
         """`(delta, budget, evidence, **options) -> parts`."""
         return getattr(import_module(f"darex_jax.methods.{self.module}"), self.module)

@@ -29,11 +29,13 @@ def vector_parts(delta: PyTree, budget: Budget) -> dict[str, Parts]:
     entries = sum(int(np.size(leaf)) for leaf in leaves.values())
     if sum(int(np.size(leaf)) for leaf in vectors.values()) > WHOLE * budget.numbers(entries, RAW_BITS):
         return magnitude(vectors, budget) if vectors else {}
-    one = np.asarray(np.float32(1))
-    return {
-        name: Parts((Dense(Values(jnp.asarray(leaf, jnp.bfloat16)), one, np.shape(leaf)),), np.shape(leaf))
-        for name, leaf in vectors.items()
-    }
+    return {name: whole(leaf, jnp.bfloat16) for name, leaf in vectors.items()}
+
+
+def whole(leaf: Any, dtype: Any) -> Parts:
+    """A parameter with all its values, rounded to `dtype`."""
+    shape = tuple(np.shape(leaf))
+    return Parts((Dense(Values(jnp.asarray(leaf, dtype)), np.asarray(np.float32(1)), shape),), shape)
 
 
 def numbers_stored(parts: Parts) -> int:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.parts.total import Part, Parts
+from darex_jax.parts.total import Parts, values_of
 from darex_jax.parts.values import Values, quantise
-
-FIELDS = {  # which of a part's fields are `Values`; of a part of signs none is
-    "random": ("values",),
-    "sparse": ("values",),
-    "columns": ("values",),
-    "dense": ("values",),
-    "low_rank": ("a", "b"),
-    "sign": (),
-}
 
 
 def rounded(parts: Parts, bits: int | None, dtype: Any = jnp.bfloat16) -> Parts:
@@ -26,16 +18,16 @@ def rounded(parts: Parts, bits: int | None, dtype: Any = jnp.bfloat16) -> Parts:
 
     Args: bits: 8, 4, 2 or 1; None rounds floats to `dtype`. dtype: of floats and of scales.
     """
-
-    def of(part: Part) -> Part:
-        found: Any = {name: _rounded(name, getattr(part, name), bits, dtype) for name in FIELDS[part.kind]}
-        return replace(part, **found)
-
-    return Parts(tuple(map(of, parts.parts)), parts.shape)
+    return parts.map(partial(rounded_part, bits=bits, dtype=dtype))
 
 
-def _rounded(name: str, values: Values, bits: int | None, dtype: Any) -> Values:
-    numbers = values.numbers
+def rounded_part(part: Any, bits: int | None, dtype: Any = jnp.bfloat16) -> Any:
+    """`rounded` of one part."""
+    found = {name: _rounded(name, values.numbers, bits, dtype) for name, values in values_of(part).items()}
+    return replace(part, **found)
+
+
+def _rounded(name: str, numbers: Any, bits: int | None, dtype: Any) -> Values:
     if name == "a":
         columns = np.arange(numbers.shape[1])[None]
         return quantise(numbers, bits, "column", columns=columns, shape=numbers.shape, dtype=dtype)

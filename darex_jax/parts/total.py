@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,15 @@ from darex_jax.parts.low_rank import LowRank
 from darex_jax.parts.random import Random
 from darex_jax.parts.sign import Sign
 from darex_jax.parts.sparse import Sparse
-from darex_jax.parts.values import Shape
+from darex_jax.parts.values import Shape, Values
 
 Part = Random | Sparse | Columns | LowRank | Sign | Dense
 PARTS = {part.kind: part for part in (Random, Sparse, Columns, LowRank, Sign, Dense)}
+
+
+def values_of(part: Part) -> dict[str, Values]:
+    """The `Values` of a part by the names of its fields; a part of signs has none."""
+    return {f.name: x for f in fields(part) if isinstance(x := getattr(part, f.name), Values)}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["shape"])
@@ -35,6 +40,10 @@ class Parts:
 
     parts: tuple[Part, ...]
     shape: Shape
+
+    def map(self, function: Callable[[Any], Part]) -> Parts:
+        """The sum of what `function` makes of each part."""
+        return Parts(tuple(map(function, self.parts)), self.shape)
 
     def to_dense(self) -> jax.Array:
         """float32 [shape]."""

@@ -3,36 +3,31 @@ and training."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.choosing.pair import load_pair, split_in_scope
+from darex_jax.choosing.pair import load_pair
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import combine, flatten_names
 from darex_jax.evaluation.calibration import InputStatistics, input_statistics
-from darex_jax.files.atomic import only_one
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.model import load_model
 from darex_jax.methods.evidence import Evidence
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.parts.rounding import rounded
-from darex_jax.parts.total import Parts
-from darex_jax.parts.values import Values
-from darex_jax.tasks.source import Material, Source, read_material
+from darex_jax.parts.total import Parts, values_of
+from darex_jax.tasks.source import Material, Source, hold_out, read_material
+from darex_jax.training.checkpoints import own_place
 from darex_jax.training.distill import STEPS, Look, distill
 
-STATISTICS, HELD_OUT = 200, 200  # texts that moments are taken over; that are kept for looks while training
+HELD_OUT = 200  # texts, at most, that are kept for looks while training
 
 
 @dataclass
@@ -42,7 +37,7 @@ class Trainer:
     Attributes:
       model, fine, start, steps, checkpoints, on_look: as `distill` takes them.
       texts, held_out: examples.
-      made_from: digests of the models and the texts: what was trained of others is no beginning.
+      made_from: digests of the models and the texts, for `checkpoints`.
       result: the last look of the last training, at what it returned.
     """
 
@@ -71,18 +66,14 @@ class Trainer:
         computed = flatten_names(self.start)
         aside = {name: rounded(each, bits) for name, each in parts.items() if name not in computed}
         parts = {name: each for name, each in parts.items() if name in computed}
-        folder: Path | None = None
-        alone: AbstractContextManager[None] = nullcontext()
-        if self.checkpoints is not None:
-            stored = {name: [len(x) for x in jax.tree.leaves(p, is_leaf=_is_values) if _is_values(x)]
-                      for name, p in parts.items()}  # fmt: skip
-            told = json.dumps([dict(self.made_from), stored, bits, self.steps], sort_keys=True)
-            folder = self.checkpoints / hashlib.sha256(told.encode()).hexdigest()[:16]
-            alone = only_one(folder / "lock", f"the same training is under way in {folder}; wait for it.")
-        with alone:
+        stored = {
+            name: [len(v) for part in p.parts for v in values_of(part).values()] for name, p in parts.items()
+        }
+        made_from = [dict(self.made_from), stored, bits, self.steps]
+        with own_place(self.checkpoints, made_from, "training") as place:
             found = distill(
                 self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),
-                steps=self.steps, bits=bits, checkpoints=folder, on_look=self.on_look,
+                steps=self.steps, bits=bits, checkpoints=place, on_look=self.on_look,
             )  # fmt: skip
         self.result = found.looks[-1]
         return found.parts | aside
@@ -119,20 +110,19 @@ def gather(
     if len(material.encoded) < 2:
         raise DarexError("training parts takes two texts or more: to learn from, and to be held out.")
     model, params, base_params = load_pair(base, fine, scope, ignore_config_fields)
-    start, _ = split_in_scope(params, base_params)
-    order = np.random.default_rng(0).permutation(len(material.encoded))
-    held = min(HELD_OUT, len(order) // 2)
-    texts, held_out = material.select(np.sort(order[held:])), material.select(np.sort(order[:held]))
-    with Checkpoint(base) as checkpoint:
-        made_from = digests | {"base_weights": weights_digest(checkpoint)}
-    train = Trainer(model, params, start, texts, held_out, made_from, **training)
+    rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)
+    texts, held_out = material.select(rows), material.select(held)
+    made_from = dict(digests)
+    if training.get("checkpoints") is not None:  # else nobody asks
+        with Checkpoint(base) as checkpoint:
+            made_from["base_weights"] = weights_digest(checkpoint)
+    train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
     return replace(_statistics(model, params, held_out, needs), train=train), digests
 
 
 def _statistics(model: Model, params: Any, material: Material, needs: Collection[str]) -> Evidence:
-    few = material.select(np.arange(min(len(material.encoded), STATISTICS)))
     moments = _every if "second_moments" in needs else _none
-    return evidence_of(input_statistics(model, params, few.batches(), moments))
+    return evidence_of(input_statistics(model, params, material.batches(), moments))
 
 
 def evidence_of(seen: dict[str, InputStatistics]) -> Evidence:
@@ -151,7 +141,3 @@ def _every(name: str) -> bool:
 
 def _none(name: str) -> bool:
     return False
-
-
-def _is_values(node: Any) -> bool:
-    return isinstance(node, Values)

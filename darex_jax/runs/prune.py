@@ -74,9 +74,8 @@ def prune_by(
         return write(job, budget)
     entries = pruned_entries(job)
     # Training is long, and hardly changes the size: sizes are tried without, a little below.
-    trains = "train" in chosen.needs
     quick = replace(known, train=None)
-    wanted = round(CLOSE * budget) if trains else budget
+    wanted = round(CLOSE * budget) if chosen.trains else budget
 
     def of_size(part_bytes: float, path: Path) -> PruneSummary:
         return write(replace(job, out=path), Budget(bytes_per_parameter=part_bytes / entries), quick)
@@ -84,7 +83,7 @@ def prune_by(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(of_size, wanted, Path(folder))
-        while trains:
+        while chosen.trains:
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)
             if summary.file_bytes <= budget:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,6 +101,13 @@ def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What of a batch a model takes: input_ids, attention_mask and, where it has them, token_type_ids."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Which rows [B] and tokens [B, T] count, float32 1 or 0: no padding, no row whose `weight` is 0."""
+    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
+    rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
+    return rows, mask * rows[:, None]
 
 
 def row_count(batches: Sequence[Batch]) -> int:

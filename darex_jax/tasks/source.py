@@ -88,6 +88,12 @@ class Material(NamedTuple):
         return self._replace(encoded=self.encoded.select(rows))
 
 
+def hold_out(count: int, held: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Row numbers to learn from, and so many drawn by the seed that are held out; both ascending."""
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
 def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     """The first examples of a source: of the held-out ones, or of those that train. No weight is read.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import blake3
 import jax
 
 from darex_jax.core.errors import DarexError, FileError
-from darex_jax.files.atomic import write_whole
+from darex_jax.files.atomic import only_one, write_whole
 from darex_jax.files.checkpoint import read_json
 from darex_jax.files.paths import read_bytes
 
@@ -131,6 +132,23 @@ class Checkpoints:
             return checkpointer.restore(
                 self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             )
+
+
+@contextmanager
+def own_place(folder: Path | None, made_from: Any, what: str) -> Iterator[Path | None]:
+    """The subfolder of what is trained from `made_from`, of others' no beginning; this process's alone.
+
+    Args: made_from: JSON; what: it is called, if another process is at it. None has no place.
+    Raises: FileError if another process trains there.
+    """
+    if folder is None:
+        yield None
+        return
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    place = folder / digest[:16]
+    busy = f"the same {what} is under way with its checkpoints in {place}; wait for it, or choose another."
+    with only_one(place / "lock", busy):
+        yield place
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from darex_jax.core.errors import DarexError
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.logits import of_logits
 from darex_jax.parts.random import Random
-from darex_jax.parts.rounding import FIELDS, rounded
-from darex_jax.parts.total import Part, Parts
+from darex_jax.parts.rounding import rounded
+from darex_jax.parts.total import Part, Parts, values_of
 from darex_jax.parts.values import Values, largest_integer, reciprocal
-from darex_jax.tasks.batching import Batch, model_inputs
+from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.loop import warmup_linear
 
@@ -35,7 +35,8 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 Delta = dict[str, Parts]
 MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of survivors, that a training may begin with
 ROUNDING = 1 / 3  # the share of the steps that goes through the rounding
-INTEGER_RATE, SCALE_RATE = 0.03, 0.01  # Adam's there: of an integer, and of a scale in terms of itself
+# Adam's rates there: of an integer, and of a scale in terms of itself.
+INTEGER_RATE, SCALE_RATE = np.float32(0.03), np.float32(0.01)
 STEPS, LOOKS = 600, 8  # of a training, and how often it looks at the held-out text
 
 
@@ -100,9 +101,9 @@ def distill(
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise DarexError("distilling takes classes or a score, not several labels at once.")
     pair = _Pair(model, fine, start)
-    placed = {name: _placed(each) for name, each in parts.items()}
+    placed = {name: each.map(_placed) for name, each in parts.items()}
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
-    begun = {m: look_at(pair, _times(placed, m), held_out) for m in multiples}
+    begun = {m: _look_at(pair, _times(placed, m), held_out) for m in multiples}
     multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
     delta, looks = _times(placed, multiple), [begun[multiple]]
     on_look(looks[0])
@@ -114,17 +115,18 @@ def distill(
         looks.append(look)
         on_look(look)
 
-    rates, _ = _split({name: _rates(each, learning_rate) for name, each in delta.items()})
+    rates, _ = _split({name: each.map(partial(_rates, learning_rate)) for name, each in delta.items()})
     delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, tell, looks[0].loss)
     if bits is not None:
         delta = {name: _in_bits(each, bits) for name, each in delta.items()}
-        rates, _ = _split({name: _rates_of_integers(each) for name, each in delta.items()})
+        values, fixed = _split(delta)
+        rates = [replace(each, numbers=INTEGER_RATE, scales=SCALE_RATE) for each in values]
         saved = None if checkpoints is None else checkpoints / "rounded"
-        begun_again = look_at(pair, _joined(*_split(delta)), held_out).loss
+        begun_again = _look_at(pair, _joined(values, fixed), held_out).loss
         span = (steps - through, steps)
         delta = _train(pair, delta, rates, stream, held_out, span, saved, tell, begun_again)
     stored = {name: _stored(each) for name, each in delta.items()}
-    tell(look_at(pair, stored, held_out)._replace(step=steps))
+    tell(_look_at(pair, stored, held_out)._replace(step=steps))
     return Distilled({name: _unplaced(each, parts[name]) for name, each in stored.items()}, multiple, looks)
 
 
@@ -134,7 +136,7 @@ class _Pair(NamedTuple):
     start: Params
 
 
-def look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
+def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
     """The mean loss over texts and the agreement; of a decoder over tokens."""
     params = _applied(pair.start, delta)
     seen = [_compared(pair.model, pair.fine, params, batch) for batch in held_out]
@@ -187,7 +189,7 @@ def _train(
         if (number + 1) % every == 0 or number + 1 == stop - first:
             if not math.isfinite(float(loss)):
                 raise FloatingPointError(f"distilling diverged: the loss is {float(loss)}; try a lower rate.")
-            look = look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
+            look = _look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
             tell(look)
             if look.loss < best[0]:
                 best = look.loss, trained
@@ -233,9 +235,7 @@ def _compared(
     of the last hidden states in terms of their square. Decoders: the divergence of the next token.
     """
     inputs = model_inputs(batch)
-    mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
-    rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
-    real = mask * rows[:, None]
+    rows, real = real_parts(batch)
     wanted = model(fine, **inputs)
     if isinstance(model.config, DecoderConfig):
         head = model.module(fine)
@@ -303,30 +303,27 @@ def _through(values: Values) -> Values:
     return replace(values, numbers=straight, scales=jnp.exp(jnp.asarray(values.scales)))
 
 
-def _placed(parts: Parts) -> Parts:
-    """The same sum in a form to train: float32, divisors multiplied in, places of random parts written
-    out."""
-
-    def of(part: Part) -> Part:
-        located: Any = part.located() if isinstance(part, Random) else part
-        if not FIELDS[located.kind]:
-            return located
-        scale, one = reciprocal(np.asarray(part.q)), np.asarray(np.float32(1))
-        first, *others = FIELDS[located.kind]
-        scaled = {first: Values(jnp.asarray(getattr(located, first).numbers, jnp.float32) * scale)}
-        more = {name: Values(jnp.asarray(getattr(located, name).numbers, jnp.float32)) for name in others}
-        return replace(located, q=one, **scaled, **more)
-
-    return Parts(tuple(map(of, parts.parts)), parts.shape)
+def _placed(part: Any) -> Part:
+    """A part in a form to train: float32, the divisor multiplied in, places of a random one written out."""
+    if isinstance(part, Random):
+        part = part.located()
+    numbers = {name: jnp.asarray(v.numbers, jnp.float32) for name, v in values_of(part).items()}
+    if not numbers:
+        return part
+    numbers[next(iter(numbers))] *= reciprocal(np.asarray(part.q))
+    found = {name: Values(x) for name, x in numbers.items()}
+    return replace(part, q=np.asarray(np.float32(1)), **found)
 
 
 def _unplaced(parts: Parts, original: Parts) -> Parts:
     """Random parts in the places of those whose places `_placed` wrote out."""
+    before = iter(original.parts)
 
-    def of(part: Any, before: Part) -> Part:
-        return replace(before, values=part.values, q=part.q) if isinstance(before, Random) else part
+    def of(part: Any) -> Part:
+        own = next(before)
+        return replace(own, values=part.values, q=part.q) if isinstance(own, Random) else part
 
-    return Parts(tuple(map(of, parts.parts, original.parts)), parts.shape)
+    return parts.map(of)
 
 
 def _times(delta: Delta, multiple: float) -> Delta:
@@ -337,33 +334,14 @@ def _times(delta: Delta, multiple: float) -> Delta:
             return part
         return replace(part, values=Values(part.values.numbers * np.float32(multiple)))
 
-    return {name: Parts(tuple(map(of, each.parts)), each.shape) for name, each in delta.items()}
+    return {name: each.map(of) for name, each in delta.items()}
 
 
-def _rates(parts: Parts, learning_rate: float) -> Parts:
-    """What Adam moves each value by: a dense delta's rate divided by the density, of factors by its root."""
-    size = max(1, math.prod(parts.shape))
-
-    def of(part: Any) -> Part:
-        stored = sum(len(getattr(part, name)) for name in FIELDS[part.kind])
-        density = max(stored, 1) / size
-        rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
-        return replace(part, **{name: Values(np.float32(rate)) for name in FIELDS[part.kind]})
-
-    return Parts(tuple(map(of, parts.parts)), parts.shape)
-
-
-def _rates_of_integers(parts: Parts) -> Parts:
-    def of(part: Any) -> Part:
-        rates = {
-            name: replace(
-                getattr(part, name), numbers=np.float32(INTEGER_RATE), scales=np.float32(SCALE_RATE)
-            )
-            for name in FIELDS[part.kind]
-        }
-        return replace(part, **rates)
-
-    return Parts(tuple(map(of, parts.parts)), parts.shape)
+def _rates(learning_rate: float, part: Any) -> Part:
+    """What Adam moves a value by: a dense delta's rate divided by the density, of factors by its root."""
+    density = max(1, sum(map(len, values_of(part).values()))) / max(1, math.prod(part.shape))
+    rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
+    return replace(part, **{name: Values(np.float32(rate)) for name in values_of(part)})
 
 
 def _in_bits(parts: Parts, bits: int) -> Parts:

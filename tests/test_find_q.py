@@ -1,0 +1,498 @@
+"""find-q, prune --q and methods that train, from the terminal: tiny models with tokenizers and files."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.choosing.choice import Choice
+from darex_jax.choosing.choose import choose_q, without_labels
+from darex_jax.choosing.learned import LearnedQ, hold_out_quarter
+from darex_jax.choosing.pair import load_pair, open_pair, split_in_scope
+from darex_jax.choosing.table import WAYS
+from darex_jax.cli import main
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.evaluation.calibration import input_statistics
+from darex_jax.evaluation.classification import predict
+from darex_jax.evaluation.objectives import output_objective
+from darex_jax.evaluation.outputs import output_change, reference_outputs
+from darex_jax.files.atomic import only_one
+from darex_jax.models import init_model, read_model_config
+from darex_jax.runs.evidence import gather
+from darex_jax.tasks import load_task
+from darex_jax.tasks.answers import encode_problems, load_problems
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.source import Source, read_material
+from tests.test_calibration import FAMILIES
+from tests.test_choose_q import of_two_classes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Base and fine-tune of a tiny BERT and a tiny Llama, with tokenizers made on the spot."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("pairs")
+    for family in ("bert", "llama"):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        config = FAMILIES[family] | {"vocab_size": 259, "max_position_embeddings": 512}
+        model, base = init_model(read_model_config(config), jax.random.key(0))
+        fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
+        if family == "bert":
+            some = load_task("opinions").validation.select(slice(6))
+            batches = evaluation_batches(encode(fast, some))
+            fine = of_two_classes(model, fine, batches)
+            by_class = np.array(some.texts)[predict(model, fine, batches).argmax(-1).argsort()]
+        for name, params in (("base", base), ("fine", fine)):
+            dx.save_params(root / family / name, params, model.config.to_hf())
+            fast.save_pretrained(root / family / name)
+    (root / "text").write_text(f"{by_class[0]}\n\n{by_class[1]}\n{by_class[-1]}\n", encoding="utf-8")
+    return root
+
+
+def darex(*arguments, json_too=True):
+    result = CliRunner().invoke(main, [*map(str, arguments), *(["--json"] if json_too else [])])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return json.loads(result.stdout) if json_too else result.stdout
+
+
+RUNS = [
+    ("bert", "--objective", "labels", "--task", "opinions", "--masks", 2),
+    ("bert", "--objective", "auto"),
+    ("bert", "--objective", "outputs", "--grid", 0.1, 0.5, 0.1),
+    ("bert", "--objective", "labels", "--task", "opinions", "--scope", "layer", "--rule", "published"),
+    ("bert", "--objective", "learned", "--scope", "layer"),
+    ("bert", "--objective", "two-point"),
+    ("llama", "--objective", "labels", "--task", "word-problems"),
+    ("llama", "--objective", "outputs", "--scope", "layer"),
+    ("llama", "--objective", "closed-form"),
+    ("llama", "--objective", "closed-form", "--scope", "layer"),
+]
+
+
+def digest_of_six(fine, objective):
+    """Of the first six examples that an objective may see: held-out ones or those that train, no test's."""
+    held_out, tokenizer = objective in ("labels", "predictions"), load_tokenizer(fine)
+    if fine.parent.name == "llama":
+        return encode_problems(tokenizer, load_problems("word-problems")[held_out][:6]).digest()
+    task = load_task("opinions")
+    return encode(tokenizer, (task.validation if held_out else task.train).select(slice(6))).digest()
+
+
+@pytest.mark.parametrize("way", RUNS, ids=lambda way: "-".join(map(str, way[::2])))
+def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
+    family, *way = way
+    base, fine, q_file = folders / family / "base", folders / family / "fine", tmp_path / "q.json"
+    search = ("find-q", base, fine, "-p", 0.9, "--limit", 6, "--out", q_file, *way)
+    report = darex(*search)
+    assert report == json.loads(q_file.read_text())
+    assert report["manifest"]["inputs"]["data"] == digest_of_six(fine, report["objective"])
+    names = set(flatten_names(dx.load_params(fine)))
+    values = report["q"].values() if isinstance(report["q"], dict) else [report["q"]]
+    assert (set(report["q"]) <= names) if "layer" in way else isinstance(report["q"], float)
+    assert all(q > 0 for q in values)
+    assert report["labels"] == (6 if "labels" in way else 0) and report["evaluations"] > 0
+    if "curve" in report:
+        assert q_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    pruned = darex("prune", base, fine, tmp_path / "delta", "-p", 0.9, "--q", q_file)
+    assert pruned["survivors"] > 0
+    before = q_file.read_bytes()
+    text = darex(*search, json_too=False)
+    assert q_file.read_bytes() == before  # the same command, the same file
+    assert "passes over 6 examples" in text and f"--q {q_file}" in text
+
+
+def test_the_masks_are_those_of_the_seed(folders):
+    """What is measured is what `prune` with that key leaves, of the examples by hand."""
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    pair = open_pair(base, fine, 0.9)
+    model, params = pair.model, pair.params
+    tokenizer = load_tokenizer(fine)
+    batches = evaluation_batches(encode(tokenizer, load_task("opinions").train.select(slice(6))))
+    references = reference_outputs(model, params, batches)
+    how = {"objective": "outputs", "grid": (0.1, 0.1, 0.1), "masks": 1}
+    for seed in (0, 5):
+        found = choose_q(base, fine, 0.9, Choice(seed=seed, **how), Source(limit=6))
+        pruned = dx.apply_delta(pair.start, dx.prune(jax.random.key(seed), pair.delta, 0.9, 0.1))
+        assert found["mask_seeds"] == [seed] and found["curve"][0][0] == 0.1
+        assert found["curve"][0][1] == pytest.approx(output_change(model, pruned, batches, references))
+    assert choose_q(base, fine, 0.9, Choice(seed=0, **how), Source(limit=6))["curve"][0] != found["curve"][0]
+
+
+def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
+    base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
+
+    def warned(*arguments, why):
+        report = darex("find-q", *arguments, "-p", 0.9, "--out", q_file)
+        q = report["q"] if isinstance(report["q"], dict) else {"": report["q"]}
+        assert all(x == pytest.approx(0.1) for x in q.values()) and why in report["warning"]
+        assert "do not tell one q from another, and q stays at DARE's" in report["warning"]
+        json.loads(q_file.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+        return report
+
+    labels = ("--objective", "labels", "--task", "opinions", "--limit", 1)
+    one_class = warned(base, fine, *labels, why="the labels of the 1 examples are all the same")
+    assert one_class["evaluations"] == 0 and "curve" not in one_class
+    warned(base, fine, *labels, "--scope", "layer", why="the labels of the 1 examples")
+    assert darex("prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", q_file)["survivors"] > 0
+    some = ("--limit", 6, "--masks", 1)
+    flat = warned(base, base, "--objective", "outputs", *some, why="output change is the same at every point")
+    assert flat["curve"][0] == [0.1, 0.0] and flat["curve"][-1] == [1.0, 0.0]
+    warned(
+        base, base, "--objective", "outputs", "--grid", 0.2, 0.4, 0.1, *some, why="the same at every point"
+    )
+    warned(base, base, "--objective", "two-point", *some, why="the base gives the fine-tuned model's outputs")
+    warned(base, base, "--objective", "closed-form", *some[:2], why="the delta changes no layer's output")
+    learned = ("--objective", "learned", "--scope", "layer", "--limit", 6)
+    warned(base, base, *learned, why="no epoch was better than the first q")
+    find = ("find-q", base, base, "-p", 0.9, "--objective", "two-point", *some, "--out", q_file)
+    assert "do not tell one q from another" in " ".join(darex(*find, json_too=False).split())
+    text = ("--q", "outputs", "--text", folders / "text")
+    assert (
+        "outputs, to no avail: "
+        in darex("prune", base, base, tmp_path / "d", "-p", 0.9, *text)["q_chosen_by"]
+    )
+
+
+def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
+    """A q whose outputs overflow is passed over; the file and the terminal say so."""
+    from darex_jax.choosing import searched as module
+
+    plain = output_objective
+
+    def overflowing(model, fine, batches):
+        goal = plain(model, fine, batches)
+        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else values[0])
+
+    monkeypatch.setattr(module, "output_objective", overflowing)
+    base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
+    find = ("find-q", base, fine, "-p", 0.99, "--objective", "outputs", "--limit", 6, "--masks", 1)
+    text = darex(*find, "--out", q_file, json_too=False)
+    report = json.loads(q_file.read_text(), parse_constant=pytest.fail)
+    assert "not finite" in text and report["curve"][0] == [0.01, None] and report["q"] > 0.01
+    assert "warning" not in report
+
+    def flat(model, fine, batches):
+        goal = overflowing(model, fine, batches)
+        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else 0.5)
+
+    monkeypatch.setattr(module, "output_objective", flat)
+    report = darex(*find, "--out", q_file)
+    finite = [q for q, value in report["curve"] if value is not None]
+    assert report["q"] == min(finite) > 0.01
+    assert report["warning"].endswith("and the smallest with finite outputs is kept")
+
+
+def test_what_decides_when_learning_stops_is_drawn_by_the_seed():
+    for count in (2, 3, 4, 7, 200):
+        rest, held_out = hold_out_quarter(count, 0)
+        assert sorted([*rest, *held_out]) == list(range(count)) and len(held_out) == max(1, count // 4)
+        assert len(rest) > 0
+    first, other = hold_out_quarter(200, 0)[1], hold_out_quarter(200, 1)[1]
+    assert first.tolist() != other.tolist() and not np.isin(np.arange(50), first).all()
+    assert 60 < first.mean() < 140
+
+
+def test_learning_gets_texts_of_all_lengths_and_counts_its_passes(folders, monkeypatch):
+    from darex_jax.choosing import learned as module
+
+    seen = {}
+
+    def learn(pair, masked, layers, batches, held_out, how):
+        seen.update(rest=batches, held_out=held_out, masked=masked)
+        history = [(3.0, 3.0), (2.5, 2.0), (2.0, 1.0)]
+        return LearnedQ(dict.fromkeys(flatten_names(masked), 0.2), 1.0, history)
+
+    monkeypatch.setattr(module, "learn_q", learn)
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    choice = Choice(objective="learned", scope="layer", seed=3)
+    found = choose_q(base, fine, 0.9, choice, Source(limit=40))
+    examples = encode(load_tokenizer(fine), load_task("opinions").train.select(slice(40)))
+
+    def texts(batches):
+        return sorted(
+            tuple(ids[mask > 0])
+            for b in batches
+            for ids, mask, w in zip(b["input_ids"], b["attention_mask"], b["weight"], strict=True)
+            if w
+        )
+
+    rest, held_out = (texts(seen[part]) for part in ("rest", "held_out"))
+    assert len(held_out) == 10 and sorted(rest + held_out) == sorted(map(tuple, examples.input_ids))
+    assert max(map(len, held_out)) > np.median([len(ids) for ids in examples.input_ids])
+    # At first the 10; in each of two epochs 30 forwards and backwards, which is 90, and the 10.
+    assert found["evaluations"] == (10 + 2 * (90 + 10)) / 40 and found["examples"] == 40
+    _, params, in_scope = load_pair(base, fine)
+    masked = dx.prune(jax.random.key(3), split_in_scope(params, in_scope)[1], 0.9, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, seen["masked"], masked)
+    with pytest.raises(ValueError, match="learned takes two examples or more"):
+        choose_q(base, fine, 0.9, replace(choice, seed=0), Source(limit=1))
+
+
+def test_float16_is_searched_in_float32(folders, tmp_path):
+    for name in ("base", "fine"):
+        source = folders / "bert" / name
+        half = jax.tree.map(lambda x: x.astype(jnp.float16), dx.load_params(source))
+        config = json.loads((source / "config.json").read_text())
+        dx.save_params(tmp_path / name, half, config, companions_from=source)
+    _, params, base = load_pair(tmp_path / "base", tmp_path / "fine")
+    assert {x.dtype for x in jax.tree.leaves((params, base))} == {jnp.dtype(jnp.float32)}
+    told = []
+    found = choose_q(
+        tmp_path / "base", tmp_path / "fine", 0.9, Choice(objective="two-point", masks=1), Source(limit=4),
+        on_value=lambda q, change: told.append([q, change]),
+    )  # fmt: skip
+    assert told == found["changes"] and found["q"] == told[-1][0]  # what is shown, and what is measured
+
+
+def test_a_narrow_base_is_widened_to_its_fine_tune(folders, tmp_path):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dx.load_params(folders / "bert" / "base"))
+    config = json.loads((folders / "bert" / "base" / "config.json").read_text())
+    dx.save_params(tmp_path / "base", narrow, config)
+    _, _, base = load_pair(tmp_path / "base", folders / "bert" / "fine")
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(jnp.float32)}
+
+
+def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_path, monkeypatch):
+    from darex_jax.choosing import choose as module
+
+    monkeypatch.setattr(module, "open_pair", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "latin").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "empty").write_text("\n")
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    for wrong, source, told in (
+        ({}, {"text": tmp_path / "latin"}, "latin: line 1 is not UTF-8 text"),
+        ({}, {"text": tmp_path / "empty"}, "empty: has no line of text"),
+        ({"grid": (0.5, 0.1, 0.1)}, {}, "need 0 < low <= high and step > 0"),
+        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, {}, "two-point searches no grid"),
+        ({}, {"task": "gsm8k"}, "gsm8k is for decoders"),
+        ({}, {"task": "nonsense"}, "unknown task 'nonsense'"),
+        ({"objective": "labels"}, {}, "labels are those of the model's own task: name it"),
+        ({}, {"text": tmp_path / "none"}, "none: No such file or directory"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            choose_q(*models, 0.9, Choice(**({"objective": "outputs"} | wrong)), Source(**source))
+
+
+@pytest.mark.parametrize("changed", ["base", "fine"])
+def test_a_q_file_is_for_its_pair_mask_and_scope(folders, tmp_path, changed):
+    pair = {name: folders / "bert" / name for name in ("base", "fine")}
+    q_file, out = tmp_path / "q.json", tmp_path / "d"
+    how = ("--objective", "outputs", "--masks", 1, "--limit", 4, "--grid", 0.1, 0.1, 0.1, "--out", q_file)
+    darex("find-q", *pair.values(), "-p", 0.9, *how)
+
+    def prune(*options, base=pair["base"], fine=pair["fine"]):
+        arguments = ("prune", base, fine, out, "-p", 0.9, "--q", q_file, *options)
+        result = CliRunner().invoke(main, [*map(str, arguments)])
+        assert (result.exit_code == 0) == out.exists()
+        out.unlink(missing_ok=True)
+        return result.stderr
+
+    assert "warning" not in prune() and "warning" not in prune("--json")
+    assert "chosen with the mask of seed 0, not of 3" in prune("--seed", 3)
+    assert "chosen with --exclude not given, not with ['pooler']" in prune("--exclude", "pooler")
+    other = tmp_path / "other"
+    moved = flatten_names(dx.load_params(pair[changed]))
+    name = "bert.encoder.layer.1.output.dense.weight"  # one entry, by one bit
+    moved[name] = moved[name].at[3, 5].set(jnp.nextafter(moved[name][3, 5], jnp.float32(9)))
+    config = json.loads((pair[changed] / "config.json").read_text())
+    dx.save_params(other, unflatten_names(moved), config)
+    kind = {"base": "base", "fine": "fine-tuned model"}[changed]
+    assert f"was chosen for another {kind} than {other}" in prune(**{changed: other})
+    # Files without a manifest, or with one of another kind, are taken as before.
+    for content in ({"q": 0.2}, {"q": 0.2, "manifest": []}, {"q": 0.2, "manifest": {"inputs": 3}}):
+        q_file.write_text(json.dumps(content))
+        assert prune(**{changed: other}) == ""
+
+
+def test_without_a_task_no_label_is_looked_at(folders, tmp_path):
+    """find-q by itself searches by predictions, or in two points where a model has no classes."""
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    some = ("-p", 0.9, "--limit", 2, "--masks", 1, "--out", tmp_path / "q.json")
+    report = darex("find-q", base, fine, *some)
+    assert (report["objective"], report["labels"], report["data"]) == (
+        "predictions",
+        0,
+        "opinions (generated)",
+    )
+    assert without_labels(folders / "llama" / "fine", "model") == "predictions"
+    for name, changes in (("one", {"num_labels": 1}), ("body", {"architectures": ["BertForMaskedLM"]})):
+        (tmp_path / name).mkdir()
+        config = json.loads((fine / "config.json").read_text()) | changes
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert without_labels(tmp_path / name, "model") == "two-point"
+        assert without_labels(tmp_path / name, "layer") == "outputs"
+
+
+def test_statistics_are_kept_and_checked(folders, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    options = ("--objective", "outputs", "--scope", "layer", "--statistics", file)
+    search = ("find-q", *models, "-p", 0.9, *options, "--out", tmp_path / "q.json")
+    first = darex(*search, "--limit", 6)
+    written = file.stat().st_mtime_ns
+    assert darex(*search, "--limit", 6) == first and file.stat().st_mtime_ns == written
+    result = CliRunner().invoke(main, [*map(str, search), "--limit", "7"])
+    assert result.exit_code == 1 and "made from another data; write a new one" in result.stderr
+
+
+def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    way = ("--objective", "learned", "--scope", "layer", "--limit", 6, "--out", tmp_path / "q.json")
+    kept = ("--checkpoints", tmp_path / "run")
+    first = darex("find-q", *models, "-p", 0.9, *way, *kept)
+    (place,) = (tmp_path / "run").iterdir()
+    with only_one(place / "lock", ""):  # as if the same search were under way; others do not mind
+        same = CliRunner().invoke(main, [str(x) for x in ("find-q", *models, "-p", 0.9, *way, *kept)])
+        other = darex("find-q", *models, "-p", 0.8, *way, *kept)
+    assert same.exit_code == 1 and "the same search is under way with its checkpoints in" in same.stderr
+    assert other["curve"][0] != first["curve"][0] and min(other["q"].values()) >= 0.2 - 1e-6
+    slow = darex("find-q", *models, "-p", 0.9, *way, *kept, "--learning-rate", 1e-3)
+    assert slow["curve"][0] == first["curve"][0] and slow["curve"][1] != first["curve"][1]
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    assert darex("find-q", *models, "-p", 0.9, *way, *kept) == first
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, fine = folders / family / "base", folders / family / "fine"
+    prune = ("prune", base, fine, tmp_path / "delta", "-p", 0.9, "--q", "auto")
+    task = {"bert": "opinions", "llama": "word-problems"}[family]
+    nothing = darex(*prune)
+    assert nothing["q_chosen_by"].startswith("nothing: ")
+    assert darex("inspect", tmp_path / "delta")["q"] == [pytest.approx(0.1)]
+    texts = darex(*prune, "--text", folders / "text")
+    assert "predictions: agreement" in texts["q_chosen_by"] and "on 3 examples" in texts["q_chosen_by"]
+    assert darex("inspect", tmp_path / "delta")["q"] == [texts["q"]]
+    if family == "bert":  # 500 labelled problems would take a while
+        labels = darex(*prune, "--task", task)
+        assert labels["q_chosen_by"].startswith("labels: validation accuracy")
+    solved = darex(*prune[:-1], "closed-form", "--text", folders / "text")
+    assert solved["q_chosen_by"] == "closed-form: solved on 3 examples" and solved["q"] > 0.1
+    text = darex(*prune, "--text", folders / "text", json_too=False)
+    assert "chosen by" in text and "predictions: agreement" in text
+    learned = darex(*prune[:-1], "learned", "--text", folders / "text")
+    assert learned["q_chosen_by"].startswith("learned: held-out output change")
+    find = ("find-q", base, fine, "-p", 0.9, "--objective", "closed-form", "--text", folders / "text")
+    some = ("--exclude", "layers?[.]0", "--seed", 3, "--out", tmp_path / "some q.json")
+    use = shlex.split(darex(*find, *some, json_too=False).split("Use it: ")[1])
+    assert use[0] == "darex" and use[-4:] == ["--seed", "3", "--exclude", "layers?[.]0"]
+    assert darex(*use[1:])["survivors"] > 0 and (Path.cwd() / "OUT").exists()
+
+
+def test_the_terminal_names_every_objective():
+    (option,) = (option for option in main.commands["find-q"].params if option.name == "objective")
+    assert list(option.type.choices) == ["auto", *WAYS]
+    assert all(f"{name}: {way.what}" in option.help for name, way in WAYS.items())
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_is_where_the_table_says(name):
+    assert WAYS[name].find.__module__ == f"darex_jax.choosing.{WAYS[name].place.split('.')[0]}"
+    assert WAYS[name].find.__doc__
+
+
+def test_mistakes_are_told(folders, tmp_path):
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+
+    def fails(*arguments):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code != 0 and "Traceback" not in result.output
+        return result.stderr
+
+    find = ("find-q", base, fine, "-p", 0.9, "--out", tmp_path / "q.json")
+    assert "say --scope layer" in fails(*find, "--objective", "learned")
+    assert "say --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
+    assert "texts have no labels" in fails(*find, "--objective", "labels", "--text", folders / "text")
+    assert "gsm8k is for decoders" in fails(*find, "--task", "gsm8k")
+    assert "from a task or from a text file" in fails(
+        *find, "--objective", "outputs", "--task", "sst2", "--text", folders / "text"
+    )
+    (tmp_path / "empty").write_text("\n")
+    assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
+    assert "name it (--task)" in fails(*find, "--objective", "labels")
+    assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
+    assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
+        "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
+    )
+    assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
+    assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
+    (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
+    assert "chosen for a drop rate of 0.99, not of 0.9" in fails(
+        "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"
+    )
+    assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()
+
+
+def test_statistics_are_of_all_the_texts_that_are_given(folders, tmp_path):
+    base, fine, texts = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i} words\n" for i in range(230)))
+    known, _ = gather(base, fine, Source(text=texts), ("input_norms",))
+    model, params = dx.load_model(fine)
+    batches = read_material(fine, Source(text=texts), held_out=False).batches()
+    for name, seen in input_statistics(model, params, batches).items():
+        np.testing.assert_allclose(known.input_norms[name], np.sqrt(seen.square * seen.tokens), rtol=1e-5)
+
+
+# Methods that train what they keep: the whole way from the terminal.
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family):
+    base, fine = folders / family / "base", folders / family / "fine"
+    texts = tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--size", "1.3x", "--steps", 6]
+    report = darex(*line, "--text", texts)
+    assert report["method"] == "distilled" and report["bytes"] <= report["fine_bytes"] / 1.3
+    assert darex(*line, "--text", texts)["digest"] == report["digest"]  # a repeat gives the same file
+    named = flatten_names(dx.load_delta(tmp_path / "d"))
+    assert any(np.any(np.asarray(x)) for name, x in named.items() if name.endswith("weight"))
+    (tmp_path / "one").write_text("a single line\n")
+    refused = CliRunner().invoke(main, list(map(str, [*line, "--text", tmp_path / "one"])))
+    assert refused.exit_code == 1 and "takes two texts or more" in refused.stderr
+
+
+def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypatch):
+    from darex_jax.runs import prune as module
+
+    monkeypatch.setattr(module, "SIZES", (0.05, 1.5))
+    monkeypatch.setattr(module, "PLACES", 4)
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    texts = tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--text", texts, "--steps", 9]
+    loose, strict = (darex(*line, "--max-loss", loss) for loss in (0.9, 0.2))
+    for loss, report in ((0.9, loose), (0.2, strict)):
+        assert 1 - report["agreement"] <= loss and report["held_out"] == 20
+    assert (tmp_path / "d").stat().st_size == strict["bytes"] >= loose["bytes"]
+    for wrong, text in (
+        (("--max-loss", 0.1, "--size", "3x"), "one of them"),
+        (("--max-loss", 0.1, "--method", "svd"), "svd measures no loss"),
+        (("--size", "3x", "--method", "svd", "--checkpoints", tmp_path / "c"), "svd does not train"),
+        (("--size", "3x", "--method", "sign", "--bits", 4), "sign has bits of its own"),
+    ):
+        refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
+        assert refused.exit_code == 2 and text in refused.stderr
+    own = fine / "model.safetensors"
+    before = own.read_bytes()
+    over = [own if x == tmp_path / "d" else x for x in line]
+    refused = CliRunner().invoke(main, list(map(str, [*over, "--max-loss", 0.9])))
+    assert refused.exit_code == 1 and own.read_bytes() == before
+    monkeypatch.setattr(module, "SIZES", (0.001, 0.002))
+    refused = CliRunner().invoke(main, list(map(str, [*line, "--max-loss", 0.0])))
+    assert refused.exit_code == 1 and "allow a larger loss" in refused.stderr
