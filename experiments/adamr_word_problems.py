@@ -41,39 +41,56 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/word_problems/fine-tuned"))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--runs", type=Path, default=Path("runs/adamr_word_problems"))
+    parser.add_argument("--train-only", action="store_true", help="leave the fine-tuned models, no result")
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.optimizers:
         file = RESULTS / f"{name}.json"
-        if not file.exists():
+        if options.train_only:
+            fine_tuned(name, options.base, options.runs / name)
+        elif not file.exists():
             results = run(name, options.base, options.runs / name)
             file.write_text(json.dumps(results, indent=2) + "\n")
             write_table()
 
 
-def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
-    recipe = Recipe(learning_rate=RATE, steps=STEPS, **OPTIMIZERS[name])
-    tokenizer = load_tokenizer(base_path)
+def fine_tuned(name: str, base_path: Path, runs: Path) -> Path:
+    """The directory of the fine-tuned model, trained if it is not there; goes on after a stop."""
+    out = runs / "fine-tuned"
+    if (out / "config.json").exists():
+        return out
     model, base = dx.load_model(base_path)
+    fine, _ = train_answers(
+        model,
+        base,
+        encode_problems(load_tokenizer(base_path), word_problems(seed=1, max_steps=2).train),
+        recipe(name),
+        key=jax.random.key(1),
+        pretrained=base,
+        checkpoints=Checkpoints(runs, every=200, keep=1),
+        on_step=lambda r: say(name, f"step {r.step} loss {r.loss:.4f}") if r.step % 100 == 0 else None,
+    )
+    save_params(out, fine, model.config.to_hf(), companions_from=base_path)
+    return out
+
+
+def recipe(name: str) -> Recipe:
+    return Recipe(learning_rate=RATE, steps=STEPS, **OPTIMIZERS[name])
+
+
+def say(name: str, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {name}: {text}", flush=True)
+
+
+def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
+    model, base = dx.load_model(base_path)
+    _, fine = dx.load_model(fine_tuned(name, base_path, runs))
+    tokenizer = load_tokenizer(base_path)
     problems = word_problems(seed=1, max_steps=2)
 
     def batches(some):
         return list(answer_batches(encode_problems(tokenizer, some), 50, 0, 0))
 
-    def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {name}: {text}", flush=True)
-
-    fine, _ = train_answers(
-        model,
-        base,
-        encode_problems(tokenizer, problems.train),
-        recipe,
-        key=jax.random.key(1),
-        pretrained=base,
-        checkpoints=Checkpoints(runs, every=200, keep=1),
-        on_step=lambda r: say(f"step {r.step} loss {r.loss:.4f}") if r.step % 100 == 0 else None,
-    )
-    save_params(runs / "fine-tuned", fine, model.config.to_hf(), companions_from=base_path, overwrite=True)
     held_out, test = batches(problems.validation[:200]), batches(problems.test)
     calibration = batches(problems.train[:50])
 
@@ -83,11 +100,11 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
     rms, largest = map(float, delta_size(fine, base))
     results = {
         "optimizer": name, "recipe": OPTIMIZERS[name], "steps": STEPS, "learning_rate": RATE,
-        "batch_size": recipe.batch_size, "test_problems": len(problems.test), "base": score(base),
-        "fine_tuned": score(fine), "delta_rms": rms, "delta_max": largest, "digest": params_digest(fine),
-        "rates": [], **machine(),
+        "batch_size": recipe(name).batch_size, "test_problems": len(problems.test),
+        "base": score(base), "fine_tuned": score(fine), "delta_rms": rms, "delta_max": largest,
+        "digest": params_digest(fine), "rates": [], **machine(),
     }  # fmt: skip
-    say(f"base {results['base']:.3f}, fine-tuned {results['fine_tuned']:.3f}, delta rms {rms:.3e}")
+    say(name, f"base {results['base']:.3f}, fine-tuned {results['fine_tuned']:.3f}, delta rms {rms:.3e}")
     scope = choose_scope("llama")
     in_scope = {n: x for n, x in flatten_names(base).items() if scope(n)}
     start, delta = split_in_scope(fine, unflatten_names(in_scope))
@@ -98,7 +115,7 @@ def run(name: str, base_path: Path, runs: Path) -> dict[str, object]:
         q_e = authors_search(by_outputs, pair, pair.models)
         row = scored_row(pair, q_v.q, q_e.q, score)
         results["rates"].append(row)
-        say(", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
+        say(name, ", ".join(f"{m} {row[m]['mean']:.3f}" for m in ("dare", "q_v", "q_e")) + f" at {drop_rate}")
     return results
 
 
