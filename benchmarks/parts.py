@@ -81,7 +81,10 @@ def made(delta: np.ndarray):
     key = jax.random.key(0)
     for drop_rate in (0.9, 0.99, 0.999):
         budget = Budget(drop_rate=drop_rate)
-        yield f"random {drop_rate}, bfloat16", dare(tree, budget, key=key, dtype=jnp.bfloat16)[NAME]
+        random = dare(tree, budget, key=key, dtype=jnp.bfloat16)[NAME]
+        yield f"random {drop_rate}, bfloat16", random
+        located = Parts(tuple(part.located() for part in random.parts), SHAPE)
+        yield f"random {drop_rate}, bfloat16, located", located
         yield f"sparse {drop_rate}, float32", magnitude(tree, budget, dtype=jnp.float32)[NAME]
         yield f"sparse {drop_rate}, bfloat16", magnitude(tree, budget)[NAME]
         yield f"sparse {drop_rate}, 4 bits", magnitude(tree, budget, bits=4)[NAME]

@@ -140,20 +140,16 @@ def main() -> None:
         make_models(folder, dtype)
     base, fine = folder / "base", folder / "fine"
     files = [str(p / "model.safetensors") for p in (base, fine)]
-    darex = [sys.executable, "-m", "darex_jax"]
+    darex, again = [sys.executable, "-m", "darex_jax"], ["--overwrite", "--json"]
     commands = {
         "floor: read both, write one": [sys.executable, "-c", FLOOR, *files, str(folder / "floor")],
         "darex prune": [*darex, "prune", str(base), str(fine), str(folder / "delta"), "-p", "0.99", "--json"],
-        "darex apply": [
-            *darex,
-            "apply",
-            str(base),
-            str(folder / "delta"),
-            str(folder / "out"),
-            "--overwrite",
-            "--json",
+        "darex apply": [*darex, "apply", str(base), str(folder / "delta"), str(folder / "out"), *again],
+        "darex prune --method magnitude": [
+            *darex, "prune", str(base), str(fine), str(folder / "largest"), "-p", "0.99", "--method",
+            "magnitude", "--json",
         ],
-    }
+    }  # fmt: skip
     if options.peers:
         bin_folder = peer_environment(options.folder)
         recipe = {
