@@ -61,6 +61,8 @@ WAYS = {  # what a row is called -> method of the table, its options
     "SVD": ("svd", {}),
     "SVD, 4 bits": ("svd", {"bits": 4}),
     "distilled": ("distilled", {"bits": 4}),
+    "distilled, largest": ("distilled", {"bits": 4, "support": "largest"}),
+    "distilled, random": ("distilled", {"bits": 4, "support": "random"}),
 }
 
 
@@ -153,7 +155,7 @@ def run(
                         options["q"] = found["q"]
                         first = write(budget, seed=0)
                     seen = [measured(path)]
-                    for seed in SEEDS[1:] if method.random else ():
+                    for seed in SEEDS[1:] if method.random and not method.trains else ():
                         write(budget, seed=seed)
                         seen.append(measured(path))
                 metrics = [s["metric"] for s in seen]

@@ -451,12 +451,13 @@ def test_statistics_are_of_all_the_texts_that_are_given(folders, tmp_path):
 # Methods that train what they keep: the whole way from the terminal.
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family):
+@pytest.mark.parametrize(("family", "support"), [("bert", "random"), ("llama", "low-rank")])
+def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family, support):
     base, fine = folders / family / "base", folders / family / "fine"
     texts = tmp_path / "texts"
     texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
     line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--size", "1.3x", "--steps", 6]
+    line += ["--support", support]
     report = darex(*line, "--text", texts)
     assert report["method"] == "distilled" and report["bytes"] <= report["fine_bytes"] / 1.3
     assert darex(*line, "--text", texts)["digest"] == report["digest"]  # a repeat gives the same file
@@ -485,6 +486,7 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
         (("--max-loss", 0.1, "--method", "svd"), "svd measures no loss"),
         (("--size", "3x", "--method", "svd", "--checkpoints", tmp_path / "c"), "svd does not train"),
         (("--size", "3x", "--method", "sign", "--bits", 4), "sign has bits of its own"),
+        (("--size", "3x", "--method", "svd", "--support", "random"), "svd has a support of its own"),
     ):
         refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 import darex_jax as dx
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import leaf_key
+from darex_jax.core.tree import flatten_names, leaf_key
 from darex_jax.files.blocks import pack, unpack
 from darex_jax.files.coding import CODERS, Stream, decode, encode, from_gaps, to_gaps
 from darex_jax.methods.budget import Budget, entropy
@@ -361,18 +362,47 @@ def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
 
     tree = TREE | {"embeddings": {"weight": 30 * TREE["other"]["weight"]}}
     evidence = dataclasses.replace(EVIDENCE, train=train)
-    parts = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.5), evidence, bits=4)
+    distilled = partial(METHODS["distilled"].prune, key=jax.random.key(7))
+    parts = distilled(tree, Budget(bytes_per_parameter=0.5), evidence, bits=4)
     assert seen["bits"] == 4 and seen["kinds"] == {"low_rank", "dense"}
     assert seen["names"] >= {"layer.weight", "layer.bias", "embeddings.weight"}
     assert parts["layer"]["weight"].parts[0].a.bits == 4
     # An embedding's rank, which is worth most here, has 96 numbers: more than a fifth of 410.
-    tight = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.02), EVIDENCE, bits=4)
+    tight = distilled(tree, Budget(bytes_per_parameter=0.02), EVIDENCE, bits=4)
     assert tight["embeddings"]["weight"].parts == () and tight["layer"]["weight"].parts
-    tight = METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=0.004), EVIDENCE, bits=4)
+    tight = distilled(tree, Budget(bytes_per_parameter=0.004), EVIDENCE, bits=4)
     assert tight["layer"]["bias"].parts == ()  # whole it would take more than half
     seen.clear()
-    METHODS["distilled"].prune(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
+    distilled(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
     assert not seen  # there is nothing to train
+
+
+@pytest.mark.parametrize("support", ["largest", "random"])
+@pytest.mark.parametrize("bits", [None, 4, 1])
+def test_distilled_survivors_are_of_linear_layers_and_have_the_bytes_they_may(support, bits):
+    tree = TREE | {"embeddings": {"weight": 30 * TREE["other"]["weight"]}}
+    seen = {}
+
+    def train(parts, _):
+        seen.update(parts)
+        return {name: rounded(each, bits) for name, each in parts.items()}
+
+    evidence = dataclasses.replace(EVIDENCE, train=train)
+    budget, key = Budget(bytes_per_parameter=0.04), jax.random.key(7)
+    parts = METHODS["distilled"].prune(tree, budget, evidence, key=key, support=support, bits=bits)
+    assert parts["embeddings"]["weight"].parts == ()
+    (start,) = seen["layer.weight"].parts
+    assert start.kind == {"largest": "sparse", "random": "random"}[support] and float(start.q) == 1.0
+    size = sum(np.size(leaf) for leaf in flatten_names(tree).values())
+    data = pack(flatten_names(parts))[1]
+    assert 0.7 * 0.04 < len(data) / size < 1.2 * 0.04
+    dense, kept = np.asarray(tree["layer"]["weight"]), np.asarray(seen["layer.weight"].to_dense())
+    places = kept != 0
+    np.testing.assert_array_equal(kept[places], dense[places])
+    if support == "random":
+        np.testing.assert_array_equal(start.key, KEY)  # the mask is that of every method with this key
+    else:
+        assert np.abs(dense[~places]).max() <= np.abs(dense[places]).min()
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (9, 40), (12, 12)])

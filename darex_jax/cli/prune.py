@@ -79,6 +79,9 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
 )
 @click.option("--steps", default=600, show_default=True, type=click.IntRange(3),
               help="Of training, with distilled.")  # fmt: skip
+@click.option("--support", type=click.Choice(["low-rank", "largest", "random"]),
+              help="Of matrices, with distilled: low-rank factors (default), the largest entries, or random "
+              "ones, whose places are not stored.")  # fmt: skip
 @click.option("--checkpoints", type=PATH, help="With distilled: a folder from which it goes on after a stop.")
 @JSON
 def prune(
@@ -102,6 +105,7 @@ def prune(
     ignore_config_fields: tuple[str, ...],
     allow_nonfinite: bool,
     steps: int,
+    support: str | None,
     checkpoints: Path | None,
     as_json: bool,
 ) -> None:
@@ -127,6 +131,8 @@ def prune(
     chooses = q == "auto" or q in WAYS
     if checkpoints is not None and not trains:
         raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
+    if support is not None and not trains:
+        raise click.UsageError(f"{method} has a support of its own; leave out --support.")
     if bits is not None and not METHODS[method].quantises:
         raise click.UsageError(f"{method} has bits of its own; leave out --bits.")
     if q is not None and not METHODS[method].divides:
@@ -188,7 +194,7 @@ def prune(
                         base, fine, source, METHODS[method].needs, scope=scope,
                         ignore_config_fields=ignore_config_fields, **training,
                     )  # fmt: skip
-                options = _options(method, bits, divisor)
+                options = _options(method, bits, divisor) | ({"support": support} if support else {})
                 if max_loss is None:
                     summary = prune_by(job, method, budget, seed=seed, options=options, **known)
                 else:

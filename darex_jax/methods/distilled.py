@@ -1,39 +1,53 @@
-"""Low-rank factors and whole vectors, trained until the model answers as the fine-tuned one does."""
+"""Vectors, and factors or survivors of matrices, trained until the model answers as the fine-tuned one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
+from darex_jax.methods.dare import dare
 from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.magnitude import magnitude
 from darex_jax.methods.svd import choose_ranks, decompose, low_rank
 from darex_jax.methods.vectors import is_matrix, whole
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 
+Support = Literal["low-rank", "largest", "random"]
 VECTORS = 0.5  # of the budget, that norms and biases may take whole
 OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
 
 
-def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | None = None) -> PyTree:
+def distilled(
+    delta: PyTree,
+    budget: Budget,
+    evidence: Evidence,
+    *,
+    key: jax.Array,
+    support: Support = "low-rank",
+    bits: int | None = None,
+) -> PyTree:
     """A support for every kind of parameter, whose values are then trained through their rounding.
 
-    Matrices get the best low rank, the ranks bought over all of them as in `svd`; but an embedding, most of
-    whose rows no text touches, gets none where one would take more than a fifth of the budget. Norms and
-    biases are whole where they take at most half of it. A start that weighs inputs by their second moments
-    did not end better.
+    Norms and biases are whole where they take at most half of the budget. Of matrices the support is what is
+    chosen: the best low rank, the ranks bought over all of them as in `svd`, but an embedding, most of whose
+    rows no text touches, gets none where one would take more than a fifth of the budget; or, of linear layers
+    alone, the largest entries, whose places are stored, or those of the key's mask, which are not: a subspace
+    that the key defines. A start that weighs inputs by their second moments did not end better.
 
     Args:
       evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without the
         latter values are rounded as they are.
+      key: scalar typed Threefry key, of a random support.
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: spec 13.
+    Source: spec 13; a random subspace: arXiv:1804.08838.
     """
     leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
@@ -42,26 +56,43 @@ def distilled(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     if spent > VECTORS * room:
         vectors, spent = {}, 0
     matrices = {name: leaf for name, leaf in leaves.items() if is_matrix(leaf)}
-    factors = {
-        name: decompose(leaf)
-        for name, leaf in matrices.items()
-        if name in evidence.input_norms or sum(np.shape(leaf)) <= OTHERS * room
-    }
-    ranks = choose_ranks(factors, room - spent)
+    linear = {name: leaf for name, leaf in matrices.items() if name in evidence.input_norms}
+    chosen = {name: whole(leaf, jnp.float32) for name, leaf in vectors.items()}
+    if support == "low-rank":
+        cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
+        chosen |= _factors(linear | cheap, room - spent)
+    elif linear:
+        chosen |= _survivors(linear, support, (room - spent) * (bits or RAW_BITS) / 8, bits, key)
 
-    def support(name: str, leaf: Any) -> Parts:
-        shape = tuple(np.shape(leaf))
-        if name in vectors:
-            return whole(leaf, jnp.float32)
-        if ranks.get(name, 0):
-            return Parts((low_rank(factors[name], ranks[name], None, jnp.float32),), shape)
-        return Parts((), shape)
-
-    found = flatten_names(map_named(support, delta))
-    stored = {name: parts for name, parts in found.items() if parts.parts}
+    stored = {name: parts for name, parts in chosen.items() if parts.parts}
     trained: Mapping[str, Parts]
     if evidence.train is None or not stored:
         trained = {name: rounded(parts, bits) for name, parts in stored.items()}
     else:
         trained = evidence.train(stored, bits)
-    return map_named(lambda name, _: trained.get(name, found[name]), delta)
+    return map_named(lambda name, leaf: trained.get(name, Parts((), tuple(np.shape(leaf)))), delta)
+
+
+def _factors(matrices: Mapping[str, Any], room: float) -> dict[str, Parts]:
+    """Low ranks of so many numbers in all; no part where there is no rank."""
+    factors = {name: decompose(leaf) for name, leaf in matrices.items()}
+    ranks = {name: rank for name, rank in choose_ranks(factors, room).items() if rank}
+    return {
+        name: Parts((low_rank(factors[name], rank, None, jnp.float32),), tuple(np.shape(matrices[name])))
+        for name, rank in ranks.items()
+    }
+
+
+def _survivors(
+    matrices: Mapping[str, Any], support: Support, room: float, bits: int | None, key: jax.Array
+) -> dict[str, Parts]:
+    """Single entries of so many bytes in all, as floats; of a random support not divided."""
+    entries = sum(int(np.size(leaf)) for leaf in matrices.values())
+    if room <= 0:
+        return {}
+    budget = Budget(bytes_per_parameter=room / entries)
+    density = budget.density(bits or RAW_BITS, places=support == "largest")
+    kept = Budget(drop_rate=1.0 - density)
+    if support == "largest":
+        return magnitude(dict(matrices), kept, dtype=jnp.float32)
+    return dare(dict(matrices), kept, key=key, q=1.0, dtype=jnp.float32)

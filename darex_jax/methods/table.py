@@ -54,6 +54,7 @@ METHODS = {
     "distilled": Method(
         "distilled",
         "low-rank factors and vectors, trained on the fine-tuned model's outputs",
+        random=True,
         needs=("input_norms", "train"),
         leafwise=False,
         bits=4,
