@@ -142,18 +142,14 @@ def run(
 
                     job = Job(b, f, path, scope)
                     write = partial(prune_by, job, name, gathered=gathered, options=options)
+                    way_of_q = options.pop("q", None)
+                    choose = partial(chosen, base, fine, source, way_of_q) if way_of_q else None
                     try:
-                        q = options.pop("q", None)
-                        first = write(round(size * entries), seed=0)
+                        first = write(round(size * entries), seed=0, choose=choose)
                     except DarexError as error:
                         note({"way": way, "bytes": size, "why": str(error)})
                         continue
-                    budget = Budget(**first.recipe.budget)
-                    if q is not None:
-                        drop_rate = first.recipe.blocks[0]["parameters"][match.pruned[0]][0]["drop_rate"]
-                        found = choose_q(base, fine, drop_rate, Choice(objective=q), source)
-                        options["q"] = found["q"]
-                        first = write(budget, seed=0)
+                    budget, options["q"] = Budget(**first.recipe.budget), first.recipe.options.get("q")
                     seen = [measured(path)]
                     for seed in SEEDS[1:] if method.random and not method.trains else ():
                         write(budget, seed=seed)
@@ -164,9 +160,13 @@ def run(
                     "mean": float(np.mean(metrics)), "metrics": metrics,
                     "std": float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0,
                     "agreement": float(np.mean([s["agreement"] for s in seen])),
-                    "q": options.get("q"), "seconds": round(time.monotonic() - begun, 1),
+                    "q": options["q"], "seconds": round(time.monotonic() - begun, 1),
                 })  # fmt: skip
                 write_table()
+
+
+def chosen(base: Path, fine: Path, source: Source, objective: str, drop_rate: float) -> float:
+    return choose_q(base, fine, drop_rate, Choice(objective=objective), source)["q"]
 
 
 def agreement(logits: np.ndarray, reference: np.ndarray) -> float:

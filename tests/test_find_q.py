@@ -23,6 +23,7 @@ from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.objectives import output_objective
 from darex_jax.evaluation.outputs import output_change, reference_outputs
+from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.atomic import only_one
 from darex_jax.models import init_model, read_model_config
 from darex_jax.runs.evidence import gather
@@ -466,6 +467,35 @@ def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family, s
     (tmp_path / "one").write_text("a single line\n")
     refused = CliRunner().invoke(main, list(map(str, [*line, "--text", tmp_path / "one"])))
     assert refused.exit_code == 1 and "takes two texts or more" in refused.stderr
+
+
+def test_without_a_method_what_is_at_hand_decides(folders, tmp_path, monkeypatch):
+    base, fine, texts = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["prune", base, fine, tmp_path / "d", "--size", "4x"]
+    alone = darex(*line)
+    assert alone["method"] == "dare" and "there are no texts" in alone["method_chosen_by"]
+    few = darex(*line, "--text", texts)
+    assert few["method"] == "dare" and "40 texts choose a q" in few["method_chosen_by"]
+    assert few["bytes"] <= few["fine_bytes"] / 4 and "two-point" in few["q_chosen_by"]
+    with DeltaFile(tmp_path / "d") as file:
+        assert file.recipe.options["q"] == few["q"]
+    whole = darex(*line[:4], "--bytes-per-parameter", 4, "--text", texts)
+    assert whole["method"] == "dare" and "q_chosen_by" not in whole  # nothing is dropped
+    monkeypatch.setattr("darex_jax.cli.prune.ENOUGH", 40)
+    many = darex(*line, "--text", texts, "--steps", 3)
+    assert many["method"] == "distilled" and "40 texts" in many["method_chosen_by"]
+    assert darex(*line[:4], "-p", 0.9)["method"] == "dare"
+    for wrong, text in ((("--q", 0.1), "best chooses q itself"), ((), "is measured on texts")):
+        options = [
+            *line[:4],
+            "--method",
+            "best",
+            *(("--max-loss", 0.1) if not wrong else ("--size", "2x")),
+            *wrong,
+        ]
+        refused = CliRunner().invoke(main, list(map(str, options)))
+        assert refused.exit_code == 2 and text in refused.stderr
 
 
 def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypatch):

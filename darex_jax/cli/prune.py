@@ -26,6 +26,7 @@ from darex_jax.cli.show import (
 from darex_jax.methods.table import METHODS
 
 TRAINING_TEXTS = 10_000  # at most, that distilled learns from
+ENOUGH = 256  # texts, from which on best trains on them
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
@@ -47,8 +48,10 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--method", default="dare", show_default=True, type=click.Choice(list(METHODS)),
-              help="; ".join(f"{name}: {method.what}" for name, method in METHODS.items()) + ".")  # fmt: skip
+@click.option("--method", type=click.Choice(["best", *METHODS]),
+              help="Default: dare with a drop rate or --q, else best: distilled on --task or a --text of "
+              f"{ENOUGH} lines, on fewer dare with --q two-point, without any dare. "
+              + "; ".join(f"{name}: {method.what}" for name, method in METHODS.items()) + ".")  # fmt: skip
 @click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
               help="Probability that an entry of the delta is dropped, or the share of it that is not "
               "stored. This, or a size.")  # fmt: skip
@@ -88,7 +91,7 @@ def prune(
     base: Path,
     fine: Path,
     out: Path,
-    method: str,
+    method: str | None,
     drop_rate: float | None,
     size: float | None,
     bytes_per_parameter: float | None,
@@ -125,6 +128,17 @@ def prune(
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
         )
+    why = None
+    if method is None:
+        method = "dare" if drop_rate is not None or q is not None else "best"
+    if method == "best":
+        if q is not None:
+            raise click.UsageError("best chooses q itself; leave out --q, or say --method dare.")
+        from darex_jax.tasks.source import Source
+
+        most = limit or TRAINING_TEXTS
+        texts = Source(task=task, data_dir=data_dir, text=text, limit=most) if task or text else None
+        method, q, why = _best(fine, texts, max_loss is not None)
     trains = METHODS[method].trains
     if max_loss is not None and not trains:
         raise click.UsageError(f"--max-loss is for a method that trains; {method} measures no loss.")
@@ -146,21 +160,26 @@ def prune(
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
-        texts = TRAINING_TEXTS if trains else CALIBRATION_SIZE
-        seen = limit if chooses else limit or texts
+        seen = limit if chooses else limit or (TRAINING_TEXTS if trains else CALIBRATION_SIZE)
         source = Source(task=task, data_dir=data_dir, text=text, limit=seen)
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
         include=include, exclude=exclude, ignore_config_fields=ignore_config_fields, seed=seed,
     )  # fmt: skip
+    if chooses and method != "dare" and drop_rate is None:
+        raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
     divisor: Any = None
-    why = None
-    if q is not None and chooses:
-        if drop_rate is None:
-            raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
-        divisor, why = _chosen_q(base, fine, drop_rate, choice, source, as_json)
-    elif q is not None:
+    q_by: str | None = None
+
+    def choose(drop_rate: float) -> Any:
+        nonlocal divisor, q_by
+        divisor, q_by = _chosen_q(base, fine, drop_rate, choice, source, as_json)
+        return divisor
+
+    if chooses and drop_rate is not None:
+        choose(drop_rate)
+    elif q is not None and not chooses:
         divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
@@ -195,6 +214,8 @@ def prune(
                         ignore_config_fields=ignore_config_fields, **training,
                     )  # fmt: skip
                 options = _options(method, bits, divisor) | ({"support": support} if support else {})
+                if chooses and drop_rate is None:
+                    known["choose"] = choose
                 if max_loss is None:
                     summary = prune_by(job, method, budget, seed=seed, options=options, **known)
                 else:
@@ -216,8 +237,8 @@ def prune(
         "digest": summary.recipe.digest(),
         "warnings": warned(),
     }
-    if why is not None:
-        report |= {"q": divisor, "q_chosen_by": why}
+    report |= {} if why is None else {"method_chosen_by": why}
+    report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
     trainer: Any = known["gathered"][0].train if trains else None
     look = None if trainer is None else trainer.result
     if look is not None:
@@ -233,9 +254,10 @@ def prune(
     kept = f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"
     rows = [
         ("method", f"{summary.recipe.method}: {METHODS[method].what}"),
+        *([("because", why)] if why else []),
         ("survivors", kept) if random else ("numbers stored", kept),
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
-        *([("chosen by", why)] if why else []),
+        *([("q chosen by", q_by if random else f"{q_by}: {q_text(divisor)}")] if q_by else []),
         *([(measure or "loss", f"{agreed:.4f} with the fine-tuned model, on {seen} held-out texts")]
           if look is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
@@ -245,6 +267,23 @@ def prune(
           if random else []),
     ]  # fmt: skip
     print_table(str(out), rows)
+
+
+def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str]:
+    """The method for what is at hand, its q, and why.
+
+    Args: source: of the texts, None where there are none; measures: whether a loss has to be measured.
+    """
+    if source is None:
+        if measures:
+            raise click.UsageError("--max-loss is measured on texts: give --text or --task.")
+        return "dare", None, "there are no texts (--text, --task) to choose or to train by"
+    from darex_jax.tasks.source import read_material
+
+    count = len(read_material(fine, source, held_out=False).encoded)
+    if count >= ENOUGH or measures:
+        return "distilled", None, f"{count:,} texts, without labels, are enough to train by"
+    return "dare", "two-point", f"{count:,} texts choose a q; {ENOUGH} and more would train the values"
 
 
 def _tried(quiet: bool) -> Callable[[int, float], None]:

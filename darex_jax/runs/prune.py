@@ -39,6 +39,7 @@ def prune_by(
     seed: int = 0,
     gathered: tuple[Evidence, Mapping[str, str]] = (Evidence(), {}),
     options: Mapping[str, Any] | None = None,
+    choose: Callable[[float], Any] | None = None,
 ) -> PruneSummary:
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
@@ -48,6 +49,7 @@ def prune_by(
       seed: of random methods, `jax.random.key(seed)`.
       gathered: what the method needs to know, and digests of what that comes from, for the file: of `gather`.
       options: of the method: bits, q, ...
+      choose: with a size and dare, gives q for the drop rate that the size comes to.
     Raises: DarexError for a method that lacks evidence, or a size out of its reach; else as `prune_parts`.
     """
     chosen, (known, digests) = METHODS[method], gathered
@@ -83,6 +85,11 @@ def prune_by(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(of_size, wanted, Path(folder))
+        if choose is not None and (
+            drop_rate := _drop_rate(summary)
+        ):  # with all kept there is nothing to divide
+            told["q"] = choose(drop_rate)
+            summary, path = fit_to_size(of_size, wanted, Path(folder))
         while chosen.trains:
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)
@@ -158,6 +165,12 @@ def prune_within(
         f"no file of up to {sizes[-1]:,} bytes disagrees on {max_loss:.1%} of the held-out texts or less: "
         "allow a larger loss, train longer (--steps), or choose another method."
     )
+
+
+def _drop_rate(summary: PruneSummary) -> float:
+    """Of the random survivors in a file."""
+    blocks = summary.recipe.blocks or ()
+    return float(next(part["drop_rate"] for b in blocks for p in b["parameters"].values() for part in p))
 
 
 def pruned_entries(job: Job) -> int:
