@@ -20,6 +20,7 @@ from .files.checkpoint import load_params as load_params
 from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
 from .files.save import save_delta as save_delta
+from .merging.merge import merge as merge
 from .methods.budget import Budget as Budget
 from .methods.dare import dare as dare
 from .methods.distilled import distilled as distilled

@@ -10,7 +10,8 @@ import darex_jax
 
 ROOT = Path(darex_jax.__file__).parent
 LAYERS = (
-    "core", "parts", "methods", "q", "models", "files", "tasks", "training", "evaluation", "choosing", "runs",
+    "core", "parts", "methods", "merging", "q", "models", "files", "tasks", "training", "evaluation",
+    "choosing", "runs",
     "cli",
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
     Raises: ValueError naming every leaf that is in one tree only or has another shape, or is no array.
     """
     bases = flatten_names(base)
-    _check_same(flatten_names(fine), bases, "fine", "base")
+    check_same(flatten_names(fine), bases, "fine", "base")
 
     def subtract(name: str, leaf: Any) -> jax.Array:
         f, b = as_array(name, leaf), as_array(name, bases[name])
@@ -66,7 +66,7 @@ def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
     """
     deltas = flatten_names(delta)
     in_delta = {name: leaf for name, leaf in flatten_names(base).items() if name in deltas}
-    _check_same(in_delta, deltas, "base", "delta")
+    check_same(in_delta, deltas, "base", "delta")
 
     def add(name: str, leaf: Any) -> Any:
         if name not in deltas:
@@ -102,7 +102,7 @@ def drop(mask: PyTree, delta: PyTree) -> PyTree:
     Raises: ValueError naming every leaf that is in one tree only or has another shape.
     """
     masks = flatten_names(mask)
-    _check_same(masks, flatten_names(delta), "mask", "delta")
+    check_same(masks, flatten_names(delta), "mask", "delta")
 
     def drop_leaf(name: str, leaf: Any) -> jax.Array:
         d = as_array(name, leaf)
@@ -249,7 +249,8 @@ def _reciprocal(q: Any, dtype: Any) -> Any:
     return scale
 
 
-def _check_same(left: Mapping[str, Any], right: Mapping[str, Any], left_word: str, right_word: str) -> None:
+def check_same(left: Mapping[str, Any], right: Mapping[str, Any], left_word: str, right_word: str) -> None:
+    """Raises: ValueError naming every leaf, by name, that is in one only or has another shape."""
     left_shapes = {name: shape_of(name, leaf) for name, leaf in left.items()}
     right_shapes = {name: shape_of(name, leaf) for name, leaf in right.items()}
     faults = [f"'{name}' is only in {left_word}" for name in left_shapes if name not in right_shapes]

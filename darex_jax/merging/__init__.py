@@ -1,0 +1,1 @@
+"""Merging several deltas of one base into one: pure functions on trees."""

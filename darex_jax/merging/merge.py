@@ -1,0 +1,112 @@
+"""Merging deltas: what of each takes part, and how the parts are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darex_jax.core.delta import check_same
+from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import PyTree, as_array, flatten_names, map_named, working_dtype
+from darex_jax.merging import thin
+
+
+class Merge(NamedTuple):
+    """A way to merge.
+
+    Attributes:
+      what: for people, one clause.
+      thin: what of each delta takes part.
+      elects: where signs disagree, only the majority's entries take part, and their mean is taken.
+      takes: the options of `thin`.
+    """
+
+    what: str
+    thin: Callable[..., PyTree]
+    elects: bool = False
+    takes: tuple[str, ...] = ()
+
+
+RANDOM = ("key", "drop_rate", "q")
+MERGES = {
+    "linear": Merge("the weighted sum (task arithmetic)", thin.whole),
+    "ties": Merge("the largest entries, signs elected", thin.largest, True, ("drop_rate",)),
+    "dare-linear": Merge("random survivors, summed", thin.random, False, RANDOM),
+    "dare-ties": Merge("random survivors, signs elected", thin.random, True, RANDOM),
+    "breadcrumbs": Merge("neither the largest nor the smallest entries, summed", thin.middle, False,
+                         ("drop_rate", "outliers")),
+    "della": Merge("random survivors, larger entries more often, signs elected", thin.ranked, True,
+                   (*RANDOM, "window")),
+}  # fmt: skip
+
+
+def merge(
+    deltas: Sequence[PyTree], method: str, *, weights: Sequence[float] | None = None, **options: Any
+) -> PyTree:
+    """One delta of several, leaf by leaf: a leaf alone gives the same as among others.
+
+    Args:
+      deltas: trees of floating arrays or parts, with the same names and shapes.
+      method: of `MERGES`.
+      weights: of the deltas; None is 1 each. With elected signs the weighted entries' sum is divided by
+        their number.
+      options: drop_rate in [0, 1) for all but linear, where 0.9 keeps a tenth; key, a scalar typed Threefry
+        key, for random survivors, of which delta number i draws with `fold_in(key, i)`; q, their divisor in
+        place of 1 - drop_rate (DAREx), a number or one for each delta; outliers of breadcrumbs; window of
+        della.
+    Returns: a tree like the first delta, float32 (float64 where a leaf is).
+    Raises: ValueError for deltas that do not match, a number of weights, or options that the method does not
+      take or lacks; TypeError for another kind of key.
+    Source: `MERGES` and the functions there; electing and the disjoint mean: TIES, arXiv:2306.01708; DARE
+      before either: arXiv:2311.03099.
+    """
+    if method not in MERGES:
+        raise DarexError(f"{method!r} is no way to merge: {', '.join(MERGES)}.")
+    way = MERGES[method]
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(given.keys() - set(way.takes))
+    missing = [name for name in ("key", "drop_rate") if name in way.takes and name not in given]
+    if unknown or missing:
+        what = f"takes no {', '.join(unknown)}" if unknown else f"has to know {', '.join(missing)}"
+        raise DarexError(f"{method} {what}.")
+    if not deltas:
+        raise DarexError("there are no deltas to merge.")
+    weights = [1.0] * len(deltas) if weights is None else list(weights)
+    if len(weights) != len(deltas):
+        raise DarexError(f"{len(deltas)} deltas have as many weights, got {len(weights)}.")
+    for number, delta in enumerate(deltas[1:], 1):
+        check_same(flatten_names(deltas[0]), flatten_names(delta), "the first delta", f"delta {number + 1}")
+    dense = [map_named(as_array, delta) for delta in deltas]
+    thinned = [way.thin(delta, **_own(given, i, len(deltas))) for i, delta in enumerate(dense)]
+
+    def together(_: str, *arrays: jax.Array) -> jax.Array:
+        dtype = working_dtype(*(array.dtype for array in arrays))
+        return _together(jnp.stack([array.astype(dtype) for array in arrays]), weights, way.elects)
+
+    return map_named(together, *thinned)
+
+
+def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
+    """The options for one delta."""
+    own = dict(options)
+    if "key" in own:
+        own["key"] = jax.random.fold_in(own["key"], number)
+    if isinstance(own.get("q"), list | tuple):
+        if len(own["q"]) != count:
+            raise DarexError(f"{count} deltas have one q or as many, got {len(own['q'])}.")
+        own["q"] = own["q"][number]
+    return own
+
+
+def _together(stack: jax.Array, weights: Sequence[float], elects: bool) -> jax.Array:
+    """[N, ...] -> [...], in the order of the deltas."""
+    weight = np.asarray(weights, stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+    if not elects:
+        return jnp.sum(stack * weight, axis=0)
+    positive = jnp.broadcast_to(jnp.sum(stack, axis=0) >= 0, stack.shape)
+    agrees = jnp.where(positive, stack > 0, stack < 0)
+    return jnp.sum(stack * weight * agrees, axis=0) / jnp.maximum(jnp.sum(agrees, axis=0), 1)

@@ -1,0 +1,84 @@
+"""What of one delta takes part in a merge: each function gives a tree like `delta`, dropped entries zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from darex_jax.core.delta import drop, prune
+from darex_jax.core.errors import DarexError
+from darex_jax.core.importance import magnitude_mask
+from darex_jax.core.threefry import keep_threshold
+from darex_jax.core.tree import PyTree, as_array, flatten_names, leaf_keys, map_named, working_dtype
+
+OUTLIERS = 0.01  # of a leaf's entries, the largest
+WINDOW = 0.2  # between the drop rates of a row's smallest and largest entry
+
+
+def whole(delta: PyTree) -> PyTree:
+    """All of it: task arithmetic, arXiv:2212.04089."""
+    return delta
+
+
+def largest(delta: PyTree, *, drop_rate: float) -> PyTree:
+    """The `1 - p` largest entries of each leaf, not rescaled: TIES trims so, arXiv:2306.01708, but over the
+    whole model at once."""
+    return drop(magnitude_mask(delta, drop_rate), delta)
+
+
+def random(delta: PyTree, *, key: jax.Array, drop_rate: float, q: Any = None) -> PyTree:
+    """`core.delta.prune`: DARE, with a q DAREx."""
+    return prune(key, delta, drop_rate, q)
+
+
+def middle(delta: PyTree, *, drop_rate: float, outliers: float = OUTLIERS) -> PyTree:
+    """Of each leaf neither the largest entries nor the smallest, `p` of all dropped in all; not rescaled.
+
+    Args: outliers: the share of the entries that is dropped at the upper end, at most `drop_rate`.
+    Source: Model Breadcrumbs, arXiv:2312.06795, where the two shares are gamma and beta.
+    """
+    if not 0.0 <= outliers <= drop_rate:
+        raise DarexError(f"outliers are part of the drop rate, {drop_rate}: got {outliers}.")
+    kept = magnitude_mask(delta, drop_rate - outliers)
+    above = magnitude_mask(delta, 1.0 - outliers) if outliers else jax.tree.map(jnp.zeros_like, kept)
+    return drop(jax.tree.map(lambda low, high: low & ~high, kept, above), delta)
+
+
+def ranked(
+    delta: PyTree, *, key: jax.Array, drop_rate: float, window: float = WINDOW, q: Any = None
+) -> PyTree:
+    """Random survivors whose drop rate falls with their rank in the row, each divided by its own density.
+
+    The rates run evenly from `p + window / 2` for a row's smallest magnitude to `p - window / 2` for its
+    largest; vectors are one row. Of equal magnitudes the first counts as the smaller.
+
+    Args: q: divides all survivors instead, a number.
+    Raises: ValueError if a rate would leave [0, 1).
+    Source: MagPrune of DELLA, arXiv:2406.11617.
+    """
+    if not (window >= 0.0 and drop_rate - window / 2 >= 0.0 and drop_rate + window / 2 < 1.0):
+        raise DarexError(f"drop rates of {drop_rate} -+ {window / 2} leave [0, 1).")
+    keep_threshold(drop_rate)
+    keys = leaf_keys(key, flatten_names(delta))
+
+    def of(name: str, leaf: Any) -> jax.Array:
+        array = as_array(name, leaf)
+        numbers = array.astype(working_dtype(array.dtype))
+        rows = numbers.reshape(-1, array.shape[-1] if array.ndim > 1 else array.size)
+        order = jnp.argsort(jnp.abs(rows), axis=-1, stable=True)
+        ranks = jnp.argsort(order, axis=-1).astype(np.float32)
+        step = np.float32(window / max(1, rows.shape[1] - 1))
+        rates = np.float32(drop_rate + window / 2) - ranks * step
+        with jax.threefry_partitionable(True):
+            bits = jax.random.bits(keys[name], array.shape, jnp.uint32).reshape(rows.shape)
+        # The upper 24 bits alone, which float32 holds exactly: the same comparison on every platform.
+        kept = (bits >> 8).astype(np.float32) < (1.0 - rates) * np.float32(2**24)
+        density = (1.0 - rates) if q is None else jnp.asarray(q, np.float32)
+        scaled = rows * lax.stop_gradient(1.0 / density).astype(rows.dtype)
+        return jnp.where(kept, scaled, 0.0).reshape(array.shape).astype(array.dtype)
+
+    return map_named(of, delta)
