@@ -33,3 +33,42 @@ def _warnings_are_errors():
         warnings.filterwarnings("default", category=DeprecationWarning)
         warnings.filterwarnings("default", category=ResourceWarning)
         yield
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Base and fine-tune of a tiny BERT and a tiny Llama, with tokenizers made on the spot."""
+    transformers = pytest.importorskip("transformers")
+    import jax.numpy as jnp
+    import numpy as np
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    import darex_jax as dx
+    from darex_jax.evaluation.classification import predict
+    from darex_jax.models import init_model, read_model_config
+    from darex_jax.tasks import load_task
+    from darex_jax.tasks.batching import encode, evaluation_batches
+    from tests.test_calibration import FAMILIES
+    from tests.test_choose_q import of_two_classes
+
+    root = tmp_path_factory.mktemp("pairs")
+    for family in ("bert", "llama"):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        config = FAMILIES[family] | {"vocab_size": 259, "max_position_embeddings": 512}
+        model, base = init_model(read_model_config(config), jax.random.key(0))
+        fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
+        if family == "bert":
+            some = load_task("opinions").validation.select(slice(6))
+            batches = evaluation_batches(encode(fast, some))
+            fine = of_two_classes(model, fine, batches)
+            by_class = np.array(some.texts)[predict(model, fine, batches).argmax(-1).argsort()]
+        for name, params in (("base", base), ("fine", fine)):
+            dx.save_params(root / family / name, params, model.config.to_hf())
+            fast.save_pretrained(root / family / name)
+    (root / "text").write_text(f"{by_class[0]}\n\n{by_class[1]}\n{by_class[-1]}\n", encoding="utf-8")
+    return root

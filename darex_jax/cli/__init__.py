@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import choose, files, learn, prune, text, train
+from darex_jax.cli import choose, files, learn, prune, recommend, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError
@@ -66,6 +66,7 @@ def main(debug: bool) -> None:
 
 for command in (
     files.check,
+    recommend.recommend,
     prune.prune,
     files.apply,
     files.inspect,

@@ -191,3 +191,15 @@ def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
             bar.update(look.step - bar.n)
 
         yield on_look
+
+
+@contextmanager
+def tried_bar(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """What is at work, and how long already."""
+    with _bar(unit=" tried", disable=quiet, leave=False) as bar:
+
+        def on_try(what: str) -> None:
+            bar.set_description(what)
+            bar.update(1)
+
+        yield on_try

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.choosing.pair import load_pair
+from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
 from darex_jax.core.tree import combine, flatten_names
@@ -25,7 +26,7 @@ from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts, values_of
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.training.checkpoints import own_place
-from darex_jax.training.distill import STEPS, Look, distill
+from darex_jax.training.distill import STEPS, Look, distill, look_at
 
 HELD_OUT = 200  # texts, at most, that are kept for looks while training
 
@@ -61,6 +62,12 @@ class Trainer:
         if "ForSequenceClassification" not in config.architectures[0]:
             return None
         return "correlation of scores" if config.num_labels == 1 else "agreement of predictions"
+
+    def look(self, parts: Mapping[str, Any]) -> Look:
+        """What the held-out texts say of the model with these parts, by dotted name."""
+        computed = flatten_names(self.start)
+        known = {name: each for name, each in parts.items() if name in computed}
+        return look_at(self.model, self.fine, apply_delta(self.start, known), self.held_out.batches())
 
     def __call__(self, parts: Mapping[str, Parts], bits: int | None) -> Mapping[str, Parts]:
         computed = flatten_names(self.start)

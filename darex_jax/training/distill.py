@@ -136,10 +136,9 @@ class _Pair(NamedTuple):
     start: Params
 
 
-def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
-    """The mean loss over texts and the agreement; of a decoder over tokens."""
-    params = _applied(pair.start, delta)
-    seen = [_compared(pair.model, pair.fine, params, batch) for batch in held_out]
+def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
+    """How near a model is to the fine-tuned one: loss and agreement over texts, a decoder's over tokens."""
+    seen = [_compared(model, fine, params, batch) for batch in held_out]
     total, rows = np.sum([np.asarray(s[0], np.float64) for s in seen], axis=0)
     a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in seen]) for i in (1, 2, 3))
     a, b = a[real > 0], b[real > 0]
@@ -150,6 +149,10 @@ def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
     else:
         agreement = float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
     return Look(0, float(total / rows), agreement)
+
+
+def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
+    return look_at(pair.model, pair.fine, _applied(pair.start, delta), held_out)
 
 
 _applied = jax.jit(apply_delta)

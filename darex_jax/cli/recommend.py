@@ -1,0 +1,186 @@
+"""The command that says which method to take: recommend."""
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, TEXT
+from darex_jax.cli.prune import TRAINING_TEXTS, Ratio
+from darex_jax.cli.show import bytes_text, family_of, print_table, tried_bar, warned
+
+if TYPE_CHECKING:
+    from darex_jax.runs.recommend import Advice, Tried
+
+LARGE = 0.5  # of DARE's predictions lost: too much to be mended by a divisor
+TAILED = 0.5  # of a delta's square in its largest hundredth
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("fine", type=PATH)
+@click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted. "
+              "Default: 100x.")  # fmt: skip
+@click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
+              help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+@click.option("--task", help="Where texts come from, without their labels; or give --text.")
+@DATA_DIR
+@TEXT
+@LIMIT
+@click.option("--steps", default=60, show_default=True, type=click.IntRange(3),
+              help="Of the short training that is tried.")  # fmt: skip
+@click.option("--can-retrain", is_flag=True, help="The fine-tuning can be run again.")
+@INCLUDE
+@EXCLUDE
+@IGNORE
+@JSON
+def recommend(
+    base: Path,
+    fine: Path,
+    size: float | None,
+    bytes_per_parameter: float | None,
+    task: str | None,
+    data_dir: Path | None,
+    text: Path | None,
+    limit: int | None,
+    steps: int,
+    can_retrain: bool,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    ignore_config_fields: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure which method loses least at a size, and say the command that runs it.
+
+    Every method writes a file of that size, which is not kept; with --text or --task each is measured by its
+    agreement with the fine-tuned model on texts held out.
+    """
+    from darex_jax.core.scope import choose_scope
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.prune import Job
+    from darex_jax.runs.prune import pruned_entries
+    from darex_jax.runs.recommend import recommend as advise
+    from darex_jax.tasks.source import Source
+
+    if size is not None and bytes_per_parameter is not None:
+        raise click.UsageError("say one of --size and --bytes-per-parameter.")
+    source = None
+    if task is not None or text is not None:
+        source = Source(task=task, data_dir=data_dir, text=text, limit=limit or TRAINING_TEXTS)
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude))
+        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
+        if bytes_per_parameter is not None:
+            file_bytes = round(bytes_per_parameter * pruned_entries(job))
+        else:
+            file_bytes = round(fine_bytes / (size or 100.0))
+        with tried_bar(as_json) as on_try:
+            advice = advise(
+                job, file_bytes, source, steps=steps, ignore_config_fields=ignore_config_fields, on_try=on_try
+            )
+    budget = {"size": f"{size or 100:g}x"}
+    if bytes_per_parameter is not None:
+        budget = {"bytes-per-parameter": str(bytes_per_parameter)}
+    always = _options({**budget, "include": include, "exclude": exclude})
+    texts = _options({"task": task, "data-dir": data_dir, "text": text})
+    command = _command(advice.chosen, base, fine, always, texts)
+    sentences = _sentences(advice, file_bytes, fine_bytes, can_retrain)
+    if as_json:
+        report = asdict(advice) | {"facts": advice.facts._asdict(), "chosen": advice.chosen._asdict()}
+        report["tried"] = [each._asdict() for each in advice.tried]
+        report |= {"file_bytes": file_bytes, "because": sentences, "command": command, "warnings": warned()}
+        click.echo(json.dumps(report, indent=2, default=dict))
+        return
+    _print_tried(advice)
+    facts = advice.facts
+    rows = [
+        ("the delta", f"{facts.entries:,} entries, {facts.relative:.2%} of the base's norm"),
+        ("stable rank", f"{facts.stable_rank:.1f} of {facts.rank:.0f}, the median of the matrices"),
+        ("tail", f"the largest 1 % of the entries hold {facts.tail:.0%} of its square"),
+        ("size", f"{bytes_text(file_bytes)}, {fine_bytes / file_bytes:.0f} times smaller"),
+    ]
+    print_table("what is there", rows)
+    for sentence in sentences:
+        click.echo(sentence)
+    click.echo(f"Run it: {command}")
+
+
+def _options(said: dict[str, Any]) -> list[str]:
+    """Options of a command line: of a tuple each value, of None none."""
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in said.items()}
+    return [
+        p for name, values in given.items() for v in values if v is not None for p in (f"--{name}", str(v))
+    ]
+
+
+def _sentences(advice: "Advice", file_bytes: int, fine_bytes: int, can_retrain: bool) -> list[str]:
+    """What was seen and what follows, a sentence each."""
+    chosen, facts = advice.chosen, advice.facts
+    said = []
+    dare = next((t for t in advice.tried if t.method == "dare" and not t.options), None)
+    if advice.measure is None:
+        said.append(
+            "Without texts nothing tells what the model's answers lose, only how near the stored delta is to "
+            f"the real one: {_name(chosen)} leaves {chosen.error:.0%} of its square."
+        )
+        said.append("A few hundred lines of --text, without labels, measure it and train the values.")
+    else:
+        loss = f"{chosen.loss:.1%}" if chosen.loss is not None else "nothing"
+        said.append(
+            f"In {bytes_text(file_bytes)} {_name(chosen)} loses least: {loss} of the {advice.measure} with "
+            f"the fine-tuned model, on {advice.held_out} texts held out (the base alone loses "
+            f"{advice.without_delta:.1%})."
+        )
+        if chosen.steps:
+            said.append(
+                f"That is after {chosen.steps} steps of training; the command trains longer and loses less."
+            )
+        if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
+            said.append(
+                "The delta is too large for random dropping at this size, which loses most of what there is."
+            )
+    if facts.tail > TAILED:
+        said.append("Few entries hold most of the delta, which favours keeping the largest.")
+    elif 0 < facts.stable_rank < facts.rank / 20:
+        said.append("A few directions hold most of the delta, which favours low-rank factors.")
+    if can_retrain:
+        said.append(
+            "You can train again: darex train ... --optimizer adamr keeps the delta small, so that every "
+            "method loses less; run this command on its result."
+        )
+    return said
+
+
+def _name(tried: "Tried") -> str:
+    options = [f"{name} {value}" for name, value in tried.options.items() if name != "bits"]
+    bits = [f"{tried.options['bits']} bits"] if "bits" in tried.options else []
+    return ", ".join([tried.method, *options, *bits])
+
+
+def _command(chosen: "Tried", base: Path, fine: Path, options: list[Any], texts: list[Any]) -> str:
+    from darex_jax.methods.table import METHODS
+
+    method = METHODS[chosen.method]
+    own = [] if method.bits == chosen.options.get("bits") else _options(dict(chosen.options))
+    seen = texts if method.needs or "q" in chosen.options else []
+    line = ["darex", "prune", base, fine, "OUT", "--method", chosen.method, *own, *options, *seen]
+    return shlex.join(map(str, line))
+
+
+def _print_tried(advice: "Advice") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="each method in a file of this size")
+    table.add_column("method")
+    for heading in ("bytes", "error of the delta", "loss", "seconds"):
+        table.add_column(heading, justify="right")
+    for t in advice.tried:
+        loss = "" if t.loss is None else f"{t.loss:.1%}"
+        name = _name(t) + (f", {t.steps} steps" if t.steps else "")
+        style = "bold green" if t is advice.chosen else None
+        table.add_row(name, f"{t.file_bytes:,}", f"{t.error:.3g}", loss, f"{t.seconds:.0f}", style=style)
+    Console().print(table)

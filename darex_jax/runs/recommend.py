@@ -1,0 +1,223 @@
+"""Which method for a pair of models: what their delta is like, and what each method loses at a size."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from darex_jax.choosing.pair import Pair
+from darex_jax.choosing.two_point import two_point
+from darex_jax.core.delta import compute_delta
+from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.files.artifact import load_delta
+from darex_jax.files.prune import Job
+from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.table import METHODS
+from darex_jax.runs.evidence import Trainer, gather
+from darex_jax.runs.prune import TooSmall, prune_by
+from darex_jax.tasks.source import Source
+
+STEPS = 60  # of the short training that says what a long one can do
+CALIBRATION = 50  # texts that choose q
+POWER = 20  # iterations for the largest singular value
+TAIL = 0.01  # of the entries
+TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("dare", {}),
+    ("dare", {"bits": 4, "q": "two-point"}),
+    ("magnitude", {"bits": 4}),
+    ("wanda", {"bits": 4}),
+    ("svd", {"bits": 4}),
+    ("distilled", {"bits": 4}),
+)
+
+
+class Facts(NamedTuple):
+    """What the pruned part of a delta is like.
+
+    Attributes:
+      entries: how many.
+      relative: its norm in terms of the base's.
+      stable_rank: of a matrix |D|_F^2 / |D|_2^2, the median; rank: the median of the smaller sides.
+      tail: the share of its square that lies in the largest hundredth of each parameter's entries.
+    """
+
+    entries: int
+    relative: float
+    stable_rank: float
+    rank: float
+    tail: float
+
+
+class Tried(NamedTuple):
+    """A method at the size.
+
+    Attributes:
+      method, options: as `darex prune` takes them; a q that was chosen as what chose it.
+      file_bytes: of the whole file.
+      error: |delta - what is restored|^2 / |delta|^2.
+      loss: 1 - agreement with the fine-tuned model on held-out texts; None without texts.
+      steps: of a training; 0 for none.
+      seconds: it took.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    file_bytes: int
+    error: float
+    loss: float | None
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What was seen, and which method is taken.
+
+    Attributes:
+      facts: of the delta.
+      tried: every method that has a file of this size.
+      chosen: of `tried`, the least loss, without texts the least error.
+      without_delta: the base's own loss; None without texts.
+      measure: what a loss is one minus of; held_out: so many texts.
+    """
+
+    facts: Facts
+    tried: list[Tried]
+    chosen: Tried
+    without_delta: float | None = None
+    measure: str | None = None
+    held_out: int = 0
+
+
+def recommend(
+    job: Job,
+    file_bytes: int,
+    source: Source | None,
+    *,
+    steps: int = STEPS,
+    ignore_config_fields: Collection[str] = (),
+    on_try: Callable[[str], None] = lambda what: None,
+) -> Advice:
+    """Tries every method that what is at hand allows, in files of at most `file_bytes` that are not kept.
+
+    Args:
+      job: its `out` is not written.
+      source: of texts, without labels; None where there are none.
+      steps: of the training that is tried.
+      on_try: called with the name of what is measured next.
+    Raises: DarexError if no method has so small a file, or the models do not fit together.
+    """
+    on_try("the delta")
+    deltas, facts = _facts(job)
+    evidence, trainer = Evidence(), None
+    digests: dict[str, str] = {}
+    if source is not None:
+        evidence, digests = gather(
+            job.base.path, job.fine.path, source, ("input_norms", "train"), scope=job.scope,
+            ignore_config_fields=ignore_config_fields, steps=steps,
+        )  # fmt: skip
+        assert isinstance(evidence.train, Trainer)
+        trainer = evidence.train
+        if trainer.measure is None:
+            trainer, evidence = None, replace(evidence, train=None)
+    total = sum(float(np.vdot(d, d)) for d in deltas.values())
+    tried: list[Tried] = []
+    refusals = []
+    for method, options in TRIED:
+        missing = [need for need in METHODS[method].needs if not getattr(evidence, need)]
+        if missing or (options.get("q") and trainer is None):
+            continue
+        on_try(method)
+        begun = time.monotonic()
+        told, choose = dict(options), None
+        if told.pop("q", None) and trainer is not None:
+            choose = _two_point(trainer, deltas)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "delta"
+            try:
+                summary = prune_by(
+                    replace(job, out=path), method, file_bytes, gathered=(evidence, digests), options=told,
+                    choose=choose,
+                )  # fmt: skip
+            except TooSmall as refusal:
+                refusals.append(refusal)
+                continue
+            restored = flatten_names(load_delta(path))
+        error = sum(_square(delta - np.asarray(restored[name])) for name, delta in deltas.items())
+        loss = None if trainer is None else 1.0 - trainer.look(restored).agreement
+        trained = steps if METHODS[method].trains else 0
+        seconds = round(time.monotonic() - begun, 1)
+        relative = error / total if total else 0.0
+        tried.append(Tried(method, options, summary.file_bytes, relative, loss, trained, seconds))
+    if not tried:
+        raise refusals[0] if refusals else DarexError("there is nothing to try.")
+    chosen = min(tried, key=lambda t: (t.error if t.loss is None else t.loss, t.error))
+    if trainer is None:
+        return Advice(facts=facts, tried=tried, chosen=chosen)
+    return Advice(
+        facts=facts, tried=tried, chosen=chosen, measure=trainer.measure,
+        without_delta=1.0 - trainer.look({}).agreement, held_out=len(trainer.held_out.encoded),
+    )  # fmt: skip
+
+
+def _two_point(trainer: Trainer, deltas: Mapping[str, np.ndarray]) -> Callable[[float], float]:
+    batches = trainer.texts.select(np.arange(min(CALIBRATION, len(trainer.texts.encoded)))).batches()
+    fine, start = flatten_names(trainer.fine), flatten_names(trainer.start)
+    names = [name for name in deltas if name in fine]
+    delta = compute_delta(*(unflatten_names({n: named[n] for n in names}) for named in (fine, start)))
+
+    def choose(drop_rate: float) -> float:
+        return two_point(Pair(trainer.model, trainer.fine, trainer.start, delta, drop_rate), batches)[0]
+
+    return choose
+
+
+def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
+    """The delta of what is pruned, float32 by name, and what it is like."""
+    match = job.match()
+    match.raise_if_faulty()
+    deltas, square, whole = {}, 0.0, 0.0
+    ranks, sides, tails = [], [], []
+    for name in match.pruned:
+        base = job.base.tensors[match.base_names[name]].read()
+        own = np.asarray(base, np.float32)
+        fine = np.asarray(job.fine.tensors[name].read(), np.float32)[: len(own) if own.ndim else None]
+        deltas[name] = delta = fine - own
+        job.progress(base.nbytes + fine.nbytes)
+        energy = _square(delta)
+        square, whole = square + energy, whole + _square(own)
+        if delta.ndim == 2 and energy:
+            ranks.append(energy / _largest(delta) ** 2)
+            sides.append(min(delta.shape))
+        if energy:
+            kept = max(1, round(TAIL * delta.size))
+            flat = np.square(delta.reshape(-1))
+            tails.append(float(np.sum(np.partition(flat, -kept)[-kept:], dtype=np.float64)))
+    return deltas, Facts(
+        entries=sum(delta.size for delta in deltas.values()),
+        relative=float(np.sqrt(square / whole)) if whole else 0.0,
+        stable_rank=float(np.median(ranks)) if ranks else 0.0,
+        rank=float(np.median(sides)) if sides else 0.0,
+        tail=sum(tails) / square if square else 0.0,
+    )
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.sum(np.square(x), dtype=np.float64))
+
+
+def _largest(matrix: np.ndarray) -> float:
+    """The largest singular value, by power iteration."""
+    vector = np.random.default_rng(0).normal(size=(matrix.shape[1],)).astype(np.float32)
+    norm: Any = 0.0
+    for _ in range(POWER):
+        vector = matrix.T @ (matrix @ (vector / np.maximum(np.linalg.norm(vector), 1e-30)))
+        norm = np.linalg.norm(vector)
+    return float(np.sqrt(norm))

@@ -1,0 +1,98 @@
+"""darex recommend: what it measures is what prune then does, and its words follow from the numbers."""
+
+import json
+import shlex
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.cli import main
+from darex_jax.cli.recommend import _sentences
+from darex_jax.core.scope import choose_scope
+from darex_jax.core.tree import flatten_names
+from darex_jax.runs.recommend import Advice, Facts, Tried, _largest
+
+
+def darex(*arguments):
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
+    base, fine, texts = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "texts"
+    texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    line = ["recommend", base, fine, "--size", "2.5x", "--text", texts, "--steps", 3]
+    report = darex(*line)
+    tried = {(t["method"], *t["options"]): t for t in report["tried"]}
+    assert {name for name, *_ in tried} == {"dare", "magnitude", "wanda", "svd", "distilled"}
+    assert report["chosen"]["loss"] == min(t["loss"] for t in report["tried"])
+    assert all(t["file_bytes"] <= report["file_bytes"] for t in report["tried"])
+    assert report["held_out"] == 20 and 0 <= report["without_delta"] <= 1
+    assert report["measure"] == "agreement of predictions"
+    command = shlex.split(report["command"])
+    assert command[:2] == ["darex", "prune"] and "--size" in command
+    out = tmp_path / "d"
+    steps = ["--steps", "3"] if report["chosen"]["steps"] else []
+    made = darex(*[str(out) if word == "OUT" else word for word in command[1:]], *steps)
+    assert made["method"] == report["chosen"]["method"]  # of other statistics, since prune holds out nothing
+    assert abs(made["bytes"] / report["chosen"]["file_bytes"] - 1) < 0.05
+
+    facts = report["facts"]
+    with_base, with_fine = (flatten_names(dx.load_params(path)) for path in (base, fine))
+    delta = {
+        n: np.asarray(with_fine[n]) - np.asarray(with_base[n]) for n in with_base if choose_scope("bert")(n)
+    }
+    square = sum(float(np.sum(d**2)) for d in delta.values())
+    whole = sum(float(np.sum(np.asarray(with_base[n]) ** 2)) for n in delta)
+    assert facts["entries"] == sum(d.size for d in delta.values())
+    np.testing.assert_allclose(facts["relative"], np.sqrt(square / whole), rtol=1e-5)
+    ranks = [np.sum(d**2) / np.linalg.norm(d, 2) ** 2 for d in delta.values() if d.ndim == 2]
+    np.testing.assert_allclose(facts["stable_rank"], np.median(ranks), rtol=0.05)
+    shown = CliRunner().invoke(main, [*map(str, line), "--can-retrain"])
+    assert "loses least" in shown.stdout and "Run it: darex prune" in shown.stdout
+    assert "--optimizer adamr" in shown.stdout
+    assert set(tmp_path.iterdir()) == {texts, out}
+
+
+def test_without_texts_the_delta_alone_is_looked_at(folders):
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    report = darex("recommend", base, fine, "--size", "3x")
+    assert {t["method"] for t in report["tried"]} == {"dare", "magnitude", "svd"}
+    assert all(t["loss"] is None for t in report["tried"]) and report["measure"] is None
+    assert report["chosen"]["error"] == min(t["error"] for t in report["tried"])
+    assert "Without texts nothing tells" in report["because"][0] and "--text" in report["because"][1]
+    refused = CliRunner().invoke(main, list(map(str, ["recommend", base, fine, "--size", "1000x"])))
+    assert refused.exit_code == 1 and "at least" in refused.stderr
+    both = ["recommend", base, fine, "--size", "3x", "--bytes-per-parameter", 0.1]
+    refused = CliRunner().invoke(main, list(map(str, both)))
+    assert refused.exit_code == 2 and "say one of" in refused.stderr
+
+
+def test_the_words_follow_the_numbers():
+    def advice(dare_loss, tail, stable_rank):
+        facts = Facts(1000, 0.01, stable_rank, 384.0, tail)
+        tried = [
+            Tried("dare", {}, 900, 99.0, dare_loss, 0, 1.0),
+            Tried("svd", {"bits": 4}, 900, 0.5, 0.02, 0, 1.0),
+        ]
+        return Advice(facts=facts, tried=tried, chosen=tried[1], without_delta=0.4,
+                      measure="agreement of predictions", held_out=200)  # fmt: skip
+
+    def said(*numbers):
+        return " ".join(_sentences(advice(*numbers), 900, 90_000, False))
+
+    assert "svd, 4 bits loses least: 2.0%" in said(0.1, 0.2, 100.0)
+    assert "too large for random dropping" in said(0.3, 0.2, 100.0)
+    assert "too large" not in said(0.1, 0.2, 100.0)
+    assert "keeping the largest" in said(0.1, 0.6, 5.0) and "low-rank" not in said(0.1, 0.6, 5.0)
+    assert "low-rank factors" in said(0.1, 0.2, 5.0) and "low-rank" not in said(0.1, 0.2, 100.0)
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+def test_the_largest_singular_value(shape):
+    matrix = np.asarray(jax.random.normal(jax.random.key(0), shape)) * np.linspace(1, 3, shape[1])
+    np.testing.assert_allclose(_largest(matrix), np.linalg.norm(matrix, 2), rtol=0.02)
