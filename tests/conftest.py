@@ -1,7 +1,9 @@
 """Settings every test runs under: offline, eight simulated CPU devices, and JAX at its strictest.
 
 Compiled programs are kept on disk, shared by the workers and by the processes that tests start: the same tiny
-models are compiled again and again, which is most of what the suite takes.
+models are compiled again and again, which is most of what the suite takes. They are compiled without most
+optimizations, but for the modules where bits are what is tested (`OPTIMIZED`); as in use everywhere with
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`.
 """
 
 import os
@@ -13,17 +15,38 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).parent.parent}/.pytest_cache/jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
+OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_format1", "test_importance", "test_lowering",
+             "test_mask", "test_multihost", "test_sharding", "test_train", "test_transforms")  # fmt: skip
+KEYS = ("test_bert", "test_causal_lm", "test_delta", "test_generate", "test_lora", "test_mask", "test_train")
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=1000, help="how many changed artifacts test_fuzz.py reads")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_as_in_use(request):
+    """Where bits are what is tested, XLA optimizes; where keys are drawn, JAX sees that none is used twice.
+
+    The latter goes through Python at every call: it is not on everywhere.
+    """
+    name = request.module.__name__.rpartition(".")[2]
+    jax.config.update("jax_debug_key_reuse", name in KEYS)
+    changes = name in OPTIMIZED and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    if changes:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    if changes:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +82,11 @@ def folders(tmp_path_factory):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-        config = FAMILIES[family] | {"vocab_size": 259, "max_position_embeddings": 512}
+        config = FAMILIES[family] | {
+            "vocab_size": 259,
+            "max_position_embeddings": 512,
+            "num_hidden_layers": 1,
+        }
         model, base = init_model(read_model_config(config), jax.random.key(0))
         fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
         if family == "bert":

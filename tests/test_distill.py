@@ -21,7 +21,9 @@ STEPS = 60
 
 def pair(family, **more):
     """A model, its fine-tuned and its base's parameters, and the delta of the matrices, by name."""
-    model, fine = init_model(read_model_config(FAMILIES[family] | more), jax.random.key(0))
+    model, fine = init_model(
+        read_model_config(FAMILIES[family] | {"num_hidden_layers": 1} | more), jax.random.key(0)
+    )
     rng = np.random.default_rng(0)
     named = flatten_names(fine)
     moved = {

@@ -1,6 +1,5 @@
 """Masks that are not drawn entry by entry: the largest entries, and whole input features."""
 
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -97,7 +96,7 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
         features = shape[-1] if shape else 1
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], (features,), jnp.uint32)
-        keep = _largest_bits(bits, max(1, _count(drop_rate, features)))
+        keep = _largest_bits(bits, np.uint32(max(1, _count(drop_rate, features))))
         return jnp.broadcast_to(keep if shape else keep[0], shape)
 
     return map_named(leaf_mask, tree)
@@ -115,19 +114,19 @@ def _magnitudes(name: str, leaf: Any) -> jax.Array:
 def _largest(scores: jax.Array, count: int) -> jax.Array:
     """The mask of the `count` largest of non-negative `scores` along the last axis; float32 or float64."""
     bits = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
-    return _largest_bits(lax.bitcast_convert_type(lax.stop_gradient(scores), bits), count)
+    return _largest_bits(lax.bitcast_convert_type(lax.stop_gradient(scores), bits), np.uint32(count))
 
 
-@partial(jax.jit, static_argnums=1)
-def _largest_bits(scores: jax.Array, count: int) -> jax.Array:
+@jax.jit
+def _largest_bits(scores: jax.Array, count: Any) -> jax.Array:
     """The mask of the `count` largest unsigned integers along the last axis; the first of equals.
 
     Non-negative floats are ordered as their bits are, so the smallest score kept is found bit by bit:
     as many passes that count, where a sort would take far longer and a copy of everything.
+
+    Args: count: uint32, an argument of the program: another one compiles nothing anew.
     """
     dtype, width = scores.dtype, 8 * scores.dtype.itemsize
-    if count == 0:
-        return jnp.zeros(scores.shape, bool)
 
     def settle_bit(i: jax.Array, least: jax.Array) -> jax.Array:
         trial = least | (jnp.ones((), dtype) << (width - 1 - i).astype(dtype))
@@ -137,7 +136,7 @@ def _largest_bits(scores: jax.Array, count: int) -> jax.Array:
     # Zeros that vary over devices as the scores do, which a loop within shard_map asks for.
     least = lax.fori_loop(0, width, settle_bit, scores[..., :1] & jnp.zeros((), dtype))
     above, equal = scores > least, scores == least
-    room = np.uint32(count) - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)
+    room = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)
     return above | (
         equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.uint32) <= jnp.broadcast_to(room, scores.shape))
     )

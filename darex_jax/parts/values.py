@@ -145,8 +145,12 @@ def quantise(
     else:
         group = jnp.broadcast_to(jnp.asarray(rows if per == "row" else columns, jnp.int32), x.shape)
         groups = (shape or x.shape)[0 if per == "row" else 1]
-    integers, scales = _fit(x.astype(jnp.float32).reshape(-1), group.reshape(-1), max(1, groups), bits)
-    return Values(integers.reshape(x.shape), scales[:groups].astype(dtype), bits, per)
+    # Filled up to a power of two, with a group of its own: of few sizes few programs are compiled.
+    more = (1 << max(0, x.size - 1).bit_length()) - x.size
+    filled = jnp.pad(x.astype(jnp.float32).reshape(-1), (0, more))
+    of = jnp.pad(group.reshape(-1), (0, more), constant_values=groups)
+    integers, scales = _fit(filled, of, groups + 1, bits)
+    return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -77,6 +78,7 @@ PREFERENCES = _split(
 )
 
 
+@cache
 def opinions(seed: int = 0) -> Task:
     """The task, a function of `seed` alone: no sentence twice, both labels equally often in every split.
 
@@ -88,6 +90,7 @@ def opinions(seed: int = 0) -> Task:
     for split, size in SIZES.items():
         texts = []
         labels = np.arange(size, dtype=np.int32) % 2
+        labels.setflags(write=False)  # the task is made once and handed out again
         for label in labels:
             text = _sentence(rng, bool(label))
             while text in seen:
