@@ -1,17 +1,23 @@
 """Merging deltas, against the published algorithms in NumPy and against peft's functions."""
 
+import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
-from darex_jax.core.tree import leaf_key
-from darex_jax.merging.merge import MERGES
+from darex_jax.cli import main
+from darex_jax.core.lora import LoraConfig
+from darex_jax.core.tree import flatten_names, leaf_key, unflatten_names
+from darex_jax.merging.table import MERGES
+from darex_jax.models import classifier_from_pretrained, init_model, read_model_config
+from tests.test_calibration import FAMILIES
 
 NAME, SHAPE, KEY = "layer.weight", (12, 20), jax.random.key(3)
 DELTAS = [np.random.default_rng(i).normal(0, 1e-2, SHAPE).astype(np.float32) for i in range(3)]
@@ -149,3 +155,139 @@ def test_deltas_of_other_names_or_shapes_are_refused():
         dx.merge([trees()[0], {NAME: DELTAS[1]}], "linear")
     with pytest.raises(ValueError, match="no deltas"):
         dx.merge([], "linear")
+
+
+# On disk: deltas given in three ways.
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base BERT without a head, two fine-tunes with heads, the first one's artifact, an adapter."""
+    folder = tmp_path_factory.mktemp("merging")
+    config = FAMILIES["bert"] | {"architectures": ["BertModel"], "num_hidden_layers": 1}
+    body, base = init_model(read_model_config(config), KEY)
+    dx.save_params(folder / "base", base, body.config.to_hf())
+    named = flatten_names(base)
+    for i, labels in enumerate((2, 3)):
+        model, params = classifier_from_pretrained(body, base, labels, jax.random.key(i))
+        moved = {
+            n: x + 0.01 * jnp.sin(100 * (i + 1) * x) if not n.startswith("classifier") else x
+            for n, x in flatten_names(params).items()
+        }
+        dx.save_params(folder / f"fine-{i}", moved, model.config.to_hf())
+    layer = "encoder.layer.0.output.dense"
+    lora = LoraConfig(rank=2, alpha=4, targets=(layer,))
+    out_features, in_features = named[f"{layer}.weight"].shape
+    factors = {"lora_A": jnp.ones((2, in_features)), "lora_B": 0.01 * jnp.ones((out_features, 2))}
+    adapter = unflatten_names({f"{layer}.{factor}.weight": x for factor, x in factors.items()})
+    dx.save_adapter(folder / "adapter", lora, adapter)
+    run("prune", folder / "base", folder / "fine-0", folder / "fine-0.safetensors", "-p", 0.5)
+    return folder
+
+
+def run(*arguments, fails=None):
+    done = CliRunner().invoke(main, [*map(str, arguments)])
+    assert done.exit_code == (0 if fails is None else 1), done.output
+    assert fails is None or fails in done.stderr
+    return done.stdout
+
+
+def body_of(path, prefix="bert."):
+    return {
+        n.removeprefix(prefix): np.asarray(x)
+        for n, x in flatten_names(dx.load_params(path)).items()
+        if not n.startswith("classifier")
+    }
+
+
+def test_deltas_in_every_form_are_merged_as_their_trees(files, tmp_path):
+    base = body_of(files / "base")
+    deltas = [files / "fine-0.safetensors", files / "fine-1", files / "adapter"]
+    run("merge", files / "base", *deltas, tmp_path / "m", "--method", "linear",
+        "--weight", 1, "--weight", 0.5, "--weight", 2)  # fmt: skip
+    trees = [
+        {n.removeprefix("bert."): np.asarray(x) for n, x in flatten_names(dx.load_delta(deltas[0])).items()}
+    ]
+    trees.append({n: x - base[n] for n, x in body_of(files / "fine-1").items()})
+    layer = "encoder.layer.0.output.dense.weight"
+    expected = {n: base[n] + trees[0][n] + 0.5 * trees[1][n] for n in base}
+    expected[layer] = expected[layer] + 2 * 2 * 0.02  # alpha / rank, and two products of 0.01
+    found = [tmp_path / "m" / name for name in ("fine-0", "fine-1", "adapter")]
+    for path in found:
+        merged_body = body_of(path)
+        assert merged_body.keys() == base.keys()
+        for name in base:
+            np.testing.assert_allclose(merged_body[name], expected[name], atol=1e-6)
+    files_of = [{file.name: file.stat().st_ino for file in path.glob("model-body*")} for path in found]
+    assert files_of[0] == files_of[1] == files_of[2]  # one body, three times linked
+    for i in (0, 1):
+        model, params = dx.load_model(found[i])
+        assert model.config.num_labels == i + 2
+        own = dx.load_params(files / f"fine-{i}")["classifier"]["weight"]
+        np.testing.assert_array_equal(params["classifier"]["weight"], own)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare-ties", "breadcrumbs"])
+def test_a_streamed_merge_is_that_of_the_trees(files, tmp_path, method):
+    paths = [files / "fine-0", files / "fine-0.safetensors"]  # one head: one directory
+    line = [
+        "merge",
+        files / "base",
+        *paths,
+        tmp_path / "m",
+        "--method",
+        method,
+        "-p",
+        0.75,
+        "--seed",
+        3,
+        "--json",
+    ]
+    line += ["--q", 0.4] if method == "dare-ties" else []
+    report = json.loads(run(*line))
+    assert report["out"] == [str(tmp_path / "m")]
+    named = flatten_names(dx.load_params(files / "fine-0"))
+    base = body_of(files / "base")
+    direct = {
+        n: np.asarray(x) - base[n.removeprefix("bert.")] for n, x in named.items() if "classifier" not in n
+    }
+    stored = flatten_names(dx.load_delta(files / "fine-0.safetensors"))
+    options = {"drop_rate": 0.75} | ({"key": jax.random.key(3), "q": 0.4} if method == "dare-ties" else {})
+    expected = dx.merge([direct, {n: stored[n] for n in direct}], method, **options)
+    for name, x in flatten_names(dx.load_params(tmp_path / "m")).items():
+        if name in direct:
+            sum_of = base[name.removeprefix("bert.")] + np.asarray(expected[name])
+            np.testing.assert_array_equal(np.asarray(x), sum_of)
+    assert dx.load_model(tmp_path / "m")[0].config.num_labels == 2
+
+
+def test_what_is_no_delta_of_the_base_is_refused(files, tmp_path):
+    other = flatten_names(dx.load_params(files / "base"))
+    dx.save_params(tmp_path / "other", {n: x + 1 for n, x in other.items()}, companions_from=files / "base")
+    out = tmp_path / "m"
+    run("merge", tmp_path / "other", files / "fine-0.safetensors", out, "--method", "linear",
+        fails="not the base that")  # fmt: skip
+    run("merge", files / "base", tmp_path / "none", out, "--method", "linear", fails="No such file")
+    run(
+        "merge",
+        files / "base",
+        files / "fine-0",
+        files / "fine-0",
+        "--method",
+        "linear",
+        fails="would replace",
+    )
+    far = ["--method", "linear", "--weight", 1e38, "--dtype", "float16"]
+    run("merge", files / "base", files / "fine-0", out, *far, fails="would hold infinity or NaN")
+    assert not out.exists()
+    done = CliRunner().invoke(main, list(map(str, ["merge", files / "base", files / "fine-0", out])))
+    assert done.exit_code == 2 and "has to know --drop-rate" in done.stderr
+
+
+def test_the_dtype_is_the_widest_or_what_is_asked_for(files, tmp_path):
+    run(
+        "merge", files / "base", files / "fine-0", tmp_path / "m", "--method", "linear", "--dtype", "bfloat16"
+    )
+    params = dx.load_params(tmp_path / "m")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert dx.load_model(tmp_path / "m")[0].config.num_labels == 2

@@ -73,6 +73,15 @@ def test_the_page_on_small_files():
     assert last.loss <= first.loss and names["found"].parts[names["name"]].parts[0].values.bits == 4
 
 
+def test_the_page_on_merging():
+    (program,) = programs("docs/merging.md")
+    names: dict = {}
+    exec(program, names)
+    merged, base, model = (names[n]["layer"]["weight"] for n in ("merged", "base", "model"))
+    assert 0.4 < float((merged != 0).mean()) < 0.6  # 1 - 0.8 ** 3
+    assert (model != base).any()
+
+
 def test_every_page_is_run():
     pages = {page.name for page in (ROOT / "docs").glob("*.md") if programs(page)}
-    assert pages == {"adamr.md", "small.md", "format.md"}  # the latter in test_format2.py
+    assert pages == {"adamr.md", "small.md", "merging.md", "format.md"}  # the latter in test_format2.py

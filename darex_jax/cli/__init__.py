@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import choose, files, learn, prune, recommend, text, train
+from darex_jax.cli import choose, files, learn, merge, prune, recommend, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError
@@ -72,6 +72,7 @@ for command in (
     files.inspect,
     files.verify,
     files.merge_adapter,
+    merge.merge,
     train.train,
     train.repeat,
     learn.evaluate,

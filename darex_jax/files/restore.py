@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def apply_artifact(
     Warns: DarexWarning if nothing is known of the base's files, or changed ones are allowed.
     """
     keep_inputs(out, base, delta)
-    _check_same_tensors(base, delta)
+    check_base_tensors(base, delta)
     outputs = restored_layout(base, delta, dtype)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         restore_companions(base.path, delta, folder, allow_changed_files=allow_changed_files)
@@ -97,10 +97,11 @@ def apply_artifact(
         for name, digest in zip(
             unused, pool.map(lambda n: tensor_digest(base.tensors[n], progress), unused), strict=True
         ):
-            _check_digest(delta, name, digest)
-        _check_fingerprint(base, delta)
+            check_digest(delta, name, digest)
+        check_fingerprint(base, delta)
         delta.check_data()
-        _name_dtype(base, delta, folder, outputs)
+        own_config = "config.json" in delta.names("file")
+        name_dtype(folder, delta.config() if own_config else base.config, outputs)
         if outputs.keys() != {SINGLE}:  # a file of another name is found by an index alone
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -117,7 +118,7 @@ def restored_params(
     Raises: FileError as `apply_artifact`; what was yielded before is then not to be used. Companion files are
       not looked at: see `check_companions`.
     """
-    _check_same_tensors(base, delta)
+    check_base_tensors(base, delta)
     layout = restored_layout(base, delta, dtype)
     for tensors in layout.values():
         for name, (own_dtype, shape) in tensors.items():
@@ -127,8 +128,8 @@ def restored_params(
                 start += chunk.size
             yield name, array.reshape(shape)
     for name in _unused(base, delta, layout):
-        _check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
-    _check_fingerprint(base, delta)
+        check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
+    check_fingerprint(base, delta)
     delta.check_data()
 
 
@@ -186,7 +187,7 @@ def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool 
     Raises: FileError naming the first one that is not, unless that is allowed.
     Warns: DarexWarning where the delta does not say, or where it is allowed.
     """
-    _companions(base, delta, allow_changed_files)
+    _taken(base, delta, allow_changed_files)
 
 
 def restore_companions(
@@ -196,13 +197,17 @@ def restore_companions(
 
     Raises: as `check_companions`. The delta's own are sound only once `delta.check_data` has been called.
     """
-    for name, content in _companions(base, delta, allow_changed_files).items():
+    for name, content in read_companions(base, delta, allow_changed_files=allow_changed_files).items():
         (folder / name).write_bytes(content)
-    for name in delta.names("file"):
-        (folder / name).write_bytes(delta.read(f"file/{name}").tobytes())
 
 
-def _companions(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
+def read_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> dict[str, bytes]:
+    """`restore_companions` in memory: contents by the file's name."""
+    own = {name: delta.read(f"file/{name}").tobytes() for name in delta.names("file")}
+    return _taken(base, delta, allow_changed_files) | own
+
+
+def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
     """What the restored model takes from the base, by the file's name; checked as `check_companions` says."""
     own, stated = set(delta.names("file")), delta.recipe.base_files
     found = {file.name: read_bytes(file) for file in companion_files(base) if file.name not in own}
@@ -229,9 +234,12 @@ def _companions(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict
     return found
 
 
-def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout) -> None:
-    """Where config.json names a dtype, it is to be the one that most floating entries have."""
-    config = delta.config() if "config.json" in delta.names("file") else base.config
+def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout) -> None:
+    """Where config.json names a dtype, it is to be the one that most floating entries have.
+
+    Args: folder: of the model that is written; config: its config.json as it stands; layout: its tensors.
+    Raises: FileError for a config that is nested too deeply.
+    """
     entries: Counter[str] = Counter()
     for tensors in layout.values():
         for dtype, shape in tensors.values():
@@ -240,9 +248,9 @@ def _name_dtype(base: Checkpoint, delta: DeltaFile, folder: Path, layout: Layout
     stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
     if count and stale:
         try:
-            text = json.dumps(config | dict.fromkeys(stale, name), indent=2)
+            text = json.dumps({**config, **dict.fromkeys(stale, name)}, indent=2)
         except RecursionError as error:  # what is just not too deep for the reader is for the writer
-            raise FileError(f"{delta.path}: its config.json is nested too deeply.") from error
+            raise FileError(f"{folder.name}: its config.json is nested too deeply.") from error
         (folder / "config.json").write_text(text + "\n")
 
 
@@ -266,7 +274,7 @@ def verify_artifact(
     if base is None:
         delta.check_entries(max_entries, MOST_VERIFIED_ENTRIES)
     else:
-        _check_same_tensors(base, delta)
+        check_base_tensors(base, delta)
         check_companions(base.path, delta, allow_changed_files=allow_changed_files)
     delta.check_data()
     entries = 0
@@ -277,8 +285,8 @@ def verify_artifact(
         progress(size)
     if base is not None:
         for name in delta.recipe.base:
-            _check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
-        _check_fingerprint(base, delta)
+            check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
+        check_fingerprint(base, delta)
     return {
         "digest": "ok",
         "mask": f"ok, {len(delta.recipe.parameters)} parameters, {entries} entries",
@@ -301,7 +309,7 @@ def _restored_chunks(
         for chunk in chunks:
             if not dense:
                 yield _cast(name, chunk, dtype)
-        _check_digest(delta, base_name, digest.hexdigest())
+        check_digest(delta, base_name, digest.hexdigest())
     for kind in ("dense", "rows"):
         if info := delta.tensors.get(f"{kind}/{name}"):
             take = delta.stream(f"{kind}/{name}")
@@ -357,7 +365,7 @@ def _unused(base: Checkpoint, delta: DeltaFile, layout: Layout) -> list[str]:
     return [name for name in base.tensors if name not in used]
 
 
-def _check_same_tensors(base: Checkpoint, delta: DeltaFile) -> None:
+def check_base_tensors(base: Checkpoint, delta: DeltaFile) -> None:
     """The cheap part of the fingerprint, before any weight is read."""
     for name, entry in delta.recipe.base.items():
         stored = base.tensors.get(name)
@@ -376,7 +384,8 @@ def _check_same_tensors(base: Checkpoint, delta: DeltaFile) -> None:
             )
 
 
-def _check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
+def check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
+    """Raises: FileError if a tensor of the base has not the digest that the delta's recipe states."""
     stated = delta.recipe.base[base_name]["blake3"]
     delta.base_digests[base_name] = digest
     if stated != digest[: len(stated)]:
@@ -385,7 +394,7 @@ def _check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
         )
 
 
-def _check_fingerprint(base: Checkpoint, delta: DeltaFile) -> None:
+def check_fingerprint(base: Checkpoint, delta: DeltaFile) -> None:
     """The whole of it, where the recipe has only the beginnings of the tensors' digests."""
     whole = {n: entry | {"blake3": delta.base_digests[n]} for n, entry in delta.recipe.base.items()}
     if delta.recipe.base_blake3 not in (None, fingerprint(whole)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +12,7 @@ import numpy as np
 from darex_jax.core.delta import check_same
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, as_array, flatten_names, map_named, working_dtype
-from darex_jax.merging import thin
-
-
-class Merge(NamedTuple):
-    """A way to merge.
-
-    Attributes:
-      what: for people, one clause.
-      thin: what of each delta takes part.
-      elects: where signs disagree, only the majority's entries take part, and their mean is taken.
-      takes: the options of `thin`.
-    """
-
-    what: str
-    thin: Callable[..., PyTree]
-    elects: bool = False
-    takes: tuple[str, ...] = ()
-
-
-RANDOM = ("key", "drop_rate", "q")
-MERGES = {
-    "linear": Merge("the weighted sum (task arithmetic)", thin.whole),
-    "ties": Merge("the largest entries, signs elected", thin.largest, True, ("drop_rate",)),
-    "dare-linear": Merge("random survivors, summed", thin.random, False, RANDOM),
-    "dare-ties": Merge("random survivors, signs elected", thin.random, True, RANDOM),
-    "breadcrumbs": Merge("neither the largest nor the smallest entries, summed", thin.middle, False,
-                         ("drop_rate", "outliers")),
-    "della": Merge("random survivors, larger entries more often, signs elected", thin.ranked, True,
-                   (*RANDOM, "window")),
-}  # fmt: skip
+from darex_jax.merging.table import MERGES
 
 
 def merge(

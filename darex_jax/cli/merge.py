@@ -1,0 +1,92 @@
+"""The command that merges deltas: merge."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darex_jax.cli.options import JSON, PATH, SEED
+from darex_jax.cli.show import byte_bar, bytes_text, print_table, warned
+from darex_jax.merging.table import MERGES
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.argument("deltas", nargs=-1, required=True, type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--method", default="dare-ties", show_default=True, type=click.Choice(list(MERGES)),
+              help="; ".join(f"{name}: {way.what}" for name, way in MERGES.items()) + ".")  # fmt: skip
+@click.option("--weight", "weights", multiple=True, type=float,
+              help="Of a delta: one for all, or one each in their order. Default: 1.")  # fmt: skip
+@click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
+              help="The share of each delta that takes no part; 1 - the density of other tools. Of all but "
+              "linear.")  # fmt: skip
+@click.option("--q", "qs", multiple=True, type=click.FloatRange(0, min_open=True),
+              help="Divisor of random survivors (DAREx), one for all or one each. Default: 1 - drop rate."
+              )  # fmt: skip
+@click.option("--outliers", type=click.FloatRange(0, 1), help="With breadcrumbs: the share of the largest "
+              "entries that is dropped. Default: 0.01.")  # fmt: skip
+@click.option("--window", type=click.FloatRange(0, 1), help="With della: between the drop rates of a row's "
+              "smallest and largest entry. Default: 0.2.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of what is written. Default: the widest that a fine-tuned model has.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@SEED
+@JSON
+def merge(
+    base: Path,
+    deltas: tuple[Path, ...],
+    out: Path,
+    method: str,
+    weights: tuple[float, ...],
+    drop_rate: float | None,
+    qs: tuple[float, ...],
+    outliers: float | None,
+    window: float | None,
+    dtype: str | None,
+    overwrite: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Merge DELTAS of one BASE into a model: write it to OUT.
+
+    Each of DELTAS is an artifact of darex prune, a fine-tuned directory, or an adapter that PEFT saved. Where
+    their heads differ OUT has a directory for each, which share the merged body.
+    """
+    import jax
+
+    from darex_jax.files.merged import merge_files
+
+    for name, values in (("weight", weights), ("q", qs)):
+        if len(values) not in (0, 1, len(deltas)):
+            raise click.UsageError(f"{len(deltas)} deltas have one --{name} or as many, got {len(values)}.")
+    if "drop_rate" in MERGES[method].takes and drop_rate is None:
+        raise click.UsageError(f"{method} has to know --drop-rate.")
+    with byte_bar("merging", _size(base), as_json) as progress:
+        merged = merge_files(
+            base, deltas, out, method,
+            weights=list(weights) * len(deltas) if len(weights) == 1 else list(weights) or None,
+            drop_rate=drop_rate, q=qs[0] if len(qs) == 1 else list(qs) or None, outliers=outliers,
+            window=window, key=jax.random.key(seed) if "key" in MERGES[method].takes else None,
+            dtype=dtype, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        report: dict[str, Any] = {"out": [str(place) for place in merged.directories], "method": method}
+        report |= {"changed": merged.changed, "bytes": merged.bytes, "warnings": warned()}
+        click.echo(json.dumps(report))
+        return
+    rows = [
+        ("method", f"{method}: {MERGES[method].what}"),
+        ("merged", f"{len(deltas)} deltas in {merged.changed} parameters"),
+        ("written", bytes_text(merged.bytes)),
+        *(("model", str(place)) for place in merged.directories),
+    ]
+    print_table(str(out), rows)
+
+
+def _size(base: Path) -> int:
+    from darex_jax.files.checkpoint import Checkpoint
+
+    with Checkpoint(base) as checkpoint:
+        return sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
