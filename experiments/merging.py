@@ -5,8 +5,8 @@
 
 Pairs of fine-tunes and all three. Each delta has the weight 1 / number of deltas where they are summed, 1
 where signs are elected. q of DAREx is chosen in two points, for each delta alone, on 50 of its task's
-training texts without labels. A row of `results/merging.jsonl` is not run again; rows of other fine-tunes are dropped.
-`results/merging.md` is the table.
+training texts without labels. A row of `results/merging.jsonl` is not run again; rows of other fine-tunes are
+dropped. `results/merging.md` is the table.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def write_table() -> None:
         "accuracy, MRPC the mean of accuracy and F1, STS-B that of Pearson and Spearman, on the first 500",
         "examples of the official validation split (MRPC: 408); random ways mean ± standard deviation over",
         "four masks. `kept` is the mean over tasks of the metric as a share of the fine-tuned model's own.",
-        "The number after a way is its drop rate. Weights: 1 / number of deltas where they are summed, 1 where",
-        "signs are elected. q in two points on 50 training texts of each task without labels. Made by",
+        "The number after a way is its drop rate. Weights: 1 / number of deltas where they are summed,",
+        "1 where signs are elected. q in two points on 50 training texts a task, without labels. Made by",
         "`python experiments/merging.py --data-dir DIR`.",
         "",
     ]
