@@ -83,7 +83,7 @@ def test_the_words_follow_the_numbers():
                       measure="agreement of predictions", held_out=200)  # fmt: skip
 
     def said(*numbers):
-        return " ".join(_sentences(advice(*numbers), 900, 90_000, False))
+        return " ".join(_sentences(advice(*numbers), 900, True, False))
 
     assert "svd, 4 bits loses least: 2.0%" in said(0.1, 0.2, 100.0)
     assert "too large for random dropping" in said(0.3, 0.2, 100.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import JSON, PATH, SEED
+from darex_jax.cli.options import ALLOW_CHANGED_FILES, JSON, PATH, SEED
 from darex_jax.cli.show import byte_bar, bytes_text, print_table, warned
 from darex_jax.merging.table import MERGES
 
@@ -31,7 +31,8 @@ from darex_jax.merging.table import MERGES
               "smallest and largest entry. Default: 0.2.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of what is written. Default: the widest that a fine-tuned model has.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists and is one model.")
+@ALLOW_CHANGED_FILES
 @SEED
 @JSON
 def merge(
@@ -46,6 +47,7 @@ def merge(
     window: float | None,
     dtype: str | None,
     overwrite: bool,
+    allow_changed_files: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -69,7 +71,7 @@ def merge(
             weights=list(weights) * len(deltas) if len(weights) == 1 else list(weights) or None,
             drop_rate=drop_rate, q=qs[0] if len(qs) == 1 else list(qs) or None, outliers=outliers,
             window=window, key=jax.random.key(seed) if "key" in MERGES[method].takes else None,
-            dtype=dtype, overwrite=overwrite, progress=progress,
+            dtype=dtype, overwrite=overwrite, allow_changed_files=allow_changed_files, progress=progress,
         )  # fmt: skip
     if as_json:
         report: dict[str, Any] = {"out": [str(place) for place in merged.directories], "method": method}

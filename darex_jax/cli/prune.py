@@ -257,7 +257,8 @@ def prune(
         *([("because", why)] if why else []),
         ("survivors", kept) if random else ("numbers stored", kept),
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
-        *([("q chosen by", q_by if random else f"{q_by}: {q_text(divisor)}")] if q_by else []),
+        *([("q chosen by", q_by)] if q_by else []),
+        *([("q", q_text(divisor))] if divisor is not None and not random else []),
         *([(measure or "loss", f"{agreed:.4f} with the fine-tuned model, on {seen} held-out texts")]
           if look is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
@@ -282,7 +283,7 @@ def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str
 
     count = len(read_material(fine, source, held_out=False).encoded)
     if count >= ENOUGH or measures:
-        return "distilled", None, f"{count:,} texts, without labels, are enough to train by"
+        return "distilled", None, f"there are {count:,} texts to train by, without labels"
     return "dare", "two-point", f"{count:,} texts choose a q; {ENOUGH} and more would train the values"
 
 

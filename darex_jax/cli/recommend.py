@@ -55,8 +55,9 @@ def recommend(
 ) -> None:
     """Measure which method loses least at a size, and say the command that runs it.
 
-    Every method writes a file of that size, which is not kept; with --text or --task each is measured by its
-    agreement with the fine-tuned model on texts held out.
+    dare, dare with q in two points, magnitude, wanda, svd and distilled, as far as there are texts: each
+    writes a file of that size, which is not kept; with --text or --task each is measured by its agreement
+    with the fine-tuned model on texts held out.
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
@@ -68,6 +69,8 @@ def recommend(
     if size is not None and bytes_per_parameter is not None:
         raise click.UsageError("say one of --size and --bytes-per-parameter.")
     source = None
+    if task is None and text is None and (data_dir is not None or limit is not None):
+        raise click.UsageError("--data-dir and --limit are of texts: give --task or --text.")
     if task is not None or text is not None:
         source = Source(task=task, data_dir=data_dir, text=text, limit=limit or TRAINING_TEXTS)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
@@ -84,10 +87,11 @@ def recommend(
     budget = {"size": f"{size or 100:g}x"}
     if bytes_per_parameter is not None:
         budget = {"bytes-per-parameter": str(bytes_per_parameter)}
-    always = _options({**budget, "include": include, "exclude": exclude})
-    texts = _options({"task": task, "data-dir": data_dir, "text": text})
+    scope = {"include": include, "exclude": exclude, "ignore-config-field": ignore_config_fields}
+    always = _options({**budget, **scope})
+    texts = _options({"task": task, "data-dir": data_dir, "text": text, "limit": limit})
     command = _command(advice.chosen, base, fine, always, texts)
-    sentences = _sentences(advice, file_bytes, fine_bytes, can_retrain)
+    sentences = _sentences(advice, file_bytes, source is not None, can_retrain)
     if as_json:
         report = asdict(advice) | {"facts": advice.facts._asdict(), "chosen": advice.chosen._asdict()}
         report["tried"] = [each._asdict() for each in advice.tried]
@@ -95,6 +99,8 @@ def recommend(
         click.echo(json.dumps(report, indent=2, default=dict))
         return
     _print_tried(advice)
+    for method, reason in advice.failed.items():
+        click.echo(f"{method}: {reason}")
     facts = advice.facts
     rows = [
         ("the delta", f"{facts.entries:,} entries, {facts.relative:.2%} of the base's norm"),
@@ -116,17 +122,19 @@ def _options(said: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sentences(advice: "Advice", file_bytes: int, fine_bytes: int, can_retrain: bool) -> list[str]:
+def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: bool) -> list[str]:
     """What was seen and what follows, a sentence each."""
     chosen, facts = advice.chosen, advice.facts
     said = []
     dare = next((t for t in advice.tried if t.method == "dare" and not t.options), None)
     if advice.measure is None:
+        why = "Without texts" if not has_texts else "Of a model without a head"
         said.append(
-            "Without texts nothing tells what the model's answers lose, only how near the stored delta is to "
-            f"the real one: {_name(chosen)} leaves {chosen.error:.0%} of its square."
+            f"{why} nothing tells what answers are lost, only how near the stored delta is to the real one: "
+            f"{_name(chosen)} leaves {chosen.error:.0%} of its square."
         )
-        said.append("A few hundred lines of --text, without labels, measure it and train the values.")
+        if not has_texts:
+            said.append("A few hundred lines of --text, without labels, measure it and train the values.")
     else:
         loss = f"{chosen.loss:.1%}" if chosen.loss is not None else "nothing"
         said.append(

@@ -227,6 +227,14 @@ class DeltaFile(SafetensorsFile):
         except DarexError as error:
             raise FileError(f"{self.path}: '{name}': {error}.") from error
 
+    def dense(self, name: str) -> np.ndarray:
+        """A pruned parameter's whole delta, `delta_dtype`. Raises: as `chunks_of`."""
+        shape = tuple(self.recipe.parameters[name]["shape"])
+        flat = np.zeros(element_count(shape), self.delta_dtype(name))
+        for i, (kept, values) in enumerate(self.chunks_of(name)):
+            flat[i * CHUNK : (i + 1) * CHUNK][kept] = values
+        return flat.reshape(shape)
+
     def delta_dtype(self, name: str) -> Any:
         """Of a pruned parameter's delta: float64 where format 1 has float64 values, else float32."""
         return working_dtype(self.tensors[f"values/{name}"].dtype) if self.recipe.format == 1 else np.float32
@@ -359,14 +367,9 @@ def load_delta(
                 f"{path}: has extra rows for {', '.join(file.names('rows'))}; restore it with darex apply."
             )
         file.check_entries(max_entries, MOST_VERIFIED_ENTRIES if parts else MOST_DENSE_ENTRIES)
-        for name, entry in file.recipe.parameters.items():
-            if parts:
-                named[name] = jax.tree.map(jnp.asarray, file.parts(name))
-                continue
-            dense = np.zeros(element_count(tuple(entry["shape"])), file.delta_dtype(name))
-            for i, (kept, values) in enumerate(file.chunks_of(name)):
-                dense[i * CHUNK : (i + 1) * CHUNK][kept] = values
-            named[name] = jnp.asarray(dense.reshape(entry["shape"]))
+        for name in file.recipe.parameters:
+            whole = None if parts else file.dense(name)
+            named[name] = jax.tree.map(jnp.asarray, file.parts(name) if whole is None else whole)
         file.check_data()
     return unflatten_names(named)
 

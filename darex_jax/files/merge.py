@@ -13,6 +13,7 @@ from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_factors
 from darex_jax.core.tree import flatten_names
+from darex_jax.core.x64 import enable_x64
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
 from darex_jax.files.checkpoint import Checkpoint, save_params
@@ -20,11 +21,6 @@ from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
 from darex_jax.models import BertConfig, Model, build_model, classifier_from_pretrained
-
-try:
-    from jax import enable_x64
-except ImportError:  # of JAX before 0.8
-    from jax.experimental import enable_x64  # type: ignore[attr-defined, no-redef]
 
 HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and RoBERTa's: [labels, D]
 

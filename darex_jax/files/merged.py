@@ -1,4 +1,4 @@
-"""A base with several deltas merged into it, on disk: one parameter of each in memory at a time."""
+"""A base with several deltas merged into it, on disk: heads and one parameter of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import blake3
-import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.errors import DarexError, FileError
+from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import working_dtype
+from darex_jax.core.x64 import enable_x64
 from darex_jax.files.atomic import atomic_directory
-from darex_jax.files.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from darex_jax.files.checkpoint import INDEX, SINGLE, Checkpoint
 from darex_jax.files.given import Given, open_given
-from darex_jax.files.restore import Layout, name_dtype
+from darex_jax.files.restore import Layout, floating_dtype, name_dtype
 from darex_jax.files.safetensors import as_bytes, element_count, encode_header, write_at, write_tensors
-from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs
+from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
 from darex_jax.merging.merge import merge
-
-BODY, HEAD = "model-body.safetensors", "model-head.safetensors"
 
 
 class Merged(NamedTuple):
@@ -42,86 +42,122 @@ def merge_files(
     method: str,
     *,
     dtype: Any = None,
+    allow_changed_files: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
     **options: Any,
 ) -> Merged:
     """Writes `base + merge(deltas)` as a Hugging Face directory, or one for each where heads differ.
 
-    Masks are those of the first delta's names. With heads that differ `out` has a folder for each delta,
-    called by what its path is called, in which the merged body is one and the same file where links can be.
+    What the base and every delta have in one shape is merged, with the masks of the first delta's names; the
+    rest, a head say, is kept as each fine-tuned model has it. Where that differs `out` has a folder for each
+    delta, called by what its path is called, in which the merged body is the same file where links can be.
 
     Args:
       base: Hugging Face directory.
       deltas: artifacts of `darex prune`, fine-tuned directories, adapters in PEFT's format, of this base.
       method, options: as `merge` takes them.
       dtype: of all floating parameters; None is for each the widest that a fine-tuned model has it in.
+      allow_changed_files: of artifacts, take the base's files though they have changed.
       overwrite: replace what `out` holds, where it is one directory.
     Raises: FileError for what is no delta of this base, or is damaged; ValueError as `merge`, or for a
       result that is not finite.
     """
+    wanted = floating_dtype(dtype)
     with ExitStack() as stack:
         opened = stack.enter_context(Checkpoint(base))
-        given = [stack.enter_context(open_given(Path(path), opened)) for path in deltas]
-        keep_inputs(out, opened)
+        given = [
+            stack.enter_context(open_given(Path(path), opened, allow_changed_files=allow_changed_files))
+            for path in deltas
+        ]
         if not given:
             raise DarexError("there are no deltas to merge.")
-        for path in deltas:
-            if Path(out).resolve() == Path(path).resolve():
-                raise FileError(f"{out}: writing this would replace {path}; choose another place.")
-        apart = len({_digest(each.head) for each in given}) > 1
+        keep_inputs(out, opened, *(each.path for each in given))
+        shared = [
+            name
+            for name, tensor in opened.tensors.items()
+            if not tensor.floating or all(name in each.names for each in given)
+        ]
+        wide = any(tensor.info.dtype == np.float64 for tensor in opened.tensors.values())
+        wide = wide or any(each.dtype(name) == np.float64 for each in given for name in each.names)
+        stack.enter_context(enable_x64(True) if wide else nullcontext())
+        heads = [_head(each, opened, shared, wanted) for each in given]
+        apart = len({_digest(each, shared, head) for each, head in zip(given, heads, strict=True)}) > 1
         with atomic_directory(out, overwrite) as folder:
-            firsts = [folder / name for name in _names(deltas)] if apart else [folder]
-            for place in firsts[1:] if apart else []:
-                place.mkdir()
-            firsts[0].mkdir(exist_ok=True)
-            with_head = bool(given[0].head) or apart
-            body, changed = _write_body(firsts[0], opened, given, method, dtype, options, with_head, progress)
-            size = _bytes(body)
+            places = [folder / name for name in _names(deltas)] if apart else [folder]
+            bodies: dict[tuple[str, ...], tuple[Path, Layout]] = {}
+            size, changed = 0, 0
+            for place, each, head in zip(places, given, heads, strict=False):
+                place.mkdir(exist_ok=True)
+                naming = tuple(each.names.get(name, name) for name in shared)
+                if naming in bodies:
+                    source, body = bodies[naming]
+                    for file_name in body:
+                        _link(source / file_name, place / file_name)
+                else:
+                    renamed = dict(zip(shared, naming, strict=True))
+                    body, changed = _write_body(
+                        place, opened, given, renamed, method, wanted, options, bool(head), progress
+                    )
+                    bodies[naming] = place, body
+                    size += _bytes(body)
+                size += _write_rest(place, each, head, body)
+            for name in opened.tensors.keys() - set(shared):
+                digest = tensor_digest(opened.tensors[name], progress)
+                for each in given:
+                    each.see(name, digest)
             for each in given:
                 each.finish()
-            for place, each in zip(firsts, given, strict=False):
-                for file_name in body if place != firsts[0] else ():
-                    _link(firsts[0] / file_name, place / file_name)
-                size += _write_rest(place, each, body, dtype)
-    directories = [Path(out) / place.relative_to(folder) for place in firsts]
-    return Merged(directories, changed, size)
+        return Merged([Path(out) / place.relative_to(folder) for place in places], changed, size)
+
+
+def _head(
+    each: Given, base: Checkpoint, shared: Sequence[str], wanted: np.dtype | None
+) -> dict[str, np.ndarray]:
+    """What a delta has to itself, by its own names, in the dtype asked for."""
+    head = dict(each.head)
+    for name in each.names.keys() - set(shared):
+        values = base.tensors[name].read()
+        delta = each.read(name, values)
+        head[each.names[name]] = _sum(values, delta).astype(each.dtype(name)) if delta is not None else values
+    return {own: _cast(own, x, wanted or x.dtype) for own, x in sorted(head.items())}
 
 
 def _write_body(
     folder: Path,
     base: Checkpoint,
     given: Sequence[Given],
+    renamed: Mapping[str, str],
     method: str,
-    dtype: Any,
+    wanted: np.dtype | None,
     options: Mapping[str, Any],
     with_head: bool,
     progress: Progress,
 ) -> tuple[Layout, int]:
-    """Returns: which file holds what, by the first delta's names; how many parameters changed."""
-    renamed = {name: given[0].names.get(name, _renamed(name, given[0])) for name in base.tensors}
+    """Args: renamed: what is written, and under which name.
+
+    Returns: which file holds what; how many parameters changed.
+    """
     body: Layout = {}
     changed = 0
     for source, file in base.files.items():
-        file_name = BODY if len(base.files) == 1 and with_head else SINGLE if len(base.files) == 1 else source
-        names = [name for name, tensor in base.tensors.items() if tensor.file is file]
-        layout = {renamed[n]: (_dtype(n, base, given, dtype), base.tensors[n].info.shape) for n in names}
-        order = dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
-        body[file_name] = order
-        by_own = {renamed[name]: name for name in names}
-        header = encode_header(order, {"format": "pt"})
+        names = [name for name in renamed if base.tensors[name].file is file]
+        if not names:
+            continue
+        alone = SINGLE if not with_head else "model-body.safetensors"
+        file_name = alone if len(base.files) == 1 else source
+        dtypes = {name: _dtype(name, base, given, wanted) for name in names}
+        names.sort(key=lambda name: (-dtypes[name].itemsize, renamed[name]))
+        body[file_name] = {renamed[n]: (dtypes[n], base.tensors[n].info.shape) for n in names}
+        header = encode_header(body[file_name], {"format": "pt"})
         position = len(header)
         out = os.open(folder / file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_at(out, header, 0)
-            for own, (stored_as, _) in order.items():
-                values, moved = _merged(by_own[own], own, base, given, method, options)
+            for name in names:
+                values, moved = _merged(name, base, given, method, options)
                 changed += moved
-                with np.errstate(over="ignore", invalid="ignore"):
-                    cast = values.astype(stored_as)
-                if cast.dtype.kind in "fV" and count_nonfinite(cast.reshape(-1)):
-                    raise DarexError(f"'{own}' would hold infinity or NaN; merge with smaller weights.")
-                position = write_at(out, cast, position)
+                position = write_at(out, _cast(renamed[name], values, dtypes[name], moved), position)
                 progress(values.nbytes)
         finally:
             os.close(out)
@@ -129,12 +165,7 @@ def _write_body(
 
 
 def _merged(
-    name: str,
-    own: str,
-    base: Checkpoint,
-    given: Sequence[Given],
-    method: str,
-    options: Mapping[str, Any],
+    name: str, base: Checkpoint, given: Sequence[Given], method: str, options: Mapping[str, Any]
 ) -> tuple[np.ndarray, bool]:
     """A parameter with the deltas in it, and whether any of them changes it."""
     values = base.tensors[name].read()
@@ -143,48 +174,54 @@ def _merged(
         each.see(name, digest)
     if not base.tensors[name].floating:
         return values, False
-    found = [each.read(name, values) if name in each.names else None for each in given]
+    found = [each.read(name, values) for each in given]
     if all(delta is None for delta in found):
         return values, False
     nothing = np.zeros(values.shape, np.float32)
+    own = given[0].names[name]
     trees = [{own: nothing if delta is None else delta} for delta in found]
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(values, np.float32) + np.asarray(merge(trees, method, **options)[own]), True
+        merged = np.asarray(merge(trees, method, **options)[own])
+    return _sum(values, merged), True
 
 
-def _dtype(name: str, base: Checkpoint, given: Sequence[Given], dtype: Any) -> np.dtype:
-    stored = base.tensors[name].info.dtype
+def _sum(values: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    dtype = working_dtype(values.dtype, delta.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(dtype) + delta.astype(dtype)
+
+
+def _cast(name: str, values: np.ndarray, dtype: np.dtype, moved: bool = False) -> np.ndarray:
+    """Raises: ValueError if a delta, or the cast, made an entry infinite or NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(dtype)
+    before = 0 if moved or values.dtype.kind not in "fV" else count_nonfinite(values.reshape(-1))
+    if dtype.kind in "fV" and count_nonfinite(cast.reshape(-1)) > before:
+        raise DarexError(f"'{name}' would hold infinity or NaN in {dtype}; merge with smaller weights.")
+    return cast
+
+
+def _dtype(name: str, base: Checkpoint, given: Sequence[Given], wanted: np.dtype | None) -> np.dtype:
     if not base.tensors[name].floating:
-        return stored
-    if dtype is not None:
-        return np.dtype(dtype)
-    wanted = [each.dtype(name, stored) for each in given if name in each.names]
-    return np.dtype(jnp.result_type(*wanted)) if wanted else stored
+        return base.tensors[name].info.dtype
+    return wanted or reduce(np.promote_types, (each.dtype(name) for each in given))
 
 
-def _renamed(name: str, first: Given) -> str:
-    """A base name as the first delta would have it: most of its names begin with one prefix more, or less."""
-    known, own = next(iter(first.names.items()), ("", ""))
-    if own.endswith(known):
-        return own[: len(own) - len(known)] + name
-    return name.removeprefix(known[: len(known) - len(own)])
-
-
-def _write_rest(folder: Path, each: Given, body: Layout, dtype: Any) -> int:
+def _write_rest(folder: Path, each: Given, head: Mapping[str, np.ndarray], body: Layout) -> int:
     """Head, index and companion files of a directory. Returns: the bytes of the head."""
     for name, content in each.companions.items():
         (folder / name).write_bytes(content)
-    head = {
-        name: x if dtype is None or x.dtype.kind not in "fV" else x.astype(dtype)
-        for name, x in each.head.items()
-    }
     layout = dict(body)
     if head:
-        write_tensors(folder / HEAD, head, {"format": "pt"})
-        layout[HEAD] = {name: (x.dtype, x.shape) for name, x in head.items()}
-    name_dtype(folder, read_config(folder), layout)
+        file_name = "model-head.safetensors"
+        while file_name in layout:  # of a base that was merged itself
+            file_name = f"own-{file_name}"
+        write_tensors(folder / file_name, dict(head), {"format": "pt"})
+        layout[file_name] = {name: (x.dtype, x.shape) for name, x in head.items()}
+    config = json.loads(each.companions["config.json"]) if "config.json" in each.companions else {}
+    name_dtype(folder, config, layout, each.path)
     if layout.keys() != {SINGLE}:
-        weight_map = {name: file_name for file_name, tensors in layout.items() for name in tensors}
+        weight_map = {name: file for file, tensors in layout.items() for name in tensors}
         index = {"metadata": {"total_size": _bytes(layout)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return sum(x.nbytes for x in head.values())
@@ -194,9 +231,10 @@ def _bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * element_count(shape) for t in layout.values() for dtype, shape in t.values())
 
 
-def _digest(head: Mapping[str, np.ndarray]) -> str:
-    digest = blake3.blake3()
-    for name, x in sorted(head.items()):
+def _digest(each: Given, shared: Sequence[str], head: Mapping[str, np.ndarray]) -> str:
+    """Of all that a directory has to itself: the names of its body, and its head."""
+    digest = blake3.blake3(json.dumps([each.names.get(name) for name in shared]).encode())
+    for name, x in head.items():
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
         digest.update(as_bytes(np.ascontiguousarray(x)))
     return digest.hexdigest()

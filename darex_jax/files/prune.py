@@ -45,7 +45,7 @@ from darex_jax.files.safetensors import (
     encode_header,
     write_at,
 )
-from darex_jax.files.stream import Progress, count_nonfinite, in_order, keep_inputs, tensor_digest
+from darex_jax.files.stream import Progress, count_nonfinite, difference, in_order, keep_inputs, tensor_digest
 from darex_jax.parts.total import Parts
 
 CHUNK = STREAM_CHUNKS[0]
@@ -394,7 +394,7 @@ def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[
     pair, delta = _Pair(base, fine, progress), np.empty(base.info.size, np.float32)
     for start, b, f in pair.stretches():
         with np.errstate(invalid="ignore", over="ignore"):
-            delta[start : start + len(b)] = _difference(f, b)
+            delta[start : start + len(b)] = difference(f, b)
     return delta.reshape(base.info.shape), pair.seen()
 
 
@@ -407,7 +407,7 @@ def _pruned_values(
         kept = np.flatnonzero(stream_mask(leaf_key, start, len(b), threshold))
         kept_base, kept_fine = b[kept], f[kept]
         with np.errstate(invalid="ignore", over="ignore"):
-            stored = _difference(kept_fine, kept_base).astype(fine.info.dtype)
+            stored = difference(kept_fine, kept_base).astype(fine.info.dtype)
             exact = stored.astype(np.float64), kept_fine.astype(np.float64), kept_base.astype(np.float64)
             # Both ways round: in one of them alone a small operand can vanish in the rounding.
             inexact += int(
@@ -415,11 +415,6 @@ def _pruned_values(
             )
         yield stored
     yield pair.seen(inexact)
-
-
-def _difference(fine: np.ndarray, base: np.ndarray) -> np.ndarray:
-    dtype = working_dtype(fine.dtype, base.dtype)
-    return fine.astype(dtype) - base.astype(dtype)
 
 
 def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:

@@ -101,7 +101,8 @@ def apply_artifact(
         check_fingerprint(base, delta)
         delta.check_data()
         own_config = "config.json" in delta.names("file")
-        name_dtype(folder, delta.config() if own_config else base.config, outputs)
+        config, source = (delta.config(), delta.path) if own_config else (base.config, base.path)
+        name_dtype(folder, config, outputs, source)
         if outputs.keys() != {SINGLE}:  # a file of another name is found by an index alone
             weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -138,9 +139,7 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 
     Args: dtype: of all floating parameters, as for `apply_artifact`.
     """
-    wanted = None if dtype is None else np.dtype(dtype)
-    if wanted is not None and (wanted not in DTYPE_NAMES or wanted.kind not in "fV"):
-        raise DarexError(f"parameters are restored in a floating dtype, not in {wanted}.")
+    wanted = floating_dtype(dtype)
 
     def choose(stored: np.dtype) -> np.dtype:
         return wanted if wanted is not None and stored.kind in "fV" else stored
@@ -179,6 +178,14 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
         for file_name, tensors in layout.items()
         if tensors
     }
+
+
+def floating_dtype(dtype: Any) -> np.dtype | None:
+    """What was asked for, or None. Raises: ValueError for what parameters are not stored in."""
+    wanted = None if dtype is None else np.dtype(dtype)
+    if wanted is not None and (wanted not in DTYPE_NAMES or wanted.kind not in "fV"):
+        raise DarexError(f"parameters are restored in a floating dtype, not in {wanted}.")
+    return wanted
 
 
 def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> None:
@@ -234,10 +241,11 @@ def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str,
     return found
 
 
-def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout) -> None:
+def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout, source: Path) -> None:
     """Where config.json names a dtype, it is to be the one that most floating entries have.
 
-    Args: folder: of the model that is written; config: its config.json as it stands; layout: its tensors.
+    Args: folder: of the model that is written; config: its config.json as it stands; layout: its tensors;
+      source: whose config.json it is.
     Raises: FileError for a config that is nested too deeply.
     """
     entries: Counter[str] = Counter()
@@ -250,7 +258,7 @@ def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout) -> None:
         try:
             text = json.dumps({**config, **dict.fromkeys(stale, name)}, indent=2)
         except RecursionError as error:  # what is just not too deep for the reader is for the writer
-            raise FileError(f"{folder.name}: its config.json is nested too deeply.") from error
+            raise FileError(f"{source}: its config.json is nested too deeply.") from error
         (folder / "config.json").write_text(text + "\n")
 
 

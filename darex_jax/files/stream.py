@@ -13,6 +13,7 @@ import blake3
 import numpy as np
 
 from darex_jax.core.errors import FileError
+from darex_jax.core.tree import working_dtype
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor
 from darex_jax.files.safetensors import SafetensorsFile, as_bytes
@@ -23,17 +24,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def keep_inputs(out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile | SafetensorsFile) -> None:
+def keep_inputs(
+    out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile | SafetensorsFile | Path
+) -> None:
     """Raises: FileError if writing `out` would replace an input, or a file of one."""
     target = Path(out).resolve()
     beside = Path(out).parent.resolve() / Path(out).name  # what is replaced, if `out` is a link
     for read in inputs:
-        source = read.path.resolve()
+        path = read if isinstance(read, Path) else read.path
+        source = path.resolve()
         weights = read.files if isinstance(read, Checkpoint) else ()
         is_input = target == source or target in source.parents
         is_part = beside.parent == source and (beside.suffix != ".safetensors" or beside.name in weights)
         if is_input or (is_part and beside.exists()):
-            raise FileError(f"{out}: writing this would replace {read.path}; choose another place.")
+            raise FileError(f"{out}: writing this would replace {path}; choose another place.")
 
 
 def tensor_digest(tensor: StoredTensor, progress: Progress) -> str:
@@ -54,6 +58,13 @@ def count_nonfinite(values: np.ndarray) -> int:
         if np.isfinite(np.dot(values, values)):  # one pass, no temporary; may overflow, never misses
             return 0
     return int(np.count_nonzero(~np.isfinite(values)))
+
+
+def difference(fine: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """`fine - base`, float32, or float64 where one of them is."""
+    dtype = working_dtype(fine.dtype, base.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return fine.astype(dtype) - base.astype(dtype)
 
 
 def in_order(

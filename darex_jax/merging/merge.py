@@ -51,14 +51,22 @@ def merge(
         raise DarexError(f"{len(deltas)} deltas have as many weights, got {len(weights)}.")
     for number, delta in enumerate(deltas[1:], 1):
         check_same(flatten_names(deltas[0]), flatten_names(delta), "the first delta", f"delta {number + 1}")
-    dense = [map_named(as_array, delta) for delta in deltas]
-    thinned = [way.thin(delta, **_own(given, i, len(deltas))) for i, delta in enumerate(dense)]
+    named = [{name: _wide(name, leaf) for name, leaf in flatten_names(delta).items()} for delta in deltas]
+    thinned = [way.thin(delta, **_own(given, i, len(deltas))) for i, delta in enumerate(named)]
 
-    def together(_: str, *arrays: jax.Array) -> jax.Array:
+    def together(name: str, _: Any) -> jax.Array:
+        arrays = [delta[name] for delta in thinned]
         dtype = working_dtype(*(array.dtype for array in arrays))
         return _together(jnp.stack([array.astype(dtype) for array in arrays]), weights, way.elects)
 
-    return map_named(together, *thinned)
+    return map_named(together, deltas[0])
+
+
+def _wide(name: str, leaf: Any) -> jax.Array:
+    array = as_array(name, leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise DarexError(f"'{name}' holds {array.dtype}: only floating parameters are merged.")
+    return array.astype(working_dtype(array.dtype))
 
 
 def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
 
 
 def _together(stack: jax.Array, weights: Sequence[float], elects: bool) -> jax.Array:
-    """[N, ...] -> [...], in the order of the deltas."""
+    """[N, ...] -> [...]."""
     weight = np.asarray(weights, stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
     if not elects:
         return jnp.sum(stack * weight, axis=0)

@@ -35,12 +35,14 @@ def random(delta: PyTree, *, key: jax.Array, drop_rate: float, q: Any = None) ->
     return prune(key, delta, drop_rate, q)
 
 
-def middle(delta: PyTree, *, drop_rate: float, outliers: float = OUTLIERS) -> PyTree:
+def middle(delta: PyTree, *, drop_rate: float, outliers: float | None = None) -> PyTree:
     """Of each leaf neither the largest entries nor the smallest, `p` of all dropped in all; not rescaled.
 
-    Args: outliers: the share of the entries that is dropped at the upper end, at most `drop_rate`.
+    Args: outliers: the share of the entries that is dropped at the upper end, at most `drop_rate`; None is a
+      hundredth, or all of a smaller rate.
     Source: Model Breadcrumbs, arXiv:2312.06795, where the two shares are gamma and beta.
     """
+    outliers = min(OUTLIERS, drop_rate) if outliers is None else outliers
     if not 0.0 <= outliers <= drop_rate:
         raise DarexError(f"outliers are part of the drop rate, {drop_rate}: got {outliers}.")
     kept = magnitude_mask(delta, drop_rate - outliers)
@@ -49,20 +51,25 @@ def middle(delta: PyTree, *, drop_rate: float, outliers: float = OUTLIERS) -> Py
 
 
 def ranked(
-    delta: PyTree, *, key: jax.Array, drop_rate: float, window: float = WINDOW, q: Any = None
+    delta: PyTree, *, key: jax.Array, drop_rate: float, window: float | None = None, q: float | None = None
 ) -> PyTree:
     """Random survivors whose drop rate falls with their rank in the row, each divided by its own density.
 
     The rates run evenly from `p + window / 2` for a row's smallest magnitude to `p - window / 2` for its
     largest; vectors are one row. Of equal magnitudes the first counts as the smaller.
 
-    Args: q: divides all survivors instead, a number.
-    Raises: ValueError if a rate would leave [0, 1).
+    Args:
+      window: None is 0.2, or what there is room for at this drop rate.
+      q: divides all survivors instead, a number.
+    Raises: ValueError if a rate would leave [0, 1), or for a q that is not positive.
     Source: MagPrune of DELLA, arXiv:2406.11617.
     """
-    if not (window >= 0.0 and drop_rate - window / 2 >= 0.0 and drop_rate + window / 2 < 1.0):
-        raise DarexError(f"drop rates of {drop_rate} -+ {window / 2} leave [0, 1).")
     keep_threshold(drop_rate)
+    span = min(WINDOW, 2 * drop_rate, 1 - drop_rate) if window is None else window
+    if not (span >= 0.0 and drop_rate - span / 2 >= 0.0 and drop_rate + span / 2 < 1.0):
+        raise DarexError(f"drop rates of {drop_rate} -+ {span / 2} leave [0, 1): take a smaller window.")
+    if q is not None and not q > 0.0:
+        raise DarexError(f"q divides the survivors and must be positive, got {q}.")
     keys = leaf_keys(key, flatten_names(delta))
 
     def of(name: str, leaf: Any) -> jax.Array:
@@ -71,8 +78,8 @@ def ranked(
         rows = numbers.reshape(-1, array.shape[-1] if array.ndim > 1 else array.size)
         order = jnp.argsort(jnp.abs(rows), axis=-1, stable=True)
         ranks = jnp.argsort(order, axis=-1).astype(np.float32)
-        step = np.float32(window / max(1, rows.shape[1] - 1))
-        rates = np.float32(drop_rate + window / 2) - ranks * step
+        step = np.float32(span / max(1, rows.shape[1] - 1))
+        rates = np.float32(drop_rate + span / 2) - ranks * step
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], array.shape, jnp.uint32).reshape(rows.shape)
         # The upper 24 bits alone, which float32 holds exactly: the same comparison on every platform.

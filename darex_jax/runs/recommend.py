@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from darex_jax.files.prune import Job
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer, gather
-from darex_jax.runs.prune import TooSmall, prune_by
+from darex_jax.runs.prune import prune_by
 from darex_jax.tasks.source import Source
 
 STEPS = 60  # of the short training that says what a long one can do
@@ -82,7 +82,7 @@ class Advice:
 
     Attributes:
       facts: of the delta.
-      tried: every method that has a file of this size.
+      tried: what has a file of this size; failed: why the others have none, by method.
       chosen: of `tried`, the least loss, without texts the least error.
       without_delta: the base's own loss; None without texts.
       measure: what a loss is one minus of; held_out: so many texts.
@@ -94,6 +94,7 @@ class Advice:
     without_delta: float | None = None
     measure: str | None = None
     held_out: int = 0
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def recommend(
@@ -105,7 +106,9 @@ def recommend(
     ignore_config_fields: Collection[str] = (),
     on_try: Callable[[str], None] = lambda what: None,
 ) -> Advice:
-    """Tries every method that what is at hand allows, in files of at most `file_bytes` that are not kept.
+    """Tries those of `TRIED` that what is at hand allows, in files of at most `file_bytes` that are not kept.
+
+    The delta is held in memory, and beside it one restored.
 
     Args:
       job: its `out` is not written.
@@ -123,22 +126,20 @@ def recommend(
             job.base.path, job.fine.path, source, ("input_norms", "train"), scope=job.scope,
             ignore_config_fields=ignore_config_fields, steps=steps,
         )  # fmt: skip
-        assert isinstance(evidence.train, Trainer)
-        trainer = evidence.train
-        if trainer.measure is None:
+        trainer = evidence.train if isinstance(evidence.train, Trainer) else None
+        if trainer is not None and trainer.measure is None:
             trainer, evidence = None, replace(evidence, train=None)
-    total = sum(float(np.vdot(d, d)) for d in deltas.values())
+    total = sum(map(_square, deltas.values()))
     tried: list[Tried] = []
-    refusals = []
+    failed: dict[str, str] = {}
     for method, options in TRIED:
         missing = [need for need in METHODS[method].needs if not getattr(evidence, need)]
         if missing or (options.get("q") and trainer is None):
             continue
         on_try(method)
         begun = time.monotonic()
-        told, choose = dict(options), None
-        if told.pop("q", None) and trainer is not None:
-            choose = _two_point(trainer, deltas)
+        told = dict(options) | ({"dtype": "bfloat16"} if method == "dare" else {})
+        choose = _two_point(trainer, deltas) if told.pop("q", None) and trainer is not None else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "delta"
             try:
@@ -146,10 +147,10 @@ def recommend(
                     replace(job, out=path), method, file_bytes, gathered=(evidence, digests), options=told,
                     choose=choose,
                 )  # fmt: skip
-            except TooSmall as refusal:
-                refusals.append(refusal)
+            except (DarexError, FloatingPointError) as refusal:
+                failed[method] = str(refusal)
                 continue
-            restored = flatten_names(load_delta(path))
+            restored = flatten_names(load_delta(path, max_entries=facts.entries))
         error = sum(_square(delta - np.asarray(restored[name])) for name, delta in deltas.items())
         loss = None if trainer is None else 1.0 - trainer.look(restored).agreement
         trained = steps if METHODS[method].trains else 0
@@ -157,13 +158,14 @@ def recommend(
         relative = error / total if total else 0.0
         tried.append(Tried(method, options, summary.file_bytes, relative, loss, trained, seconds))
     if not tried:
-        raise refusals[0] if refusals else DarexError("there is nothing to try.")
+        raise DarexError(next(iter(failed.values())))
     chosen = min(tried, key=lambda t: (t.error if t.loss is None else t.loss, t.error))
     if trainer is None:
-        return Advice(facts=facts, tried=tried, chosen=chosen)
+        return Advice(facts=facts, tried=tried, chosen=chosen, failed=failed)
     return Advice(
         facts=facts, tried=tried, chosen=chosen, measure=trainer.measure,
         without_delta=1.0 - trainer.look({}).agreement, held_out=len(trainer.held_out.encoded),
+        failed=failed,
     )  # fmt: skip
 
 
@@ -183,12 +185,17 @@ def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
     """The delta of what is pruned, float32 by name, and what it is like."""
     match = job.match()
     match.raise_if_faulty()
+    if match.extra_rows:
+        extra = ", ".join(name for name in match.pruned if name in match.extra_rows)
+        raise DarexError(
+            f"rows of a larger vocabulary ({extra}) have no base: leave these out with --exclude."
+        )
     deltas, square, whole = {}, 0.0, 0.0
     ranks, sides, tails = [], [], []
     for name in match.pruned:
         base = job.base.tensors[match.base_names[name]].read()
         own = np.asarray(base, np.float32)
-        fine = np.asarray(job.fine.tensors[name].read(), np.float32)[: len(own) if own.ndim else None]
+        fine = np.asarray(job.fine.tensors[name].read(), np.float32)
         deltas[name] = delta = fine - own
         job.progress(base.nbytes + fine.nbytes)
         energy = _square(delta)
