@@ -22,8 +22,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_format1", "test_importance", "test_lowering",
-             "test_mask", "test_multihost", "test_sharding", "test_train", "test_transforms")  # fmt: skip
+OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_demo", "test_format1", "test_importance",
+             "test_lowering", "test_mask", "test_multihost", "test_sharding", "test_train", "test_transforms")  # fmt: skip
 KEYS = ("test_bert", "test_causal_lm", "test_delta", "test_generate", "test_lora", "test_mask", "test_train")
 
 
@@ -82,11 +82,7 @@ def folders(tmp_path_factory):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-        config = FAMILIES[family] | {
-            "vocab_size": 259,
-            "max_position_embeddings": 512,
-            "num_hidden_layers": 1,
-        }
+        config = FAMILIES[family] | {"vocab_size": 259, "max_position_embeddings": 512}
         model, base = init_model(read_model_config(config), jax.random.key(0))
         fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
         if family == "bert":
