@@ -23,7 +23,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_demo", "test_format1", "test_importance",
-             "test_lowering", "test_mask", "test_multihost", "test_sharding", "test_train", "test_transforms")  # fmt: skip
+             "test_lowering", "test_mask", "test_multihost", "test_sharding", "test_train",
+             "test_transforms")  # fmt: skip
 KEYS = ("test_bert", "test_causal_lm", "test_delta", "test_generate", "test_lora", "test_mask", "test_train")
 
 
