@@ -144,7 +144,7 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
         )
         if chosen.steps:
             said.append(
-                f"That is after {chosen.steps} steps of training; the command trains longer, for the better as a rule."
+                f"That is after {chosen.steps} steps of training; the command trains for longer."
             )
         if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
             said.append(
