@@ -143,9 +143,7 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
             f"{advice.without_delta:.1%})."
         )
         if chosen.steps:
-            said.append(
-                f"That is after {chosen.steps} steps of training; the command trains for longer."
-            )
+            said.append(f"That is after {chosen.steps} steps of training; the command trains for longer.")
         if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
             said.append(
                 "The delta is too large for random dropping at this size, which loses most of what there is."
