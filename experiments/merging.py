@@ -136,7 +136,7 @@ def write_table() -> None:
         "four masks. `kept` is the mean over tasks of the metric as a share of the fine-tuned model's own.",
         "The number after a way is its drop rate. Weights: 1 / number of deltas where they are summed,",
         "1 where signs are elected. q in two points on 50 training texts a task, without labels. Made by",
-        "`python experiments/merging.py --data-dir DIR`.",
+        "`python experiments/merging.py --data-dir DIR`. What is not there was not run.",
         "",
     ]
     for names in (*combinations(TASKS, 2), TASKS):
