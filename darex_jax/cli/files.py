@@ -90,7 +90,7 @@ def apply(
     from darex_jax.files.restore import apply_artifact
 
     with Checkpoint(base) as b, DeltaFile(delta) as d:
-        total = 2 * sum(t.info.nbytes for t in b.tensors.values())
+        total = 2 * b.nbytes
         with byte_bar("applying", total, as_json) as progress:
             written = apply_artifact(
                 b,

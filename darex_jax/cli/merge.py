@@ -28,7 +28,7 @@ from darex_jax.merging.table import MERGES
 @click.option("--outliers", type=click.FloatRange(0, 1), help="With breadcrumbs: the share of the largest "
               "entries that is dropped. Default: 0.01.")  # fmt: skip
 @click.option("--window", type=click.FloatRange(0, 1), help="With della: between the drop rates of a row's "
-              "smallest and largest entry. Default: 0.2.")  # fmt: skip
+              "smallest and largest entry. Default: 0.2, or what there is room for.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of what is written. Default: the widest that a fine-tuned model has.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists and is one model.")
@@ -91,4 +91,4 @@ def _size(base: Path) -> int:
     from darex_jax.files.checkpoint import Checkpoint
 
     with Checkpoint(base) as checkpoint:
-        return sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
+        return checkpoint.nbytes

@@ -1,8 +1,25 @@
 """Options that several commands share."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+
+class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
+    """`100x`: a hundredth of the fine-tuned model."""
+
+    name = "RATIOx"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            ratio = float(str(value).removesuffix("x"))
+        except ValueError:
+            ratio = 0.0
+        if not 1.0 < ratio < float("inf"):
+            self.fail(f"{value!r} is no ratio like 100x.", param, ctx)
+        return ratio
+
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -27,3 +44,5 @@ DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
                      help="What to compute in. Default: the checkpoint's.")  # fmt: skip
 IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=True, metavar="NAME",
                       help="A field of config.json that changes nothing, though it is refused.")  # fmt: skip
+BYTES_PER_PARAMETER = click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
+              help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip

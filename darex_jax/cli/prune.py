@@ -12,7 +12,19 @@ from typing import Any
 import click
 
 from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, SEED, TEXT
+from darex_jax.cli.options import (
+    BYTES_PER_PARAMETER,
+    DATA_DIR,
+    EXCLUDE,
+    IGNORE,
+    INCLUDE,
+    JSON,
+    LIMIT,
+    PATH,
+    SEED,
+    TEXT,
+    Ratio,
+)
 from darex_jax.cli.show import (
     byte_bar,
     bytes_text,
@@ -29,21 +41,6 @@ TRAINING_TEXTS = 10_000  # at most, that distilled learns from
 ENOUGH = 256  # texts, from which on best trains on them
 
 
-class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
-    """`100x`: a hundredth of the fine-tuned model."""
-
-    name = "RATIOx"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            ratio = float(str(value).removesuffix("x"))
-        except ValueError:
-            ratio = 0.0
-        if not 1.0 < ratio < float("inf"):
-            self.fail(f"{value!r} is no ratio like 100x.", param, ctx)
-        return ratio
-
-
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
@@ -56,8 +53,7 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
               help="Probability that an entry of the delta is dropped, or the share of it that is not "
               "stored. This, or a size.")  # fmt: skip
 @click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted.")
-@click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
-              help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+@BYTES_PER_PARAMETER
 @click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
               help="A small file that disagrees with the fine-tuned model on at most this share of "
               "held-out texts (decoders: next tokens; a score: 1 - correlation); distilled.")  # fmt: skip
@@ -184,8 +180,8 @@ def prune(
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
         scope = choose_scope(family, include, exclude)
-        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
-        total = fine_bytes + sum(t.info.nbytes for t in b.tensors.values())
+        fine_bytes = f.nbytes
+        total = fine_bytes + b.nbytes
         with byte_bar("pruning", total, as_json) as progress, look_bar(steps, as_json) as on_look:
             scope_text = _scope_text(family, include, exclude)
             job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress)
@@ -193,15 +189,13 @@ def prune(
                 summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
             else:
                 from darex_jax.methods.budget import Budget
-                from darex_jax.runs.prune import prune_by, prune_within, pruned_entries
+                from darex_jax.runs.prune import prune_by, prune_within, wanted_bytes
 
                 budget: Any = None
-                if bytes_per_parameter is not None:
-                    budget = round(bytes_per_parameter * pruned_entries(job))
-                elif size is not None:
-                    budget = round(fine_bytes / size)
-                elif drop_rate is not None:
+                if drop_rate is not None:
                     budget = Budget(drop_rate=drop_rate)
+                elif max_loss is None:
+                    budget = wanted_bytes(job, size, bytes_per_parameter)
                 known: dict[str, Any] = {}
                 if METHODS[method].needs:
                     from darex_jax.runs.evidence import gather
@@ -374,10 +368,11 @@ def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool)
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.manifest import weights_digest
 
-    with Checkpoint(path) as checkpoint:
-        total = sum(tensor.info.nbytes for tensor in checkpoint.tensors.values())
-        with byte_bar(f"comparing {path.name}", total, quiet) as progress:
-            same = weights_digest(checkpoint, progress) == digest
+    with (
+        Checkpoint(path) as checkpoint,
+        byte_bar(f"comparing {path.name}", checkpoint.nbytes, quiet) as progress,
+    ):
+        same = weights_digest(checkpoint, progress) == digest
     if not same:
         kind = {"base": "base", "fine": "fine-tuned model"}[what]
         raise click.BadParameter(

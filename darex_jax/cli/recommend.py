@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, TEXT
-from darex_jax.cli.prune import TRAINING_TEXTS, Ratio
+from darex_jax.cli.options import (
+    BYTES_PER_PARAMETER,
+    DATA_DIR,
+    EXCLUDE,
+    IGNORE,
+    INCLUDE,
+    JSON,
+    LIMIT,
+    PATH,
+    TEXT,
+    Ratio,
+)
+from darex_jax.cli.prune import TRAINING_TEXTS
 from darex_jax.cli.show import bytes_text, family_of, print_table, tried_bar, warned
 
 if TYPE_CHECKING:
@@ -24,8 +35,7 @@ TAILED = 0.5  # of a delta's square in its largest hundredth
 @click.argument("fine", type=PATH)
 @click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted. "
               "Default: 100x.")  # fmt: skip
-@click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
-              help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+@BYTES_PER_PARAMETER
 @click.option("--task", help="Where texts come from, without their labels; or give --text.")
 @DATA_DIR
 @TEXT
@@ -62,7 +72,7 @@ def recommend(
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.prune import Job
-    from darex_jax.runs.prune import pruned_entries
+    from darex_jax.runs.prune import wanted_bytes
     from darex_jax.runs.recommend import recommend as advise
     from darex_jax.tasks.source import Source
 
@@ -75,16 +85,13 @@ def recommend(
         source = Source(task=task, data_dir=data_dir, text=text, limit=limit or TRAINING_TEXTS)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude))
-        fine_bytes = sum(t.info.nbytes for t in f.tensors.values())
-        if bytes_per_parameter is not None:
-            file_bytes = round(bytes_per_parameter * pruned_entries(job))
-        else:
-            file_bytes = round(fine_bytes / (size or 100.0))
+        fine_bytes, size = f.nbytes, 100.0 if size is None else size
+        file_bytes = wanted_bytes(job, size, bytes_per_parameter)
         with tried_bar(as_json) as on_try:
             advice = advise(
                 job, file_bytes, source, steps=steps, ignore_config_fields=ignore_config_fields, on_try=on_try
             )
-    budget = {"size": f"{size or 100:g}x"}
+    budget = {"size": f"{size:g}x"}
     if bytes_per_parameter is not None:
         budget = {"bytes-per-parameter": str(bytes_per_parameter)}
     scope = {"include": include, "exclude": exclude, "ignore-config-field": ignore_config_fields}

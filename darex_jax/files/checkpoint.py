@@ -94,6 +94,11 @@ class Checkpoint:
                 tensors[name] = StoredTensor(file, stored_name, info)
         return tensors
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
@@ -163,6 +168,11 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
     for file in files:
         check_file(file)
     return files
+
+
+def companion_contents(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """What `companion_files` hold, by name."""
+    return {file.name: read_bytes(file) for file in companion_files(path)}
 
 
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
@@ -253,8 +263,8 @@ def save_params(
     from darex_jax.core.tree import flatten_names
 
     with atomic_directory(path, overwrite) as folder:
-        for file in companion_files(companions_from) if companions_from else []:
-            (folder / file.name).write_bytes(read_bytes(file))
+        for name, content in companion_contents(companions_from).items() if companions_from else ():
+            (folder / name).write_bytes(content)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
         if manifest is not None:

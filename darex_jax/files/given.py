@@ -5,7 +5,6 @@ Parameters go by the base's names here; a head, which the base has not or has in
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from darex_jax.core.scope import HEAD, OPTIONAL
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import CONFIG, load_adapter
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, companion_files
+from darex_jax.files.checkpoint import Checkpoint, companion_contents
 from darex_jax.files.match import match_checkpoints
-from darex_jax.files.paths import read_bytes
 from darex_jax.files.restore import check_base_tensors, check_digest, check_fingerprint, read_companions
 from darex_jax.files.safetensors import DTYPES, as_bytes
 from darex_jax.files.stream import difference
@@ -44,7 +42,7 @@ class Given:
       names: of every base parameter that it has in the base's shape, the name in the fine-tuned model.
       read: a base name and the base's values -> the delta, [shape]; None where nothing changes.
       dtype: a base name -> the dtype that the fine-tuned model has it in.
-      companions: configuration and tokenizer files of the fine-tuned model, by name.
+      companions: configuration and tokenizer files of the fine-tuned model, by name; config: its config.json.
       head: what the base has not, or in another shape, by its own name.
       see: to be called with every base name and the digest of its bytes, and `finish` once all are read: then
         it is known that this is the base, and that nothing is damaged. Raises: FileError.
@@ -55,6 +53,7 @@ class Given:
     read: Callable[[str, np.ndarray], np.ndarray | None]
     dtype: Callable[[str], np.dtype]
     companions: Mapping[str, bytes]
+    config: Mapping[str, Any]
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     see: Callable[[str, str], None] = _nothing
     finish: Callable[[], None] = _nothing
@@ -87,15 +86,15 @@ def _directory(path: Path, base: Checkpoint, fine: Checkpoint) -> Given:
         warnings.warn(f"{path}: {text}", DarexWarning, stacklevel=4)
     if match.extra_rows:
         raise _larger(path, next(iter(match.extra_rows)))
-    tied = bool(fine.config.get("tie_word_embeddings"))
-    own = {match.base_names[name]: name for name in match.pruned if not (tied and name == TIED)}
-    apart = [name for name in match.dense if not (tied and name == TIED)]
+    own = {match.base_names[name]: name for name in match.pruned if not _is_copy(name, fine.config)}
+    apart = [name for name in match.dense if not _is_copy(name, fine.config)]
     return Given(
         path=path,
         names=own,
         read=lambda name, values: _moved(fine.tensors[own[name]].read(), values),
         dtype=lambda name: fine.tensors[own[name]].info.dtype,
-        companions={file.name: read_bytes(file) for file in companion_files(path)},
+        companions=companion_contents(path),
+        config=fine.config,
         head={name: fine.tensors[name].read() for name in apart if name not in own.values()},
     )
 
@@ -104,15 +103,13 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
     check_base_tensors(base, file)
     if file.names("rows"):
         raise _larger(path, file.names("rows")[0])
-    config = json.loads(companions["config.json"]) if "config.json" in companions else {}
-    tied = isinstance(config, dict) and bool(config.get("tie_word_embeddings"))
+    config = file.config() if "config.json" in file.names("file") else base.config
     own, head = {}, {}
     renamed = {b: name for name, b in file.recipe.base_names.items()}
-    stored = {
-        name: file.tensors[f"dense/{name}"] for name in file.names("dense") if not (tied and name == TIED)
-    }
+    whole = [name for name in file.names("dense") if not _is_copy(name, config)]
+    stored = {name: file.tensors[f"dense/{name}"] for name in whole}
     for name, tensor in base.tensors.items():
-        if tensor.floating and name not in file.recipe.base_only and not (tied and name == TIED):
+        if tensor.floating and name not in file.recipe.base_only and not _is_copy(name, config):
             own[name] = renamed.get(name, name)
     for b, name in ((file.base_name(name), name) for name in (*file.recipe.parameters, *stored)):
         if name in stored and (b not in base.tensors or base.tensors[b].info.shape != stored[name].shape):
@@ -140,7 +137,7 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
         file.check_data()
 
     return Given(
-        path=path, names=own, read=read, dtype=dtype, companions=companions, head=head,
+        path=path, names=own, read=read, dtype=dtype, companions=companions, config=config, head=head,
         see=lambda name, digest: check_digest(file, name, digest), finish=finish,
     )  # fmt: skip
 
@@ -171,14 +168,19 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
             delta = np.asarray(product) if delta is None else delta + np.asarray(product)
         return delta
 
-    tied = bool(base.config.get("tie_word_embeddings"))
     return Given(
         path=path,
-        names={n: n for n, t in base.tensors.items() if t.floating and not (tied and n == TIED)},
+        names={n: n for n, t in base.tensors.items() if t.floating and not _is_copy(n, base.config)},
         read=read,
         dtype=lambda name: base.tensors[name].info.dtype,
-        companions={file.name: read_bytes(file) for file in companion_files(base.path)},
+        companions=companion_contents(base.path),
+        config=base.config,
     )
+
+
+def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether it is the stored copy of a head that is tied to the embeddings."""
+    return name == TIED and bool(config.get("tie_word_embeddings"))
 
 
 def _moved(fine: np.ndarray, base: np.ndarray) -> np.ndarray | None:

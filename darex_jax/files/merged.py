@@ -18,10 +18,10 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import working_dtype
 from darex_jax.core.x64 import enable_x64
 from darex_jax.files.atomic import atomic_directory
-from darex_jax.files.checkpoint import INDEX, SINGLE, Checkpoint
+from darex_jax.files.checkpoint import SINGLE, Checkpoint
 from darex_jax.files.given import Given, open_given
-from darex_jax.files.restore import Layout, floating_dtype, name_dtype
-from darex_jax.files.safetensors import as_bytes, element_count, encode_header, write_at, write_tensors
+from darex_jax.files.restore import Layout, floating_dtype, layout_bytes, name_dtype, write_index
+from darex_jax.files.safetensors import as_bytes, encode_header, write_at, write_tensors
 from darex_jax.files.stream import Progress, count_nonfinite, keep_inputs, tensor_digest
 from darex_jax.merging.merge import merge
 
@@ -100,7 +100,7 @@ def merge_files(
                         place, opened, given, renamed, method, wanted, options, bool(head), progress
                     )
                     bodies[naming] = place, body
-                    size += _bytes(body)
+                    size += layout_bytes(body)
                 size += _write_rest(place, each, head, body)
             for name in opened.tensors.keys() - set(shared):
                 digest = tensor_digest(opened.tensors[name], progress)
@@ -218,17 +218,9 @@ def _write_rest(folder: Path, each: Given, head: Mapping[str, np.ndarray], body:
             file_name = f"own-{file_name}"
         write_tensors(folder / file_name, dict(head), {"format": "pt"})
         layout[file_name] = {name: (x.dtype, x.shape) for name, x in head.items()}
-    config = json.loads(each.companions["config.json"]) if "config.json" in each.companions else {}
-    name_dtype(folder, config, layout, each.path)
-    if layout.keys() != {SINGLE}:
-        weight_map = {name: file for file, tensors in layout.items() for name in tensors}
-        index = {"metadata": {"total_size": _bytes(layout)}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    name_dtype(folder, each.config, layout, each.path)
+    write_index(folder, layout)
     return sum(x.nbytes for x in head.values())
-
-
-def _bytes(layout: Layout) -> int:
-    return sum(dtype.itemsize * element_count(shape) for t in layout.values() for dtype, shape in t.values())
 
 
 def _digest(each: Given, shared: Sequence[str], head: Mapping[str, np.ndarray]) -> str:

@@ -25,10 +25,9 @@ from darex_jax.core.tree import name_words, working_dtype
 from darex_jax.files.artifact import PARTS, RECIPE
 from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_files
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_contents
 from darex_jax.files.coding import coder_versions, compress
 from darex_jax.files.match import Match, match_checkpoints
-from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import (
     CUT,
     Recipe,
@@ -464,8 +463,7 @@ def _dense_values(
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     """The fine-tune's configuration and tokenizer files that the base does not have alike, and the digests of
     the others of the base, which the restored model takes over."""
-    ours = {file.name: read_bytes(file) for file in companion_files(base)}
-    theirs = {file.name: read_bytes(file) for file in companion_files(fine)}
+    ours, theirs = companion_contents(base), companion_contents(fine)
     changed = {name: content for name, content in theirs.items() if ours.get(name) != content}
     taken = {
         name: blake3.blake3(content).hexdigest() for name, content in ours.items() if name not in changed

@@ -73,7 +73,6 @@ def apply_artifact(
     outputs = restored_layout(base, delta, dtype)
     with atomic_directory(out, overwrite) as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         restore_companions(base.path, delta, folder, allow_changed_files=allow_changed_files)
-        total = 0
         for file_name, tensors in outputs.items():
             header = encode_header(tensors, {"format": "pt"})
             offsets, position = {}, len(header)
@@ -92,7 +91,6 @@ def apply_artifact(
                 run_all(pool, write, [(name, tensors[name][0], offsets[name]) for name in tensors])
             finally:
                 os.close(file)
-            total += position - len(header)
         unused = _unused(base, delta, outputs)
         for name, digest in zip(
             unused, pool.map(lambda n: tensor_digest(base.tensors[n], progress), unused), strict=True
@@ -103,11 +101,8 @@ def apply_artifact(
         own_config = "config.json" in delta.names("file")
         config, source = (delta.config(), delta.path) if own_config else (base.config, base.path)
         name_dtype(folder, config, outputs, source)
-        if outputs.keys() != {SINGLE}:  # a file of another name is found by an index alone
-            weight_map = {name: file_name for file_name, tensors in outputs.items() for name in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return total
+        write_index(folder, outputs)
+    return layout_bytes(outputs)
 
 
 def restored_params(
@@ -239,6 +234,20 @@ def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str,
             raise FileError(f"{fault}; --allow-changed-files (allow_changed_files=True) carries on.")
         warnings.warn(f"{fault}: allowed.", DarexWarning, stacklevel=4)
     return found
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Of all tensors."""
+    return sum(dtype.itemsize * element_count(shape) for t in layout.values() for dtype, shape in t.values())
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """What lies where; not beside one file of the usual name, which is found without."""
+    if layout.keys() == {SINGLE}:
+        return
+    weight_map = {name: file_name for file_name, tensors in layout.items() for name in tensors}
+    index = {"metadata": {"total_size": layout_bytes(layout)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout, source: Path) -> None:

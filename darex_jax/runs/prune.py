@@ -85,10 +85,8 @@ def prune_by(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(of_size, wanted, Path(folder))
-        if choose is not None and (
-            drop_rate := _drop_rate(summary)
-        ):  # with all kept there is nothing to divide
-            told["q"] = choose(drop_rate)
+        if choose is not None and _drop_rate(summary) > 0:  # else all is kept, and nothing divided
+            told["q"] = choose(_drop_rate(summary))
             summary, path = fit_to_size(of_size, wanted, Path(folder))
         while chosen.trains:
             spent = summary.recipe.budget or {}
@@ -171,6 +169,14 @@ def _drop_rate(summary: PruneSummary) -> float:
     """Of the random survivors in a file."""
     blocks = summary.recipe.blocks or ()
     return float(next(part["drop_rate"] for b in blocks for p in b["parameters"].values() for part in p))
+
+
+def wanted_bytes(job: Job, size: float | None, bytes_per_parameter: float | None) -> int:
+    """What a file may have: so many times less than the fine-tuned model, or so much for an entry."""
+    if bytes_per_parameter is not None:
+        return round(bytes_per_parameter * pruned_entries(job))
+    assert size is not None
+    return round(job.fine.nbytes / size)
 
 
 def pruned_entries(job: Job) -> int:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from darex_jax.choosing.pair import Pair
+from darex_jax.choosing.pair import Pair, split_in_scope
 from darex_jax.choosing.two_point import two_point
-from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import load_delta
@@ -171,9 +170,9 @@ def recommend(
 
 def _two_point(trainer: Trainer, deltas: Mapping[str, np.ndarray]) -> Callable[[float], float]:
     batches = trainer.texts.select(np.arange(min(CALIBRATION, len(trainer.texts.encoded)))).batches()
-    fine, start = flatten_names(trainer.fine), flatten_names(trainer.start)
-    names = [name for name in deltas if name in fine]
-    delta = compute_delta(*(unflatten_names({n: named[n] for n in names}) for named in (fine, start)))
+    start = flatten_names(trainer.start)
+    in_scope = unflatten_names({name: start[name] for name in deltas if name in start})
+    _, delta = split_in_scope(trainer.fine, in_scope)
 
     def choose(drop_rate: float) -> float:
         return two_point(Pair(trainer.model, trainer.fine, trainer.start, delta, drop_rate), batches)[0]
