@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -290,6 +291,39 @@ def test_signals_wait_for_imports_and_are_given_back(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, own)
         gc.callbacks.remove(while_collecting)
+
+
+def test_a_signal_in_a_finalizer_or_a_weak_reference_s_callback_is_not_lost():
+    done = []
+
+    def interrupted(_=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))
+        done.append(True)
+
+    class Finalized:
+        __del__ = interrupted
+
+    class Finalizer:
+        def __del__(self):
+            interrupted()
+
+    class Referred:
+        pass
+
+    def drop_referred():
+        referred = Referred()
+        watched = weakref.ref(referred, interrupted)
+        del referred
+        return watched
+
+    for drop, finished in ((Finalizer, True), (Finalized, False), (drop_referred, False)):
+        done.clear()
+        hook = sys.unraisablehook
+        with pytest.raises(SystemExit) as caught, signals.unwinding():
+            drop()
+            time.sleep(10)
+        assert caught.value.code == 143 and bool(done) == finished and sys.unraisablehook is hook
 
 
 def test_a_signal_right_after_a_temporary_file_is_made_leaves_nothing(tmp_path, monkeypatch):
