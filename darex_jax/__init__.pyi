@@ -1,3 +1,4 @@
+from .bank.bank import DeltaBank as DeltaBank
 from .core.bound import output_error_bound as output_error_bound
 from .core.delta import apply_delta as apply_delta
 from .core.delta import compute_delta as compute_delta

@@ -10,7 +10,7 @@ import darex_jax
 
 ROOT = Path(darex_jax.__file__).parent
 LAYERS = (
-    "core", "parts", "methods", "merging", "q", "models", "files", "tasks", "training", "evaluation",
+    "core", "parts", "methods", "merging", "q", "models", "files", "bank", "tasks", "training", "evaluation",
     "choosing", "runs",
     "cli",
 )  # fmt: skip

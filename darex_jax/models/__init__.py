@@ -21,12 +21,13 @@ from darex_jax.models.bert import (
 )
 from darex_jax.models.config import shown
 from darex_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
-from darex_jax.models.layers import Keys, Linear
+from darex_jax.models.layers import Embedding, Keys, LayerNorm, Linear, RMSNorm
 from darex_jax.models.llama import ARCHITECTURES as LLAMA
 from darex_jax.models.llama import read_llama_config
 from darex_jax.models.qwen2 import ARCHITECTURES as QWEN2
 from darex_jax.models.qwen2 import read_qwen2_config
 from darex_jax.models.roberta import RobertaForSequenceClassification
+from darex_jax.parts.mixed import Mixed
 
 __all__ = [
     "BertConfig",
@@ -90,7 +91,8 @@ class Model:
 
         Args:
           params: the nested Hugging Face state dict; its dtype is the dtype computed in, sums apart, which
-            are taken in float32.
+            are taken in float32. A leaf may be a `Mixed`, which gives every row of the batch its own delta:
+            `DeltaBank.mixed` makes such trees.
           input_ids: integers [B, T]; an id outside the vocabulary gives NaN.
           attention_mask: [B, T], nonzero where a token is no padding; None is all ones.
           token_type_ids: integers [B, T], encoders only; None is all zeros.
@@ -126,8 +128,15 @@ class Model:
 
     def module(self, params: Params, observe: Callable[[str, Array], None] | None = None) -> Any:
         """The Flax module with these parameters in it; it shares their arrays."""
+        mixed: dict[str, dict[str, Mixed]] = {}  # layer -> parameter -> what it is in every row
+        params = _without_mixed(params, "", mixed)
         # nnx.List counts its layers in ints, a state dict in digits.
         module = nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
+        if mixed:
+            for path, layer in nnx.iter_modules(module):
+                own = mixed.get(".".join(map(str, path)))
+                if own and isinstance(layer, Linear | Embedding | LayerNorm | RMSNorm):
+                    layer.mixed = own.get
         if self.remat and observe is None:  # what is observed must not stay inside a layer
             for _, part in nnx.iter_modules(module):
                 if isinstance(part, Encoder | Decoder):
@@ -219,6 +228,19 @@ def new_module(config: Config, key: Array, **options: bool) -> nnx.Module:
 
 def _state_dict(state: nnx.State[Any, Any]) -> dict[str, Any]:
     return _map_keys(str, nnx.to_pure_dict(state))
+
+
+def _without_mixed(tree: Params, prefix: str, found: dict[str, dict[str, Mixed]]) -> dict[str, Any]:
+    """The tree with the bases of its `Mixed` leaves, which are put into `found`."""
+    plain: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            value = _without_mixed(value, f"{prefix}.{key}" if prefix else str(key), found)
+        elif isinstance(value, Mixed):
+            found.setdefault(prefix, {})[key] = value
+            value = value.base
+        plain[key] = value
+    return plain
 
 
 def _map_keys(f: Callable[[Any], Any], tree: Mapping[Any, Any]) -> dict[Any, Any]:

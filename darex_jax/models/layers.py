@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from darex_jax.parts.mixed import Mixed
+
 Array = jax.Array
+OfRows = Callable[[str], Mixed | None]  # a layer's parameter -> what it is where each row has its own delta
 
 # config.json's `hidden_act`; transformers' "gelu" is the exact one.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -59,6 +62,7 @@ class Linear(nnx.Module):
     lora_B: "Linear | None" = None
     scale: float = 1.0
     observe: Callable[[Array], None] | None = None  # is shown every input, see `Model.module`
+    mixed: OfRows | None = None  # see `Model.module`
 
     def __init__(self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: Keys):
         self.weight = nnx.Param(stddev * jax.random.normal(rngs(), (out_features, in_features)))
@@ -69,7 +73,9 @@ class Linear(nnx.Module):
             self.observe(x)
         y = project(x, self.weight[...])
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+            y = y + jnp.broadcast_to(_vector(self, "bias", y.ndim), y.shape)
+        if self.mixed is not None and (weight := self.mixed("weight")) is not None:
+            y = y + weight.product(x).astype(y.dtype)
         if self.lora_A is None or self.lora_B is None:
             return y
         return y + self.scale * self.lora_B(self.lora_A(x))
@@ -81,6 +87,8 @@ class Embedding(nnx.Module):
     As in PyTorch, the row `padding_idx` starts at zero and gets no gradient.
     """
 
+    mixed: OfRows | None = None  # see `Model.module`
+
     def __init__(
         self, rows: int, features: int, *, stddev: float, padding_idx: int | None = None, rngs: Keys
     ):
@@ -91,13 +99,18 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Array) -> Array:
         ids = jnp.where(ids < 0, self.weight.shape[0], ids)  # a negative index would count from the end
         x = jnp.take(self.weight[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
+        if self.mixed is not None and (weight := self.mixed("weight")) is not None:
+            x = x + weight.rows(ids).astype(x.dtype)
         if self.padding_idx is None:
             return x
         return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
 
     def attend(self, x: Array) -> Array:
         """The table as a tied head: [..., D] -> [..., V]."""
-        return project(x, self.weight[...])
+        y = project(x, self.weight[...])
+        if self.mixed is not None and (weight := self.mixed("weight")) is not None:
+            y = y + weight.product(x).astype(y.dtype)
+        return y
 
 
 class RMSNorm(nnx.Module):
@@ -106,6 +119,8 @@ class RMSNorm(nnx.Module):
     Source: Zhang and Sennrich, arXiv:1910.07467.
     """
 
+    mixed: OfRows | None = None  # see `Model.module`
+
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones(features))
         self.eps = eps
@@ -113,11 +128,13 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+        return y.astype(x.dtype) * jnp.broadcast_to(_vector(self, "weight", x.ndim), x.shape)
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis with `weight` and `bias` [D]; statistics in float32 at least."""
+
+    mixed: OfRows | None = None  # see `Model.module`
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones(features))
@@ -128,8 +145,18 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(self.weight[...], y.shape) + jnp.broadcast_to(self.bias[...], y.shape)
-        return y.astype(x.dtype)
+        weight, bias = (jnp.broadcast_to(_vector(self, n, y.ndim), y.shape) for n in ("weight", "bias"))
+        return (y * weight + bias).astype(x.dtype)
+
+
+def _vector(layer: Any, name: str, ndim: int) -> Array:
+    """A layer's vector [D]; where each row of a batch has its own delta, [B, 1, ..., D] of `ndim` axes."""
+    vector: Array = getattr(layer, name)[...]
+    mixed = None if layer.mixed is None else layer.mixed(name)
+    if mixed is None:
+        return vector
+    own = vector.astype(jnp.float32)[None] + mixed.vectors()
+    return own.astype(vector.dtype).reshape(len(own), *(1,) * (ndim - 2), -1)
 
 
 def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Many deltas on one base, in memory: switched, or side by side in one batch."""

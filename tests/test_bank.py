@@ -1,0 +1,225 @@
+"""A bank of deltas: each row of a mixed batch is the model that its own file restores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import darex_jax as dx
+from darex_jax.cli import main
+from darex_jax.core.errors import DarexError
+from darex_jax.core.sharding import make_mesh
+from darex_jax.core.tree import flatten_names
+from darex_jax.models import classifier_from_pretrained, init_model, read_model_config
+from darex_jax.parts.mixed import Mixed, rounded_up, stack_parts
+from darex_jax.parts.total import Parts
+from tests.test_calibration import FAMILIES
+from tests.test_parts import DELTA, FORMS, SHAPE, make
+
+METHODS = {
+    "dare": ["-p", "0.9"],
+    "magnitude": ["--bits", "4", "-p", "0.9"],
+    "structured": ["-p", "0.5"],
+    "svd": ["--bits", "4", "-p", "0.5"],
+    "sign": ["--bytes-per-parameter", "1.0"],
+    "sign-svd": ["--bytes-per-parameter", "1.5"],
+}
+run = jax.jit(lambda model, params, ids: model(params, ids), static_argnums=0)
+
+
+def saved(folder, model, params):
+    dx.save_params(folder, params, model.config.to_hf())
+    return folder
+
+
+def pruned(base, fine, out, *options):
+    result = CliRunner().invoke(main, ["prune", *map(str, (base, fine, out)), *options])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """A body and, of every method, a classifier with a number of labels of its own."""
+    root = tmp_path_factory.mktemp("encoders")
+    hf = FAMILIES["bert"] | {"architectures": ["BertModel"], "vocab_size": 97}
+    body, params = init_model(read_model_config(hf), jax.random.key(0))
+    base, files = saved(root / "base", body, params), {}
+    for i, (method, options) in enumerate(METHODS.items()):
+        model, own = classifier_from_pretrained(body, params, 1 + i % 3, jax.random.key(i))
+        moved = jax.tree.map(lambda x, i=i: x + 0.1 * jnp.sin((99 + i) * x + i), own)
+        fine = saved(root / method, model, moved)
+        files[method] = pruned(base, fine, root / f"{method}.safetensors", "--method", method, *options)
+    return base, files
+
+
+def filled(base, files):
+    bank = dx.DeltaBank(*dx.load_model(base))
+    for name, file in files.items():
+        bank.add(name, file)
+    return bank
+
+
+def test_every_row_is_the_model_of_its_own_file(encoders):
+    base, files = encoders
+    bank = filled(base, files)
+    assert bank.names == tuple(files)
+    names = [*files, "sign", "dare", None]
+    ids = jax.random.randint(jax.random.key(1), (len(names), 12), 0, 97)
+    out = run(bank.model, bank.mixed(names), ids)
+    for i, name in enumerate(names):
+        model, params = dx.load_model(base, delta=files.get(name))
+        alone = run(model, params, ids[i : i + 1])
+        np.testing.assert_allclose(out.last_hidden_state[i], alone.last_hidden_state[0], atol=2e-5)
+        if name is not None:
+            labels = model.config.num_labels
+            np.testing.assert_allclose(out.logits[i, :labels], alone.logits[0], atol=2e-5)
+            assert np.all(np.asarray(out.logits[i, labels:]) == -np.inf)
+
+
+def test_activating_restores_the_file_s_model_and_then_the_base(encoders):
+    base, files = encoders
+    model, params = dx.load_model(base)
+    before = jax.tree.map(np.array, params)
+    bank = dx.DeltaBank(model, params)
+    for name, file in files.items():
+        bank.add(name, file)
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
+    for name in (*files, None, *reversed(files), None):
+        given = bank.activate(name)
+        if name is None:
+            assert flatten_names(given).keys() == flatten_names(before).keys()
+            assert jax.tree.all(jax.tree.map(np.array_equal, given, before))
+            continue
+        own, restored = dx.load_model(base, delta=files[name])
+        assert bank.model_of(name) == own
+        assert flatten_names(given).keys() == flatten_names(restored).keys()
+        for leaf, right in zip(jax.tree.leaves(given), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_allclose(leaf, right, atol=1e-6)
+            if name in ("dare", "magnitude", "structured"):
+                assert np.array_equal(leaf, right)
+        assert np.isfinite(run(own, given, ids).logits).all()
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
+
+
+def test_a_bank_of_sparse_deltas_writes_where_they_are(encoders):
+    base, files = encoders
+    bank = filled(base, {name: files[name] for name in ("dare", "magnitude")})
+    first = bank.activate("dare")["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["weight"]
+    for name in ("magnitude", "dare", "magnitude"):
+        given, restored = bank.activate(name), dx.load_model(base, delta=files[name])[1]
+        assert jax.tree.all(jax.tree.map(np.array_equal, given, restored))
+    assert first.is_deleted()  # its buffer went on to the next
+
+
+def test_another_delta_of_the_size_compiles_nothing(encoders):
+    base, files = encoders
+    bank = filled(base, {"a": files["svd"], "b": files["svd"], "c": files["svd"]})
+    ids = jnp.ones((4, 12), jnp.int32)
+    fresh = jax.jit(lambda model, params, ids: model(params, ids).logits, static_argnums=0)
+    fresh(bank.model, bank.mixed(["a", "b", "c", "a"]), ids)
+    bank.remove("b")
+    bank.add("d", files["svd"])
+    logits = fresh(bank.model, bank.mixed(["d", "c", "a", None]), ids)
+    assert fresh._cache_size() == 1
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_a_decoder_writes_for_each_row_what_its_own_model_writes(tmp_path, folders):
+    base, files = folders / "llama" / "base", {}
+    for method in ("dare", "svd", "structured"):
+        out = tmp_path / f"{method}.safetensors"
+        files[method] = pruned(base, folders / "llama" / "fine", out, "--method", method, *METHODS[method])
+    bank = filled(base, files)
+    names = ["svd", None, "dare", "structured", "dare"]
+    ids = jax.random.randint(jax.random.key(2), (5, 6), 3, 259)
+    mask = jnp.asarray([[0, 1, 1, 1, 1, 1]] * 2 + [[1] * 6] * 3)
+    together = dx.generate(bank.model, bank.mixed(names), ids, mask, max_new_tokens=8)
+    for i, name in enumerate(names):
+        model, params = dx.load_model(base, delta=files.get(name))
+        alone = dx.generate(model, params, ids[i : i + 1], mask[i : i + 1], max_new_tokens=8)
+        np.testing.assert_array_equal(together[i : i + 1], alone)
+
+
+def test_on_a_mesh_it_is_the_same(encoders):
+    base, files = encoders
+    mesh = make_mesh(data=2, model=4)
+    banks = [dx.DeltaBank(*dx.load_model(base, mesh=m)) for m in (None, mesh)]
+    names = [*files, None, None]
+    ids = jax.random.randint(jax.random.key(1), (len(names), 12), 0, 97)
+    logits = []
+    for bank in banks:
+        for name, file in files.items():
+            bank.add(name, file)
+        logits.append(np.asarray(run(bank.model, bank.mixed(names), ids).logits))
+    np.testing.assert_allclose(*logits, atol=2e-5)
+    given = banks[1].activate("svd")
+    ids = ids[:2]
+    np.testing.assert_allclose(
+        run(banks[1].model_of("svd"), given, ids).logits,
+        run(banks[0].model_of("svd"), banks[0].activate("svd"), ids).logits,
+        atol=2e-5,
+    )
+
+
+def test_what_does_not_go_together_is_refused(tmp_path, encoders, folders):
+    base, files = encoders
+    bank = filled(base, {"svd": files["svd"]})
+    with pytest.raises(DarexError, match="no delta 'other' in the bank; there are: svd"):
+        bank.activate("other")
+    with pytest.raises(DarexError, match="no delta 'other'"):
+        bank.mixed(["svd", "other"])
+    with pytest.raises(DarexError, match="no delta 'other'"):
+        bank.remove("other")
+    model, params = dx.load_model(base)
+    name = "encoder.layer.0.output.dense.weight"
+    flat = flatten_names(params)
+    changed = jax.tree.map(lambda x: x + 1 if x is flat[name] else x, params)
+    with pytest.raises(DarexError, match=r"another base; '.*layer\.0\.output\.dense\.weight' is not"):
+        dx.DeltaBank(model, changed).add("svd", files["svd"])
+    wider = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with pytest.raises(DarexError, match="another base"):
+        dx.DeltaBank(model, wider).add("svd", files["svd"])
+    damaged = tmp_path / "damaged"
+    content = bytearray(files["svd"].read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(DarexError, match="damaged"):
+        bank.add("damaged", damaged)
+    assert bank.names == ("svd",)
+
+
+def test_bytes_are_those_of_the_parts(encoders):
+    base, files = encoders
+    bank = filled(base, files)
+    dense = sum(x.nbytes for x in jax.tree.leaves(dx.load_model(base)[1]))
+    assert bank.nbytes("sign") < dense / 10 and bank.nbytes("dare") < dense / 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kinds", [["sparse"], ["random"], ["columns"], ["low_rank"], ["sign"], ["dense"],
+                                   ["sign", "low_rank"], ["sparse", "sparse"]])  # fmt: skip
+def test_a_mixed_matrix_is_the_sum_of_base_and_parts(kinds, form):
+    own = Parts(tuple(make(kind, form) for kind in kinds), SHAPE)
+    other = Parts((make("sparse", FORMS[0]), make("low_rank", FORMS[0])), SHAPE)
+    stack = stack_parts([None, own, other, None])
+    numbers = [1, 0, 2, 3, 1, 2]
+    mixed = Mixed(jnp.asarray(DELTA), stack, jnp.asarray(numbers))
+    dense = [np.zeros(SHAPE), np.asarray(own.to_dense()), np.asarray(other.to_dense()), np.zeros(SHAPE)]
+    rng = np.random.default_rng(5)
+    for x in (rng.normal(size=(6, 3, SHAPE[1])), rng.normal(size=(6, SHAPE[1]))):
+        right = np.stack([row @ dense[n].T for row, n in zip(x, numbers, strict=True)])
+        np.testing.assert_allclose(mixed.product(x.astype(np.float32)), right, atol=1e-5)
+    ids = rng.integers(0, SHAPE[0], (6, 9))
+    right = np.stack([dense[n][row] for row, n in zip(ids, numbers, strict=True)])
+    np.testing.assert_allclose(mixed.rows(jnp.asarray(ids)), right, atol=1e-7)
+    for n in range(4):
+        np.testing.assert_allclose(stack.delta(n), dense[n], atol=1e-7)
+
+
+def test_sizes_are_rounded_up_by_half_at_most():
+    sizes = [rounded_up(n) for n in range(2000)]
+    assert sizes[:14] == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert all(n <= size <= max(n, 1.5 * n) for n, size in enumerate(sizes))
+    assert len(set(sizes)) < 25
