@@ -1,5 +1,7 @@
 """A bank of deltas: each row of a mixed batch is the model that its own file restores."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,3 +225,61 @@ def test_sizes_are_rounded_up_by_half_at_most():
     assert sizes[:14] == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
     assert all(n <= size <= max(n, 1.5 * n) for n, size in enumerate(sizes))
     assert len(set(sizes)) < 25
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, folders):
+    """Two deltas on a tiny classifier and two on a tiny decoder."""
+    root, found = tmp_path_factory.mktemp("stored"), {}
+    for family in ("bert", "llama"):
+        for method in ("magnitude", "structured"):
+            out = root / f"{family}-{method}.safetensors"
+            pair = (folders / family / "base", folders / family / "fine")
+            found[family, method] = pruned(*pair, out, "--method", method, *METHODS[method])
+    return found
+
+
+def darex(*arguments, code=0):
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_eval_takes_several_deltas(stored, folders):
+    files = [stored["bert", method] for method in ("magnitude", "structured")]
+    options = ("--limit", 40, "--json")
+    deltas = [x for file in files for x in ("--delta", file)]
+    together = json.loads(darex("eval", folders / "bert" / "base", *deltas, *options).output)["deltas"]
+    for row, file in zip(together, files, strict=True):
+        alone = json.loads(darex("eval", folders / "bert" / "base", "--delta", file, *options).output)
+        assert row["name"] == file.stem and row["bytes"] == file.stat().st_size
+        assert {k: row[k] for k in ("metric", "metric_name", "n")} == {
+            k: alone[k] for k in ("metric", "metric_name", "n")
+        }
+    table = darex("eval", folders / "bert" / "base", *deltas, "--limit", 40).output
+    assert all(f"{row['metric']:.4f}" in table for row in together)
+
+
+def test_generate_takes_several_deltas(stored, folders):
+    files = [stored["llama", method] for method in ("magnitude", "structured")]
+    deltas = [x for file in files for x in ("--delta", file)]
+    options = ("--max-new-tokens", 9, "--json")
+    base = folders / "llama" / "base"
+    together = json.loads(darex("generate", base, "A text", *deltas, *options).output)["texts"]
+    for text, file in zip(together, files, strict=True):
+        assert text == json.loads(darex("generate", base, "A text", "--delta", file, *options).output)["text"]
+    shown = darex("generate", base, "A text", *deltas, "--max-new-tokens", 9).output
+    assert all(file.stem in shown for file in files)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "opinions", "--task", "opinions"], "several --task go with as many --delta"),
+    (["--delta", "bert-magnitude", "--delta", "bert-magnitude"], "a delta is named twice"),
+    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype goes with"),
+    (["--delta", "bert-magnitude", "--delta", "bert-structured", *["--task", "x"] * 3], "3 tasks for 2"),
+    (["--delta", "bert-magnitude", "--delta", "llama-structured"], "another base"),
+])  # fmt: skip
+def test_what_does_not_go_with_several_deltas_is_told(stored, folders, arguments, message):
+    files = {f"{family}-{method}": file for (family, method), file in stored.items()}
+    chosen = [files.get(argument, argument) for argument in arguments]
+    assert message in darex("eval", folders / "bert" / "base", *chosen, code=1).output

@@ -93,7 +93,9 @@ class DeltaBank:
             model, shapes = build_model(read_model_config(config))
             base_names = {own: self._base_name(file.base_name(own)) for own in shapes}
             self._check_base(file)
-            parts = {own: file.parts(own) for own in file.recipe.parameters if own in shapes}
+            if unknown := sorted(file.recipe.parameters.keys() - shapes.keys()):
+                raise FileError(f"{path}: was made from another base; this one has no '{unknown[0]}'.")
+            parts = {own: file.parts(own) for own in file.recipe.parameters}
             kept = {own: file.read(f"dense/{own}") for own in file.names("dense") if own in shapes}
             file.check_data()
         missing = sorted(n for n in shapes if base_names[n] not in self._base and n not in kept)

@@ -10,7 +10,7 @@ from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
     BATCH_SIZE,
     DATA_DIR,
-    DELTA,
+    DELTAS,
     DTYPE,
     IGNORE,
     JSON,
@@ -20,7 +20,7 @@ from darex_jax.cli.options import (
     SEED,
     TASK,
 )
-from darex_jax.cli.show import bytes_text, print_table, problem_bar, step_bar
+from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, step_bar
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("model", type=PATH)
-@click.option("--task", "task_name", default="opinions", show_default=True,
-              help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems.")  # fmt: skip
-@DELTA
+@click.option("--task", "task_names", default=("opinions",), show_default=True, multiple=True,
+              help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems. With several deltas "
+              "one for all or one for each.")  # fmt: skip
+@DELTAS
 @ALLOW_CHANGED_FILES
 @DATA_DIR
 @click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 @JSON
 def evaluate(
     model: Path,
-    task_name: str,
-    delta: Path | None,
+    task_names: tuple[str, ...],
+    deltas: tuple[Path, ...],
     allow_changed_files: bool,
     data_dir: Path | None,
     split: str,
@@ -65,13 +66,37 @@ def evaluate(
 ) -> None:
     """The metric of a fine-tuned MODEL on a task.
 
-    With --delta, MODEL is the base and the delta is applied in memory. Answers to problems (gsm8k,
+    With --delta, MODEL is the base and the delta is applied in memory; several classifiers' deltas are
+    evaluated in the same batches. Answers to problems (gsm8k,
     word-problems) are kept in a file, and a run that was interrupted goes on where it stopped.
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
     from darex_jax.tasks.opening import open_model
 
+    if len(deltas) > 1:
+        if dtype or records:
+            raise DarexError(f"{'--dtype' if dtype else '--records'} goes with one --delta.")
+        found = _many_rows(
+            model, deltas, task_names, data_dir, split, limit, seed, batch_size,
+            allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
+        )  # fmt: skip
+        if as_json:
+            settings = {
+                "task": task_names,
+                "data_dir": data_dir,
+                "split": split,
+                "limit": limit,
+                "seed": seed,
+            }
+            report = {"model": str(model), "split": split, "deltas": found}
+            click.echo(json.dumps(report | {"manifest": run_manifest("eval", settings, {}, {})}))
+        else:
+            _print_many(model, found)
+        return
+    if len(task_names) > 1:
+        raise DarexError("several --task go with as many --delta.")
+    (task_name,), delta = task_names, next(iter(deltas), None)
     options: dict[str, Any] = {
         "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
     }  # fmt: skip
@@ -116,6 +141,55 @@ def evaluate(
         rows = [(f"{task_name} {split} {result['metric_name']}", text)]
         rows += [("answers", result["records"])] if "records" in result else []
         print_table(f"{model} with {delta}" if delta else str(model), rows)
+
+
+def _many_rows(
+    base: Path,
+    deltas: tuple[Path, ...],
+    task_names: tuple[str, ...],
+    data_dir: Path | None,
+    split: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int | None,
+    **opening: Any,
+) -> list[dict[str, Any]]:
+    """What `eval` says of each of several deltas."""
+    from darex_jax.runs.many import evaluate_many, open_many
+    from darex_jax.tasks import load_task
+
+    if len(task_names) not in (1, len(deltas)):
+        raise DarexError(
+            f"{len(task_names)} tasks for {len(deltas)} deltas: name one for all or one for each."
+        )
+    loaded = {name: load_task(name, data_dir, seed) for name in dict.fromkeys(task_names)}
+    many = open_many(base, deltas, **opening)
+    of_delta = dict(zip(many.bank.names, task_names * (len(deltas) // len(task_names)), strict=True))
+    tasks = {name: loaded[task] for name, task in of_delta.items()}
+    examples = {name: getattr(task, split).select(slice(limit)) for name, task in tasks.items()}
+    results = evaluate_many(many, tasks, examples, batch_size)
+    return [
+        {"name": name, "delta": str(delta), "bytes": delta.stat().st_size, "task": task.name, **results[name]}
+        | {"data": examples[name].digest()}
+        for delta, (name, task) in zip(deltas, tasks.items(), strict=True)
+    ]
+
+
+def _print_many(base: Path, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{len(rows)} deltas on {plain(str(base))}", title_justify="left")
+    for heading in ("delta", "size", "task", "metric", "examples"):
+        table.add_column(
+            heading, justify="right" if heading in ("size", "examples") else "left", overflow="fold"
+        )
+    for row in rows:
+        metric = f"{row['metric_name']} {row['metric']:.4f}"
+        cells = (plain(row["name"]), bytes_text(row["bytes"]), row["task"], metric, f"{row['n']:,}")
+        table.add_row(*map(Text, cells))
+    Console().print(table)
 
 
 def _problems(task_name: str, data_dir: Path | None, split: str, seed: int, difficulty: int) -> Any:

@@ -36,7 +36,9 @@ TEXT = click.option("--text", type=PATH, help="Examples from a file with one tex
 LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so many examples of the split.")
 LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
 BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
-DELTA = click.option("--delta", type=PATH, help="An artifact made from MODEL, applied in memory first.")
+DELTAS = click.option("--delta", "deltas", type=PATH, multiple=True,
+                      help="An artifact made from MODEL, applied in memory first; several run side by "
+                      "side.")  # fmt: skip
 ALLOW_CHANGED_FILES = click.option("--allow-changed-files", is_flag=True,
                                    help="Take the base's configuration and tokenizer files though they have "
                                    "changed since the delta was made.")  # fmt: skip

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from darex_jax.cli.options import ALLOW_CHANGED_FILES, DELTA, DTYPE, IGNORE, JSON, PATH, SEED
+from darex_jax.cli.options import ALLOW_CHANGED_FILES, DELTAS, DTYPE, IGNORE, JSON, PATH, SEED
+from darex_jax.cli.show import plain
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=PATH)
 @click.argument("prompt")
-@DELTA
+@DELTAS
 @ALLOW_CHANGED_FILES
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def generate(
     model: Path,
     prompt: str,
-    delta: Path | None,
+    deltas: tuple[Path, ...],
     allow_changed_files: bool,
     max_new_tokens: int,
     temperature: float,
@@ -44,12 +45,36 @@ def generate(
 ) -> None:
     """Continue PROMPT, written as it comes.
 
-    MODEL is the Hugging Face directory of a Llama or Qwen2; with --delta, of the base.
+    MODEL is the Hugging Face directory of a Llama or Qwen2; with --delta, of the base. Of several deltas each
+    one's text is shown when all have ended.
     """
     import jax
 
     from darex_jax.evaluation.text import stream_text
 
+    if len(deltas) > 1:
+        if dtype:
+            raise DarexError("--dtype goes with one --delta.")
+        from darex_jax.runs.many import open_many, write_many
+
+        many = open_many(
+            model, deltas, allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields
+        )
+        begun = time.monotonic()
+        asked = as_chat(model, many.tokenizers[many.bank.names[0]], prompt) if chat else prompt
+        texts = write_many(
+            many, asked, max_new_tokens=max_new_tokens, stop=stop, key=jax.random.key(seed),
+            temperature=temperature,
+        )  # fmt: skip
+        if as_json:
+            found = {"deltas": list(map(str, deltas)), "texts": list(texts.values())}
+            head = {"model": str(model), "prompt": asked, "seconds": _since(begun)}
+            click.echo(json.dumps(head | found))
+        for name, text in {} if as_json else texts.items():
+            click.secho(plain(name), bold=True)
+            click.echo(text)
+        return
+    delta = next(iter(deltas), None)
     loaded, params, tokenizer, ends = open_text_model(
         model,
         dtype,
@@ -58,10 +83,7 @@ def generate(
         ignore_config_fields=ignore_config_fields,
     )
     if chat:
-        if not tokenizer.chat_template:
-            raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = as_chat(model, tokenizer, prompt)
     begun, pieces = time.monotonic(), []
     for piece in stream_text(
         loaded,
@@ -80,9 +102,21 @@ def generate(
     text = "".join(pieces)
     if as_json:
         report = {"model": str(model), "delta": None if delta is None else str(delta), "prompt": prompt}
-        click.echo(json.dumps(report | {"text": text, "seconds": round(time.monotonic() - begun, 2)}))
+        click.echo(json.dumps(report | {"text": text, "seconds": _since(begun)}))
     else:
         click.echo()
+
+
+def as_chat(model: Path, tokenizer: Any, prompt: str) -> str:
+    """The prompt as a user's message in the model's chat template."""
+    if not tokenizer.chat_template:
+        raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _since(begun: float) -> float:
+    return round(time.monotonic() - begun, 2)
 
 
 def open_text_model(model: Path, dtype: str | None, **options: Any) -> "Opened":

@@ -80,16 +80,20 @@ def complete(
     eos_token_id: int | Sequence[int] | None,
     batch_size: int | None = None,
     stop: Sequence[str] = (),
+    key: jax.Array | None = None,
+    temperature: float = 0.0,
 ) -> list[str]:
-    """Continues a batch of prompts greedily; each text ends before its end token or the first stop string.
+    """Continues a batch of prompts; each text ends before its end token or the first stop string.
 
     Args:
       batch_size: rows computed, the number of prompts or more: the same for all batches of a data set, so
         that the last one compiles nothing new.
+      key, temperature: as for `generate`.
     """
     texts: list[tuple[str, bool]] = []
+    rows = batch_size or len(prompts)
     for tokens in _pieces(
-        model, params, tokenizer, prompts, batch_size or len(prompts), max_new_tokens, eos_token_id, None, 0.0
+        model, params, tokenizer, prompts, rows, max_new_tokens, eos_token_id, key, temperature
     ):
         texts = [_text(tokenizer, row, eos_token_id, stop) for row in tokens[: len(prompts)]]
         if all(ended for _, ended in texts):

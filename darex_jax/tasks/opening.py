@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from darex_jax.core.errors import DarexError
 from darex_jax.files.checkpoint import read_json
 from darex_jax.files.model import companions, load_model
-from darex_jax.models import Model
+from darex_jax.models import Config, Model
 from darex_jax.models.config import Token, type_faults
 from darex_jax.tasks.batching import load_tokenizer
 
@@ -54,18 +53,26 @@ def open_model(
         allow_changed_files=allow_changed_files,
         ignore_config_fields=ignore_config_fields,
     )
-    with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
-        ends = _ends(path, folder, getattr(model.config, "eos_token_id", None))
+    ends = text_ends(path, delta, model.config, allow_changed_files=allow_changed_files)
     tokenizer = load_tokenizer(path, delta, allow_changed_files=allow_changed_files)
     return Opened(model, params, tokenizer, ends)
 
 
-def _ends(
-    path: str | os.PathLike[str], folder: Path, otherwise: int | list[int] | None
+def text_ends(
+    path: str | os.PathLike[str],
+    delta: str | os.PathLike[str] | None,
+    config: Config,
+    *,
+    allow_changed_files: bool = False,
 ) -> int | list[int] | None:
-    file = folder / GENERATION_CONFIG
-    stated = {"eos_token_id": otherwise, **(read_json(file) if file.exists() else {})}
-    kinds = {"eos_token_id": Token | list[Token] | None}
-    if wrong := type_faults({name: stated[name] for name in kinds}, kinds):
+    """Where a model's texts end: as generation_config.json has it or, without one, the config.
+
+    Raises: ValueError for a file that says something else, or has changed since the artifact was made.
+    """
+    with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
+        file = folder / GENERATION_CONFIG
+        stated = read_json(file) if file.exists() else {}
+    ends = {"eos_token_id": stated.get("eos_token_id", getattr(config, "eos_token_id", None))}
+    if wrong := type_faults(ends, {"eos_token_id": Token | list[Token] | None}):
         raise DarexError(f"{path}: {GENERATION_CONFIG}: {wrong[0]}.")
-    return stated["eos_token_id"]
+    return ends["eos_token_id"]

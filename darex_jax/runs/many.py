@@ -1,0 +1,144 @@
+"""Several deltas on one base: evaluated, or writing, side by side in the same batches."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from darex_jax.bank.bank import DeltaBank
+from darex_jax.core.errors import DarexError
+from darex_jax.evaluation.classification import predict
+from darex_jax.evaluation.text import complete
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.model import load_model
+from darex_jax.models import DecoderConfig
+from darex_jax.tasks import Examples, Task
+from darex_jax.tasks.batching import EVALUATION_ROWS, Encoded, encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.opening import text_ends
+
+
+class Many(NamedTuple):
+    """A bank, and by the names of its deltas their tokenizers and the tokens at which their texts end."""
+
+    bank: DeltaBank
+    tokenizers: dict[str, Any]
+    ends: dict[str, int | list[int] | None]
+
+
+def open_many(
+    base: str | os.PathLike[str],
+    deltas: Sequence[str | os.PathLike[str]],
+    *,
+    allow_changed_files: bool = False,
+    ignore_config_fields: Collection[str] = (),
+) -> Many:
+    """A base directory and artifacts made from it. A delta is called as its file without the ending, or by
+    its whole path where two files have one name.
+
+    Raises: as `load_model`, `DeltaBank.add` and `load_tokenizer`; ValueError if a file is named twice.
+    """
+    stems = Counter(Path(delta).stem for delta in deltas)
+    paths = {Path(d).stem if stems[Path(d).stem] == 1 else os.fspath(d): d for d in deltas}
+    if len(paths) < len(deltas):
+        raise DarexError("a delta is named twice.")
+    bank = DeltaBank(*load_model(base, ignore_config_fields=ignore_config_fields))
+    many = Many(bank, {}, {})
+    shared = None
+    for name, path in paths.items():
+        bank.add(name, path)
+        config = bank.model_of(name).config
+        many.ends[name] = text_ends(base, path, config, allow_changed_files=allow_changed_files)
+        with DeltaFile(path) as file:
+            own = any("token" in n or "vocab" in n or "merges" in n for n in file.names("file"))
+        if own or shared is None:
+            found = load_tokenizer(base, path, allow_changed_files=allow_changed_files)
+            shared = shared if own else found
+        many.tokenizers[name] = found if own else shared
+    return many
+
+
+def predict_many(
+    many: Many, examples: Mapping[str, Examples], batch_size: int = EVALUATION_ROWS
+) -> dict[str, np.ndarray]:
+    """The logits of each delta's model on its own examples, [N, its labels] float32; the rows of all share
+    batches."""
+    encoded = {name: encode(many.tokenizers[name], rows) for name, rows in examples.items()}
+    owners = np.repeat(list(encoded), [len(rows) for rows in encoded.values()])
+    joined = Encoded(
+        [ids for rows in encoded.values() for ids in rows.input_ids],
+        [types for rows in encoded.values() for types in rows.token_type_ids],
+        np.zeros(len(owners), np.float32),
+        next(iter(encoded.values())).pad_id,
+    )
+    found: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in encoded}
+    model = many.bank.model
+    for batch in evaluation_batches(joined, batch_size):
+        rows = [str(owners[i]) for i in batch["index"]]
+        real = batch["index"][batch["weight"] > 0]
+        together = batch | {"index": np.arange(len(rows), dtype=np.int32)}
+        for i, logits in zip(real, predict(model, many.bank.mixed(rows), [together]), strict=False):
+            found[str(owners[i])].append((int(i), logits))
+    ordered = {
+        name: [logits for _, logits in sorted(rows, key=lambda row: row[0])] for name, rows in found.items()
+    }
+    return {name: np.stack(rows)[:, : _labels(many, name)] for name, rows in ordered.items()}
+
+
+def _labels(many: Many, name: str) -> int:
+    return int(getattr(many.bank.model_of(name).config, "num_labels", 0))
+
+
+def evaluate_many(
+    many: Many, tasks: Mapping[str, Task], examples: Mapping[str, Examples], batch_size: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The metric of each delta's model on its own task: {"metric", "metric_name", "n"} by name."""
+    for name, task in tasks.items():
+        if task.num_labels != _labels(many, name):
+            raise DarexError(
+                f"'{name}' has {_labels(many, name)} outputs, {task.name!r} {task.num_labels}: "
+                "it was fine-tuned for another task."
+            )
+    logits = predict_many(many, examples, batch_size or EVALUATION_ROWS)
+    return {
+        name: {
+            "metric": task.metric(logits[name], examples[name].labels),
+            "metric_name": task.metric_name,
+            "n": len(examples[name]),
+        }
+        for name, task in tasks.items()
+    }
+
+
+def write_many(
+    many: Many, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
+) -> dict[str, str]:
+    """How each delta's model goes on with one prompt; all in one batch.
+
+    Args: sampling: key and temperature, as for `generate`.
+    Raises: ValueError for models that write no text, or that do not share a tokenizer and end tokens.
+    """
+    names = many.bank.names
+    if not isinstance(many.bank.model.config, DecoderConfig):
+        raise DarexError(f"a {many.bank.model.config.model_type} model does not write text.")
+    first = names[0]
+    for name in names[1:]:
+        if many.tokenizers[name] is not many.tokenizers[first] or many.ends[name] != many.ends[first]:
+            raise DarexError(
+                f"'{name}' has another tokenizer or other end tokens than '{first}'; run it alone."
+            )
+    texts = complete(
+        many.bank.model,
+        many.bank.mixed(names),
+        many.tokenizers[first],
+        [prompt] * len(names),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=many.ends[first],
+        stop=stop,
+        **sampling,
+    )
+    return dict(zip(names, texts, strict=True))
