@@ -72,6 +72,7 @@ for command in (
     files.inspect,
     files.verify,
     files.merge_adapter,
+    files.export,
     merge.merge,
     train.train,
     train.repeat,

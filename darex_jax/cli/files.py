@@ -1,4 +1,4 @@
-"""Commands on files: check, apply, inspect, verify, merge-adapter.
+"""Commands on files: check, apply, inspect, verify, merge-adapter, export.
 
 They do not load transformers, and all but merge-adapter not flax either.
 """
@@ -6,11 +6,13 @@ They do not load transformers, and all but merge-adapter not flax either.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from darex_jax.cli.options import ALLOW_CHANGED_FILES, EXCLUDE, IGNORE, INCLUDE, JSON, PATH
 from darex_jax.cli.show import byte_bar, bytes_text, family_of, few, plain, print_table, q_text, warned
+from darex_jax.core.errors import DarexError
 
 
 @click.command()
@@ -208,3 +210,56 @@ def merge_adapter(
         ("written", bytes_text(summary.bytes)),
     ]
     print_table(str(out), rows)
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--to", "form", required=True, type=click.Choice(["peft", "patch"]),
+              help="A directory that PEFT reads, or a file of the numbers that change.")  # fmt: skip
+@click.option("--base", type=PATH, help="The base that the delta was made from.")
+@click.option("--rank", type=click.IntRange(1),
+              help="Of an adapter: bring every matrix to at most this rank.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@JSON
+def export(
+    delta: Path, out: Path, form: str, base: Path | None, rank: int | None, overwrite: bool, as_json: bool
+) -> None:
+    """Hand a delta to other tools.
+
+    peft: OUT is a directory that PEFT, and what reads PEFT's adapters, loads. patch: OUT is a file with flat
+    indices and the fine-tuned model's values there, for each parameter of BASE that changes.
+    """
+    from contextlib import ExitStack
+
+    from darex_jax.files.artifact import DeltaFile
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.export import export_adapter, export_patch
+
+    if form == "patch" and (base is None or rank is not None):
+        raise click.UsageError("a patch takes --base" + (" and no --rank." if rank is not None else "."))
+    if out.exists() and not overwrite:
+        raise DarexError(f"{out} exists; --overwrite replaces it.")
+    with ExitStack() as stack:
+        file = stack.enter_context(DeltaFile(delta))
+        checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
+        if form == "patch":
+            assert checkpoint is not None
+            changed = export_patch(checkpoint, file, out)
+            entries, of = (sum(row[k] for row in changed.values()) for k in ("changed", "entries"))
+            report: dict[str, Any] = {"parameters": len(changed), "changed": entries, "of": of}
+            rows = [("changed", f"{entries:,} of {of:,} numbers in {len(changed)} parameters")]
+        else:
+            found = export_adapter(file, out, base=checkpoint, rank=rank, overwrite=overwrite)
+            low, high = min(found.ranks.values()), max(found.ranks.values())
+            report = found._asdict()
+            rows = [
+                ("adapted", f"{len(found.ranks)} layers of rank {low} to {high}"),
+                ("stored whole", f"{len(found.whole)} norms, biases and heads"),
+                ("left out", f"{found.lost:.2%} of the delta's squares"),
+            ]
+    size = sum(f.stat().st_size for f in (out.iterdir() if out.is_dir() else [out]))
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "bytes": size, **report, "warnings": warned()}))
+    else:
+        print_table(str(out), [*rows, ("written", bytes_text(size))])

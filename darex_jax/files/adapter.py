@@ -84,6 +84,7 @@ def save_adapter(
     adapter: PyTree,
     dense: PyTree | None = None,
     *,
+    embeddings: Mapping[str, tuple[Any, Any]] | None = None,
     task_type: str | None = None,
     base: str | None = None,
     overwrite: bool = False,
@@ -94,6 +95,7 @@ def save_adapter(
     Args:
       config, adapter: from `add_adapters`, `load_adapter`; the adapter may be pruned.
       dense: what was trained along, under the base's names: `{"classifier": params["classifier"]}`.
+      embeddings: of embeddings that are adapted A [r, rows] and B [features, r], by the layer's name.
       task_type: PEFT's word for the model's class: "SEQ_CLS", "CAUSAL_LM"; None leaves it to the reader.
       base: where the base lies or what it is called, for the reader's sake.
       overwrite: replace what `path` holds, all of it.
@@ -121,6 +123,8 @@ def save_adapter(
     }
     stored = {BASE_LAYER.join(n.rsplit(".", 1)) if n in own else n: x for n, x in extra.items()}
     tensors = {PREFIX + name: x for name, x in {**flatten_names(adapter), **stored}.items()}
+    for name, factors in (embeddings or {}).items():
+        tensors |= {f"{PREFIX}{name}.lora_embedding_{w}": x for w, x in zip("AB", factors, strict=True)}
     with atomic_directory(path, overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         if manifest is not None:

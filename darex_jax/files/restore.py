@@ -129,6 +129,11 @@ def restored_params(
     delta.check_data()
 
 
+def restored_tensor(name: str, base: Checkpoint, delta: DeltaFile, dtype: np.dtype) -> np.ndarray:
+    """One parameter of the restored model, flat. Raises: FileError if the base's is another."""
+    return np.concatenate(list(_restored_chunks(name, base, delta, dtype, lambda _: None)))
+
+
 def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> Layout:
     """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it.
 

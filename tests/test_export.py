@@ -1,0 +1,173 @@
+"""Deltas for other tools: adapters that PEFT computes the same with, and patches that give apply's bits."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import darex_jax as dx
+from darex_jax.core.tree import flatten_names
+from tests.test_bank import METHODS, darex, encoders, pruned  # noqa: F401  # a fixture
+from tests.test_readme import programs
+
+PREFIX = "base_model.model."
+
+
+def exported_deltas(folder):
+    """The delta of each matrix of an adapter, and what is stored whole, by NumPy alone."""
+    tensors, config = load_file(folder / "adapter_model.safetensors"), json.loads(
+        (folder / "adapter_config.json").read_text()
+    )  # fmt: skip
+    deltas, whole = {}, {}
+    for key, x in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name.endswith(".lora_B.weight"):
+            layer = name.removesuffix(".lora_B.weight")
+            deltas[f"{layer}.weight"] = x @ tensors[f"{PREFIX}{layer}.lora_A.weight"]
+        elif name.endswith(".lora_embedding_B"):
+            layer = name.removesuffix(".lora_embedding_B")
+            deltas[f"{layer}.weight"] = (x @ tensors[f"{PREFIX}{layer}.lora_embedding_A"]).T
+        elif "lora_" not in name:
+            whole[name.replace(".base_layer.", ".")] = x
+    for name in deltas:  # no scale but 1
+        layer = name.removesuffix(".weight")
+        assert config["rank_pattern"][layer] == config["alpha_pattern"][layer]
+    return deltas, whole
+
+
+@pytest.mark.parametrize("method", ["svd", "structured"])
+def test_an_adapter_holds_the_delta_itself(tmp_path, encoders, method):  # noqa: F811
+    base, files = encoders
+    result = darex("export", files[method], tmp_path / "out", "--to", "peft", "--base", base, "--json")
+    report = json.loads(result.output)
+    deltas, whole = exported_deltas(tmp_path / "out")
+    stored = flatten_names(dx.load_delta(files[method]))
+    restored = flatten_names(dx.load_model(base, delta=files[method])[1])
+    for name, delta in stored.items():
+        if delta.ndim == 2:
+            np.testing.assert_allclose(deltas.get(name, np.zeros(delta.shape)), delta, atol=1e-6)
+        else:
+            assert np.array_equal(whole[name], restored[name])
+    assert all(np.array_equal(whole[n], restored[n]) for n in whole if n.startswith("classifier"))
+    assert report["lost"] == 0 and set(report["whole"]) == set(whole)
+    assert report["ranks"].keys() == {name.removesuffix(".weight") for name in deltas}
+
+
+@pytest.mark.parametrize("method", ["svd", "structured"])
+def test_peft_computes_the_restored_model_with_it(tmp_path, encoders, method):  # noqa: F811
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    base, files = encoders
+    darex("export", files[method], tmp_path / "out", "--to", "peft", "--base", base)
+    model, params = dx.load_model(base, delta=files[method])
+    labels = model.config.num_labels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+        head = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+        theirs = peft.PeftModel.from_pretrained(head, tmp_path / "out").eval()
+    ids = jax.random.randint(jax.random.key(1), (3, 12), 2, 97)
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor(np.array(ids))).logits.numpy()
+    np.testing.assert_allclose(model(params, ids).logits, logits, atol=1e-5)
+
+
+def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
+    base, files = encoders
+    refused = darex("export", files["dare"], tmp_path / "out", "--to", "peft", "--base", base, code=1).output
+    assert "not of low rank (random)" in refused and "--rank" in refused
+    losses = []
+    for rank in (2, 8, 32):
+        options = ("--to", "peft", "--base", base, "--rank", rank, "--overwrite", "--json")
+        report = json.loads(darex("export", files["dare"], tmp_path / "out", *options).output)
+        assert max(report["ranks"].values()) <= rank
+        deltas, _ = exported_deltas(tmp_path / "out")
+        stored = {n: x for n, x in flatten_names(dx.load_delta(files["dare"])).items() if x.ndim == 2}
+        left = sum(float(jnp.sum((stored[n] - deltas.get(n, 0)) ** 2)) for n in stored)
+        assert report["lost"] == pytest.approx(
+            left / sum(float(jnp.sum(x**2)) for x in stored.values()), abs=1e-5
+        )
+        losses.append(report["lost"])
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.2
+    assert "matrices are not of low rank (sign)" in darex(
+        "export", files["sign"], tmp_path / "o", "--to", "peft", "--base", base, code=1
+    ).output  # fmt: skip
+
+
+def test_what_is_missing_is_told(tmp_path, encoders, folders):  # noqa: F811
+    base, files = encoders
+    out = tmp_path / "out"
+    assert "name the base (--base BASE)" in darex("export", files["svd"], out, "--to", "peft", code=1).output
+    assert "a patch takes --base" in darex("export", files["svd"], out, "--to", "patch", code=2).output
+    other = folders / "bert" / "base"
+    for form in ("peft", "patch"):
+        darex("export", files["svd"], out, "--to", form, "--base", other, code=1)
+    out.write_text("mine")
+    assert "--overwrite" in darex("export", files["svd"], out, "--to", "patch", "--base", base, code=1).output
+    assert out.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    options = ("--to", "patch", "--base", base, "--overwrite")
+    assert (
+        "would replace" in darex("export", files["svd"], base / "model.safetensors", *options, code=1).output
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_patch_gives_the_bits_of_apply(tmp_path, encoders, method, monkeypatch):  # noqa: F811
+    """By the reader that stands in the docs, and with the whole page on the way."""
+    base, files = encoders
+    darex("apply", base, files[method], tmp_path / "model")
+    out = tmp_path / "patch.safetensors"
+    report = json.loads(darex("export", files[method], out, "--to", "patch", "--base", base, "--json").output)
+    (tmp_path / "base").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    _, reader = programs("docs/many.md")
+    names: dict = {}
+    exec(reader, names)
+    restored = load_file(tmp_path / "model" / "model.safetensors")
+    # The names are the base's, which are those of a body here; what it has not has its own.
+    found = {f"bert.{n}" if f"bert.{n}" in restored else n: x for n, x in names["tensors"].items()}
+    assert found.keys() == restored.keys()
+    assert all(x.tobytes() == restored[name].tobytes() for name, x in found.items())
+    before = load_file(base / "model.safetensors")
+    changed = sum(
+        int((x != before[n.removeprefix("bert.")]).sum()) if n.removeprefix("bert.") in before else x.size
+        for n, x in restored.items()
+    )
+    assert report["changed"] == changed
+    if method in ("dare", "magnitude"):
+        assert out.stat().st_size < sum(x.nbytes for x in restored.values())
+
+
+def test_a_patch_in_bfloat16(tmp_path, folders):
+    pair = []
+    for which in ("base", "fine"):
+        model, params = dx.load_model(folders / "llama" / which, jnp.bfloat16)
+        dx.save_params(tmp_path / which, params, model.config.to_hf())
+        pair.append(tmp_path / which)
+    delta = pruned(*pair, tmp_path / "delta", "--method", "magnitude", "-p", "0.99")
+    darex("export", delta, tmp_path / "patch", "--to", "patch", "--base", pair[0])
+    darex("apply", pair[0], delta, tmp_path / "model")
+    tensors, patch = load_file(pair[0] / "model.safetensors"), load_file(tmp_path / "patch")
+    for key, values in patch.items():
+        if key.startswith("values/"):
+            flat = tensors[key[7:]].reshape(-1)
+            flat[patch["indices/" + key[7:]]] = values
+        elif key.startswith("tensors/"):
+            tensors[key[8:]] = values
+    for name, array in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert array.tobytes() == tensors[name].tobytes()
+
+
+def test_the_page_on_many_deltas(tmp_path, encoders, monkeypatch):  # noqa: F811
+    base, files = encoders
+    (tmp_path / "base").symlink_to(base)
+    for name, method in (("sst2", "svd"), ("mrpc", "magnitude")):
+        (tmp_path / f"{name}.safetensors").symlink_to(files[method])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(programs("docs/many.md")[0], names)
+    labels = names["alone"].shape[1]
+    np.testing.assert_allclose(names["mixed"][0, :labels], names["alone"][0], atol=2e-5)
