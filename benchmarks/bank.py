@@ -225,7 +225,7 @@ def table(report: dict) -> str:
         f"PEFT's `set_adapter` between four takes {switch:.1f} ms; it changes no weight, and every",
         "later call pays for the adapter.",
         "",
-        "| batch | deltas | merged model alone | mixed / alone | a model a delta / alone | PEFT: mixed / base |",
+        "| batch | deltas | merged model alone | mixed | a model a delta | PEFT: mixed / base |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, rows in report["batch"].items():

@@ -29,6 +29,7 @@ from darex_jax.core.threefry import numpy_leaf_key
 from darex_jax.core.tree import flatten_names, name_words, unflatten_names
 from darex_jax.files import stream
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.card import CARD
 from darex_jax.files.checkpoint import INDEX, Checkpoint
 from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
@@ -799,7 +800,7 @@ def test_a_base_whose_files_changed_is_refused(tmp_path, pair, name, content, wh
         allowed = darex(*command, "--allow-changed-files", "--json")
         assert f"warning: {fault}: allowed." in allowed.stderr
         assert len(json.loads(allowed.stdout)["warnings"]) == 2
-    assert {file.name for file in out.iterdir()} == {file.name for file in base.iterdir()}
+    assert {file.name for file in out.iterdir()} == {CARD, *(file.name for file in base.iterdir())}
     with pytest.raises(FileError, match="which the restored model takes over"):
         dx.load_model(base, delta=delta)
     (base / "vocab.txt").touch()

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import choose, files, learn, merge, prune, recommend, text, train
+from darex_jax.cli import choose, files, hub, learn, merge, prune, recommend, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
 from darex_jax.core.errors import DarexError
@@ -73,6 +73,8 @@ for command in (
     files.verify,
     files.merge_adapter,
     files.export,
+    hub.push,
+    hub.pull,
     merge.merge,
     train.train,
     train.repeat,

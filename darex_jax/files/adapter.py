@@ -14,6 +14,7 @@ from darex_jax.core.lora import LoraConfig, adapter_factors
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import PyTree, flatten_names
 from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.card import CARD
 from darex_jax.files.checkpoint import MANIFEST, StoredTensor, read_json, read_params
 from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 
@@ -89,6 +90,7 @@ def save_adapter(
     base: str | None = None,
     overwrite: bool = False,
     manifest: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a directory that `PeftModel.from_pretrained` loads; it appears whole or not at all.
 
@@ -99,7 +101,7 @@ def save_adapter(
       task_type: PEFT's word for the model's class: "SEQ_CLS", "CAUSAL_LM"; None leaves it to the reader.
       base: where the base lies or what it is called, for the reader's sake.
       overwrite: replace what `path` holds, all of it.
-      manifest: of the run that made the adapter; written as darex_manifest.json.
+      manifest: of the run that made the adapter; written as darex_manifest.json. card: written as README.md.
     Raises: ValueError if a layer of the adapter is not the config's, has another rank, or lies in a module
       that is saved whole; FileError if `path` holds something already and `overwrite` is not given.
     """
@@ -127,6 +129,8 @@ def save_adapter(
         tensors |= {f"{PREFIX}{name}.lora_embedding_{w}": x for w, x in zip("AB", factors, strict=True)}
     with atomic_directory(path, overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
         if manifest is not None:
             (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})

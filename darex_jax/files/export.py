@@ -11,7 +11,9 @@ from darex_jax.core.lora import LoraConfig
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.adapter import save_adapter
 from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.card import hub_name, model_card
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.contents import contents
 from darex_jax.files.restore import check_base_tensors, restored_params, restored_tensor
 from darex_jax.files.safetensors import DTYPES, as_bytes, write_tensors
 from darex_jax.files.stream import keep_inputs
@@ -102,6 +104,7 @@ def export_adapter(
     stated_config = delta.config() or (base.config if base is not None else {})
     architecture = next(iter(stated_config.get("architectures") or [""]))
     task_type = next((t for ending, t in TASK_TYPES.items() if architecture.endswith(ending)), None)
+    of = None if base is None else hub_name(base.config, str(base.path))
     save_adapter(
         out,
         config,
@@ -109,7 +112,8 @@ def export_adapter(
         unflatten_names(whole),
         embeddings=embeddings,
         task_type=task_type,
-        base=None if base is None else str(base.path),
+        base=of,
+        card=model_card(contents(delta), "peft", base_model=of),
         overwrite=overwrite,
     )
     return Exported(dict(sorted(ranks.items())), sorted(whole), lost / squares if squares else 0.0)

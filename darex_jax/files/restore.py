@@ -19,6 +19,7 @@ from darex_jax.core.errors import DarexError, DarexWarning, FileError
 from darex_jax.core.tree import working_dtype
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.card import CARD, hub_name, model_card
 from darex_jax.files.checkpoint import (
     COMPANIONS,
     INDEX,
@@ -27,6 +28,7 @@ from darex_jax.files.checkpoint import (
     StoredTensor,
     companion_files,
 )
+from darex_jax.files.contents import contents
 from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import fingerprint
 from darex_jax.files.safetensors import (
@@ -101,6 +103,8 @@ def apply_artifact(
         own_config = "config.json" in delta.names("file")
         config, source = (delta.config(), delta.path) if own_config else (base.config, base.path)
         name_dtype(folder, config, outputs, source)
+        card = model_card(contents(delta), "transformers", base_model=hub_name(base.config, base.path.name))
+        (folder / CARD).write_text(card, encoding="utf-8")
         write_index(folder, outputs)
     return layout_bytes(outputs)
 

@@ -1,0 +1,75 @@
+"""Commands that hand deltas to the Hugging Face hub and fetch them from it: push, pull."""
+
+import json
+from pathlib import Path
+
+import click
+
+from darex_jax.cli.options import JSON, PATH
+from darex_jax.cli.show import bytes_text, print_table
+from darex_jax.core.errors import DarexError
+
+REVISION = click.option("--revision", help="A branch, tag or commit. Default: main.")
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--base-model", help="What the base is called on the hub, for the card.")
+@click.option("--measured", type=PATH, multiple=True, help="Output of darex eval --json, for the card.")
+@click.option("--private", is_flag=True, help="Of a repository that is made.")
+@REVISION
+@click.option("--dry-run", is_flag=True, help="Print the card and send nothing.")
+@JSON
+def push(
+    delta: Path,
+    repo: str,
+    base_model: str | None,
+    measured: tuple[Path, ...],
+    private: bool,
+    revision: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Put DELTA and a model card on the Hugging Face hub.
+
+    The repository holds delta.safetensors and README.md; `darex pull` fetches it. Needs a token that
+    may write (`hf auth login` or HF_TOKEN).
+    """
+    from darex_jax.files.artifact import DeltaFile
+    from darex_jax.files.card import model_card
+    from darex_jax.files.checkpoint import read_json
+    from darex_jax.files.contents import contents
+    from darex_jax.files.hub import push_delta
+
+    with DeltaFile(delta) as file:
+        facts = contents(file)
+    card = model_card(facts, "darex_jax", base_model=base_model, measured=[read_json(m) for m in measured])
+    if dry_run:
+        click.echo(card, nl=False)
+        return
+    address = push_delta(delta, repo, card, private=private, revision=revision)
+    if as_json:
+        click.echo(json.dumps({"repo": repo, "url": address, "bytes": facts["bytes"]}))
+    else:
+        print_table(repo, [("pushed", bytes_text(facts["bytes"])), ("address", address)])
+
+
+@click.command()
+@click.argument("repo", metavar="OWNER/NAME")
+@click.argument("out", type=PATH)
+@REVISION
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@JSON
+def pull(repo: str, out: Path, revision: str | None, overwrite: bool, as_json: bool) -> None:
+    """Fetch a delta from the Hugging Face hub to the file OUT, and check it."""
+    from darex_jax.files.hub import pull_delta
+
+    if out.exists() and not overwrite:
+        raise DarexError(f"{out} exists; --overwrite replaces it.")
+    pull_delta(repo, out, revision=revision)
+    size = out.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"repo": repo, "out": str(out), "bytes": size}))
+    else:
+        print_table(str(out), [("pulled", f"{repo}, {bytes_text(size)}"), ("digests", "verified")])

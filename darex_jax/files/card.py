@@ -1,0 +1,91 @@
+"""The model card: what the hub, and whoever opens the folder, shows of a delta or a model made with one."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from darex_jax.core.errors import DarexError
+
+CARD = "README.md"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+USES = {
+    "darex_jax": "A pruned delta. With its base it restores the fine-tuned model:\n\n"
+    "    darex apply BASE {file} OUT",
+    "peft": "An adapter for PEFT, made of a pruned delta:\n\n"
+    "    peft.PeftModel.from_pretrained(model, DIRECTORY)",
+    "transformers": "A model restored from its base and the pruned delta of a fine-tune.",
+}
+
+
+def model_card(
+    facts: Mapping[str, Any],
+    library: str,
+    *,
+    base_model: str | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+    file: str = "delta.safetensors",
+) -> str:
+    """A card in Markdown with the hub's metadata at its top.
+
+    Args:
+      facts: of the delta, from `files.contents.contents`.
+      library: "darex_jax" for a delta, "peft" for an adapter, "transformers" for a restored model.
+      base_model: its name on the hub, or what else it is called.
+      measured: reports of `darex eval --json`.
+      file: what the delta is called where it lies.
+    Raises: DarexError for a report that is none.
+    """
+    metadata = {
+        **({"base_model": base_model} if base_model else {}),
+        "library_name": library,
+        "tags": ["delta-pruning", facts["method"]],
+    }
+    how = ", ".join([facts["method"], *(f"{k} {_text(v)}" for k, v in facts["made_with"].items())])
+    rows = [
+        ("base", base_model or "not stated"),
+        ("method", how),
+        (
+            "delta",
+            f"{facts['bytes']:,} bytes, {facts['bytes_per_parameter']:.4g} a parameter that was pruned",
+        ),
+        ("numbers stored", f"{facts['survivors']:,} of {facts['entries']:,}"),
+        ("digest", facts["digest"]),
+        ("made with", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
+    ]
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---", ""]
+    lines += [USES[library].format(file=file), "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
+    found = [row for report in measured for row in _results(report)]
+    if found:
+        lines += ["", "Measured with `darex eval`:", "", "| task | split | metric | | examples |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in found]
+    return "\n".join([*lines, ""])
+
+
+def hub_name(config: Mapping[str, Any], otherwise: str) -> str:
+    """What a base is called: the hub's name in its config.json, or else that of its folder."""
+    stated = config.get("_name_or_path")
+    return stated if isinstance(stated, str) and HUB_NAME.fullmatch(stated) else otherwise
+
+
+def _results(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    try:
+        rows = report.get("deltas", [report])
+        return [
+            (row["task"], report["split"], row["metric_name"], f"{row['metric']:.4f}", f"{row['n']:,}")
+            for row in rows
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DarexError("a report for the card is no output of darex eval --json.") from error
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _cell(value: Any) -> str:
+    """As one cell of a table: whatever a file says starts no row, no cell and no tag."""
+    line = " ".join(str(value).split())
+    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

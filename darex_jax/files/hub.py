@@ -1,0 +1,95 @@
+"""A delta on the Hugging Face hub: one file and its card."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from darex_jax.core.errors import DarexError
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.atomic import write_whole
+from darex_jax.files.card import CARD
+from darex_jax.files.paths import read_bytes
+
+FILE = "delta.safetensors"  # what a delta is called in its repository
+
+
+def push_delta(
+    path: Path, repo: str, card: str, *, private: bool = False, revision: str | None = None
+) -> str:
+    """Puts an artifact and its card into a model repository, made where there is none. Returns the address.
+
+    Raises: DarexError where there is no token, no network, no right to write; FileError for a damaged file.
+    """
+    import huggingface_hub
+
+    with DeltaFile(path) as file:
+        file.check_data()
+    if huggingface_hub.get_token() is None:
+        raise DarexError(
+            "there is no token for the hub: make one that may write at "
+            "https://huggingface.co/settings/tokens, then `hf auth login`, or set HF_TOKEN."
+        )
+    api = huggingface_hub.HfApi()
+    content = read_bytes(path)
+    with _told(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.create_commit(
+            repo,
+            [
+                huggingface_hub.CommitOperationAdd(FILE, content),
+                huggingface_hub.CommitOperationAdd(CARD, card.encode()),
+            ],
+            commit_message=f"A delta of {len(content):,} bytes",
+            revision=revision,
+        )
+    return str(done.repo_url)
+
+
+def pull_delta(repo: str, out: Path, *, revision: str | None = None) -> Path:
+    """Fetches the artifact of a model repository to `out`, a file that appears whole or not at all.
+
+    Raises: DarexError where there is no such repository or file, no network or no right to read; FileError
+      for what is no sound artifact.
+    """
+    import huggingface_hub
+
+    with _told(repo):
+        cached = Path(huggingface_hub.hf_hub_download(repo, FILE, revision=revision))
+    with DeltaFile(cached) as file:
+        file.check_data()
+    write_whole(out, read_bytes(cached))
+    return out
+
+
+@contextmanager
+def _told(repo: str) -> Iterator[None]:
+    """The hub's errors in a line that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise DarexError("HF_HUB_OFFLINE is set, and this needs the hub; unset it.") from error
+    except errors.HFValidationError as error:
+        raise DarexError(f"{repo!r:.80} is no name of a repository: expected OWNER/NAME.") from error
+    except errors.GatedRepoError as error:
+        raise DarexError(
+            f"{repo} is gated: ask for access on its page, and log in (`hf auth login`)."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DarexError(
+            f"{repo} is not on the hub, or this token may not see it (`hf auth login`)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DarexError(f"{repo} has no such revision.") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise DarexError(f"{repo} cannot be fetched: there is no connection to the hub.") from error
+    except errors.EntryNotFoundError as error:
+        raise DarexError(f"{repo} has no {FILE}: it is no repository that `darex push` made.") from error
+    except errors.HfHubHTTPError as error:
+        response = error.response
+        status = getattr(response, "status_code", None)
+        hint = " This token may not write there." if status in (401, 403) else ""
+        raise DarexError(f"{repo}: the hub answers {status}.{hint}") from error
+    except (getattr(errors, "HTTPError", OSError), OSError) as error:  # of the library below, a connection's
+        raise DarexError(f"{repo}: there is no connection to the hub ({type(error).__name__}).") from error

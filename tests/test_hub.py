@@ -1,0 +1,179 @@
+"""push and pull against a stand-in of the hub's HTTP calls, and the card they carry."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import darex_jax as dx
+from darex_jax.core.errors import DarexError
+from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.card import model_card
+from darex_jax.files.contents import contents
+from tests.test_bank import darex
+
+REPO = "someone/delta"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as huggingface_hub asks for: repositories in memory, one token that may write."""
+
+    repos: ClassVar[dict] = {}
+    commit = "c" * 40
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, content=b"", **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Authorization") != "Bearer good":
+            self.answer(403, {"error": "no"})
+        elif self.path.startswith("/api/repos/create"):
+            asked = json.loads(content)
+            name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+            self.repos.setdefault(name, {})
+            self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
+        elif "/preupload/" in self.path:
+            files = json.loads(content)["files"]
+            found = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            self.answer(200, {"files": found})
+        elif self.path.startswith("/api/validate-yaml"):
+            self.answer(200, {"errors": [], "warnings": []})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    self.repos[REPO][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"http://{self.headers['Host']}/{REPO}/commit/{self.commit}"
+            self.answer(200, {"commitUrl": url, "commitOid": self.commit})
+        else:
+            self.answer(404)
+
+    def do_GET(self):
+        repo, _, rest = self.path[1:].partition("/resolve/")
+        file = self.repos.get(repo, {}).get(rest.partition("/")[2])
+        if repo not in self.repos:
+            self.answer(404, X_Error_Code="RepoNotFound")
+        elif file is None:
+            self.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            etag = f'"{hashlib.sha256(file).hexdigest()}"'
+            self.answer(200, file, ETag=etag, X_Repo_Commit=self.commit)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    Hub.repos = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("delta") / "mine.safetensors"
+    base = {"layer": {"weight": jnp.ones((64, 32))}}
+    dx.save_delta(path, jax.random.key(0), jax.tree.map(jnp.sin, base), 0.9, base=base)
+    return path
+
+
+def called(tmp_path, endpoint, *arguments, **env):
+    settings = {
+        "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "good", "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "*", "no_proxy": "*", "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "darex_jax", *map(str, arguments)]
+    environment = {k: v for k, v in (os.environ | settings | env).items() if v}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_delta_goes_to_the_hub_and_comes_back(tmp_path, hub, delta):
+    report = tmp_path / "measured.json"
+    report.write_text(json.dumps(
+        {"task": "sst2", "split": "test", "metric_name": "accuracy", "metric": 0.868, "n": 872}
+    ))  # fmt: skip
+    options = ("--base-model", "someone/base", "--measured", report)
+    run = called(tmp_path, hub, "push", delta, REPO, *options)
+    assert run.returncode == 0, run.stderr
+    assert f"{hub}/{REPO}" in run.stdout
+    assert Hub.repos[REPO]["delta.safetensors"] == delta.read_bytes()
+    card = Hub.repos[REPO]["README.md"].decode()
+    assert card.startswith('---\nbase_model: "someone/base"\nlibrary_name: "darex_jax"\n')
+    assert "| sst2 | test | accuracy | 0.8680 | 872 |" in card
+    assert called(tmp_path, hub, "push", delta, REPO, *options, "--dry-run", HF_TOKEN="").stdout == card
+
+    out = tmp_path / "pulled.safetensors"
+    run = called(tmp_path, hub, "pull", REPO, out, HF_TOKEN="")
+    assert run.returncode == 0, run.stderr
+    assert out.read_bytes() == delta.read_bytes()
+    assert "--overwrite" in called(tmp_path, hub, "pull", REPO, out).stderr
+
+
+def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
+    for message, env in (
+        ("there is no token for the hub", {"HF_TOKEN": ""}),
+        ("403. This token may not write there", {"HF_TOKEN": "bad"}),
+        ("HF_HUB_OFFLINE is set", {"HF_HUB_OFFLINE": "1"}),
+    ):
+        run = called(tmp_path, hub, "push", delta, REPO, **env)
+        assert run.returncode == 1 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert "expected OWNER/NAME" in called(tmp_path, hub, "push", delta, "a b/c").stderr
+    out = tmp_path / "out"
+    assert "someone/other is not on the hub" in called(tmp_path, hub, "pull", "someone/other", out).stderr
+    Hub.repos[REPO] = {}
+    assert "has no delta.safetensors" in called(tmp_path, hub, "pull", REPO, out).stderr
+    Hub.repos[REPO]["delta.safetensors"] = delta.read_bytes()[:-1] + b"!"
+    assert "damaged" in called(tmp_path, hub, "pull", REPO, out).stderr
+    assert not out.exists()
+
+
+def test_what_no_network_means_is_told(tmp_path, delta):
+    run = called(tmp_path, "http://127.0.0.1:9", "pull", REPO, tmp_path / "out")
+    assert run.returncode == 1 and "no connection to the hub" in run.stderr, run.stderr
+
+
+def test_a_card_says_what_was_done_and_no_more(delta):
+    with DeltaFile(delta) as file:
+        facts = contents(file)
+    card = model_card(facts, "darex_jax")
+    assert "base_model" not in card and "Measured" not in card and "drop_rate 0.9" in card
+    hostile = model_card(facts | {"method": "a | b\n# title <script>"}, "peft", base_model='x"\nlicense: mit')
+    assert "a \\| b # title &lt;script>" in hostile and "\nlicense: mit" not in hostile.split("---")[1]
+    several = {"split": "test", "deltas": [{"task": "mrpc", "metric_name": "f1", "metric": 0.5, "n": 3}]}
+    assert "| mrpc | test | f1 | 0.5000 | 3 |" in model_card(facts, "darex_jax", measured=[several])
+    with pytest.raises(DarexError, match="no output of darex eval --json"):
+        model_card(facts, "darex_jax", measured=[{"some": "json"}])
+
+
+def test_written_models_carry_a_card(tmp_path, folders):
+    base, out = folders / "bert" / "base", tmp_path / "delta"
+    options = ("--method", "svd", "--bits", "4", "--drop-rate", "0.9")
+    darex("prune", base, folders / "bert" / "fine", out, *options)
+    darex("apply", base, out, tmp_path / "model")
+    darex("export", out, tmp_path / "adapter", "--to", "peft", "--base", base)
+    for folder, library in (("model", "transformers"), ("adapter", "peft")):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f'library_name: "{library}"' in card and "| method | svd" in card and "base_model: " in card
