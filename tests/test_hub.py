@@ -17,7 +17,7 @@ import pytest
 import darex_jax as dx
 from darex_jax.core.errors import DarexError
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.card import model_card
+from darex_jax.files.card import hub_name, model_card
 from darex_jax.files.contents import contents
 from tests.test_bank import darex
 
@@ -168,12 +168,34 @@ def test_a_card_says_what_was_done_and_no_more(delta):
         model_card(facts, "darex_jax", measured=[{"some": "json"}])
 
 
+def test_a_base_is_called_what_the_hub_calls_it(tmp_path):
+    cached = tmp_path / "models--some-one--a.base" / "snapshots" / "abc"
+    assert hub_name(cached) == "some-one/a.base"
+    assert hub_name(tmp_path / "folder") == "folder"
+
+
 def test_written_models_carry_a_card(tmp_path, folders):
     base, out = folders / "bert" / "base", tmp_path / "delta"
     options = ("--method", "svd", "--bits", "4", "--drop-rate", "0.9")
     darex("prune", base, folders / "bert" / "fine", out, *options)
     darex("apply", base, out, tmp_path / "model")
     darex("export", out, tmp_path / "adapter", "--to", "peft", "--base", base)
+    darex(
+        "merge",
+        base,
+        out,
+        folders / "bert" / "fine",
+        tmp_path / "merged",
+        "--method",
+        "ties",
+        "--drop-rate",
+        0.5,
+    )
+    merged = (tmp_path / "merged" / "README.md").read_text()
+    assert "A merge of 2 fine-tunes of base by `darex merge`: ties, drop_rate 0.5." in merged
+    assert "| delta | 1 |" in merged
     for folder, library in (("model", "transformers"), ("adapter", "peft")):
         card = (tmp_path / folder / "README.md").read_text()
-        assert f'library_name: "{library}"' in card and "| method | svd" in card and "base_model: " in card
+        assert (
+            f'library_name: "{library}"' in card and "| method | svd" in card and 'base_model: "base"' in card
+        )

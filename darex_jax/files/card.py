@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from darex_jax.core.errors import DarexError
 
 CARD = "README.md"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 USES = {
     "darex_jax": "A pruned delta. With its base it restores the fine-tuned model:\n\n"
     "    darex apply BASE {file} OUT",
@@ -64,10 +65,31 @@ def model_card(
     return "\n".join([*lines, ""])
 
 
-def hub_name(config: Mapping[str, Any], otherwise: str) -> str:
-    """What a base is called: the hub's name in its config.json, or else that of its folder."""
-    stated = config.get("_name_or_path")
-    return stated if isinstance(stated, str) and HUB_NAME.fullmatch(stated) else otherwise
+def merged_card(method: str, deltas: Sequence[str], options: Mapping[str, Any], *, base_model: str) -> str:
+    """The card of a merged model. Args: deltas: what they are called; options: of `merge`."""
+    metadata = {"base_model": base_model, "library_name": "transformers", "tags": ["delta-pruning", "merge"]}
+    stated = {k: v for k, v in options.items() if v is not None and k != "key"}
+    weights = stated.pop("weights", None) or [1.0] * len(deltas)
+    how = ", ".join([method, *(f"{k} {_text(v)}" for k, v in stated.items())])
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---", ""]
+    lines += [
+        f"A merge of {len(deltas)} fine-tunes of {_cell(base_model)} by `darex merge`: {_cell(how)}.",
+        "",
+    ]
+    lines += ["| delta | weight |", "| --- | --- |"]
+    lines += [f"| {_cell(name)} | {w:g} |" for name, w in zip(deltas, weights, strict=True)]
+    return "\n".join([*lines, ""])
+
+
+def hub_name(path: Path) -> str:
+    """What a base is called: its name on the hub if it lies in the hub's cache, or else its folder's.
+
+    `_name_or_path` of its config.json is no help: it names what the base itself was trained from.
+    """
+    for folder in path.resolve().parts:
+        if found := CACHED.fullmatch(folder):
+            return f"{found[1]}/{found[2]}"
+    return path.resolve().name
 
 
 def _results(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:

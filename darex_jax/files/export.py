@@ -104,7 +104,7 @@ def export_adapter(
     stated_config = delta.config() or (base.config if base is not None else {})
     architecture = next(iter(stated_config.get("architectures") or [""]))
     task_type = next((t for ending, t in TASK_TYPES.items() if architecture.endswith(ending)), None)
-    of = None if base is None else hub_name(base.config, str(base.path))
+    called = None if base is None else hub_name(base.path)
     save_adapter(
         out,
         config,
@@ -112,8 +112,8 @@ def export_adapter(
         unflatten_names(whole),
         embeddings=embeddings,
         task_type=task_type,
-        base=of,
-        card=model_card(contents(delta), "peft", base_model=of),
+        base=called if base is None or "/" in (called or "") else str(base.path),
+        card=model_card(contents(delta), "peft", base_model=called),
         overwrite=overwrite,
     )
     return Exported(dict(sorted(ranks.items())), sorted(whole), lost / squares if squares else 0.0)

@@ -18,6 +18,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import working_dtype
 from darex_jax.core.x64 import enable_x64
 from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.card import CARD, hub_name, merged_card
 from darex_jax.files.checkpoint import SINGLE, Checkpoint
 from darex_jax.files.given import Given, open_given
 from darex_jax.files.restore import Layout, floating_dtype, layout_bytes, name_dtype, write_index
@@ -108,6 +109,10 @@ def merge_files(
                     each.see(name, digest)
             for each in given:
                 each.finish()
+            called = [each.path.name for each in given]
+            card = merged_card(method, called, options, base_model=hub_name(opened.path))
+            for place in places:
+                (place / CARD).write_text(card, encoding="utf-8")
         return Merged([Path(out) / place.relative_to(folder) for place in places], changed, size)
 
 

@@ -103,7 +103,7 @@ def apply_artifact(
         own_config = "config.json" in delta.names("file")
         config, source = (delta.config(), delta.path) if own_config else (base.config, base.path)
         name_dtype(folder, config, outputs, source)
-        card = model_card(contents(delta), "transformers", base_model=hub_name(base.config, base.path.name))
+        card = model_card(contents(delta), "transformers", base_model=hub_name(base.path))
         (folder / CARD).write_text(card, encoding="utf-8")
         write_index(folder, outputs)
     return layout_bytes(outputs)
