@@ -133,23 +133,28 @@ def quantise(
       dtype: of the scales.
     Raises: DarexError for other bits.
     """
-    x = jnp.asarray(numbers)
+    # What is at hand is padded and cut by NumPy: JAX would compile that for every size.
+    traced = any(isinstance(x, jax.core.Tracer) for x in (numbers, rows, columns))
+    xp: Any = jnp if traced else np
+    x = xp.asarray(numbers)
     if bits is None:
         return Values(x.astype(dtype))
     if bits not in BITS:
         raise DarexError(f"values have {', '.join(map(str, BITS))} bits, got {bits}.")
     if per == "matrix":
-        group, groups = jnp.zeros(x.shape, jnp.int32), 1
+        group, groups = xp.zeros(x.shape, np.int32), 1
     elif isinstance(per, int):
-        group, groups = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape) // per, -(-x.size // per)
+        group, groups = xp.arange(x.size, dtype=np.int32).reshape(x.shape) // per, -(-x.size // per)
     else:
-        group = jnp.broadcast_to(jnp.asarray(rows if per == "row" else columns, jnp.int32), x.shape)
+        group = xp.broadcast_to(xp.asarray(rows if per == "row" else columns, np.int32), x.shape)
         groups = (shape or x.shape)[0 if per == "row" else 1]
     # Filled up to a power of two, with a group of its own: of few sizes few programs are compiled.
     more = (1 << max(0, x.size - 1).bit_length()) - x.size
-    filled = jnp.pad(x.astype(jnp.float32).reshape(-1), (0, more))
-    of = jnp.pad(group.reshape(-1), (0, more), constant_values=groups)
+    filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
+    of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
     integers, scales = _fit(filled, of, groups + 1, bits)
+    if not traced:
+        integers, scales = np.asarray(integers), np.asarray(scales)
     return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
 
 
