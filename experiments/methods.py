@@ -204,6 +204,7 @@ def write_table() -> None:
         "machine and versions stand in the JSON lines under `methods/`.",
         "",
     ]
+    lines += [*winners(), *importance()]
     for task, optimizer, rows in finished():
         head = next(row for row in rows if row["way"] == "fine-tuned")
         title = f"## {task}, {optimizer}: {head['metric_name']} on {head['test_examples']}"
@@ -232,6 +233,56 @@ def write_table() -> None:
             lines.append(f"| {way} | " + " | ".join(texts) + " |")
         lines.append("")
     (RESULTS.parent / "methods.md").write_text("\n".join(lines))
+
+
+def winners() -> list[str]:
+    """Which untrained way is best where, and the others whose means are within its deviation or 0.005 of it."""
+    lines = [
+        "## Who wins",
+        "",
+        "Of the ways without training: the best, and in brackets those within 0.005 or",
+        "",
+    ]
+    lines[-1:] = ["one standard deviation of it.", ""]
+    lines += ["| fine-tune | " + " | ".join(f"{size:g}" for size in BYTES[:6]) + " |", "|" + " --- |" * 7]
+    for task, optimizer, rows in finished():
+        texts = []
+        for size in BYTES[:6]:
+            cells = [r for r in rows if r.get("bytes") == size and "mean" in r]
+            cells = [r for r in cells if not METHODS[WAYS[r["way"]][0]].trains]
+            if not cells:
+                texts.append("")
+                continue
+            top = max(cells, key=lambda r: r["mean"])
+            near = [
+                r["way"] for r in cells
+                if r is not top and r["mean"] >= top["mean"] - max(0.005, top["std"], r["std"])
+            ]  # fmt: skip
+            texts.append(f"{top['way']} {top['mean']:.3f}" + (f" ({'; '.join(near)})" if near else ""))
+        lines.append(f"| {task}, {optimizer} | " + " | ".join(texts) + " |")
+    return [*lines, ""]
+
+
+def importance() -> list[str]:
+    """AdamR-L1 with importance-based pruning beside DAREx-q, which Table 6 of the paper does not have."""
+    ways, sizes = ("DARE", "DAREx-q", "MP", "WANDA"), (0.1, 0.02, 0.01)
+    lines = ["## AdamR-L1: importance and DAREx-q", ""]
+    lines += ["The paper trains with L1 for importance-based pruning (its Table 6) and does not say what", ""]
+    lines[-1:] = ["DAREx-q does there. Beside AdamW, at three sizes:", ""]
+    lines += [
+        "| fine-tune | bytes a parameter | " + " | ".join(ways) + " |",
+        "|" + " --- |" * (len(ways) + 2),
+    ]
+    for task, optimizer, rows in finished():
+        if optimizer not in ("adamw", "adamr-l1-0.00002"):
+            continue
+        cells = {(r["way"], r.get("bytes")): r for r in rows if "mean" in r}
+        for size in sizes:
+            found = [cells.get((way, size)) for way in ways]
+            if any(found):
+                texts = ["" if c is None else f"{c['mean']:.3f} ± {c['std']:.3f}" for c in found]
+                lines.append(f"| {task}, {optimizer} | {size:g} | " + " | ".join(texts) + " |")
+    return [*lines, ""]
 
 
 def plot() -> None:

@@ -1,5 +1,6 @@
 """A bank of deltas: each row of a mixed batch is the model that its own file restores."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,8 @@ import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexError
 from darex_jax.core.sharding import make_mesh
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.files.artifact import DeltaFile
 from darex_jax.models import classifier_from_pretrained, init_model, read_model_config
 from darex_jax.parts.mixed import Mixed, rounded_up, stack_parts
 from darex_jax.parts.total import Parts
@@ -190,13 +192,103 @@ def test_what_does_not_go_together_is_refused(tmp_path, encoders, folders):
     with pytest.raises(DarexError, match="damaged"):
         bank.add("damaged", damaged)
     assert bank.names == ("svd",)
+    with pytest.raises(DarexError, match="the batch has 3 rows, its parameters are for 2 deltas"):
+        run(bank.model, bank.mixed(["svd", None]), jnp.ones((3, 12), jnp.int32))
+    other = dataclasses.replace(model.config, layer_norm_eps=1e-3)
+    fine = classifier_from_pretrained(dataclasses.replace(model, config=other), params, 2, jax.random.key(0))
+    out = pruned(base, saved(tmp_path / "fine", *fine), tmp_path / "delta", "--method", "svd", "-p", "0.5")
+    with pytest.raises(DarexError, match="config differs from that of 'svd' in layer_norm_eps"):
+        bank.add("other", out)
+
+
+def test_a_base_of_numpy_arrays_and_an_empty_bank(encoders):
+    base, files = encoders
+    model, params = dx.load_model(base)
+    bank = dx.DeltaBank(model, jax.tree.map(np.asarray, params))
+    ids = jnp.ones((2, 12), jnp.int32)
+    right = run(model, params, ids).last_hidden_state
+    np.testing.assert_array_equal(run(bank.model, bank.mixed([None, None]), ids).last_hidden_state, right)
+    bank.add("svd", files["svd"])
+    assert np.isfinite(run(bank.model_of("svd"), bank.activate("svd"), ids).logits).all()
+
+
+def test_a_decoder_with_another_vocabulary_is_refused(tmp_path, folders):
+    model, params = dx.load_model(folders / "llama" / "base")
+    config = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + 1)
+    more = {n: jnp.concatenate([x, x[:1]]) if n in ("model.embed_tokens.weight", "lm_head.weight") else x
+            for n, x in flatten_names(params).items()}  # fmt: skip
+    dx.save_params(tmp_path / "fine", unflatten_names(more), config.to_hf())
+    delta = pruned(folders / "llama" / "base", tmp_path / "fine", tmp_path / "d", "-p", "0.5")
+    with pytest.raises(DarexError, match=r"which the base has as .* and no bank takes that"):
+        filled(folders / "llama" / "base", {"d": delta})
+
+
+def test_a_random_part_has_as_many_values_as_its_mask(encoders):
+    part = make("random", FORMS[0])
+    short = dataclasses.replace(
+        part, values=dataclasses.replace(part.values, numbers=part.values.numbers[:-1])
+    )
+    with pytest.raises(DarexError, match="the mask has"):
+        short.located()
+
+
+def classifier_pair(root, name, labels, start, options=("--method", "svd", "-p", "0.5")):
+    """A fine-tune with so many labels, and its delta, from `start`, a directory."""
+    model, params = dx.load_model(start)
+    own, fresh = classifier_from_pretrained(model, params, labels, jax.random.key(labels))
+    moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin((90 + labels) * x + labels), fresh)
+    fine = saved(root / name, own, moved)
+    return pruned(start, fine, root / f"{name}.safetensors", *options)
+
+
+def test_a_base_with_a_head_of_its_own(tmp_path, encoders):
+    """Deltas with fewer, as many and more labels than the base, and one whose head is pruned."""
+    body, params = dx.load_model(encoders[0])
+    three = classifier_from_pretrained(body, params, 3, jax.random.key(9))
+    base = saved(tmp_path / "base", *three)
+    files = {str(n): classifier_pair(tmp_path, str(n), n, base) for n in (1, 2, 3, 5)}
+    whole = ("--method", "svd", "-p", "0.1", "--include", ".")
+    files["pruned head"] = classifier_pair(tmp_path, "pruned", 3, base, whole)
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
+    for chosen in (["2"], ["1", "3"], ["3", "pruned head"], list(files)):
+        bank = filled(base, {name: files[name] for name in chosen})
+        for name in (*chosen, None):
+            model, restored = dx.load_model(base, delta=files.get(name))
+            right = run(model, restored, ids).logits
+            mixed = run(bank.model, bank.mixed([name, name]), ids).logits
+            np.testing.assert_allclose(mixed[:, : right.shape[1]], right, atol=2e-5)
+            assert np.all(np.asarray(mixed[:, right.shape[1] :]) == -np.inf)
+            given = bank.activate(name)
+            np.testing.assert_allclose(run(model, given, ids).logits, right, atol=2e-5)
+
+
+def test_a_small_delta_is_not_lost_in_a_narrow_base(tmp_path, folders):
+    model, params = dx.load_model(folders / "bert" / "base", jnp.bfloat16)
+    base = saved(tmp_path / "base", model, params)
+    moved = jax.tree.map(lambda x: x.astype(jnp.float32) * (1 + 1e-3), params)
+    delta = pruned(
+        base, saved(tmp_path / "fine", model, moved), tmp_path / "d", "--method", "svd", "-p", "0.5"
+    )
+    with pytest.raises(DarexError, match="restored in float32, the base was loaded in bfloat16"):
+        filled(base, {"d": delta})
+    bank = dx.DeltaBank(*dx.load_model(base, jnp.float32))
+    bank.add("d", delta)
+    restored = dx.load_model(base, delta=delta)[1]
+    for leaf, right in zip(jax.tree.leaves(bank.activate("d")), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_allclose(leaf, right, atol=1e-6)
 
 
 def test_bytes_are_those_of_the_parts(encoders):
     base, files = encoders
     bank = filled(base, files)
     dense = sum(x.nbytes for x in jax.tree.leaves(dx.load_model(base)[1]))
-    assert bank.nbytes("sign") < dense / 10 and bank.nbytes("dare") < dense / 5
+    with DeltaFile(files["dare"]) as file:
+        survivors = sum(
+            len(v) for n in file.recipe.parameters for p in file.parts(n).parts for v in [p.values]
+        )
+    heads = sum(x.nbytes for x in jax.tree.leaves(dx.load_kept(files["dare"])))
+    assert bank.nbytes("dare") - heads > 8 * survivors  # values and places
+    assert bank.nbytes("sign") < dense / 10 and bank.nbytes("dare") < dense / 2
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -277,7 +369,7 @@ def test_generate_takes_several_deltas(stored, folders):
     (["--delta", "bert-magnitude", "--delta", "bert-magnitude"], "a delta is named twice"),
     (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype goes with"),
     (["--delta", "bert-magnitude", "--delta", "bert-structured", *["--task", "x"] * 3], "3 tasks for 2"),
-    (["--delta", "bert-magnitude", "--delta", "llama-structured"], "another base"),
+    (["--delta", "bert-magnitude", "--delta", "llama-structured"], "this one has no 'model.layers"),
 ])  # fmt: skip
 def test_what_does_not_go_with_several_deltas_is_told(stored, folders, arguments, message):
     files = {f"{family}-{method}": file for (family, method), file in stored.items()}

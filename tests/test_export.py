@@ -75,6 +75,29 @@ def test_peft_computes_the_restored_model_with_it(tmp_path, encoders, method):  
     np.testing.assert_allclose(model(params, ids).logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", [(), ("--include", ".")])
+def test_peft_computes_a_decoder_with_a_tied_head(tmp_path, folders, scope):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pair = []
+    for which in ("base", "fine"):
+        model, params = dx.load_model(folders / "llama" / which)
+        config = model.config.to_hf() | {"tie_word_embeddings": True}
+        dx.save_params(tmp_path / which, {"model": params["model"]}, config)
+        pair.append(tmp_path / which)
+    delta = pruned(*pair, tmp_path / "delta", "--method", "svd", "-p", "0.5", *scope)
+    darex("export", delta, tmp_path / "out", "--to", "peft", "--base", pair[0])
+    model, params = dx.load_model(pair[0], delta=delta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of a tied layer that is adapted
+        head = transformers.AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(head, tmp_path / "out").eval()
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 3, 200)
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor(np.array(ids))).logits.numpy()
+    np.testing.assert_allclose(model(params, ids).logits, logits, atol=2e-4)
+
+
 def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
     base, files = encoders
     refused = darex("export", files["dare"], tmp_path / "out", "--to", "peft", "--base", base, code=1).output
@@ -102,12 +125,17 @@ def test_what_is_missing_is_told(tmp_path, encoders, folders):  # noqa: F811
     out = tmp_path / "out"
     assert "name the base (--base BASE)" in darex("export", files["svd"], out, "--to", "peft", code=1).output
     assert "a patch takes --base" in darex("export", files["svd"], out, "--to", "patch", code=2).output
-    other = folders / "bert" / "base"
+    other = folders / "llama" / "base"
     for form in ("peft", "patch"):
-        darex("export", files["svd"], out, "--to", form, "--base", other, code=1)
+        result = darex("export", files["svd"], out, "--to", form, "--base", other, code=1)
+        assert "base" in result.output and "a fault of" not in result.output
     out.write_text("mine")
     assert "--overwrite" in darex("export", files["svd"], out, "--to", "patch", "--base", base, code=1).output
     assert out.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    options = ("--to", "peft", "--base", base, "--overwrite")
+    for target in (base, files["svd"].parent):
+        assert "would replace" in darex("export", files["svd"], target, *options, code=1).output
+    assert files["svd"].exists() and (base / "model.safetensors").exists()
     options = ("--to", "patch", "--base", base, "--overwrite")
     assert (
         "would replace" in darex("export", files["svd"], base / "model.safetensors", *options, code=1).output

@@ -58,7 +58,8 @@ class Hub(BaseHTTPRequestHandler):
             found = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
             self.answer(200, {"files": found})
         elif self.path.startswith("/api/validate-yaml"):
-            self.answer(200, {"errors": [], "warnings": []})
+            wrong = [] if b"no such name" not in content else [{"message": "base_model is no repository"}]
+            self.answer(400 if wrong else 200, {"errors": wrong, "warnings": []})
         elif "/commit/" in self.path:
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
@@ -140,6 +141,8 @@ def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
     ):
         run = called(tmp_path, hub, "push", delta, REPO, **env)
         assert run.returncode == 1 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+    run = called(tmp_path, hub, "push", delta, REPO, "--base-model", "no such name")
+    assert run.returncode == 1 and "a fault of" not in run.stderr, run.stderr
     assert "expected OWNER/NAME" in called(tmp_path, hub, "push", delta, "a b/c").stderr
     out = tmp_path / "out"
     assert "someone/other is not on the hub" in called(tmp_path, hub, "pull", "someone/other", out).stderr
@@ -171,6 +174,7 @@ def test_a_card_says_what_was_done_and_no_more(delta):
 def test_a_base_is_called_what_the_hub_calls_it(tmp_path):
     cached = tmp_path / "models--some-one--a.base" / "snapshots" / "abc"
     assert hub_name(cached) == "some-one/a.base"
+    assert hub_name(tmp_path / "models--bert-base" / "snapshots" / "abc") == "bert-base"
     assert hub_name(tmp_path / "folder") == "folder"
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import darex_jax as dx
 from darex_jax.core.errors import DarexError
+from darex_jax.core.mask import survivor_indices
+from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import flatten_names, leaf_key
 from darex_jax.files.blocks import pack, unpack
 from darex_jax.files.coding import CODERS, Stream, decode, encode, from_gaps, to_gaps
@@ -48,8 +50,7 @@ def make(kind, form):
     if kind == "sparse":
         return Sparse(values_of(DELTA.reshape(-1)[places], form, places), places, Q, SHAPE)
     if kind == "random":
-        part = Random(Values(np.zeros(0)), KEY, Q, 0.9, SHAPE)
-        places = np.asarray(part.located().positions)
+        places = survivor_indices(KEY, DELTA.size, keep_threshold(0.9))
         return Random(values_of(DELTA.reshape(-1)[places], form, places), KEY, Q, 0.9, SHAPE)
     if kind == "columns":
         columns = np.array([0, 3, 4, 17, 36], np.uint32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,24 +17,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError, FileError
+from darex_jax.core.scope import HEAD, OPTIONAL
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.safetensors import DTYPES, as_bytes
 from darex_jax.models import BertConfig, Model, Params, build_model, read_model_config
 from darex_jax.parts.dense import Dense
-from darex_jax.parts.mixed import Mixed, Stack, rounded_up, stack_parts
+from darex_jax.parts.mixed import Mixed, Stack, rounded_up, stack_parts, written_out
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values
 
 Array = jax.Array
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A delta in the bank: its model, and by the model's names what is pruned and what is kept whole."""
+    """A delta in the bank: its model, and by the model's names shapes, what is pruned and what is kept."""
 
     model: Model
+    shapes: dict[str, Shape]
     parts: dict[str, Parts]
     kept: dict[str, np.ndarray]
 
@@ -49,18 +52,20 @@ class DeltaBank:
         params = bank.mixed(["sst2", "mrpc", None])  # a delta for each row; None is the base alone
         logits = bank.model(params, input_ids).logits
 
-    The base's arrays are never changed. Sums are float32's, so an entry of a low rank or of signs may differ
-    in its last bits from what `darex apply` writes; sparse ones are the same bits.
+    The base's arrays are never changed. Sums are float32's, rounded to the base's dtype: of a float32 base
+    entries of low ranks and of signs may differ in their last bits from what `darex apply` writes; those of
+    sparse parts are the same bits.
     """
 
     def __init__(self, model: Model, base: Params):
         """Args: model, base: from `load_model`, in the dtypes of their files or wider; sharded or not."""
         self._base_model = model
-        self._base: dict[str, Array] = flatten_names(base)
+        self._base: dict[str, Array] = {name: jnp.asarray(x) for name, x in flatten_names(base).items()}
         self._digests: dict[tuple[str, str], str] = {}
         self._held: dict[str, _Held] = {}
         self._stacks: dict[str, Stack] | None = None  # made when first needed after a change
         self._params: dict[str, Array] = {}  # the base by the names of a fine-tune, filled up with zeros
+        self._heads: set[str] = set()  # of these names, what no delta on the base's own is: each brings all
         self._working: dict[str, Array] | None = None
         self._active = 0
 
@@ -70,45 +75,47 @@ class DeltaBank:
         return tuple(self._held)
 
     def nbytes(self, name: str) -> int:
-        """The bytes that a delta takes here: its parts and what it keeps whole."""
+        """The bytes of a delta as it was read: parts, places of random masks, what it keeps whole. What runs
+        beside them is in float32, filled up to the largest in the bank."""
         held = self._found(name)
         leaves = [*jax.tree.leaves(held.parts), *held.kept.values()]
         return sum(np.asarray(leaf).nbytes for leaf in leaves)
 
-    def add(self, name: str, path: str | os.PathLike[str], *, max_entries: int | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        max_entries: int | None = None,
+        ignore_config_fields: Collection[str] = (),
+    ) -> None:
         """Reads an artifact made from this base.
 
-        Args: name: what it is called here; one of that name is replaced. max_entries: as for `load_delta`.
-        Raises: FileError for a damaged file, or a base that is another; ValueError for a model that does not
-          go with the others in the bank.
+        Args: name: what it is called here; one of that name is replaced. max_entries: as for `load_delta`;
+          ignore_config_fields: as for `load_model`.
+        Raises: FileError for a damaged file, another base, or one in a narrower dtype than the delta is
+          restored in; ValueError for a model that does not go with the others in the bank.
         """
         with DeltaFile(path) as file:
             if file.names("rows"):
-                raise FileError(
-                    f"{path}: has extra rows for {', '.join(file.names('rows'))}, which no bank takes; "
-                    "restore the model with darex apply."
-                )
+                raise _unfit(path, f"has extra rows for {', '.join(file.names('rows'))}")
             file.check_entries(max_entries, MOST_VERIFIED_ENTRIES)
-            config = file.config() or self._base_model.config.to_hf()
-            model, shapes = build_model(read_model_config(config))
-            base_names = {own: self._base_name(file.base_name(own)) for own in shapes}
-            self._check_base(file)
-            if unknown := sorted(file.recipe.parameters.keys() - shapes.keys()):
-                raise FileError(f"{path}: was made from another base; this one has no '{unknown[0]}'.")
-            parts = {own: file.parts(own) for own in file.recipe.parameters}
+            try:
+                model, shapes = self._model_of(file, ignore_config_fields)
+                self._check_base(file)
+                self._check_names(file, shapes)
+                parts = {own: written_out(file.parts(own)) for own in file.recipe.parameters}
+            except FileError:
+                raise
+            except DarexError as error:
+                raise FileError(f"{path}: {error}") from error
             kept = {own: file.read(f"dense/{own}") for own in file.names("dense") if own in shapes}
             file.check_data()
-        missing = sorted(n for n in shapes if base_names[n] not in self._base and n not in kept)
-        wrong = sorted(n for n in parts if parts[n].shape != shapes[n])
-        wrong += sorted(n for n in kept if kept[n].shape != shapes[n])
-        if missing or wrong:
-            fault = f"{missing[0]} is in neither of the two" if missing else f"{wrong[0]} has another shape"
-            raise FileError(f"{path}: does not fit this base and its config: {fault}.")
-        others = {n: held for n, held in self._held.items() if n != name}
-        for other, held in others.items():
-            if _body(held.model) != _body(model):
-                raise DarexError(f"{path}: is a model of another config than '{other}' in this bank.")
-        self._held[name] = _Held(model, parts, kept)
+        self._check_shapes(path, shapes, parts, kept)
+        for other, held in self._held.items():
+            if other != name and (fields := _differing(held.model, model)):
+                raise DarexError(f"{path}: its config differs from that of '{other}' in {', '.join(fields)}.")
+        self._held[name] = _Held(model, shapes, parts, kept)
         self._changed()
 
     def remove(self, name: str) -> None:
@@ -121,14 +128,15 @@ class DeltaBank:
     def model(self) -> Model:
         """The model that runs `mixed`'s trees. Its head is as large as the largest, rounded up; a row's
         logits beyond its own labels are -inf."""
-        models = [held.model for held in self._held.values()]
-        if not models:
-            return self._base_model
+        models = [held.model for held in self._held.values()] or [self._base_model]
         config = models[0].config
         if not isinstance(config, BertConfig) or config.headless:
             return models[0]
-        labels = rounded_up(max(m.config.num_labels for m in models))  # type: ignore[union-attr]
-        return build_model(dataclasses.replace(config, num_labels=labels))[0]
+        own = self._base_model.config
+        with_heads = [m.config for m in models] + ([] if getattr(own, "headless", True) else [own])
+        labels = max(int(c.num_labels) for c in with_heads if isinstance(c, BertConfig))
+        widest = dataclasses.replace(config, num_labels=rounded_up(labels))
+        return build_model(widest, **dict(models[0].options))[0]
 
     def model_of(self, name: str) -> Model:
         """The model that runs `activate(name)`."""
@@ -144,24 +152,24 @@ class DeltaBank:
         Raises: ValueError for a name that is not here.
         """
         held, number = (None, 0) if name is None else (self._found(name), 1 + self.names.index(name))
-        stacks = {n: s for n, s in self._all_stacks().items() if n not in self._heads()}
+        stacks = {n: s for n, s in self._all_stacks().items() if n not in self._heads}
         base = {n: self._params[n] for n in stacks}
         if self._working is None:
             self._working, self._active = jax.tree.map(jnp.copy, base), 0
         self._working = _switched(self._working, base, stacks, self._active, number)
         self._active = number
         if held is None:
-            own = {theirs: n for n in self._params if (theirs := self._base_name(n)) in self._base}
-            return unflatten_names(self._base | {t: self._working[n] for t, n in own.items() if n in stacks})
-        heads = {n: self._whole(held, n) for n in self._heads()}
-        return unflatten_names({**self._params, **self._working, **jax.tree.map(jnp.asarray, heads)})
+            return unflatten_names(self._base | {self._base_name(n): x for n, x in self._working.items()})
+        heads = {n: jnp.asarray(self._whole(held, n)) for n in self._heads}
+        return unflatten_names({**self._params, **self._working, **heads})
 
     def mixed(self, names: Sequence[str | None]) -> dict[str, Any]:
         """Parameters for `model` on a batch whose row i belongs to the delta names[i]; None is the base.
 
         Every matrix product is the base's for all rows and, added to it, that of each row's own parts; no
-        dense delta is made. What is compiled depends on how many rows there are, not on their deltas; another
-        delta compiles nothing while its parts fit the rounded sizes of those that are there.
+        part of low rank, of columns or of signs is made dense. What is compiled depends on how many rows
+        there are, not on their deltas; another delta compiles nothing while its parts fit the rounded sizes
+        of those that are there.
 
         Returns: a nested dict whose leaves are arrays where no delta in the bank has anything, else `Mixed`.
         Raises: ValueError for a name that is not here.
@@ -178,6 +186,73 @@ class DeltaBank:
         }
         return unflatten_names(leaves)
 
+    # What is looked at before a delta is taken.
+
+    def _model_of(self, file: DeltaFile, ignored: Collection[str]) -> tuple[Model, dict[str, Shape]]:
+        config = read_model_config(file.config() or self._base_model.config.to_hf(), ignored)
+        headless = isinstance(config, BertConfig) and config.headless
+        stored = {*self._base, *file.names("dense")}
+        no_pooler = headless and not any(OPTIONAL.search(name) for name in stored)
+        return build_model(config, **({"pooler": False} if no_pooler else {}))
+
+    def _base_name(self, name: str) -> str:
+        """What a parameter is called in the base that was loaded, which may be its body, or have a head."""
+        for prefix in (f"{self._base_model.config.model_type}.", "model."):
+            for other in (name, name.removeprefix(prefix), prefix + name):
+                if other in self._base:
+                    return other
+        return name
+
+    def _check_base(self, file: DeltaFile) -> None:
+        """Whether the tensors that the delta was made from are those of this base, as far as it has them."""
+        for stated, entry in file.recipe.base.items():
+            name = self._base_name(stated)
+            if name not in self._base:
+                continue
+            leaf, key = self._base[name], (name, entry["dtype"])
+            if key not in self._digests:
+                array = np.ascontiguousarray(np.asarray(leaf).astype(DTYPES[entry["dtype"]]))
+                self._digests[key] = blake3.blake3(as_bytes(array)).hexdigest()
+            if list(leaf.shape) != entry["shape"] or not self._digests[key].startswith(entry["blake3"]):
+                raise DarexError(f"was made from another base; '{stated}' is not this one's.")
+
+    def _check_names(self, file: DeltaFile, shapes: Mapping[str, Shape]) -> None:
+        """Whether what is pruned is the model's, and the base's under the name that is looked for."""
+        for own, entry in file.recipe.parameters.items():
+            name = self._base_name(own)
+            if own not in shapes or name not in self._base:
+                raise DarexError(f"was made from another base; this one has no '{own}'.")
+            if name != self._base_name(file.base_name(own)):
+                raise DarexError(f"'{own}' was made from '{file.base_name(own)}', not from '{name}'.")
+            leaf, restored = self._base[name], DTYPES[entry.get("dtype", "BF16")]
+            if "dtype" in entry and jnp.promote_types(leaf.dtype, restored) != leaf.dtype:
+                raise DarexError(
+                    f"'{own}' is restored in {restored}, the base was loaded in {leaf.dtype}, in which a "
+                    f"small delta is lost: load the base in {restored}."
+                )
+
+    def _check_shapes(
+        self,
+        path: Any,
+        shapes: Mapping[str, Shape],
+        parts: Mapping[str, Parts],
+        kept: Mapping[str, np.ndarray],
+    ) -> None:
+        for own, shape in shapes.items():
+            leaf = self._base.get(self._base_name(own))
+            brought = kept[own].shape if own in kept else parts[own].shape if own in parts else None
+            if brought is not None and brought != shape:
+                raise FileError(f"{path}: does not fit its config: '{own}' has the shape {list(brought)}.")
+            if leaf is not None and leaf.shape == shape:
+                continue
+            if own not in kept:
+                raise FileError(f"{path}: does not fit this base and its config: '{own}' is in neither.")
+            if not (_is_classifier(own) or OPTIONAL.search(own)):
+                there = "has not" if leaf is None else f"has as {list(leaf.shape)}"
+                raise _unfit(path, f"brings '{own}' as {list(shape)}, which the base {there}")
+
+    # What is run.
+
     def _found(self, name: Any) -> _Held:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
@@ -187,58 +262,26 @@ class DeltaBank:
     def _changed(self) -> None:
         self._stacks, self._working = None, None
 
-    def _base_name(self, name: str) -> str:
-        """What a parameter of a base's file is called in the base that was loaded, which may be its body."""
-        family = f"{self._base_model.config.model_type}."
-        return name if name in self._base else name.removeprefix(family)
-
-    def _check_base(self, file: DeltaFile) -> None:
-        """Whether the tensors that the delta was made from are those of this base, as far as it has them."""
-        for stated, entry in file.recipe.base.items():
-            name = self._base_name(stated)
-            if name not in self._base:
-                continue
-            key = (name, entry["dtype"])
-            if key not in self._digests:
-                array = np.ascontiguousarray(np.asarray(self._base[name]).astype(DTYPES[entry["dtype"]]))
-                self._digests[key] = blake3.blake3(as_bytes(array)).hexdigest()
-            if list(self._base[name].shape) != entry["shape"] or not self._digests[key].startswith(
-                entry["blake3"]
-            ):
-                raise FileError(f"{file.path}: was made from another base; '{stated}' is not this one's.")
-
-    def _heads(self) -> set[str]:
-        """The parameters that the base has not, or in another shape: every delta brings its own."""
-        return {n for n, leaf in self._params.items() if self._of_base(n, leaf.shape) is None}
-
-    def _of_base(self, name: str, shape: tuple[int, ...]) -> Array | None:
-        leaf = self._base.get(self._base_name(name))
-        return leaf if leaf is not None and leaf.shape == shape else None
-
-    def _whole(self, held: _Held | None, name: str) -> np.ndarray:
-        """A parameter of a fine-tune that is no delta on this base's."""
-        if held is not None and name in held.kept:
-            return held.kept[name]
-        return np.asarray(self._base[self._base_name(name)])
-
     def _all_stacks(self) -> dict[str, Stack]:
-        if self._stacks is None:
-            shapes = build_model(self.model.config, **dict(self.model.options))[1]
-            dtype = next(iter(self._base.values())).dtype
-            self._params = {}
-            for name, shape in shapes.items():
-                leaf = self._of_base(name, shape)
-                self._params[name] = self._everywhere(np.zeros(shape, dtype)) if leaf is None else leaf
-            heads, found = self._heads(), {}
-            for name, shape in shapes.items():
-                if name in heads:
-                    of = [self._head(held, name, shape) for held in (None, *self._held.values())]
-                else:
-                    of = [None, *(self._delta(held, name) for held in self._held.values())]
-                if any(parts is not None for parts in of):
-                    found[name] = jax.tree.map(self._everywhere, stack_parts(of))
-            self._stacks = found
-        return self._stacks
+        if self._stacks is not None:
+            return self._stacks
+        model, held = self.model, list(self._held.values())
+        shapes = build_model(model.config, **dict(model.options))[1]
+        dtype = next(iter(self._base.values())).dtype
+        self._params, self._heads, found = {}, set(), {}
+        for name, shape in shapes.items():
+            leaf = self._base.get(self._base_name(name))
+            if leaf is None or leaf.shape != shape or any(h.shapes[name] != shape for h in held):
+                self._heads.add(name)
+                self._params[name] = self._everywhere(np.zeros(shape, dtype))
+                of = [self._head(each, name, shape) for each in (None, *held)]
+            else:
+                self._params[name] = leaf
+                of = [None, *(self._delta(each, name) for each in held)]
+            if any(parts is not None for parts in of):
+                found[name] = jax.tree.map(self._everywhere, stack_parts(of))
+        self._stacks = found
+        return found
 
     def _delta(self, held: _Held, name: str) -> Parts | None:
         if name not in held.kept:
@@ -246,7 +289,7 @@ class DeltaBank:
         own = held.kept[name].astype(np.float32)
         return _dense(own - np.asarray(self._params[name]).astype(np.float32))
 
-    def _head(self, held: _Held | None, name: str, shape: tuple[int, ...]) -> Parts | None:
+    def _head(self, held: _Held | None, name: str, shape: Shape) -> Parts | None:
         """A whole head, filled up to the largest; None is the base, which may have none."""
         if held is None and self._base_name(name) not in self._base:
             return None
@@ -254,6 +297,15 @@ class DeltaBank:
         filled = np.full(shape, -np.inf if len(shape) == 1 else 0.0, np.float32)
         filled[tuple(map(slice, own.shape))] = own
         return _dense(filled)
+
+    def _whole(self, held: _Held | None, name: str) -> np.ndarray:
+        """A parameter as a fine-tuned model, or the base, has it."""
+        if held is not None and name in held.kept:
+            return held.kept[name]
+        leaf = self._base[self._base_name(name)]
+        if held is not None and name in held.parts:
+            leaf = apply_delta(leaf, held.parts[name].to_dense())
+        return np.asarray(leaf)
 
     def _everywhere(self, array: Any) -> Array:
         """On every device of the base."""
@@ -267,10 +319,21 @@ def _dense(array: np.ndarray) -> Parts:
     return Parts((Dense(Values(array), np.float32(1), array.shape),), array.shape)
 
 
-def _body(model: Model) -> Any:
-    """What models of one bank share: all but the number of labels."""
-    config = model.config
-    return dataclasses.replace(config, num_labels=2) if isinstance(config, BertConfig) else config
+def _is_classifier(name: str) -> bool:
+    return bool(HEAD.search(name)) and not name.startswith("lm_head")
+
+
+def _unfit(path: Any, what: str) -> FileError:
+    return FileError(f"{path}: {what}, and no bank takes that; restore the model with darex apply.")
+
+
+def _differing(one: Model, other: Model) -> list[str]:
+    """The fields of the config in which two models of a bank differ; labels may."""
+    if type(one.config) is not type(other.config):
+        return ["model_type"]
+    pairs = [(f.name, getattr(one.config, f.name), getattr(other.config, f.name))
+             for f in dataclasses.fields(one.config) if f.compare and f.name != "num_labels"]  # fmt: skip
+    return [name for name, a, b in pairs if a != b]
 
 
 @partial(jax.jit, donate_argnums=0, keep_unused=True)

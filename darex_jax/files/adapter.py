@@ -41,7 +41,7 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def load_adapter(path: str | PathLike[str]) -> tuple[LoraConfig, dict[str, Any], dict[str, Any]]:
-    """Reads an adapter that PEFT, or `save_adapter`, wrote.
+    """Reads an adapter that PEFT, or `save_adapter`, wrote; of linear layers, not of embeddings.
 
     Args: path: directory with adapter_config.json and adapter_model.safetensors.
     Returns:

@@ -9,7 +9,7 @@ from typing import Any
 from darex_jax.core.errors import DarexError
 
 CARD = "README.md"
-CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
+CACHED = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)
 USES = {
     "darex_jax": "A pruned delta. With its base it restores the fine-tuned model:\n\n"
     "    darex apply BASE {file} OUT",
@@ -88,7 +88,7 @@ def hub_name(path: Path) -> str:
     """
     for folder in path.resolve().parts:
         if found := CACHED.fullmatch(folder):
-            return f"{found[1]}/{found[2]}"
+            return "/".join(filter(None, found.groups()))
     return path.resolve().name
 
 

@@ -91,5 +91,8 @@ def _told(repo: str) -> Iterator[None]:
         status = getattr(response, "status_code", None)
         hint = " This token may not write there." if status in (401, 403) else ""
         raise DarexError(f"{repo}: the hub answers {status}.{hint}") from error
-    except (getattr(errors, "HTTPError", OSError), OSError) as error:  # of the library below, a connection's
+    except (getattr(errors, "HTTPError", ConnectionError), ConnectionError, TimeoutError) as error:
         raise DarexError(f"{repo}: there is no connection to the hub ({type(error).__name__}).") from error
+    except ValueError as error:  # of the card's metadata
+        lines = str(error).strip().splitlines() or [""]
+        raise DarexError(f"{repo}: the hub does not take this: {lines[0]:.200}") from error

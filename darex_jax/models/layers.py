@@ -28,10 +28,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def project(x: Array, weight: Array) -> Array:
-    """`x @ weight.T` over the last axis, [..., D] and [O, D] -> [..., O]; sums in float32 at least."""
+def project(x: Array, weight: Array, mixed: Mixed | None = None) -> Array:
+    """`x @ weight.T` over the last axis, [..., D] and [O, D] -> [..., O]; sums in float32 at least.
+
+    Args: mixed: the weight where each row of x has a delta of its own, whose product is added.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("...D,OD->...O", x, weight, preferred_element_type=wide).astype(x.dtype)
+    y = jnp.einsum("...D,OD->...O", x, weight, preferred_element_type=wide)
+    return (y if mixed is None else y + mixed.product(x)).astype(x.dtype)
 
 
 class Keys:
@@ -71,11 +75,9 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if self.observe is not None:
             self.observe(x)
-        y = project(x, self.weight[...])
+        y = project(x, self.weight[...], None if self.mixed is None else self.mixed("weight"))
         if self.bias is not None:
             y = y + jnp.broadcast_to(_vector(self, "bias", y.ndim), y.shape)
-        if self.mixed is not None and (weight := self.mixed("weight")) is not None:
-            y = y + weight.product(x).astype(y.dtype)
         if self.lora_A is None or self.lora_B is None:
             return y
         return y + self.scale * self.lora_B(self.lora_A(x))
@@ -107,10 +109,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Array) -> Array:
         """The table as a tied head: [..., D] -> [..., V]."""
-        y = project(x, self.weight[...])
-        if self.mixed is not None and (weight := self.mixed("weight")) is not None:
-            y = y + weight.product(x).astype(y.dtype)
-        return y
+        return project(x, self.weight[...], None if self.mixed is None else self.mixed("weight"))
 
 
 class RMSNorm(nnx.Module):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.dense import Dense
 from darex_jax.parts.low_rank import LowRank
@@ -20,6 +21,8 @@ from darex_jax.parts.sign import Sign
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import Part, Parts
 from darex_jax.parts.values import Array, Shape, Values, reciprocal
+
+LARGE = 1 << 18  # entries of a dense part
 
 
 @partial(
@@ -67,6 +70,10 @@ class Mixed:
 
     def product(self, x: jax.Array) -> jax.Array:
         """What the deltas add to `x @ base.T`: [B, ..., in] -> [B, ..., out], by each part's own product."""
+        if len(x) != len(self.numbers):
+            raise DarexError(
+                f"the batch has {len(x)} rows, its parameters are for {len(self.numbers)} deltas."
+            )
         total = jnp.zeros((*x.shape[:-1], self.stack.shape[0]), jnp.float32)
         for part, places in self._stacked():
             total = total + _product(part, places, x)
@@ -74,6 +81,8 @@ class Mixed:
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """What the deltas add to rows of the matrix: integers [B or 1, T] -> [B, T, in]."""
+        if len(ids) > 1:
+            self._check_rows(len(ids))
         ids = jnp.broadcast_to(ids, (len(self.numbers), ids.shape[1]))
         total = jnp.zeros((*ids.shape, self.stack.shape[1]), jnp.float32)
         for part, places in self._stacked():
@@ -86,6 +95,12 @@ class Mixed:
         for part, places in self._stacked():
             total = total + jax.vmap(lambda n, part=part: _at(part, n).to_dense())(places)
         return total
+
+    def _check_rows(self, count: int) -> None:
+        if count != len(self.numbers):
+            raise DarexError(
+                f"the batch has {count} rows, its parameters are for {len(self.numbers)} deltas."
+            )
 
     def _stacked(self) -> list[tuple[Any, jax.Array]]:
         """Each kind of part, and where the delta of each row stands in it."""
@@ -128,16 +143,25 @@ def rounded_up(count: int) -> int:
     return 3 * power // 4 if count <= 3 * power // 4 else power
 
 
+def written_out(delta: Parts) -> Parts:
+    """The same parts on the host, the places of random masks written out.
+
+    Raises: DarexError for a random part that has more or fewer values than its mask survivors.
+    """
+    host = delta.map(lambda part: jax.tree.map(np.asarray, part))
+    return host.map(lambda part: part.located() if isinstance(part, Random) else part)
+
+
 def _canonical(delta: Parts) -> list[Any]:
     """The parts with their places written out; of a vector all its entries."""
-    host = [jax.tree.map(np.asarray, part) for part in delta.parts]
-    if len(delta.shape) != 2:
-        flat = np.zeros(int(np.prod(delta.shape, dtype=np.int64)), np.float32)
-        for part in host:
-            for index, numbers in part.chunks(max(1, flat.size)):
-                flat[index] += numbers
-        return [Dense(Values(flat.reshape(delta.shape)), np.float32(1), delta.shape)]
-    return [part.located() if isinstance(part, Random) else part for part in host]
+    host = written_out(delta).parts
+    if len(delta.shape) == 2:
+        return list(host)
+    flat = np.zeros(int(np.prod(delta.shape, dtype=np.int64)), np.float32)
+    for part in host:
+        for index, numbers in part.chunks(max(1, flat.size)):
+            flat[index] += numbers
+    return [Dense(Values(flat.reshape(delta.shape)), np.float32(1), delta.shape)]
 
 
 def _stacked(kind: str, parts: list[Any], shape: Shape) -> Part:
@@ -187,6 +211,8 @@ def _product(part: Any, number: jax.Array, x: jax.Array) -> jax.Array:
     if isinstance(part, LowRank):  # with the axis of the batch in the products: half the time on a CPU
         inner = jnp.einsum("B...D,BRD->B...R", x, jnp.asarray(part.b.numbers)[number])
         return jnp.einsum("B...R,BOR->B...O", inner, jnp.asarray(part.a.numbers)[number])
+    if isinstance(part, Dense) and np.prod(part.shape) > LARGE:  # not one for each row at once
+        return jax.lax.map(lambda row: _at(part, row[0]).matmul(row[1]), (number, x))
     return jax.vmap(lambda n, x: _at(part, n).matmul(x))(number, x)
 
 

@@ -75,9 +75,14 @@ class Random:
         return jnp.moveaxis(products.reshape(-1, *x.shape[:-1])[:out], 0, -1)
 
     def located(self) -> Sparse:
-        """The same part with its places written out; on the host."""
+        """The same part with its places written out; on the host.
+
+        Raises: DarexError unless there are as many values as the mask has survivors.
+        """
         size = int(np.prod(self.shape, dtype=np.int64))
         positions = survivor_indices(np.asarray(self.key), size, keep_threshold(self.drop_rate))
+        if len(positions) != len(self.values):
+            raise DarexError(f"there are {len(self.values)} values, the mask has {len(positions)} survivors")
         dtype = np.uint32 if size < 2**32 else np.uint64
         return Sparse(self.values, positions.astype(dtype), self.q, self.shape)
 

@@ -153,7 +153,7 @@ def quantise(
     filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
     of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
     integers, scales = _fit(filled, of, groups + 1, bits)
-    if not traced:
+    if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
     return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
 

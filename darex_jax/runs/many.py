@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import blake3
+import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.bank.bank import DeltaBank
@@ -16,10 +19,13 @@ from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.text import complete
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.model import load_model
+from darex_jax.files.restore import read_companions
 from darex_jax.models import DecoderConfig
 from darex_jax.tasks import Examples, Task
 from darex_jax.tasks.batching import EVALUATION_ROWS, Encoded, encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.opening import text_ends
+
+CONFIGS = ("config.json", "generation_config.json")  # of a model, and no part of its tokenizer
 
 
 class Many(NamedTuple):
@@ -46,20 +52,27 @@ def open_many(
     paths = {Path(d).stem if stems[Path(d).stem] == 1 else os.fspath(d): d for d in deltas}
     if len(paths) < len(deltas):
         raise DarexError("a delta is named twice.")
-    bank = DeltaBank(*load_model(base, ignore_config_fields=ignore_config_fields))
+    wide = jnp.float32 if any(map(_restores_float32, paths.values())) else None
+    bank = DeltaBank(*load_model(base, wide, ignore_config_fields=ignore_config_fields))
     many = Many(bank, {}, {})
-    shared = None
+    loaded: dict[str, Any] = {}  # by the digest of their files: most deltas share one
     for name, path in paths.items():
-        bank.add(name, path)
+        bank.add(name, path, ignore_config_fields=ignore_config_fields)
         config = bank.model_of(name).config
         many.ends[name] = text_ends(base, path, config, allow_changed_files=allow_changed_files)
         with DeltaFile(path) as file:
-            own = any("token" in n or "vocab" in n or "merges" in n for n in file.names("file"))
-        if own or shared is None:
-            found = load_tokenizer(base, path, allow_changed_files=allow_changed_files)
-            shared = shared if own else found
-        many.tokenizers[name] = found if own else shared
+            files = read_companions(Path(base), file, allow_changed_files=allow_changed_files)
+        own = {n: content.hex() for n, content in sorted(files.items()) if n not in CONFIGS}
+        digest = blake3.blake3(json.dumps(own).encode()).hexdigest()
+        if digest not in loaded:
+            loaded[digest] = load_tokenizer(base, path, allow_changed_files=allow_changed_files)
+        many.tokenizers[name] = loaded[digest]
     return many
+
+
+def _restores_float32(delta: str | os.PathLike[str]) -> bool:
+    with DeltaFile(delta) as file:
+        return any(entry.get("dtype") == "F32" for entry in file.recipe.parameters.values())
 
 
 def predict_many(
