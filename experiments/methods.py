@@ -236,14 +236,13 @@ def write_table() -> None:
 
 
 def winners() -> list[str]:
-    """Which untrained way is best where, and the others whose means are within its deviation or 0.005 of it."""
+    """Which untrained way is best where, and which are within a deviation or 0.005 of it."""
     lines = [
         "## Who wins",
         "",
-        "Of the ways without training: the best, and in brackets those within 0.005 or",
-        "",
+        "Of the ways without training the best, and in brackets those within 0.005 or one",
     ]
-    lines[-1:] = ["one standard deviation of it.", ""]
+    lines += ["standard deviation of it.", ""]
     lines += ["| fine-tune | " + " | ".join(f"{size:g}" for size in BYTES[:6]) + " |", "|" + " --- |" * 7]
     for task, optimizer, rows in finished():
         texts = []
@@ -267,8 +266,8 @@ def importance() -> list[str]:
     """AdamR-L1 with importance-based pruning beside DAREx-q, which Table 6 of the paper does not have."""
     ways, sizes = ("DARE", "DAREx-q", "MP", "WANDA"), (0.1, 0.02, 0.01)
     lines = ["## AdamR-L1: importance and DAREx-q", ""]
-    lines += ["The paper trains with L1 for importance-based pruning (its Table 6) and does not say what", ""]
-    lines[-1:] = ["DAREx-q does there. Beside AdamW, at three sizes:", ""]
+    lines += ["The paper trains with L1 for importance-based pruning (its Table 6) and does not say what"]
+    lines += ["DAREx-q does there. Beside AdamW, at three sizes:", ""]
     lines += [
         "| fine-tune | bytes a parameter | " + " | ".join(ways) + " |",
         "|" + " --- |" * (len(ways) + 2),
