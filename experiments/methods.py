@@ -227,12 +227,17 @@ def write_table() -> None:
                 if cell is None or "mean" not in cell:
                     texts.append("" if cell is None else "-")
                     continue
-                text = f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if len(cell["metrics"]) > 1 else "")
+                text = told(cell)
                 text = f"**{text}**" if cell["mean"] >= best[size] - 1e-9 else text
                 texts.append(f"{text} ({cell['agreement']:.3f})")
             lines.append(f"| {way} | " + " | ".join(texts) + " |")
         lines.append("")
     (RESULTS.parent / "methods.md").write_text("\n".join(lines))
+
+
+def told(cell: dict) -> str:
+    """The mean, and where there are several masks the deviation."""
+    return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if len(cell["metrics"]) > 1 else "")
 
 
 def winners() -> list[str]:
@@ -279,7 +284,7 @@ def importance() -> list[str]:
         for size in sizes:
             found = [cells.get((way, size)) for way in ways]
             if any(found):
-                texts = ["" if c is None else f"{c['mean']:.3f} ± {c['std']:.3f}" for c in found]
+                texts = ["" if c is None else told(c) for c in found]
                 lines.append(f"| {task}, {optimizer} | {size:g} | " + " | ".join(texts) + " |")
     return [*lines, ""]
 
