@@ -2,12 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
+from darex_jax.core.x64 import enable_x64
+from darex_jax.methods.magnitude import largest as on_the_host
 
 # The places of the 8 largest of 32 words of the leaf's key, from a sort in NumPy.
 GOLDEN = [0, 1, 9, 14, 15, 20, 22, 31]
@@ -97,3 +100,14 @@ def test_refusals(rate):
     ):
         with pytest.raises(ValueError, match=r"drop_rate is a probability in \[0, 1\)"):
             make()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_the_largest_on_the_host_are_those_of_the_mask(dtype):
+    rng = np.random.default_rng(0)
+    for shape, drop_rate in (((40, 30), 0.9), ((40, 30), 0.99), ((7,), 0.5), ((5, 5), 0.0), ((3, 3), 0.99)):
+        leaf = np.round(rng.normal(size=shape), 1).astype(dtype)  # many are equal
+        with enable_x64(dtype == np.float64):
+            mask = dx.magnitude_mask({"a": leaf}, drop_rate)["a"]
+        kept = on_the_host(leaf, round((1.0 - drop_rate) * leaf.size))
+        np.testing.assert_array_equal(kept, np.asarray(mask))
