@@ -224,8 +224,9 @@ class DeltaBank:
                 raise DarexError(f"was made from another base; this one has no '{own}'.")
             if name != self._base_name(file.base_name(own)):
                 raise DarexError(f"'{own}' was made from '{file.base_name(own)}', not from '{name}'.")
-            leaf, restored = self._base[name], DTYPES[entry.get("dtype", "BF16")]
-            if "dtype" in entry and jnp.promote_types(leaf.dtype, restored) != leaf.dtype:
+            leaf = self._base[name]
+            restored = DTYPES[entry["dtype"]] if "dtype" in entry else leaf.dtype
+            if jnp.promote_types(leaf.dtype, restored) != leaf.dtype:
                 raise DarexError(
                     f"'{own}' is restored in {restored}, the base was loaded in {leaf.dtype}, in which a "
                     f"small delta is lost: load the base in {restored}."

@@ -32,7 +32,7 @@ def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
         scores = _magnitudes(name, leaf)
-        return _largest(scores.reshape(-1), _count(drop_rate, scores.size)).reshape(scores.shape)
+        return _largest(scores.reshape(-1), kept_count(drop_rate, scores.size)).reshape(scores.shape)
 
     return map_named(leaf_mask, delta)
 
@@ -71,8 +71,8 @@ def wanda_mask(
         if name in norms:
             scores = scores * jnp.broadcast_to(jnp.asarray(norms[name], scores.dtype), scores.shape)
         if name not in norms or group == "matrix":
-            return _largest(scores.reshape(-1), _count(drop_rate, scores.size)).reshape(scores.shape)
-        return _largest(scores, _count(drop_rate, scores.shape[-1]))
+            return _largest(scores.reshape(-1), kept_count(drop_rate, scores.size)).reshape(scores.shape)
+        return _largest(scores, kept_count(drop_rate, scores.shape[-1]))
 
     return map_named(leaf_mask, delta)
 
@@ -96,13 +96,14 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
         features = shape[-1] if shape else 1
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], (features,), jnp.uint32)
-        keep = _largest_bits(bits, np.uint32(max(1, _count(drop_rate, features))))
+        keep = _largest_bits(bits, np.uint32(max(1, kept_count(drop_rate, features))))
         return jnp.broadcast_to(keep if shape else keep[0], shape)
 
     return map_named(leaf_mask, tree)
 
 
-def _count(drop_rate: float, size: int) -> int:
+def kept_count(drop_rate: float, size: int) -> int:
+    """How many of so many entries are kept."""
     return round((1.0 - float(drop_rate)) * size)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.importance import kept_count
 from darex_jax.core.tree import PyTree
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.dare import survivors_values
@@ -31,7 +32,7 @@ def magnitude(
 
     def prune_leaf(leaf: Any) -> Parts:
         flat = np.asarray(leaf)
-        return kept_parts(flat, largest(flat, round((1.0 - (1.0 - density)) * flat.size)), bits, dtype)
+        return kept_parts(flat, largest(flat, kept_count(1.0 - density, flat.size)), bits, dtype)
 
     return jax.tree.map(prune_leaf, delta)
 

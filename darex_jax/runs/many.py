@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import blake3
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,18 +53,17 @@ def open_many(
     wide = jnp.float32 if any(map(_restores_float32, paths.values())) else None
     bank = DeltaBank(*load_model(base, wide, ignore_config_fields=ignore_config_fields))
     many = Many(bank, {}, {})
-    loaded: dict[str, Any] = {}  # by the digest of their files: most deltas share one
+    loaded: dict[Any, Any] = {}  # by what their files hold: most deltas share one
     for name, path in paths.items():
         bank.add(name, path, ignore_config_fields=ignore_config_fields)
         config = bank.model_of(name).config
         many.ends[name] = text_ends(base, path, config, allow_changed_files=allow_changed_files)
         with DeltaFile(path) as file:
             files = read_companions(Path(base), file, allow_changed_files=allow_changed_files)
-        own = {n: content.hex() for n, content in sorted(files.items()) if n not in CONFIGS}
-        digest = blake3.blake3(json.dumps(own).encode()).hexdigest()
-        if digest not in loaded:
-            loaded[digest] = load_tokenizer(base, path, allow_changed_files=allow_changed_files)
-        many.tokenizers[name] = loaded[digest]
+        own = frozenset((n, content) for n, content in files.items() if n not in CONFIGS)
+        if own not in loaded:
+            loaded[own] = load_tokenizer(base, path, allow_changed_files=allow_changed_files)
+        many.tokenizers[name] = loaded[own]
     return many
 
 
@@ -88,18 +85,14 @@ def predict_many(
         np.zeros(len(owners), np.float32),
         next(iter(encoded.values())).pad_id,
     )
-    found: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in encoded}
-    model = many.bank.model
-    for batch in evaluation_batches(joined, batch_size):
-        rows = [str(owners[i]) for i in batch["index"]]
-        real = batch["index"][batch["weight"] > 0]
-        together = batch | {"index": np.arange(len(rows), dtype=np.int32)}
-        for i, logits in zip(real, predict(model, many.bank.mixed(rows), [together]), strict=False):
-            found[str(owners[i])].append((int(i), logits))
-    ordered = {
-        name: [logits for _, logits in sorted(rows, key=lambda row: row[0])] for name, rows in found.items()
-    }
-    return {name: np.stack(rows)[:, : _labels(many, name)] for name, rows in ordered.items()}
+    model, logits = many.bank.model, []
+    for batch in (batches := evaluation_batches(joined, batch_size)):
+        params = many.bank.mixed([str(owners[i]) for i in batch["index"]])
+        in_order = batch | {"index": np.arange(len(batch["index"]), dtype=np.int32)}
+        logits.append(predict(model, params, [in_order]))
+    rows = np.concatenate([batch["index"][batch["weight"] > 0] for batch in batches])
+    ordered = np.concatenate(logits)[np.argsort(rows)]
+    return {name: ordered[owners == name][:, : _labels(many, name)] for name in encoded}
 
 
 def _labels(many: Many, name: str) -> int:
