@@ -25,6 +25,34 @@ def test_patterns_override_the_family():
         choose_scope("gpt2")
 
 
+def test_an_unknown_family_is_pruned_in_the_matrices_of_its_repeated_blocks():
+    shapes = {
+        "shared.weight": (9, 4),
+        "encoder.block.0.layer.0.q.weight": (4, 4),
+        "encoder.block.1.layer.0.q.weight": (4, 4),
+        "encoder.block.0.layer.0.relative_attention_bias.weight": (4, 2),  # in the first block only
+        "encoder.block.0.layer.0.layer_norm.weight": (4,),
+        "encoder.block.1.layer.0.layer_norm.weight": (4,),
+        "blocks.experts.0.w1.weight": (3, 4),
+        "blocks.experts.1.w1.weight": (3, 4),
+        "layers.0.embed_positions.weight": (9, 4),
+        "layers.1.embed_positions.weight": (9, 4),
+        "conv1.weight": (4, 3, 3),
+        "lm_head.weight": (9, 4),
+    }
+
+    def pruned(shapes, **patterns):
+        return [name for name in shapes if choose_scope("t5", **patterns, shapes=shapes)(name)]
+
+    blocks = [n for n in shapes if n.endswith(("q.weight", "w1.weight"))]
+    assert pruned(shapes) == blocks
+    assert pruned(shapes, exclude=["experts"]) == blocks[:2]
+    assert pruned(shapes, include=["conv1"]) == ["conv1.weight"]
+    one_block = {"h.0.attn.weight": (4, 4), "h.0.ln.weight": (4,), "wte.weight": (9, 4), "out.weight": (4, 4)}
+    assert pruned(one_block) == ["h.0.attn.weight"]
+    assert pruned({"proj.weight": (4, 4), "embed.weight": (9, 4)}) == ["proj.weight"]
+
+
 def test_no_pattern_takes_longer_than_its_text():
     """Each of these runs for ever in Python's engine; RE2 is done at once."""
     text = "a" * 3_000 + "!"

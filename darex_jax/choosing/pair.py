@@ -94,7 +94,7 @@ def load_pair(
     Raises: ValueError if the two do not fit together.
     """
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type")))
+        match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type"), shapes=f.shapes))
         match.raise_if_faulty()
         extra = [name for name in match.pruned if name in match.extra_rows]
         if extra:

@@ -11,7 +11,17 @@ from typing import Any
 import click
 
 from darex_jax.cli.options import ALLOW_CHANGED_FILES, EXCLUDE, IGNORE, INCLUDE, JSON, PATH
-from darex_jax.cli.show import byte_bar, bytes_text, family_of, few, plain, print_table, q_text, warned
+from darex_jax.cli.show import (
+    byte_bar,
+    bytes_text,
+    family_of,
+    few,
+    found_scope,
+    plain,
+    print_table,
+    q_text,
+    warned,
+)  # fmt: skip
 from darex_jax.core.errors import DarexError
 
 
@@ -26,12 +36,13 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
 
     From names, shapes and configs alone: what is pruned, what is kept as fine-tuned, and every mismatch.
     """
-    from darex_jax.core.scope import choose_scope
+    from darex_jax.core.scope import choose_scope, known_family
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.match import match_checkpoints
 
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        match = match_checkpoints(b, f, choose_scope(family_of(f, b), include, exclude))
+        match = match_checkpoints(b, f, choose_scope(family_of(f, b), include, exclude, f.shapes))
+        found = not (include or known_family(family_of(f, b)))
         sizes = {name: tensor.info.size for name, tensor in f.tensors.items()}
         dtypes = sorted({str(f.tensors[name].info.dtype) for name in match.pruned})
     report = {
@@ -48,6 +59,7 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
     else:
         rows = [
             ("pruned", f"{len(match.pruned)} parameters, {sum(sizes[n] for n in match.pruned):,} entries"),
+            *([("found", found_scope(match.pruned))] if found else []),
             ("kept as fine-tuned", few(match.dense)),
             ("only in the base", few(match.base_only)),
             ("extra rows", ", ".join(f"{n}: {k}" for n, k in match.extra_rows.items()) or "none"),

@@ -29,7 +29,9 @@ from darex_jax.cli.show import (
     byte_bar,
     bytes_text,
     family_of,
+    found_scope,
     look_bar,
+    plain,
     point_bar,
     print_table,
     q_text,
@@ -114,7 +116,7 @@ def prune(
     is kept is said by --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them.
     """
     from darex_jax.choosing.choice import Choice
-    from darex_jax.core.scope import choose_scope
+    from darex_jax.core.scope import choose_scope, known_family
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.paths import check_output
     from darex_jax.files.prune import Job, prune_checkpoints
@@ -179,11 +181,13 @@ def prune(
         divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
-        scope = choose_scope(family, include, exclude)
+        scope = choose_scope(family, include, exclude, f.shapes)
         fine_bytes = f.nbytes
         total = fine_bytes + b.nbytes
+        scope_text = _scope_text(family, include, exclude)
+        if not (include or known_family(family)):
+            _say_scope(b, f, scope, family)
         with byte_bar("pruning", total, as_json) as progress, look_bar(steps, as_json) as on_look:
-            scope_text = _scope_text(family, include, exclude)
             job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress)
             if method == "dare" and drop_rate is not None and bits is None:
                 summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
@@ -297,6 +301,20 @@ def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
     if method == "dare":
         options["dtype"] = "bfloat16"
     return options
+
+
+def _say_scope(base: Any, fine: Any, scope: Any, family: str | None) -> None:
+    """Says what is pruned of a model whose family is not known, before any work."""
+    from darex_jax.files.match import match_checkpoints
+
+    names = match_checkpoints(base, fine, scope).pruned
+    share = sum(fine.tensors[name].info.size for name in names)
+    total = sum(tensor.info.size for tensor in fine.tensors.values() if tensor.floating)
+    click.echo(
+        f"{plain(str(family))} has no scope of its own. Pruned: {found_scope(names)}; {share:,} of {total:,} "
+        "entries. All else is kept as fine-tuned; --include and --exclude choose otherwise.",
+        err=True,
+    )
 
 
 def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:

@@ -84,7 +84,7 @@ def recommend(
     if task is not None or text is not None:
         source = Source(task=task, data_dir=data_dir, text=text, limit=limit or TRAINING_TEXTS)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude))
+        job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude, f.shapes))
         fine_bytes, size = f.nbytes, 100.0 if size is None else size
         file_bytes = wanted_bytes(job, size, bytes_per_parameter)
         with tried_bar(as_json) as on_try:

@@ -47,6 +47,14 @@ def family_of(fine: Any, base: Any) -> str | None:
     return fine.config.get("model_type") or base.config.get("model_type")
 
 
+def found_scope(names: list[str]) -> str:
+    """Parameters of a family without a scope of its own, in few words."""
+    from darex_jax.core.scope import starred
+
+    patterns = list(dict.fromkeys(map(starred, names)))
+    return f"the matrices of repeated blocks: {few(patterns)}"
+
+
 def few(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"

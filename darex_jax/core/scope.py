@@ -1,7 +1,8 @@
 """Which parameters are pruned: predicates on Hugging Face names. No array is looked at."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from darex_jax.core.errors import DarexError
@@ -14,6 +15,8 @@ DECODERS = ("llama", "qwen2")
 HEAD = re.compile(r"^(classifier|cls|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.")
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # of a block or an expert, in a parameter's name
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
 
 Scope = Callable[[str], bool]
 
@@ -47,16 +50,21 @@ def compile_pattern(pattern: str) -> Any:
         ) from error
 
 
-def family_scope(model_type: str | None) -> Scope:
-    """The default scope of a model family (spec, section 4): True for the parameters that are pruned.
+def family_scope(model_type: str | None, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Scope:
+    """The default scope of a model (spec, section 4): True for the parameters that are pruned.
 
-    Encoders: everything but the task head. Decoders: `mlp` and `self_attn`.
-    Raises: ValueError for another family.
+    Encoders: everything but the task head. Decoders: `mlp` and `self_attn`. Of another family
+    `repeated_matrices`.
+
+    Args: shapes: of the model's floating parameters by name.
+    Raises: ValueError for another family without shapes.
     """
     if model_type in ENCODERS:
         return lambda name: not HEAD.search(name)
     if model_type in DECODERS:
         return lambda name: bool(DECODER_LAYER.search(name))
+    if shapes is not None:
+        return repeated_matrices(shapes).__contains__
     known = ", ".join((*ENCODERS, *DECODERS))
     raise DarexError(
         f"no default scope for model_type {model_type!r} (known: {known}); "
@@ -64,15 +72,47 @@ def family_scope(model_type: str | None) -> Scope:
     )
 
 
-def choose_scope(model_type: str | None, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Scope:
-    """The family's scope, overridden by patterns searched in the parameter's name.
+def repeated_matrices(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The matrices of a model's repeated blocks, whatever the model: linear layers, experts, convolutions.
+
+    They have two axes or more, a block's number in their name, and a twin in another block. Where no block
+    is repeated, all with a number, or else all matrices. Embeddings and the head never.
+    """
+    found = [
+        name
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not (EMBEDDING.search(name) or HEAD.search(name))
+    ]
+    numbered = [name for name in found if NUMBER.search(name)]
+    twins = Counter(map(starred, numbered))
+    repeated = [name for name in numbered if twins[starred(name)] > 1]
+    return frozenset(repeated or numbered or found)
+
+
+def starred(name: str) -> str:
+    """A parameter's name with `*` for the numbers of blocks and experts."""
+    return NUMBER.sub("*", name)
+
+
+def known_family(model_type: str | None) -> bool:
+    """Whether the family has a scope of its own."""
+    return model_type in ENCODERS + DECODERS
+
+
+def choose_scope(
+    model_type: str | None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Scope:
+    """The model's scope, see `family_scope`, overridden by patterns searched in the parameter's name.
 
     `exclude` wins over `include`; `include` given, only what it matches is pruned.
     Raises: ValueError for a pattern that `compile_pattern` refuses.
     """
     included = [compile_pattern(pattern) for pattern in include]
     excluded = [compile_pattern(pattern) for pattern in exclude]
-    default = (lambda name: True) if included else family_scope(model_type)
+    default = (lambda name: True) if included else family_scope(model_type, shapes)
 
     def scope(name: str) -> bool:
         if any(pattern.search(name) for pattern in excluded):

@@ -29,6 +29,11 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -55,7 +60,8 @@ class StoredTensor:
 
     @property
     def floating(self) -> bool:
-        return self.info.dtype.kind in "fV"  # ml_dtypes' bfloat16 is of kind V
+        """Whether it holds numbers to subtract. float8, whose scales lie elsewhere, is carried whole."""
+        return self.info.dtype.kind in "fV" and self.info.dtype.itemsize > 1
 
 
 class Checkpoint:
@@ -93,6 +99,11 @@ class Checkpoint:
                     raise FileError(f"{self.path}: parameter '{name}' is stored twice.")
                 tensors[name] = StoredTensor(file, stored_name, info)
         return tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the floating tensors, by name."""
+        return {name: tensor.info.shape for name, tensor in self.tensors.items() if tensor.floating}
 
     @property
     def nbytes(self) -> int:

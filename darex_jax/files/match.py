@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from darex_jax.core.errors import FileError
-from darex_jax.core.scope import HEAD, OPTIONAL, Scope
+from darex_jax.core.scope import EMBEDDING, HEAD, NUMBER, OPTIONAL, Scope, known_family
 from darex_jax.files.checkpoint import Checkpoint
 
-PREFIXES = ("bert.", "roberta.", "model.")
+MOST_PREFIXES = 20  # of names, that are looked at: a model has one, of everything else it has few
 
 
 @dataclass
@@ -45,6 +45,7 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
     """
     match = Match()
     rename = _base_name(base, fine)
+    known = known_family(fine.config.get("model_type"))
     for name, tensor in fine.tensors.items():
         base_name = rename(name)
         stored = base.tensors.get(base_name)
@@ -56,12 +57,13 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
         elif not tensor.floating:
             match.buffers.append(name)
         elif stored is None:
-            if HEAD.search(name) or OPTIONAL.search(name):
+            if _may_lack(name, known):
                 match.dense.append(name)
             else:
                 match.faults.append(f"'{name}' is in the fine-tuned model only.")
         else:
-            _match_shapes(match, name, stored.info.shape, tensor.info.shape, scope(name))
+            head = bool(HEAD.search(name)) or not (known or NUMBER.search(name))
+            _match_shapes(match, name, stored.info.shape, tensor.info.shape, scope(name), head)
     paired = Counter(match.base_names.values())
     for base_name, count in paired.items():
         if count > 1:
@@ -70,7 +72,7 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
     for name, tensor in base.tensors.items():
         if name not in paired:
             match.base_only.append(name)
-            if tensor.floating and not (HEAD.search(name) or OPTIONAL.search(name)):
+            if tensor.floating and not _may_lack(name, known):
                 match.faults.append(f"'{name}' is in the base only.")
     _match_configs(match, base, fine)
     if not match.pruned and not match.faults:
@@ -78,17 +80,25 @@ def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match
     return match
 
 
+def _may_lack(name: str, known: bool) -> bool:
+    """Whether one of two models may have this parameter and the other not: a head's or a pooler's.
+
+    Of a family whose heads are not known, anything outside of the numbered blocks.
+    """
+    return bool(HEAD.search(name) or OPTIONAL.search(name)) or not (known or NUMBER.search(name))
+
+
 def _match_shapes(
-    match: Match, name: str, base: tuple[int, ...], fine: tuple[int, ...], in_scope: bool
+    match: Match, name: str, base: tuple[int, ...], fine: tuple[int, ...], in_scope: bool, head: bool
 ) -> None:
     more_rows = len(base) == len(fine) == 2 and base[1] == fine[1] and fine[0] > base[0]
-    if base != fine and HEAD.search(name):
-        match.dense.append(name)
-        del match.base_names[name]  # another head: nothing to subtract
-    elif base == fine or (more_rows and "embed" in name):
+    if base == fine or (more_rows and EMBEDDING.search(name)):
         (match.pruned if in_scope else match.dense).append(name)
         if base != fine:
             match.extra_rows[name] = fine[0] - base[0]
+    elif head:
+        match.dense.append(name)
+        del match.base_names[name]  # another head: nothing to subtract
     else:
         match.faults.append(f"'{name}' is {list(base)} in the base and {list(fine)} in the fine-tuned model.")
 
@@ -96,9 +106,15 @@ def _match_shapes(
 def _base_name(base: Checkpoint, fine: Checkpoint) -> Callable[[str], str]:
     """The map from a fine-tuned name to the base's: the one prefix that brings most names together."""
     renames: list[Callable[[str], str]] = [lambda name: name]
-    for prefix in PREFIXES:
-        renames += [partial(_without, prefix), prefix.__add__]
+    renames += [partial(_without, prefix) for prefix in _prefixes(fine)]
+    renames += [prefix.__add__ for prefix in _prefixes(base)]
     return max(renames, key=lambda rename: sum(rename(name) in base.tensors for name in fine.tensors))
+
+
+def _prefixes(checkpoint: Checkpoint) -> list[str]:
+    """What most names begin with, `bert.` say."""
+    first = Counter(f"{name.split('.')[0]}." for name in checkpoint.tensors if "." in name)
+    return [prefix for prefix, _ in first.most_common(MOST_PREFIXES)]
 
 
 def _without(prefix: str, name: str) -> str:
