@@ -43,20 +43,27 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--runs", type=Path, default=Path("runs/adamr_glue"))
     parser.add_argument("--train-only", action="store_true", help="leave the fine-tuned models, no result")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="with --train-only, of trainings")
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for task in options.tasks:
         for name in options.optimizers:
             file = RESULTS / f"{task}_{name}.json"
             if options.train_only:
-                fine_tuned(task, name, options.data_dir, options.runs / f"{task}_{name}")
+                for seed in options.seeds:
+                    fine_tuned(task, name, options.data_dir, options.runs / run_name(task, name, seed), seed)
             elif not file.exists():
                 results = run(task, name, options.data_dir, options.runs / f"{task}_{name}")
                 file.write_text(json.dumps(results, indent=2) + "\n")
                 write_table()
 
 
-def fine_tuned(task_name: str, name: str, data_dir: Path | None, runs: Path) -> Path:
+def run_name(task: str, optimizer: str, seed: int = 0) -> str:
+    """What a fine-tune's folder and results are called."""
+    return f"{task}_{optimizer}" + (f"_{seed}" if seed else "")
+
+
+def fine_tuned(task_name: str, name: str, data_dir: Path | None, runs: Path, seed: int = 0) -> Path:
     """The directory of the fine-tuned model, trained if it is not there; goes on after a stop."""
     out = runs / "fine-tuned"
     if (out / "config.json").exists():
@@ -66,7 +73,7 @@ def fine_tuned(task_name: str, name: str, data_dir: Path | None, runs: Path) -> 
     task = load_task(task_name, data_dir)
     train = encode(load_tokenizer(demo_weights()), task.train)
     body, base = load_model(demo_weights())
-    key = jax.random.key(0)
+    key = jax.random.key(seed)
     model, fresh = classifier_for(task, body, base, jax.random.fold_in(key, 0))
     pretrained = {n: x for n, x in flatten_names(fresh).items() if not n.startswith("classifier.")}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from adamr_common import machine
-from adamr_glue import BUDGETS, OPTIMIZERS
+from adamr_glue import BUDGETS, OPTIMIZERS, run_name
 
 from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
@@ -61,6 +61,8 @@ WAYS = {  # what a row is called -> method of the table, its options
     "SVD": ("svd", {}),
     "SVD, 4 bits": ("svd", {"bits": 4}),
     "distilled": ("distilled", {"bits": 4}),
+    "allocated, 4 bits": ("allocated", {"bits": 4}),
+    "distilled, allocated": ("distilled", {"bits": 4, "support": "allocated"}),
     "distilled, largest": ("distilled", {"bits": 4, "support": "largest"}),
     "distilled, random": ("distilled", {"bits": 4, "support": "random"}),
 }
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=names, choices=list(OPTIMIZERS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--bytes", nargs="+", type=float, default=BYTES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the trainings")
     parser.add_argument("--runs", type=Path, default=Path("runs/adamr_glue"))
     parser.add_argument("--table", action="store_true", help="write table and picture from what is there")
     options = parser.parse_args()
@@ -81,16 +84,24 @@ def main() -> None:
     if not options.table:
         for optimizer in options.optimizers:
             for task in options.tasks:
-                fine = options.runs / f"{task}_{optimizer}" / "fine-tuned"
-                run(task, optimizer, options.data_dir, fine, options.ways, options.bytes)
+                for seed in options.seeds:
+                    fine = options.runs / run_name(task, optimizer, seed) / "fine-tuned"
+                    file = RESULTS / f"{run_name(task, optimizer, seed)}.jsonl"
+                    run(task, optimizer, options.data_dir, fine, file, options.ways, options.bytes)
     write_table()
     plot()
 
 
 def run(
-    task_name: str, optimizer: str, data_dir: Path | None, fine: Path, ways: list[str], sizes: list[float]
+    task_name: str,
+    optimizer: str,
+    data_dir: Path | None,
+    fine: Path,
+    file: Path,
+    ways: list[str],
+    sizes: list[float],
 ) -> None:
-    base, file = demo_weights(), RESULTS / f"{task_name}_{optimizer}.jsonl"
+    base = demo_weights()
     task = load_task(task_name, data_dir)
     test = encode(load_tokenizer(fine), task.test.select(slice(500)))
     batches = evaluation_batches(test)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import darex_jax as dx
+from darex_jax.core.errors import DarexError
 from darex_jax.core.sharding import batch_sharding
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import combine, flatten_names
 from darex_jax.evaluation.calibration import (
     influences_from_moments,
     input_statistics,
@@ -15,6 +16,7 @@ from darex_jax.evaluation.calibration import (
     save_statistics,
     squared_influences,
 )
+from darex_jax.evaluation.curvature import curvature
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.models import init_model, read_model_config
 from darex_jax.q.per_layer import bias_of, layer_q, row_sums, spread_q
@@ -230,3 +232,48 @@ def test_a_decoders_change_is_that_of_its_top_logits(family):
         real = (batch["attention_mask"] > 0) & (batch["weight"] > 0)[:, None]
         total, count = total + square.mean(-1)[real].sum(), count + real.sum()
     assert output_change(model, moved, batches, references) == pytest.approx(total / count, rel=1e-4)
+
+
+def per_row(batches):
+    """The real rows, a batch each: the square of one example's gradient is no estimate."""
+    for batch in batches:
+        for i in np.flatnonzero(batch["weight"]):
+            yield {name: x[i : i + 1] for name, x in batch.items()}
+
+
+def test_curvature_of_a_score_is_the_square_of_its_gradient():
+    hf = FAMILIES["bert"] | {"num_labels": 1, "problem_type": "regression"}
+    model, params = init_model(read_model_config(hf), jax.random.key(0))
+    name, rows = "bert.encoder.layer.0.output.dense.weight", list(per_row(make_batches(2, rows=4)))
+
+    def score(leaf, row):
+        return model(combine(params, {name: leaf}), row["input_ids"], row["attention_mask"]).logits[0, 0]
+
+    square = jax.jit(lambda leaf, row: jnp.mean(jnp.square(jax.grad(score)(leaf, row))))
+    expected = sum(float(square(flatten_names(params)[name], row)) for row in rows)
+    assert len(rows) == 6 and expected > 0
+    found = curvature(model, params, [name, "classifier.bias"], rows, jax.random.key(1))
+    np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["classifier.bias"], 6.0, rtol=1e-6)
+    with pytest.raises(DarexError, match="no batch"):
+        curvature(model, params, [name], [], jax.random.key(1))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_curvature_is_the_expectation_over_the_models_own_answers(family):
+    """Of the last layer, in closed form: of logits z = W h the diagonal is p (1 - p) h^2."""
+    model, params = make(family)
+    batches = make_batches(2, rows=4)
+    head = {"bert": "classifier.bias", "llama": "lm_head.weight"}[family]
+    total, count = 0.0, 0
+    for batch in batches:
+        out = model(params, batch["input_ids"], batch["attention_mask"])
+        p = jax.nn.softmax(out.logits, axis=-1)
+        real = batch["weight"] if family == "bert" else batch["attention_mask"] * batch["weight"][:, None]
+        of_answers = jnp.sum(p * (1 - p), axis=-1)
+        inputs = 1.0 if family == "bert" else jnp.sum(jnp.square(out.last_hidden_state), axis=-1)
+        total, count = total + float(jnp.sum(of_answers * inputs * real)), flatten_names(params)[head].size
+    draws = [curvature(model, params, [head], batches, jax.random.key(i))[head] for i in range(300)]
+    error = np.std(draws) / np.sqrt(len(draws))
+    assert error < 0.05 * total / count
+    assert abs(np.mean(draws) - total / count) < 4 * error

@@ -31,6 +31,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 EVIDENCE = Evidence(
     input_norms={"bert.pooler.dense.weight": np.linspace(1, 2, 16).astype(np.float32)},
     second_moments={"bert.pooler.dense.weight": np.diag(np.linspace(1, 2, 16))},
+    curvature={"bert.pooler.dense.weight": 0.5},
     train=lambda parts, bits: {name: rounded(each, bits) for name, each in parts.items()},
 )
 

@@ -252,6 +252,7 @@ ROWS = {n: np.random.default_rng(6).normal(size=(200, w)) for n, w in (("layer",
 EVIDENCE = Evidence(
     input_norms={"layer.weight": jnp.linspace(1.0, 3.0, 96)},
     second_moments={f"{name}.weight": x.T @ x / len(x) for name, x in ROWS.items()},
+    curvature={"layer.weight": 1.0, "layer.bias": 1.0, "other.weight": 1.0},
 )
 
 
@@ -376,6 +377,38 @@ def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
     seen.clear()
     distilled(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
     assert not seen  # there is nothing to train
+
+
+def test_allocated_takes_of_each_matrix_the_kind_that_explains_it():
+    rng = np.random.default_rng(0)
+    few, some = np.zeros((40, 48), np.float32), np.zeros((40, 48), np.float32)
+    few.reshape(-1)[rng.permutation(few.size)[:30]] = rng.normal(size=30)
+    some[:, [5, 30]] = np.outer(rng.choice([-1, 1], 40), [0.3, -0.3]) + 0.1 * rng.normal(size=(40, 2))
+    tree = {
+        "entries": few,
+        "columns": some,
+        "ranks": np.outer(rng.normal(size=40), rng.normal(size=48)).astype(np.float32),
+        "unseen": rng.normal(size=(40, 48)).astype(np.float32),
+        "bias": rng.normal(size=4).astype(np.float32),
+    }
+    allocated = METHODS["allocated"].prune
+    curvature = dict.fromkeys(tree, 2.0) | {"unseen": 0.0}
+    parts = allocated(tree, Budget(bytes_per_parameter=0.04), Evidence(curvature=curvature), bits=8)
+    kinds = {name: [part.kind for part in each.parts] for name, each in parts.items()}
+    assert kinds["bias"] == ["dense"] and kinds["unseen"] == []  # answers do not turn with it
+    assert (
+        kinds["entries"] == ["sparse"] and kinds["columns"] == ["columns"] and kinds["ranks"] == ["low_rank"]
+    )
+    for name in ("entries", "columns", "ranks"):
+        left = np.linalg.norm(np.asarray(parts[name].to_dense()) - tree[name]) / np.linalg.norm(tree[name])
+        assert left < 0.1, name
+
+    def share(weight):
+        known = Evidence(curvature={"layer.weight": weight, "other.weight": 1.0})
+        parts = allocated(TREE, Budget(bytes_per_parameter=0.1), known, bits=8)
+        return stored(parts["layer"]["weight"]) / stored(parts)
+
+    assert share(1e-6) < share(1.0) == share(1.0) <= share(1e6)
 
 
 @pytest.mark.parametrize("support", ["largest", "random"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.methods.allocated import divide
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.dare import dare
 from darex_jax.methods.evidence import Evidence
@@ -19,7 +20,7 @@ from darex_jax.methods.vectors import is_matrix, whole
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 
-Support = Literal["low-rank", "largest", "random"]
+Support = Literal["allocated", "low-rank", "largest", "random"]
 VECTORS = 0.5  # of the budget, that norms and biases may take whole
 OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
 
@@ -61,6 +62,9 @@ def distilled(
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
         chosen |= _factors(linear | cheap, room - spent)
+    elif support == "allocated":
+        width = bits or RAW_BITS
+        chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature)
     elif linear:
         chosen |= _survivors(linear, support, (room - spent) * (bits or RAW_BITS) / 8, bits, key)
 

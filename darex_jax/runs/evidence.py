@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
 from darex_jax.core.tree import combine, flatten_names
 from darex_jax.evaluation.calibration import InputStatistics, input_statistics
+from darex_jax.evaluation.curvature import curvature
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.model import load_model
@@ -28,6 +30,7 @@ from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.training.checkpoints import own_place
 from darex_jax.training.distill import STEPS, Look, distill, look_at
 
+CURVATURE_ROWS = 8  # of a gradient: more gradients say more, and take longer
 HELD_OUT = 200  # texts, at most, that are kept for looks while training
 
 
@@ -130,7 +133,14 @@ def gather(
 
 def _statistics(model: Model, params: Any, material: Material, needs: Collection[str]) -> Evidence:
     moments = _every if "second_moments" in needs else _none
-    return evidence_of(input_statistics(model, params, material.batches(), moments))
+    found = Evidence()
+    if {"input_norms", "second_moments"} & set(needs):
+        found = evidence_of(input_statistics(model, params, material.batches(), moments))
+    if "curvature" not in needs:
+        return found
+    batches = material.batches(CURVATURE_ROWS)
+    turns = curvature(model, params, flatten_names(params), batches, jax.random.key(0))
+    return replace(found, curvature=turns)
 
 
 def evidence_of(seen: dict[str, InputStatistics]) -> Evidence:
