@@ -64,12 +64,10 @@ def few_test_examples():
         yield
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A directory of a tiny BERT that spells its words."""
+def save_bert(path):
+    """A tiny BERT that spells its words."""
     from transformers import BertTokenizerFast
 
-    path = tmp_path_factory.mktemp("bases") / "bert"
     model, params = init_model(read_model_config(BERT), jax.random.key(0))
     dx.save_params(path, params, model.config.to_hf())
     letters = [chr(ord("a") + i) for i in range(26)]
@@ -79,15 +77,24 @@ def bert(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bases") / "llama"
+def save_llama(path):
+    """A tiny Llama that writes word problems."""
     tokenizer = word_problem_tokenizer()
     config = LLAMA | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     model, params = init_model(read_model_config(config), jax.random.key(0))
     dx.save_params(path, params, model.config.to_hf())
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bases") / "bert")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("bases") / "llama")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from darex_jax.q.search import check_bounds
 from darex_jax.tasks.source import Source, read_material
 
 RECORDED = (  # of what a person said: what the manifest keeps
-    "drop_rate", "objective", "scope", "rule", "task", "data_dir", "difficulty", "text", "limit", "masks",
+    "drop_rate", "objective", "scope", "rule", "task", "data_dir", "difficulty", "text", "table", "limit",
+    "masks",
     "grid", "learning_rate", "include", "exclude", "seed",
 )  # fmt: skip
 
@@ -47,7 +48,7 @@ def choose_q(
     Raises: ValueError for what does not fit; FileError for a damaged file.
     """
     if choice.objective == "auto":
-        labelled, ignored = source.task is not None, choice.ignore_config_fields
+        labelled, ignored = source.labelled, choice.ignore_config_fields
         objective = "labels" if labelled else without_labels(fine, choice.scope, ignored)
         choice = replace(choice, objective=objective)
     _check(choice, source, drop_rate)
@@ -67,7 +68,8 @@ def choose_q(
         "data": material.source, "labels": 0,
     }  # fmt: skip
     found = way.find(pair, material, choice, inputs, on_value)
-    said = vars(choice) | vars(source) | {"drop_rate": drop_rate}
+    table = source.table and vars(source.table)
+    said = vars(choice) | vars(source) | {"drop_rate": drop_rate, "table": table}
     manifest = run_manifest("find-q", {name: said[name] for name in RECORDED}, inputs, {})
     return _strict(head | found | {"manifest": manifest})
 
@@ -96,9 +98,10 @@ def _check(choice: Choice, source: Source, drop_rate: float) -> None:
         raise DarexError(f"{name} finds {SCOPES[own]}; say --scope {own}.")
     if way.labels and source.text is not None:
         raise DarexError("texts have no labels; choose another objective, or a task.")
-    if way.labels and source.task is None:
+    if way.labels and not source.labelled:
         raise DarexError(
-            f"{name} are those of the model's own task: name it (--task), or choose another objective."
+            f"{name} are those of the model's own task: name it (--task, or --data with --label), or choose "
+            "another objective."
         )
     if way.one_mask and choice.masks not in (None, 1):
         raise DarexError(f"{name} takes one mask.")

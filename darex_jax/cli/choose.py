@@ -9,7 +9,20 @@ from typing import Any
 import click
 
 from darex_jax.choosing.table import WAYS, curve_axis
-from darex_jax.cli.options import DATA_DIR, EXCLUDE, IGNORE, INCLUDE, JSON, LIMIT, PATH, RATE, SEED, TEXT
+from darex_jax.cli.options import (
+    DATA_DIR,
+    EXCLUDE,
+    IGNORE,
+    INCLUDE,
+    JSON,
+    LIMIT,
+    PATH,
+    RATE,
+    SEED,
+    TEXT,
+    own_examples,
+    take_table,
+)  # fmt: skip
 from darex_jax.cli.show import point_bar, print_table, q_text
 
 
@@ -31,6 +44,7 @@ from darex_jax.cli.show import point_bar, print_table, q_text
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated word problem.")  # fmt: skip
 @TEXT
+@own_examples
 @click.option("--out", type=PATH, default="q.json", show_default=True,
               help="File for darex prune --q; its curve as a picture beside it.")  # fmt: skip
 @LIMIT
@@ -66,6 +80,7 @@ def find_q(
         raise click.BadParameter(f"{out} cannot be the q file: it is a picture.", param_hint="--out")
     check_output(out)
     check_output(out.with_suffix(".png"))
+    options["table"] = take_table(options)
     source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
     choice = Choice(objective=objective, **options)
     with point_bar(objective, as_json) as on_value:

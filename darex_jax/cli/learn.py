@@ -19,6 +19,9 @@ from darex_jax.cli.options import (
     PATH,
     SEED,
     TASK,
+    TEXT_COLUMN,
+    own_examples,
+    take_table,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, step_bar
 from darex_jax.core.errors import DarexError
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 @DELTAS
 @ALLOW_CHANGED_FILES
 @DATA_DIR
+@own_examples
+@TEXT_COLUMN
 @click.option("--split", default="test", show_default=True, type=click.Choice(["validation", "test"]))
 @LIMIT
 @click.option("--batch-size", type=click.IntRange(1), help="Default: 16 examples, 8 problems.")
@@ -63,20 +68,26 @@ def evaluate(
     ignore_config_fields: tuple[str, ...],
     seed: int,
     as_json: bool,
+    **own: Any,
 ) -> None:
-    """The metric of a fine-tuned MODEL on a task.
+    """The metric of a fine-tuned MODEL on a task, or on --data.
 
     With --delta, MODEL is the base and the delta is applied in memory; several classifiers' deltas are
-    evaluated in the same batches. Answers to problems (gsm8k,
-    word-problems) are kept in a file, and a run that was interrupted goes on where it stopped.
+    evaluated in the same batches. Answers to problems (gsm8k, word-problems) are kept in a file, and a run
+    that was interrupted goes on where it stopped. Of --data without a split of that name a tenth is taken,
+    the one that darex train holds out.
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
     from darex_jax.tasks.opening import open_model
 
+    table = take_table(own)
+    if own["text"] is not None:
+        raise click.UsageError("--text names a column of --data.")
     if len(deltas) > 1:
-        if dtype or records:
-            raise DarexError(f"{'--dtype' if dtype else '--records'} goes with one --delta.")
+        if dtype or records or table:
+            one = "--dtype" if dtype else "--records" if records else "--data"
+            raise DarexError(f"{one} goes with one --delta.")
         found = _many_rows(
             model, deltas, task_names, data_dir, split, limit, seed, batch_size,
             allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
@@ -105,7 +116,13 @@ def evaluate(
         "allow_changed_files": allow_changed_files,
         "ignore_config_fields": ignore_config_fields,
     }
-    if task_name in ("gsm8k", "word-problems"):
+    if table is not None:
+        task_name, options["table"] = table.name, vars(table)
+        opened = open_model(model, dtype, **opening)
+        score = _complete_examples if table.prompt is not None else _classify_table
+        result, inputs = score(opened, table, split, limit, seed, batch_size)
+        text = f"{result['metric']:.4f} on {result['n']} examples"
+    elif task_name in ("gsm8k", "word-problems"):
         problems = _problems(task_name, data_dir, split, seed, difficulty)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty
@@ -258,12 +275,47 @@ def _classify_examples(
     batch_size: int | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The result and the digests of what it was made from."""
+    from darex_jax.tasks import load_task
+
+    return _classify(opened, load_task(task_name, data_dir, seed), split, limit, batch_size)
+
+
+def _classify_table(
+    opened: "Opened", table: Any, split: str, limit: int | None, seed: int, batch_size: int | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `_classify_examples`; classes are the model's, by name."""
+    from darex_jax.tasks.source import class_names
+    from darex_jax.tasks.table import read_task
+
+    names = class_names(opened.model.config.to_hf())
+    return _classify(opened, read_task(table, seed, names), split, limit, batch_size)
+
+
+def _complete_examples(
+    opened: "Opened", table: Any, split: str, limit: int | None, seed: int, batch_size: int | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """How well a decoder knows completions: their loss, and what of them greedy decoding would write."""
+    from darex_jax.files.manifest import params_digest
+    from darex_jax.tasks.answers import answer_batches, encode_answers
+    from darex_jax.tasks.table import read_completions
+    from darex_jax.training.causal_lm import answer_scores
+
+    columns = (column[:limit] for column in read_completions(table, seed)[split])
+    encoded = encode_answers(opened.tokenizer, *columns)
+    scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))
+    found = {"exact_match": scores.answers, "token_accuracy": scores.tokens, "loss": scores.loss}
+    metric = table.metric or "exact_match"
+    result = {"metric": found[metric], "metric_name": metric, "n": len(encoded), **found}
+    return result, {"model": params_digest(opened.params), "data": encoded.digest()}
+
+
+def _classify(
+    opened: "Opened", task: Any, split: str, limit: int | None, batch_size: int | None
+) -> tuple[dict[str, Any], dict[str, str]]:
     from darex_jax.evaluation.classification import evaluate
     from darex_jax.files.manifest import params_digest
-    from darex_jax.tasks import load_task
     from darex_jax.tasks.batching import encode
 
-    task = load_task(task_name, data_dir, seed)
     data = getattr(task, split).select(slice(limit))
     result = evaluate(opened.model, opened.params, encode(opened.tokenizer, data), task, batch_size)
     return result, {"model": params_digest(opened.params), "data": data.digest()}

@@ -33,6 +33,9 @@ TASK = click.option("--task", "task_name", default="opinions", show_default=True
                     help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
 DATA_DIR = click.option("--data-dir", type=PATH, help="Folder with the task's parquet files; else the hub.")
 TEXT = click.option("--text", type=PATH, help="Examples from a file with one text a line, instead of a task.")
+DATA = click.option("--data", metavar="FILE|DIR|NAME", help="Your own examples: parquet, CSV, JSON lines or "
+                    "Arrow, a folder of them, or a data set of the hub.")  # fmt: skip
+TEXT_COLUMN = click.option("--text", metavar="COLUMN", help="With --data: of the texts.")
 LIMIT = click.option("--limit", type=click.IntRange(1), help="Use at most so many examples of the split.")
 LEARNING_RATE = click.option("--learning-rate", default=3e-4, show_default=True, type=float)
 BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
@@ -48,3 +51,35 @@ IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=
                       help="A field of config.json that changes nothing, though it is refused.")  # fmt: skip
 BYTES_PER_PARAMETER = click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
               help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+
+
+def own_examples(command: Any) -> Any:
+    """--data and the columns that go with it, but for --text, which some commands have already."""
+    for option in (
+        click.option("--metric", help="With --data: accuracy, f1, matthews, accuracy_and_f1, "
+                     "pearson_and_spearman; of completions exact_match, token_accuracy, loss."),
+        click.option("--completion", metavar="COLUMN", help="With --data: what a decoder writes."),
+        click.option("--prompt", metavar="COLUMN", help="With --data: what a decoder is given."),
+        click.option("--label", metavar="COLUMN",
+                     help="With --data: texts or integers for classes, other numbers for a score."),
+        click.option("--pair", metavar="COLUMN", help="With --data: of the second texts."),
+        DATA,
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def take_table(options: dict[str, Any]) -> Any:
+    """Takes `own_examples` and --text out of a command's options: a `Table`, or None without --data.
+
+    --text stays where there is no --data: there it is a file.
+    """
+    given = {name: options.pop(name) for name in ("data", "pair", "label", "prompt", "completion", "metric")}
+    if given["data"] is None:
+        if stray := next((name for name, value in given.items() if value is not None), None):
+            raise click.UsageError(f"--{stray} names a column or a metric of --data.")
+        return None
+    from darex_jax.tasks.table import Table
+
+    text, options["text"] = options.get("text"), None
+    return Table(**given, text=None if text is None else str(text))

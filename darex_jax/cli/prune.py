@@ -24,6 +24,8 @@ from darex_jax.cli.options import (
     SEED,
     TEXT,
     Ratio,
+    own_examples,
+    take_table,
 )
 from darex_jax.cli.show import (
     byte_bar,
@@ -70,6 +72,7 @@ ENOUGH = 256  # texts, from which on best trains on them
               "for wanda, resolved and distilled.")  # fmt: skip
 @DATA_DIR
 @TEXT
+@own_examples
 @LIMIT
 @SEED
 @INCLUDE
@@ -109,6 +112,7 @@ def prune(
     support: str | None,
     checkpoints: Path | None,
     as_json: bool,
+    **own: Any,
 ) -> None:
     """Prune FINE - BASE and write the delta to OUT.
 
@@ -126,6 +130,10 @@ def prune(
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
         )
+    said = {**own, "text": text}
+    table = take_table(said)
+    has_texts = any(given is not None for given in (task, text, table))
+    places: dict[str, Any] = {"task": task, "data_dir": data_dir, "text": said["text"], "table": table}
     why = None
     if method is None:
         method = "dare" if drop_rate is not None or q is not None else "best"
@@ -134,8 +142,7 @@ def prune(
             raise click.UsageError("best chooses q itself; leave out --q, or say --method dare.")
         from darex_jax.tasks.source import Source
 
-        most = limit or TRAINING_TEXTS
-        texts = Source(task=task, data_dir=data_dir, text=text, limit=most) if task or text else None
+        texts = Source(**places, limit=limit or TRAINING_TEXTS) if has_texts else None
         method, q, why = _best(fine, texts, max_loss is not None)
     trains = METHODS[method].trains
     if max_loss is not None and not trains:
@@ -149,17 +156,17 @@ def prune(
         raise click.UsageError(f"{method} has bits of its own; leave out --bits.")
     if q is not None and not METHODS[method].divides:
         raise click.UsageError(f"{method} divides by no q; leave out --q.")
-    if any((task, data_dir, text)) and not (chooses or METHODS[method].needs):
+    if (has_texts or data_dir) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
-            "--task, --data-dir and --text are for --q auto or an objective of find-q, and for methods that "
-            "look at texts."
+            "--task, --data-dir, --text and --data are for --q auto or an objective of find-q, and for "
+            "methods that look at texts."
         )
     source: Any = None
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
         seen = limit if chooses else limit or (TRAINING_TEXTS if trains else CALIBRATION_SIZE)
-        source = Source(task=task, data_dir=data_dir, text=text, limit=seen)
+        source = Source(**places, limit=seen)
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
@@ -275,8 +282,8 @@ def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str
     """
     if source is None:
         if measures:
-            raise click.UsageError("--max-loss is measured on texts: give --text or --task.")
-        return "dare", None, "there are no texts (--text, --task) to choose or to train by"
+            raise click.UsageError("--max-loss is measured on texts: give --text, --task or --data.")
+        return "dare", None, "there are no texts (--text, --task, --data) to choose or to train by"
     from darex_jax.tasks.source import read_material
 
     count = len(read_material(fine, source, held_out=False).encoded)
@@ -326,8 +333,8 @@ def _chosen_q(
     base: Path, fine: Path, drop_rate: float, choice: Any, source: Any, quiet: bool
 ) -> tuple[Any, str]:
     """A q from what is at hand, and how it was chosen."""
-    if choice.objective == "auto" and source.task is None and source.text is None:
-        return None, "nothing: without --task or --text, q is DARE's 1 - drop rate"
+    if choice.objective == "auto" and all(x is None for x in (source.task, source.text, source.table)):
+        return None, "nothing: without --task, --text or --data, q is DARE's 1 - drop rate"
     from darex_jax.choosing.choose import choose_q
 
     with point_bar("choosing q", quiet) as on_value:

@@ -19,6 +19,8 @@ from darex_jax.cli.options import (
     PATH,
     TEXT,
     Ratio,
+    own_examples,
+    take_table,
 )
 from darex_jax.cli.prune import TRAINING_TEXTS
 from darex_jax.cli.show import bytes_text, family_of, print_table, tried_bar, warned
@@ -39,6 +41,7 @@ TAILED = 0.5  # of a delta's square in its largest hundredth
 @click.option("--task", help="Where texts come from, without their labels; or give --text.")
 @DATA_DIR
 @TEXT
+@own_examples
 @LIMIT
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(3),
               help="Of the short training that is tried.")  # fmt: skip
@@ -62,6 +65,7 @@ def recommend(
     exclude: tuple[str, ...],
     ignore_config_fields: tuple[str, ...],
     as_json: bool,
+    **own: Any,
 ) -> None:
     """Measure which method loses least at a size, and say the command that runs it.
 
@@ -79,10 +83,15 @@ def recommend(
     if size is not None and bytes_per_parameter is not None:
         raise click.UsageError("say one of --size and --bytes-per-parameter.")
     source = None
-    if task is None and text is None and (data_dir is not None or limit is not None):
-        raise click.UsageError("--data-dir and --limit are of texts: give --task or --text.")
-    if task is not None or text is not None:
-        source = Source(task=task, data_dir=data_dir, text=text, limit=limit or TRAINING_TEXTS)
+    said = {**own, "text": text}
+    table = take_table(said)
+    has_texts = any(given is not None for given in (task, text, table))
+    if not has_texts and (data_dir is not None or limit is not None):
+        raise click.UsageError("--data-dir and --limit are of texts: give --task, --text or --data.")
+    if has_texts:
+        source = Source(
+            task=task, data_dir=data_dir, text=said["text"], table=table, limit=limit or TRAINING_TEXTS
+        )
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude, f.shapes))
         fine_bytes, size = f.nbytes, 100.0 if size is None else size
@@ -96,7 +105,7 @@ def recommend(
         budget = {"bytes-per-parameter": str(bytes_per_parameter)}
     scope = {"include": include, "exclude": exclude, "ignore-config-field": ignore_config_fields}
     always = _options({**budget, **scope})
-    texts = _options({"task": task, "data-dir": data_dir, "text": text, "limit": limit})
+    texts = _options({"task": task, "data-dir": data_dir, "text": text, "limit": limit, **own})
     command = _command(advice.chosen, base, fine, always, texts)
     sentences = _sentences(advice, file_bytes, source is not None, can_retrain)
     if as_json:

@@ -10,7 +10,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from darex_jax.cli.options import BATCH_SIZE, DATA_DIR, IGNORE, JSON, LEARNING_RATE, PATH, SEED
+from darex_jax.cli.options import (
+    BATCH_SIZE,
+    DATA_DIR,
+    IGNORE,
+    JSON,
+    LEARNING_RATE,
+    PATH,
+    SEED,
+    TEXT_COLUMN,
+    own_examples,
+    take_table,
+)  # fmt: skip
 from darex_jax.cli.show import print_table, training_bar
 
 COMMAND_LINE = ParameterSource.COMMANDLINE
@@ -45,6 +56,8 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @click.option("--task", default="opinions", show_default=True,
               help="opinions, cola, sst2, mrpc, stsb; for decoders gsm8k, word-problems.")  # fmt: skip
 @DATA_DIR
+@own_examples
+@TEXT_COLUMN
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
@@ -105,9 +118,14 @@ def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool
     elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
+    table = take_table(options)
+    if options.pop("text") is not None:
+        raise click.UsageError("--text names a column of --data.")
+    if table is not None and ctx.get_parameter_source("task") == COMMAND_LINE:
+        raise click.UsageError("--task and --data are two places to learn from; say one.")
     with training_bar("fine-tuning", as_json) as on_step:
         report = train_run(
-            base, out, recipe, task=task, **options,
+            base, out, recipe, task=task, table=table, **options,
             say=lambda line: click.echo(line, err=True), on_step=on_step,
         )  # fmt: skip
     if as_json:

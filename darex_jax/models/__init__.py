@@ -1,7 +1,7 @@
 """Models as pure functions of a nested dict of arrays, the Hugging Face state dict. No file is read here."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from darex_jax.models.bert import (
     BertModel,
     Encoder,
     EncoderOutput,
+    label_notes,
 )
 from darex_jax.models.config import shown
 from darex_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
@@ -178,19 +179,25 @@ def init_model(config: Config, key: Array, dtype: Any = jnp.float32) -> tuple[Mo
 
 
 def classifier_from_pretrained(
-    model: Model, params: Params, num_labels: int, key: Array, problem_type: str | None = None
+    model: Model,
+    params: Params,
+    num_labels: int,
+    key: Array,
+    problem_type: str | None = None,
+    label_names: Sequence[str] = (),
 ) -> tuple[Model, dict[str, Any]]:
     """Makes a classifier out of a pretrained model, ready to be fine-tuned.
 
     The body goes under `bert.` or `roberta.`; the classifier, and a pooler that BERT's needs and does not
     have, start at N(0, initializer_range) with zero bias. A classifier with `num_labels` labels keeps its
-    head and its labels' names.
+    head and, where none are given, its labels' names.
 
     Args:
       model, params: from `load_model`; the arrays are shared, not copied.
       num_labels: columns of `logits`; 1 for regression.
       key: typed key for the fresh weights.
       problem_type: transformers' word for the loss, written to the config; None keeps a kept head's.
+      label_names: of the classes, written to the config.
     Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification or
       RobertaForSequenceClassification, and its params.
     Raises: ValueError if `num_labels` or `problem_type` is not possible, or the model is a decoder.
@@ -198,10 +205,11 @@ def classifier_from_pretrained(
     if not isinstance(model.config, BertConfig):
         raise DarexError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
     headless, family = model.config.headless, model.config.model_type
-    config = model.config.as_classifier(num_labels, problem_type)
+    config = model.config.as_classifier(num_labels, problem_type, label_names)
     kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}
     if not headless and model.config.num_labels == num_labels:
-        notes = {**model.config.notes, **({"problem_type": problem_type} if problem_type else {})}
+        stated = {"problem_type": problem_type} if problem_type else {}
+        notes = {**model.config.notes, **stated, **label_notes(label_names)}
         config = dataclasses.replace(model.config, notes=notes)
     else:
         kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}

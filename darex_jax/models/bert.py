@@ -6,7 +6,7 @@ Field names are Hugging Face's, so the tree of parameters is the Hugging Face st
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -177,19 +177,34 @@ class BertConfig:
         """The loss: "regression", "single_label_classification", "multi_label_classification", None."""
         return self.notes.get("problem_type")
 
-    def as_classifier(self, num_labels: int, problem_type: str | None = None) -> "BertConfig":
-        """The config of a classifier with this body, its labels named LABEL_0 and so on."""
+    def as_classifier(
+        self, num_labels: int, problem_type: str | None = None, label_names: Sequence[str] = ()
+    ) -> "BertConfig":
+        """The config of a classifier with this body, labels without a name are LABEL_0 and so on."""
         if problem_type not in (None, *PROBLEM_TYPES):
             raise DarexError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
         if num_labels < 1:
             raise DarexError(f"num_labels is {num_labels}, a classifier needs at least 1.")
+        if label_names and len(label_names) != num_labels:
+            raise DarexError(f"{len(label_names)} names for {num_labels} labels.")
         drop = {"id2label", "label2id", "num_labels", "problem_type"}
         notes = {name: value for name, value in self.notes.items() if name not in drop}
         if problem_type is not None:
             notes["problem_type"] = problem_type
+        notes |= label_notes(label_names)
         return dataclasses.replace(
             self, architectures=(ARCHITECTURES[self.model_type][1],), num_labels=num_labels, notes=notes
         )
+
+
+def label_notes(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of config.json that name a classifier's classes."""
+    if not names:
+        return {}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 class EncoderOutput(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 from darex_jax.core.errors import DarexError
 from darex_jax.files.checkpoint import MANIFEST, read_json
 from darex_jax.runs.train import train_run
+from darex_jax.tasks.table import Table
 from darex_jax.training.loop import Recipe
 
 PARTS = ("inputs", "versions", "platform")
@@ -47,11 +48,17 @@ def repeat_run(
         raise DarexError(f"{file}: is not of a finished run, it lacks {', '.join(missing or ['outputs'])}.")
     options = dict(then["options"])
     recipe_names = {field.name for field in dataclasses.fields(Recipe)}
-    known = recipe_names | set(inspect.signature(train_run).parameters) - {"out", "recipe", "say", "on_step"}
+    columns = {field.name for field in dataclasses.fields(Table)}
+    told = set(inspect.signature(train_run).parameters) - {"out", "recipe", "table", "say", "on_step"}
+    known = recipe_names | columns | told
     if other := sorted(known ^ options.keys()):
         raise DarexError(f"{file}: is of another version, which differs in {', '.join(other)}.")
     recipe = Recipe(**{name: options.pop(name) for name in recipe_names})
     source, folder = Path(options.pop("base")), options.pop("data_dir")
+    own = {name: options.pop(name) for name in columns}
+    options["table"] = None if own["data"] is None else Table(**own)
+    if own["data"] is not None:
+        del options["task"]
     options["lora_targets"] = tuple(options["lora_targets"])
     options["data_dir"] = data_dir or (folder and Path(folder))
     with tempfile.TemporaryDirectory() as scratch:

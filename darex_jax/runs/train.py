@@ -26,9 +26,16 @@ from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.lora import add_adapters
 from darex_jax.tasks import TASKS, Task, load_task
-from darex_jax.tasks.answers import PROBLEM_TASKS, answer_batches, encode_problems, load_problems
+from darex_jax.tasks.answers import (
+    PROBLEM_TASKS,
+    EncodedAnswers,
+    answer_batches,
+    encode_answers,
+    encode_problems,
+    load_problems,
+)  # fmt: skip
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.gsm8k import Problem
+from darex_jax.tasks.table import Table, read_completions, read_task
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.fine_tune import classifier_for, fine_tune
@@ -82,6 +89,7 @@ def train_run(
     recipe: Recipe,
     *,
     task: str = "opinions",
+    table: Table | None = None,
     data_dir: Path | None = None,
     difficulty: int = 3,
     limit: int | None = None,
@@ -108,6 +116,7 @@ def train_run(
     Args:
       base: a Hugging Face directory; an encoder for the GLUE tasks, a decoder for the problem tasks.
       task: one of `ALL_TASKS`; data_dir, difficulty: see `load_task`, `load_gsm8k`, `word_problems`.
+      table: one's own examples, instead of a task.
       limit: train on the first so many examples.
       validation_limit: held-out examples looked at, at every checkpoint.
       lora_rank: train low-rank adapters (and a classifier's head) instead of all parameters; `out` is then an
@@ -126,13 +135,19 @@ def train_run(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DarexError(f"{out}: already exists; choose another place.")
-    if task not in ALL_TASKS:
+    own: dict[str, Any] = {field.name: None for field in dataclasses.fields(Table)}
+    if table is not None:
+        own, task = dict(vars(table)), table.name
+        if Path(table.data).exists():
+            own["data"] = str(Path(table.data).resolve())
+    elif task not in ALL_TASKS:
         raise DarexError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
     base, data_dir = base.resolve(), data_dir and data_dir.resolve()
     if out.resolve().is_relative_to(base):
         raise DarexError(f"{out} is inside the base {base}; choose another place.")
     options = dataclasses.asdict(recipe) | {
-        "base": str(base), "task": task, "data_dir": data_dir and str(data_dir), "difficulty": difficulty,
+        "base": str(base), "task": None if table else task, **own, "data_dir": data_dir and str(data_dir),
+        "difficulty": difficulty,
         "limit": limit, "validation_limit": validation_limit, "lora_rank": lora_rank,
         "lora_alpha": lora_alpha, "lora_targets": list(lora_targets), "rslora": rslora,
         "checkpoint_every": checkpoint_every, "keep": keep, "best": best, "mesh": mesh,
@@ -144,15 +159,25 @@ def train_run(
         lora = LoraConfig(lora_rank, alpha, lora_targets, rslora)
     parts = _mesh_of(mesh, recipe)
     key = jax.random.key(seed)
-    if task in PROBLEM_TASKS:
-        problems, held_out = load_problems(task, data_dir, difficulty, seed)
+    decoding = task in PROBLEM_TASKS if table is None else table.prompt is not None
+    if decoding:
+        tokenizer = load_tokenizer(base)
+        if table is None:
+            problems, held_out = load_problems(task, data_dir, difficulty, seed)
+            train = encode_problems(tokenizer, problems[:limit])
+            others = encode_problems(tokenizer, held_out[:validation_limit])
+        else:
+            splits = read_completions(table, seed)
+            train = encode_answers(tokenizer, *(column[:limit] for column in splits["train"]))
+            held = (column[:validation_limit] for column in splits["validation"])
+            others = encode_answers(tokenizer, *held)
         model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         if not isinstance(model.config, DecoderConfig):
             raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         start = _start(model, known, known, lora, key, parts)
-        lesson = _answering(start, base, problems[:limit], held_out[:validation_limit], recipe, key)
+        lesson = _answering(start, train, others, recipe, key)
     else:
-        examples = load_task(task, data_dir, seed)
+        examples = load_task(task, data_dir, seed) if table is None else read_task(table, seed)
         body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         model, params = classifier_for(examples, body, known, jax.random.fold_in(key, 0))
         start = _start(model, params, known, lora, key, parts)
@@ -185,7 +210,7 @@ def train_run(
         if lora is None:
             save_params(out, params, start.model.config.to_hf(), companions_from=base, manifest=manifest)
         else:
-            kind = "CAUSAL_LM" if task in PROBLEM_TASKS else "SEQ_CLS"
+            kind = "CAUSAL_LM" if decoding else "SEQ_CLS"
             adapter, dense = _split(params, is_factor)
             save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
     taken = lines[-1]
@@ -306,18 +331,10 @@ def _classifying(
 
 
 def _answering(
-    start: Start,
-    base: Path,
-    problems: tuple[Problem, ...],
-    held_out: tuple[Problem, ...],
-    recipe: Recipe,
-    key: jax.Array,
+    start: Start, train: EncodedAnswers, others: EncodedAnswers, recipe: Recipe, key: jax.Array
 ) -> Lesson:
-    """A causal language model's answers to problems."""
+    """A causal language model's answers to prompts."""
     model, params, frozen, *_ = start
-    tokenizer = load_tokenizer(base)
-
-    train, others = encode_problems(tokenizer, problems), encode_problems(tokenizer, held_out)
     batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:

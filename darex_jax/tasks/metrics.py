@@ -54,6 +54,15 @@ def accuracy_and_f1(logits: ArrayLike, labels: ArrayLike) -> float:
     return (float((predicted == gold).mean()) + float(f1_score(gold, predicted, zero_division=0.0))) / 2
 
 
+def f1(logits: ArrayLike, labels: ArrayLike) -> float:
+    """F1 of class 1 of two classes, the mean over the classes of more; 0.0 for a class that is nowhere."""
+    from sklearn.metrics import f1_score
+
+    predicted, gold = _classes(logits, labels)
+    average = "binary" if np.shape(logits)[1] == 2 else "macro"
+    return float(f1_score(gold, predicted, average=average, zero_division=0.0))
+
+
 def pearson_and_spearman(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean of the Pearson and Spearman correlations; 0.0 when either side is constant (up to rounding)."""
     from scipy.stats import pearsonr, spearmanr
@@ -70,4 +79,4 @@ def pearson_and_spearman(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(pearsonr(predicted, gold).statistic + spearmanr(predicted, gold).statistic) / 2
 
 
-METRICS = {f.__name__: f for f in (accuracy, matthews, accuracy_and_f1, pearson_and_spearman)}
+METRICS = {f.__name__: f for f in (accuracy, matthews, f1, accuracy_and_f1, pearson_and_spearman)}

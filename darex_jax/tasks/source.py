@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from darex_jax.tasks.answers import (
     PROBLEM_TASKS,
     EncodedAnswers,
     answer_batches,
+    encode_answers,
     encode_problems,
     encode_texts,
     load_problems,
@@ -32,6 +33,7 @@ from darex_jax.tasks.batching import (
     training_batches,
 )
 from darex_jax.tasks.lines import read_lines
+from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
 
 TRAINING_ROWS = 16  # of a step
 
@@ -44,19 +46,27 @@ class Source:
       task: a GLUE task or opinions for encoders, gsm8k or word-problems for decoders; None is the family's
         generated task. data_dir: of its files. difficulty: of generated word problems.
       text: a file with one text a line, instead of a task.
+      table: a person's own examples, instead of both.
       limit: at most so many examples.
-    Raises: DarexError for a task and a text.
+    Raises: DarexError for two of these.
     """
 
     task: str | None = None
     data_dir: Path | None = None
     difficulty: int = 3
     text: Path | None = None
+    table: Table | None = None
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.text is not None:
-            raise DarexError("examples come from a task or from a text file, not from both.")
+        if sum(x is not None for x in (self.task, self.text, self.table)) > 1:
+            raise DarexError("examples come from one place: a task, a text file, or --data.")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it was said what is right: a task, or one's own labels or completions."""
+        own = self.table
+        return self.task is not None or (own is not None and (own.label or own.completion) is not None)
 
 
 class Material(NamedTuple):
@@ -109,6 +119,8 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
             return Material(encode_texts(tokenizer, lines), None, str(source.text))
         examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
         return Material(encode(tokenizer, examples), None, str(source.text))
+    if source.table is not None:
+        return _of_table(fine, source.table, decoder, held_out, source.limit)
     generated = "word-problems" if decoder else "opinions"
     task, name = source.task or generated, source.task or f"{generated} (generated)"
     if decoder != (task in PROBLEM_TASKS):
@@ -120,3 +132,32 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     loaded = load_task(task, source.data_dir)
     chosen = (loaded.validation if held_out else loaded.train).select(slice(source.limit))
     return Material(encode(load_tokenizer(fine), chosen), loaded, name)
+
+
+def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, limit: int | None) -> Material:
+    """Examples of a person's own; without labels where no column of them is named."""
+    tokenizer, split = load_tokenizer(fine), "validation" if held_out else "train"
+    if decoder and table.prompt is not None:
+        prompts, completions = (column[:limit] for column in read_completions(table)[split])
+        return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
+    if table.text is None:
+        raise DarexError(f"{fine} is an encoder: name the column of its texts (--text).")
+    if table.label is None or decoder:
+        examples = read_texts(table, held_out=held_out).select(slice(limit))
+        if decoder:
+            return Material(encode_texts(tokenizer, examples.texts), None, table.data)
+        return Material(encode(tokenizer, examples), None, table.data)
+    task = read_task(table, known=class_names(read_config(fine)))
+    chosen = (task.validation if held_out else task.train).select(slice(limit))
+    return Material(encode(tokenizer, chosen), task, table.data)
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a model's classes in their order, () where config.json has none."""
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        return ()
+    try:
+        return tuple(str(names[number]) for number in sorted(names, key=int))
+    except (TypeError, ValueError):
+        return ()

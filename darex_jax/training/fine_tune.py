@@ -20,9 +20,9 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 
 
 def classifier_for(task: Task, model: Model, params: Params, key: jax.Array) -> tuple[Model, dict[str, Any]]:
-    """`classifier_from_pretrained` with the outputs and the loss that a task needs."""
+    """`classifier_from_pretrained` with the outputs, the loss and the classes' names that a task has."""
     problem = "regression" if task.kind == "regression" else "single_label_classification"
-    return classifier_from_pretrained(model, params, task.num_labels, key, problem)
+    return classifier_from_pretrained(model, params, task.num_labels, key, problem, task.label_names)
 
 
 def example_losses(logits: jax.Array, labels: jax.Array | NDArray[Any]) -> jax.Array:

@@ -1,0 +1,306 @@
+"""A person's own examples: files, a folder or a data set of the hub, and which of their columns are what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darex_jax.core.errors import DarexError
+from darex_jax.files.paths import check_file
+from darex_jax.models.config import shown
+from darex_jax.tasks import Examples, Task
+from darex_jax.tasks.metrics import METRICS
+from darex_jax.tasks.parquet import Split
+
+FORMATS = {  # suffix -> what `datasets` calls its reader, and options of that
+    ".parquet": ("parquet", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}), ".jsonl": ("json", {}), ".arrow": ("arrow", {}),
+}  # fmt: skip
+SPLITS = {  # what a file's name begins with, or a split of the hub is called
+    "train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",),
+}  # fmt: skip
+TENTH = 10  # one row of so many is held out where a split is missing
+ANSWER_METRICS = ("exact_match", "token_accuracy", "loss")
+LARGEST_LABEL = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What a person said of their own examples.
+
+    Attributes:
+      data: a file of parquet, CSV, TSV, JSON (lines) or Arrow; a folder of such files, whose names begin with
+        train, validation (valid, val, dev) or test, or that are all to be split; or a data set of the hub.
+      text, pair: columns of an encoder's texts, the second of pairs.
+      label: column of what is to be predicted: texts or integers for classes, other numbers for a score.
+      prompt, completion: columns of a decoder's texts; the completion is what is learned and scored.
+      metric: None is accuracy of classes, the mean of Pearson and Spearman of a score, and of completions the
+        exact match.
+    Raises: DarexError for columns that do not go together.
+    """
+
+    data: str
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise DarexError("--prompt and --completion go together: the columns of a decoder's texts.")
+        if (self.text is None) == (self.prompt is None):
+            raise DarexError(
+                "name the columns of --data: --text and, to learn or to score, --label; or for a decoder "
+                "--prompt and --completion."
+            )
+        if self.text is None and (self.pair or self.label):
+            raise DarexError("--pair and --label go with --text.")
+        known = (*METRICS, *ANSWER_METRICS)
+        if self.metric is not None and self.metric not in known:
+            raise DarexError(f"unknown metric {self.metric!r}; the metrics are {', '.join(known)}.")
+        if self.metric is not None and (self.metric in METRICS) == (self.text is None):
+            fitting = METRICS if self.text is not None else ANSWER_METRICS
+            raise DarexError(f"{self.metric} does not fit these columns; {', '.join(fitting)} do.")
+
+    @property
+    def name(self) -> str:
+        return Path(self.data).stem or self.data
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        named = (self.text, self.pair, self.label, self.prompt, self.completion)
+        return tuple(column for column in named if column is not None)
+
+
+def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
+    """A classification, or with numbers as labels a regression.
+
+    A split that is missing is held out: a tenth of the rows that train, drawn by the seed.
+
+    Args: known: names of a model's classes in its order: what these name has these numbers.
+    Raises: DarexError that names file, column and row of what is no text or label, or is none of `known`;
+      for a table without labels; FileNotFoundError where there is no data.
+    """
+    if table.text is None or table.label is None:
+        raise DarexError("an encoder learns and is scored by labels: name their column (--label).")
+    splits = _read(table, seed)
+    values = {
+        name: [v for part in parts for v in _labels(part, table.label)] for name, parts in splits.items()
+    }
+    every = [value for split in values.values() for value in split]
+    names: tuple[str, ...] = ()
+    if isinstance(every[0], str):
+        names = tuple(known) if set(every) <= set(known) else tuple(sorted(set(every)))
+        if known and names != tuple(known) and not _generic(known):
+            strange = next(value for value in every if value not in known)
+            raise DarexError(
+                f"{table.data}: {table.label!r} has {shown(strange)}, the model's classes are "
+                f"{', '.join(known)}."
+            )
+        numbers = {name: i for i, name in enumerate(names)}
+        values = {split: [numbers[value] for value in own] for split, own in values.items()}
+    elif all(isinstance(value, int) for value in every):
+        if min(every) < 0 or max(every) > LARGEST_LABEL:
+            raise DarexError(
+                f"{table.data}: {table.label!r} has {min(every)} to {max(every)}; classes count from 0. "
+                "Write a score with a point: 3.0."
+            )
+        count = max(2, len(known), max(every) + 1)
+        names = tuple(known) if len(known) == count else tuple(f"LABEL_{i}" for i in range(count))
+    kind: Any = "classification" if names else "regression"
+    default = "accuracy" if names else "pearson_and_spearman"
+    if table.metric is not None and (table.metric == "pearson_and_spearman") == bool(names):
+        raise DarexError(f"{table.metric} does not fit {'classes' if names else 'a score'}.")
+    dtype = np.int32 if names else np.float32
+    examples = {
+        name: _examples(table, parts, np.asarray(values[name], dtype)) for name, parts in splits.items()
+    }
+    return Task(
+        name=table.name, kind=kind, label_names=names, metric_name=table.metric or default, **examples
+    )
+
+
+def read_texts(table: Table, seed: int = 0, *, held_out: bool = False) -> Examples:
+    """The texts that train, or those of the validation split, without labels (zeros)."""
+    parts = _read(table, seed)["validation" if held_out else "train"]
+    return _examples(table, parts, np.zeros(sum(len(part) for part in parts), np.int32))
+
+
+def read_completions(table: Table, seed: int = 0) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Prompts and completions of each split. Raises: as `read_task`."""
+    if table.prompt is None or table.completion is None:
+        raise DarexError("a decoder learns and is scored by completions: name --prompt and --completion.")
+    found = {}
+    for name, parts in _read(table, seed).items():
+        prompts, completions = (
+            tuple(text for part in parts for text in part.texts(column))
+            for column in (table.prompt, table.completion)
+        )
+        found[name] = prompts, completions
+    return found
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of one file, or of one split of the hub's."""
+
+    split: Split
+    rows: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def texts(self, column: str) -> list[str]:
+        every = self.split.texts(column)
+        return [every[i] for i in self.rows]
+
+
+def _examples(table: Table, parts: Sequence[_Rows], labels: NDArray[Any]) -> Examples:
+    if table.text is None:
+        raise DarexError("an encoder takes texts: name their column (--text).")
+    texts = tuple(text for part in parts for text in part.texts(table.text))
+    pairs = None
+    if table.pair is not None:
+        pairs = tuple(text for part in parts for text in part.texts(table.pair))
+    return Examples(texts, pairs, labels)
+
+
+def _labels(part: _Rows, column: str) -> list[Any]:
+    """Texts, integers (true and false among them) or floats, all of one kind."""
+    feature = part.split.rows.features[column]
+    values = list(part.split.rows[column])
+    names = getattr(feature, "names", None)  # a class label of `datasets`
+    if names:
+        values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
+    kind: Any = str if isinstance(values[0], str) else int | float
+    expected = "a text like those before it" if kind is str else "a finite number like those before it"
+    for row, value in enumerate(values):
+        if not isinstance(value, kind) or (kind is not str and not np.isfinite(value)):
+            raise DarexError(f"{part.split.place(row)}: {column!r} is {shown(value)}, expected {expected}.")
+    if kind is not str and any(isinstance(value, float) for value in values):
+        values = [float(value) for value in values]
+    elif kind is not str:
+        values = [int(value) for value in values]
+    return [values[i] for i in part.rows]
+
+
+def _generic(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
+
+
+def _read(table: Table, seed: int) -> dict[str, list[_Rows]]:
+    """The rows of all three splits."""
+    found = _open(table)
+    whole = {name: [_Rows(s, np.arange(len(s.rows))) for s in found.get(name, ())] for name in SPLITS}
+    if not whole["train"]:  # files of tests alone, say: all splits are what there is
+        there = whole["test"] or whole["validation"]
+        return {name: whole[name] or there for name in SPLITS}
+    missing = [name for name in ("validation", "test") if not whole[name]]
+    train = whole["train"]
+    order = np.random.RandomState(seed).permutation(sum(map(len, train)))
+    tenth = len(order) // TENTH
+    if missing and not tenth:
+        raise DarexError(
+            f"{table.data} has {len(order)} rows to train on; ten are needed to hold some out for "
+            f"{' and '.join(missing)}."
+        )
+    for i, name in enumerate(missing):
+        whole[name] = _select(train, np.sort(order[i * tenth : (i + 1) * tenth]))
+    whole["train"] = _select(train, np.sort(order[len(missing) * tenth :]))
+    return whole
+
+
+def _select(parts: Sequence[_Rows], rows: NDArray[Any]) -> list[_Rows]:
+    """Of all rows in turn those with these numbers, ascending."""
+    chosen, start = [], 0
+    for part in parts:
+        own = rows[(rows >= start) & (rows < start + len(part))] - start
+        start += len(part)
+        if len(own):
+            chosen.append(_Rows(part.split, part.rows[own]))
+    return chosen
+
+
+def _open(table: Table) -> dict[str, list[Split]]:
+    path = Path(table.data)
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in FORMATS]
+        if not files:
+            raise FileNotFoundError(f"{path} has no file of {', '.join(FORMATS)}.")
+        named = {file: _split_of(file.stem) for file in files}
+        if None in named.values() and set(named.values()) != {None}:
+            stray = next(file for file, split in named.items() if split is None)
+            raise DarexError(
+                f"{stray}: is of no split; names begin with train, validation or test, or none of them does."
+            )
+        found: dict[str, list[Split]] = {}
+        for file, split in named.items():
+            found.setdefault(split or "train", []).append(_read_file(file, table.columns))
+        return found
+    if path.exists() or path.suffix.lower() in FORMATS:
+        return {"train": [_read_file(path, table.columns)]}
+    return _from_hub(table)
+
+
+def _split_of(name: str) -> str | None:
+    for split, beginnings in SPLITS.items():
+        if name.lower().startswith(beginnings):
+            return split
+    return None
+
+
+def _read_file(file: Path, columns: Sequence[str]) -> Split:
+    import datasets
+
+    if file.suffix.lower() not in FORMATS:
+        raise DarexError(f"{file}: is read by its name, which ends in {', '.join(FORMATS)}.")
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: there is no such file.")
+    check_file(file)
+    reader, options = FORMATS[file.suffix.lower()]
+    try:
+        rows = datasets.load_dataset(reader, data_files=[os.fspath(file)], split="train", **options)
+    except Exception as error:  # what a damaged file meets in a parser is of many kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise DarexError(f"{file}: cannot be read as {reader}: {why:.200}") from error
+    return _checked(rows, f"'{file}'", columns)
+
+
+def _from_hub(table: Table) -> dict[str, list[Split]]:
+    import datasets
+
+    try:
+        loaded: Mapping[str, Any] = datasets.load_dataset(table.data)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(
+            f"{table.data}: is no file or folder here, and the Hugging Face hub did not give it "
+            f"({type(error).__name__})."
+        ) from error
+    found: dict[str, list[Split]] = {}
+    for name, rows in loaded.items():
+        split = _split_of(name)
+        if split is not None:
+            found.setdefault(split, []).append(_checked(rows, f"{name!r} of '{table.data}'", table.columns))
+    if not found:
+        raise DarexError(f"{table.data}: has the splits {', '.join(loaded)}; none is train or test.")
+    return found
+
+
+def _checked(rows: Any, name: str, columns: Sequence[str]) -> Split:
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise DarexError(f"{name} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}.")
+    if not len(rows):
+        raise DarexError(f"{name} has no rows.")
+    return Split(rows, (), name)

@@ -1,0 +1,255 @@
+"""One's own examples: files of every format, splits, labels, and the commands that take them."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from darex_jax.core.errors import DarexError
+from darex_jax.files.checkpoint import read_config
+from darex_jax.tasks.source import Source, class_names, read_material
+from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
+from tests.test_bank import darex
+from tests.test_resume import save_bert, save_llama
+
+WORDS = ("abe", "bee", "cat", "dog", "eel")
+
+
+def rows(count, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(count)]
+    return {
+        "sentence": texts,
+        "other": texts[::-1],
+        "mood": ["good" if "cat" in text else "bad" for text in texts],
+        "number": [int("cat" in text) for text in texts],
+        "score": [text.count("cat") + 0.5 for text in texts],
+    }
+
+
+def write(path, columns):
+    """Columns as a file of the format that its name says."""
+    kept = datasets.Dataset.from_dict(columns)
+    suffix = path.suffix
+    if suffix == ".parquet":
+        kept.to_parquet(path)
+    elif suffix in (".csv", ".tsv"):
+        kept.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    elif suffix == ".arrow":
+        kept.save_to_disk(path.with_suffix(".dir"))
+        next(path.with_suffix(".dir").glob("*.arrow")).rename(path)
+    elif suffix == ".json":
+        table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text(json.dumps(table))
+    else:
+        kept.to_json(path)
+    return path
+
+
+def table(path, **columns):
+    return Table(data=str(path), **({"text": "sentence", "label": "mood"} | columns))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow"])
+def test_every_format_holds_the_same_examples(tmp_path, suffix):
+    columns = rows(40)
+    task = read_task(table(write(tmp_path / f"mine{suffix}", columns), pair="other"))
+    assert (task.name, task.kind, task.label_names) == ("mine", "classification", ("bad", "good"))
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [32, 4, 4]
+    expected = set(zip(columns["sentence"], columns["other"], columns["number"], strict=True))
+    for split in (task.train, task.validation, task.test):
+        assert set(zip(split.texts, split.pairs, split.labels.tolist(), strict=True)) <= expected
+        assert split.labels.dtype == np.int32
+    scores = read_task(table(tmp_path / f"mine{suffix}", label="score"))
+    assert (scores.kind, scores.num_labels) == ("regression", 1)
+    assert scores.metric_name == "pearson_and_spearman" and scores.train.labels.dtype == np.float32
+
+
+def test_a_missing_split_is_held_out_by_the_seed(tmp_path):
+    columns = rows(40)
+    columns["sentence"] = [f"{i} {text}" for i, text in enumerate(columns["sentence"])]
+    whole = table(write(tmp_path / "mine.csv", columns))
+    first, again, other = (read_task(whole, seed) for seed in (0, 0, 1))
+    assert first.test.digest() == again.test.digest() != other.test.digest()
+    splits = [set(split.texts) for split in (first.train, first.validation, first.test)]
+    assert set.union(*splits) == set(columns["sentence"]) and sum(map(len, splits)) == 40
+    assert set(read_texts(whole, held_out=True).texts) == splits[1]
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    parts = {"train-0.csv": range(15), "train-1.csv": range(15, 30), "dev.jsonl": range(30, 40)}
+    for name, chosen in parts.items():
+        write(folder / name, {column: [values[i] for i in chosen] for column, values in columns.items()})
+    (folder / "README.md").write_text("not data")
+    task = read_task(table(folder))
+    assert task.validation.texts == tuple(columns["sentence"][30:])
+    assert len(task.test) == 3 and set(task.test.texts) | set(task.train.texts) == set(
+        columns["sentence"][:30]
+    )
+    write(folder / "test.parquet", columns)
+    assert read_task(table(folder)).test.texts == tuple(columns["sentence"])
+    only = tmp_path / "only"
+    only.mkdir()
+    write(only / "test.csv", columns)
+    assert read_task(table(only)).test.texts == tuple(columns["sentence"])
+    write(only / "more.csv", columns)
+    with pytest.raises(DarexError, match=r"more\.csv: is of no split; names begin with train"):
+        read_task(table(only))
+
+
+def test_labels_get_the_numbers_that_a_model_has_for_them(tmp_path):
+    columns = rows(40)
+    path = write(tmp_path / "mine.jsonl", columns)
+    turned = read_task(table(path), known=("good", "bad"))
+    assert turned.label_names == ("good", "bad")
+    plain = read_task(table(path))
+    np.testing.assert_array_equal(turned.train.labels, 1 - plain.train.labels)
+    assert read_task(table(path), known=("LABEL_0", "LABEL_1")).label_names == ("bad", "good")
+    assert read_task(table(path, label="number")).label_names == ("LABEL_0", "LABEL_1")
+    assert read_task(table(path, label="number"), known=("x", "y", "z")).label_names == ("x", "y", "z")
+    with pytest.raises(DarexError, match=r"'mood' has '\w+', the model's classes are sad, glad"):
+        read_task(table(path), known=("sad", "glad"))
+    named = datasets.Dataset.from_dict(columns).cast_column(
+        "number", datasets.ClassLabel(names=["no", "yes"])
+    )
+    named.to_parquet(tmp_path / "named.parquet")
+    assert read_task(table(tmp_path / "named.parquet", label="number")).label_names == ("no", "yes")
+    assert class_names({"id2label": {"1": "b", "0": "a"}}) == ("a", "b") and class_names({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"label": "moods"}, r"'.*mine\.jsonl' lacks the column 'moods'; it has sentence, other"),
+        ({"text": "number"}, r"mine\.jsonl', row 0 \(counted from 0\): 'number' is \d, expected a text"),
+        ({"label": "holed"}, r"row 3 \(counted from 0\): 'holed' is None, expected a text like those before"),
+        ({"label": "mixed"}, r"row 2 \(counted from 0\): 'mixed' is None, expected a finite number"),
+        ({"label": "negative"}, r"'negative' has -1 to 3; classes count from 0.*3\.0"),
+        ({"metric": "pearson_and_spearman"}, "pearson_and_spearman does not fit classes"),
+        ({"label": "score", "metric": "f1"}, "f1 does not fit a score"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'; the metrics are accuracy, matthews, f1"),
+        ({"metric": "loss"}, "loss does not fit these columns; accuracy"),
+        ({"label": None}, r"name their column \(--label\)"),
+        ({"text": None, "label": None}, "name the columns of --data"),
+        ({"text": None, "label": None, "prompt": "sentence"}, "--prompt and --completion go together"),
+        ({"text": None, "prompt": "sentence", "completion": "other"}, "--pair and --label go with --text"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, change, said):
+    columns = rows(12)
+    columns["holed"] = [*columns["mood"][:3], None, *columns["mood"][4:]]
+    columns["mixed"] = [1, 2, None, *columns["number"][3:]]
+    columns["negative"] = [-1, 3] * 6
+    path = write(tmp_path / "mine.jsonl", columns)
+    with pytest.raises(DarexError, match=said):
+        read_task(table(path, **change))
+
+
+def test_what_is_no_data_is_said(tmp_path, monkeypatch):
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(DarexError, match=r"broken\.json: cannot be read as json: "):
+        read_task(table(tmp_path / "broken.json"))
+    with pytest.raises(FileNotFoundError, match=r"absent\.csv: there is no such file"):
+        read_task(table(tmp_path / "absent.csv"))
+    with pytest.raises(DarexError, match=r"nine\.csv has 9 rows to train on; ten are needed"):
+        read_task(table(write(tmp_path / "nine.csv", rows(9))))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty has no file of \.parquet"):
+        read_task(table(tmp_path / "empty"))
+    (tmp_path / "notes.txt").write_text("a\n")
+    with pytest.raises(DarexError, match=r"notes\.txt: is read by its name"):
+        read_task(table(tmp_path / "notes.txt"))
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=r"someone/else: is no file or folder here, and the Hugging Face hub"
+    ):
+        read_task(table("someone/else"))
+    with pytest.raises(DarexError, match="from one place"):
+        Source(task="sst2", table=table("x.csv"))
+
+
+def test_a_data_set_of_the_hub_has_splits_of_its_own(monkeypatch):
+    held = {
+        name: datasets.Dataset.from_dict(rows(n)) for name, n in (("train", 20), ("test", 5), ("extra", 3))
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(held))
+    task = read_task(table("someone/moods", metric="f1"))
+    assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 5)
+    assert (task.name, task.metric_name) == ("moods", "f1")
+
+
+def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path):
+    base = save_bert(tmp_path / "base")
+    data = write(tmp_path / "moods.csv", rows(60))
+    own = ("--data", data, "--text", "sentence", "--label", "mood")
+    fine = tmp_path / "fine"
+    recipe = ("--steps", 40, "--batch-size", 8, "--learning-rate", 3e-3, "--no-dropout")
+    trained = json.loads(darex("train", base, fine, *own, "--metric", "f1", *recipe, "--json").stdout)
+    assert trained["task"] == "moods" and trained["metric_name"] == "f1"
+    assert read_config(fine)["id2label"] == {"0": "bad", "1": "good"}
+    scored = json.loads(darex("eval", fine, *own, "--metric", "f1", "--json").stdout)
+    assert scored["metric"] == trained["test"] and scored["n"] == 6
+    again = json.loads(darex("repeat", fine, "--json").stdout)
+    assert again["same"]
+    # Another order of the labels in another file: the model's names decide.
+    flipped = {name: values[::-1] for name, values in rows(60).items()}
+    turned = write(tmp_path / "turned.jsonl", flipped)
+    whole = [json.loads(darex("eval", fine, "--data", d, *own[2:], "--json").stdout) for d in (data, turned)]
+    assert {w["metric_name"] for w in whole} == {"accuracy"}
+
+    q = json.loads(
+        darex("find-q", base, fine, "-p", 0.9, *own, "--out", tmp_path / "q.json", "--json").stdout
+    )
+    assert q["objective"] == "labels" and q["labels"] and q["data"] == str(data)
+    assert q["manifest"]["options"]["table"]["label"] == "mood"
+    delta = tmp_path / "delta"
+    out = darex(
+        "prune", base, fine, delta, "--method", "wanda", "-p", 0.5, "--data", data, "--text", "sentence"
+    )
+    assert "wanda" in out.output
+    assert json.loads(darex("eval", base, "--delta", delta, *own, "--json").stdout)["n"] == 6
+    advice = json.loads(
+        darex("recommend", base, fine, "--size", "3x", *own[:4], "--steps", 3, "--json").stdout
+    )
+    assert advice["measure"] == "agreement of predictions" and advice["held_out"]
+    for command, said in (
+        (("eval", fine, "--label", "mood"), "--label names a column or a metric of --data"),
+        (("eval", fine, "--text", "mood"), "--text names a column of --data"),
+        (("train", base, tmp_path / "x", *own, "--task", "sst2"), "--task and --data are two places"),
+    ):
+        assert said in darex(*command, code=2).output
+
+
+def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
+    base = save_llama(tmp_path / "base")
+    columns = {
+        "ask": [f"What is {i} + 1?" for i in range(30)],
+        "say": [f" It is {i + 1}." for i in range(30)],
+    }
+    data = write(tmp_path / "sums.jsonl", columns)
+    own = ("--data", data, "--prompt", "ask", "--completion", "say")
+    prompts, completions = read_completions(Table(data=str(data), prompt="ask", completion="say"))["test"]
+    assert len(prompts) == 3 and all(completions[i] == columns["say"][columns["ask"].index(p)]
+                                     for i, p in enumerate(prompts))  # fmt: skip
+    fine = tmp_path / "fine"
+    darex("train", base, fine, *own, "--steps", 6, "--batch-size", 8, "--lora-rank", 2, "--json")
+    darex("merge-adapter", base, fine, tmp_path / "merged")
+    scored = json.loads(darex("eval", tmp_path / "merged", *own, "--metric", "loss", "--json").stdout)
+    assert scored["metric"] == scored["loss"] > 0 and scored["n"] == 3
+    assert 0 <= scored["exact_match"] <= scored["token_accuracy"] <= 1
+    known = Table(data=str(data), text="ask")
+    material = read_material(base, Source(table=known, limit=4), held_out=False)
+    assert len(material.encoded) == 4 and material.encoded.prompt_lengths == [1] * 4
+    encoder, asked = save_bert(tmp_path / "bert"), Table(data=str(data), prompt="ask", completion="say")
+    with pytest.raises(DarexError, match=r"name the column of its texts \(--text\)"):
+        read_material(encoder, Source(table=asked), held_out=False)
