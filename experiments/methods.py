@@ -143,11 +143,12 @@ def run(
                 name, told = WAYS[way]
                 begun, method = time.monotonic(), METHODS[name]
                 options = dict(told)
-                if method.needs not in known:
+                needs = method.needs_with(options.get("support"))
+                if needs not in known:
                     texts = TRAINING if method.trains else CALIBRATION
                     some = Source(task=task_name, data_dir=data_dir, limit=texts)
-                    known[method.needs] = gather(base, fine, some, method.needs, steps=STEPS)
-                gathered = known[method.needs]
+                    known[needs] = gather(base, fine, some, needs, steps=STEPS)
+                gathered = known[needs]
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "delta.safetensors"
 

@@ -1,7 +1,8 @@
 """One process of a multi-host run on this machine: `python -m tests.multihost ADDRESS PROCESSES ID FOLDER`.
 
 Loads FOLDER/base and FOLDER/fine over the devices of all processes, prunes, compares its own parts with
-FOLDER/pruned, which one process alone has made, and counts with the others how many entries survive.
+FOLDER/pruned, which one process alone has made, and counts with the others how many entries survive. All
+write the pruned model as an orbax checkpoint, each its own parts, and read them again.
 """
 
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 
 import darex_jax as dx
 from darex_jax.core.tree import flatten_names
@@ -37,6 +39,12 @@ def main(address: str, processes: int, process: int, folder: Path) -> None:
                 np.testing.assert_array_equal(
                     np.asarray(shard.data).view(np.uint8), part.view(np.uint8), name
                 )
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "orbax", apart)
+    again = flatten_names(dx.load_params(folder / "orbax", mesh=mesh))
+    for name, leaf in flatten_names(apart).items():
+        pairs = zip(leaf.addressable_shards, again[name].addressable_shards, strict=True)
+        assert all(np.array_equal(np.asarray(a.data), np.asarray(b.data)) for a, b in pairs), name
     mask = dx.random_mask(key, base, 0.9)
     survivors = jax.jit(lambda tree: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)))(mask)
     print(f"split parameters with the same bits: {split}; survivors: {survivors}")

@@ -10,7 +10,18 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import ALLOW_CHANGED_FILES, EXCLUDE, IGNORE, INCLUDE, JSON, PATH
+from darex_jax.cli.options import (
+    ALLOW_CHANGED_FILES,
+    EXCLUDE,
+    IGNORE,
+    INCLUDE,
+    JSON,
+    PARAMS,
+    PATH,
+    RENAME,
+    renaming,
+    with_params,
+)  # fmt: skip
 from darex_jax.cli.show import (
     byte_bar,
     bytes_text,
@@ -30,8 +41,18 @@ from darex_jax.core.errors import DarexError
 @click.argument("fine", type=PATH)
 @INCLUDE
 @EXCLUDE
+@RENAME
+@PARAMS
 @JSON
-def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool) -> None:
+def check(
+    base: Path,
+    fine: Path,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rename: str | None,
+    params: str | None,
+    as_json: bool,
+) -> None:
     """Say what would be pruned, reading no weight.
 
     From names, shapes and configs alone: what is pruned, what is kept as fine-tuned, and every mismatch.
@@ -40,8 +61,10 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.match import match_checkpoints
 
+    base, fine = with_params(base, params), with_params(fine, params)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        match = match_checkpoints(b, f, choose_scope(family_of(f, b), include, exclude, f.shapes))
+        scope = choose_scope(family_of(f, b), include, exclude, f.shapes)
+        match = match_checkpoints(b, f, scope, renaming(rename))
         found = not (include or known_family(family_of(f, b)))
         sizes = {name: tensor.info.size for name, tensor in f.tensors.items()}
         dtypes = sorted({str(f.tensors[name].info.dtype) for name in match.pruned})
@@ -84,6 +107,8 @@ def check(base: Path, fine: Path, include: tuple[str, ...], exclude: tuple[str, 
               help="Of all floating parameters. Default: of each the fine-tuned model's own.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @ALLOW_CHANGED_FILES
+@click.option("--to", type=click.Choice(["safetensors", "orbax"]), help="Default: as BASE is.")
+@PARAMS
 @JSON
 def apply(
     base: Path,
@@ -92,18 +117,20 @@ def apply(
     dtype: str | None,
     overwrite: bool,
     allow_changed_files: bool,
+    to: str | None,
+    params: str | None,
     as_json: bool,
 ) -> None:
     """Restore a model: write BASE plus DELTA to OUT.
 
-    OUT becomes a complete Hugging Face directory. Another base than the delta was made from is refused, and
-    so is one whose configuration or tokenizer files have changed.
+    OUT becomes a complete Hugging Face directory, or an orbax checkpoint. Another base than the delta was
+    made from is refused, and so is one whose configuration or tokenizer files have changed.
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.restore import apply_artifact
 
-    with Checkpoint(base) as b, DeltaFile(delta) as d:
+    with Checkpoint(with_params(base, params)) as b, DeltaFile(delta) as d:
         total = 2 * b.nbytes
         with byte_bar("applying", total, as_json) as progress:
             written = apply_artifact(
@@ -113,6 +140,7 @@ def apply(
                 dtype=dtype,
                 overwrite=overwrite,
                 allow_changed_files=allow_changed_files,
+                orbax=None if to is None else to == "orbax",
                 progress=progress,
             )
     if as_json:
@@ -165,9 +193,15 @@ def inspect(delta: Path, as_json: bool) -> None:
               help="Of all masks, without --base: nothing is computed for a file that claims more. Default: "
               "2**36, and no more than 8192 for each byte of the file.")  # fmt: skip
 @ALLOW_CHANGED_FILES
+@PARAMS
 @JSON
 def verify(
-    delta: Path, base: Path | None, max_entries: int | None, allow_changed_files: bool, as_json: bool
+    delta: Path,
+    base: Path | None,
+    max_entries: int | None,
+    allow_changed_files: bool,
+    params: str | None,
+    as_json: bool,
 ) -> None:
     """Check a delta: digests, mask, base.
 
@@ -182,7 +216,7 @@ def verify(
         if base is None:
             result = verify_artifact(d, max_entries=max_entries)
         else:
-            with Checkpoint(base) as b:
+            with Checkpoint(with_params(base, params)) as b:
                 result = verify_artifact(d, b, allow_changed_files=allow_changed_files)
     if as_json:
         click.echo(json.dumps({"delta": str(delta), **result, "warnings": warned()}))

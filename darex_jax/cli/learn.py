@@ -16,12 +16,14 @@ from darex_jax.cli.options import (
     JSON,
     LEARNING_RATE,
     LIMIT,
+    PARAMS,
     PATH,
     SEED,
     TASK,
     TEXT_COLUMN,
     own_examples,
     take_table,
+    with_params,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, step_bar
 from darex_jax.core.errors import DarexError
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @DTYPE
+@PARAMS
 @IGNORE
 @SEED
 @JSON
@@ -65,6 +68,7 @@ def evaluate(
     records: Path | None,
     difficulty: int,
     dtype: str | None,
+    params: str | None,
     ignore_config_fields: tuple[str, ...],
     seed: int,
     as_json: bool,
@@ -81,7 +85,7 @@ def evaluate(
     from darex_jax.files.manifest import run_manifest
     from darex_jax.tasks.opening import open_model
 
-    table = take_table(own)
+    model, table = with_params(model, params), take_table(own)
     if own["text"] is not None:
         raise click.UsageError("--text names a column of --data.")
     if len(deltas) > 1:

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,32 @@ IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=
                       help="A field of config.json that changes nothing, though it is refused.")  # fmt: skip
 BYTES_PER_PARAMETER = click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
               help="Size of the whole file divided by the number of entries that are pruned.")  # fmt: skip
+
+
+PARAMS = click.option("--params", metavar="PATH", help="Of an orbax checkpoint's tree the branch, joined by "
+                      "dots. Default: params, where there is one.")  # fmt: skip
+RENAME = click.option("--rename", metavar="REGEX=NAME", help="The base's name of a fine-tuned parameter: "
+                      "what the pattern matches becomes NAME.")  # fmt: skip
+
+
+def with_params(path: Path, params: str | None) -> Path:
+    """The path of a branch of an orbax checkpoint; another checkpoint has none."""
+    from darex_jax.files.orbax import find_orbax
+
+    return path if params is None or find_orbax(path) is None else Path(f"{path}#{params}")
+
+
+def renaming(rename: str | None) -> Callable[[str], str] | None:
+    """The function that --rename says."""
+    if rename is None:
+        return None
+    from darex_jax.core.scope import compile_pattern
+
+    pattern, mark, name = rename.partition("=")
+    if not mark or not pattern:
+        raise click.UsageError("--rename is REGEX=NAME, layers_=layers. say.")
+    compiled = compile_pattern(pattern)
+    return lambda parameter: str(compiled.sub(name, parameter))
 
 
 def own_examples(command: Any) -> Any:

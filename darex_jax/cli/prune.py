@@ -20,12 +20,16 @@ from darex_jax.cli.options import (
     INCLUDE,
     JSON,
     LIMIT,
+    PARAMS,
     PATH,
+    RENAME,
     SEED,
     TEXT,
     Ratio,
     own_examples,
+    renaming,
     take_table,
+    with_params,
 )
 from darex_jax.cli.show import (
     byte_bar,
@@ -77,15 +81,17 @@ ENOUGH = 256  # texts, from which on best trains on them
 @SEED
 @INCLUDE
 @EXCLUDE
+@RENAME
+@PARAMS
 @IGNORE
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
 )
 @click.option("--steps", default=600, show_default=True, type=click.IntRange(3),
               help="Of training, with distilled.")  # fmt: skip
-@click.option("--support", type=click.Choice(["low-rank", "largest", "random"]),
-              help="Of matrices, with distilled: low-rank factors (default), the largest entries, or random "
-              "ones, whose places are not stored.")  # fmt: skip
+@click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random"]),
+              help="Of matrices, with distilled: low-rank factors (default), what allocated chooses, the "
+              "largest entries, or random ones, whose places are not stored.")  # fmt: skip
 @click.option("--checkpoints", type=PATH, help="With distilled: a folder from which it goes on after a stop.")
 @JSON
 def prune(
@@ -106,6 +112,8 @@ def prune(
     seed: int,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    rename: str | None,
+    params: str | None,
     ignore_config_fields: tuple[str, ...],
     allow_nonfinite: bool,
     steps: int,
@@ -126,6 +134,7 @@ def prune(
     from darex_jax.files.prune import Job, prune_checkpoints
 
     check_output(out)
+    base, fine = with_params(base, params), with_params(fine, params)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
@@ -193,9 +202,9 @@ def prune(
         total = fine_bytes + b.nbytes
         scope_text = _scope_text(family, include, exclude)
         if not (include or known_family(family)):
-            _say_scope(b, f, scope, family)
+            _say_scope(b, f, scope, family, renaming(rename))
         with byte_bar("pruning", total, as_json) as progress, look_bar(steps, as_json) as on_look:
-            job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress)
+            job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress, renaming(rename))
             if method == "dare" and drop_rate is not None and bits is None:
                 summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
             else:
@@ -215,7 +224,7 @@ def prune(
                         {"steps": steps, "checkpoints": checkpoints, "on_look": on_look} if trains else {}
                     )
                     known["gathered"] = gather(
-                        base, fine, source, METHODS[method].needs, scope=scope,
+                        base, fine, source, METHODS[method].needs_with(support), scope=scope,
                         ignore_config_fields=ignore_config_fields, **training,
                     )  # fmt: skip
                 options = _options(method, bits, divisor) | ({"support": support} if support else {})
@@ -310,16 +319,16 @@ def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
     return options
 
 
-def _say_scope(base: Any, fine: Any, scope: Any, family: str | None) -> None:
+def _say_scope(base: Any, fine: Any, scope: Any, family: str | None, rename: Any) -> None:
     """Says what is pruned of a model whose family is not known, before any work."""
     from darex_jax.files.match import match_checkpoints
 
-    names = match_checkpoints(base, fine, scope).pruned
+    names = match_checkpoints(base, fine, scope, rename).pruned
     share = sum(fine.tensors[name].info.size for name in names)
     total = sum(tensor.info.size for tensor in fine.tensors.values() if tensor.floating)
     click.echo(
-        f"{plain(str(family))} has no scope of its own. Pruned: {found_scope(names)}; {share:,} of {total:,} "
-        "entries. All else is kept as fine-tuned; --include and --exclude choose otherwise.",
+        f"{plain(family or 'this model')} has no scope of its own. Pruned: {found_scope(names)}; {share:,} "
+        f"of {total:,} entries. All else is kept as fine-tuned; --include and --exclude choose otherwise.",
         err=True,
     )
 

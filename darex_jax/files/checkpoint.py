@@ -1,4 +1,4 @@
-"""Hugging Face model directories: safetensors (one file or several with an index) and their companions.
+"""Model directories: safetensors (one file or several with an index) or an orbax checkpoint, and companions.
 
 Neither transformers nor any deep-learning library is needed to read or write one.
 """
@@ -17,8 +17,9 @@ import numpy as np
 from darex_jax.core.errors import FileError
 from darex_jax.core.scope import HEAD
 from darex_jax.files.atomic import atomic_directory
+from darex_jax.files.orbax import OrbaxFile, find_orbax
 from darex_jax.files.paths import check_file, read_bytes, read_text
-from darex_jax.files.safetensors import SafetensorsFile, TensorInfo, write_tensors
+from darex_jax.files.safetensors import SafetensorsFile, TensorFile, TensorInfo, write_tensors
 
 MANIFEST = "darex_manifest.json"
 SINGLE = "model.safetensors"
@@ -47,7 +48,7 @@ COMPANIONS = (
 class StoredTensor:
     """One parameter of a checkpoint: which file holds it, under which name, and where."""
 
-    file: SafetensorsFile
+    file: TensorFile
     stored_name: str
     info: TensorInfo
 
@@ -65,18 +66,32 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """A Hugging Face directory (or one safetensors file), opened lazily.
+    """A Hugging Face directory (or one safetensors file, or an orbax checkpoint), opened lazily.
+
+    `DIR#PATH` is the branch at PATH of an orbax checkpoint's tree; without it the branch `params` of one that
+    has it, else the whole tree.
 
     `tensors` maps names to where they lie; old names (`LayerNorm.gamma`/`beta`) appear under the new ones.
     `config` is config.json as a dict, {} where there is none.
-    Raises: FileError if the directory holds no safetensors, or an index that does not fit its files.
+    Raises: FileError if the directory holds neither safetensors nor an orbax checkpoint, or an index that
+      does not fit its files.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path, branch = split_branch(path)
         self.config = read_config(self.path) if self.path.is_dir() else {}
-        self.files: dict[str, SafetensorsFile] = {}
+        self.files: dict[str, TensorFile] = {}
+        orbax = None if (self.path / SINGLE).exists() else find_orbax(self.path)
+        self.is_orbax = orbax is not None
+        if branch is not None and orbax is None:
+            raise FileError(
+                f"{self.path}: is no orbax checkpoint; only of one a branch is named (#{branch})."
+            )
         try:
+            if orbax is not None:
+                self.files[SINGLE] = OrbaxFile(orbax, branch)
+                self.tensors = self._collect()
+                return
             file_names, listed = _files_and_tensors(self.path)
             for file_name in file_names:
                 parent = self.path if self.path.is_dir() else self.path.parent
@@ -121,6 +136,15 @@ class Checkpoint:
         self.close()
 
 
+def split_branch(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """`DIR#PATH` as a path and the branch of a tree; what exists by its whole name has none."""
+    whole = os.fspath(path)
+    folder, mark, branch = whole.rpartition("#")
+    if not mark or os.path.lexists(whole):
+        return Path(whole), None
+    return Path(folder), branch
+
+
 def modern_name(name: str) -> str:
     """`...LayerNorm.gamma` and `.beta`, as old checkpoints have it, are `.weight` and `.bias`."""
     return re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name)
@@ -139,7 +163,7 @@ def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
     if not (path / INDEX).exists():
         pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
-        raise FileError(f"{path}: holds neither {SINGLE} nor {INDEX}.{hint}")
+        raise FileError(f"{path}: holds neither {SINGLE} nor {INDEX}, nor an orbax checkpoint.{hint}")
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
@@ -166,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a Hugging Face directory, {} where there is none."""
-    file = Path(path) / "config.json"
+    file = split_branch(path)[0] / "config.json"
     return read_json(file) if file.exists() else {}
 
 
@@ -175,7 +199,8 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
 
     Raises: FileError for one that is no regular file.
     """
-    files = [Path(path) / name for name in COMPANIONS if (Path(path) / name).exists()]
+    folder = split_branch(path)[0]
+    files = [folder / name for name in COMPANIONS if (folder / name).exists()]
     for file in files:
         check_file(file)
     return files
@@ -187,14 +212,14 @@ def companion_contents(path: str | os.PathLike[str]) -> dict[str, bytes]:
 
 
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
-    """A Hugging Face directory as a nested dict of arrays.
+    """A Hugging Face directory, or an orbax checkpoint, as a nested dict of arrays.
 
     One parameter is read at a time, and with a mesh only the parts of it that this process's devices hold.
     On the host is never a second model: 0.1 GB were measured above 1.9 GB of parameters over 8 devices
     (benchmarks/load.py).
 
     Args:
-      path: directory with safetensors, or one such file.
+      path: directory with safetensors, one such file, or an orbax checkpoint, see `Checkpoint`.
       dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers stay as they are.
       mesh: from `make_mesh`: every floating parameter goes straight from the file to where `param_sharding`
         wants it. All processes of a mesh call this alike. None: the default device.

@@ -37,14 +37,18 @@ class Match:
             raise FileError(f"the models do not fit together: {' '.join(self.faults[:5])}{rest}")
 
 
-def match_checkpoints(base: Checkpoint, fine: Checkpoint, scope: Scope) -> Match:
+def match_checkpoints(
+    base: Checkpoint, fine: Checkpoint, scope: Scope, rename: Callable[[str], str] | None = None
+) -> Match:
     """Pairs the parameters of two checkpoints by name and shape; reads no weight.
 
     A base saved without its head model's prefix (`embeddings...`) matches a fine-tune that has it
     (`bert.embeddings...`), and the other way round.
+
+    Args: rename: the base's name of a fine-tuned parameter's; None finds a prefix that only one of them has.
     """
     match = Match()
-    rename = _base_name(base, fine)
+    rename = rename or _base_name(base, fine)
     known = known_family(fine.config.get("model_type"))
     for name, tensor in fine.tensors.items():
         base_name = rename(name)

@@ -60,6 +60,7 @@ class Job:
       out: the artifact, written whole or not at all.
       scope: which parameters are pruned; scope_text: what the artifact says of it.
       allow_nonfinite: NaN and infinity are carried along instead of refused.
+      rename: the base's name of a fine-tuned parameter's, see `match_checkpoints`.
       progress: told of bytes that were read.
     """
 
@@ -70,10 +71,11 @@ class Job:
     scope_text: str = "default"
     allow_nonfinite: bool = False
     progress: Progress = lambda _: None
+    rename: Callable[[str], str] | None = None
 
     def match(self) -> Match:
         """Pairs the parameters. Raises: FileError if the models do not fit together."""
-        match = match_checkpoints(self.base, self.fine, self.scope)
+        match = match_checkpoints(self.base, self.fine, self.scope, self.rename)
         match.raise_if_faulty()
         return match
 

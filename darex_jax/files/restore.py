@@ -29,6 +29,7 @@ from darex_jax.files.checkpoint import (
     companion_files,
 )
 from darex_jax.files.contents import contents
+from darex_jax.files.orbax import write_orbax
 from darex_jax.files.paths import read_bytes
 from darex_jax.files.recipe import fingerprint
 from darex_jax.files.safetensors import (
@@ -54,6 +55,7 @@ def apply_artifact(
     dtype: Any = None,
     overwrite: bool = False,
     allow_changed_files: bool = False,
+    orbax: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> int:
     """`base + delta` as a complete Hugging Face directory, sharded like the base. Returns the bytes written.
@@ -65,6 +67,8 @@ def apply_artifact(
       dtype: of all floating parameters. None: of each the fine-tune's own (the base's for a delta that does
         not say). Where config.json names a dtype, it names the one that most of what is written has.
       allow_changed_files: take the base's configuration and tokenizer files though they have changed.
+      orbax: write an orbax checkpoint, beside what else the directory holds; None is as the base is. The
+        disk then holds the weights twice for a while.
     Raises: FileError if the base is not the one the delta was made from (the first tensor or file that
       differs is named), or if the artifact is damaged or changes meanwhile; ValueError for a dtype that
       is none.
@@ -105,7 +109,13 @@ def apply_artifact(
         name_dtype(folder, config, outputs, source)
         card = model_card(contents(delta), "transformers", base_model=hub_name(base.path))
         (folder / CARD).write_text(card, encoding="utf-8")
-        write_index(folder, outputs)
+        if base.is_orbax if orbax is None else orbax:
+            files = [folder / file_name for file_name in outputs]
+            write_orbax(folder, files)
+            for file_path in files:
+                file_path.unlink()
+        else:
+            write_index(folder, outputs)
     return layout_bytes(outputs)
 
 

@@ -7,6 +7,7 @@ A header is not believed: every claim in it is checked against the file before a
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -68,33 +69,29 @@ def element_count(shape: tuple[int, ...]) -> int:
     return count
 
 
-class SafetensorsFile:
-    """One open safetensors file: `tensors` by name, `metadata`, and reads of any stretch of a tensor.
+class TensorFile(ABC):
+    """Tensors by name that are read in pieces.
 
-    Raises: FileError if the file is damaged, truncated, or its header does not hold together.
+    Attributes: path: where they lie; tensors: what each is; metadata: texts that are stored beside them.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self._file = open_file(self.path)
-        try:
-            self.tensors, self.metadata = _read_header(self._file, self.path)
-        except BaseException:
-            os.close(self._file)
-            raise
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
 
+    @abstractmethod
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fills `out` (1-D, contiguous, the tensor's dtype) with elements [start, start + len(out))."""
-        view = as_bytes(out)
-        position = info.offset + start * info.dtype.itemsize
-        while len(view):
-            try:
-                count = os.preadv(self._file, [view], position)
-            except OSError as error:
-                raise FileError(f"{self.path}: {error.strerror}.") from error
-            if count == 0:
-                raise FileError(f"{self.path}: the file became shorter while it was read.")
-            view, position = view[count:], position + count
+
+    @abstractmethod
+    def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of a tensor under one slice an axis, a fresh array; no other byte is read.
+
+        Args: index: as NumPy takes it, with steps of 1.
+        """
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
         """A tensor's elements in pieces of at most `CHUNK`, 1-D; the array is reused."""
@@ -111,11 +108,41 @@ class SafetensorsFile:
         self.read_into(info, 0, out)
         return out.reshape(info.shape)
 
-    def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor under one slice an axis, a fresh array; no other byte is read.
+    def __enter__(self) -> Self:
+        return self
 
-        Args: index: as NumPy takes it, with steps of 1.
-        """
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SafetensorsFile(TensorFile):
+    """One open safetensors file: `tensors` by name, `metadata`, and reads of any stretch of a tensor.
+
+    Raises: FileError if the file is damaged, truncated, or its header does not hold together.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = open_file(self.path)
+        try:
+            self.tensors, self.metadata = _read_header(self._file, self.path)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        view = as_bytes(out)
+        position = info.offset + start * info.dtype.itemsize
+        while len(view):
+            try:
+                count = os.preadv(self._file, [view], position)
+            except OSError as error:
+                raise FileError(f"{self.path}: {error.strerror}.") from error
+            if count == 0:
+                raise FileError(f"{self.path}: the file became shorter while it was read.")
+            view, position = view[count:], position + count
+
+    def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(length)[part] for length, part in zip(info.shape, index, strict=True)]
         shape = tuple(len(r) for r in ranges)
         # Behind the last axis that is cut, and so in each of these runs, the file is contiguous.
@@ -131,12 +158,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         os.close(self._file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -36,6 +36,10 @@ class Method(NamedTuple):
     def trains(self) -> bool:
         return "train" in self.needs
 
+    def needs_with(self, support: str | None) -> tuple[str, ...]:
+        """What it reads of `Evidence` with this support, of a method that has several."""
+        return self.needs + (("curvature",) if support == "allocated" else ())
+
     @property
     def prune(self) -> Callable[..., Any]:
         """`(delta, budget, evidence, **options) -> parts`."""
@@ -62,7 +66,7 @@ METHODS = {
         "distilled",
         "low-rank factors and vectors, trained on the fine-tuned model's outputs",
         random=True,
-        needs=("input_norms", "curvature", "train"),
+        needs=("input_norms", "train"),
         leafwise=False,
         bits=4,
     ),

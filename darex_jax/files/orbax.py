@@ -1,0 +1,163 @@
+"""Orbax checkpoints: trees of arrays as JAX codebases write them, read and written a piece at a time.
+
+What is stored are zarr arrays, in an OCDBT database or in a folder each, which tensorstore reads; `_METADATA`
+tells where in the tree they belong. A parameter's name is its path in the tree joined by dots, without the
+`.value` that Flax NNX adds; kernels keep their own layout, `[in, out]` as a rule.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darex_jax.core.errors import FileError
+from darex_jax.files.safetensors import DTYPE_NAMES, SafetensorsFile, TensorFile, TensorInfo, element_count
+
+METADATA = "_METADATA"
+ITEMS = ("default", "state", "params", "item", "model")  # what a step's folder may hold
+CACHE = 128 << 20  # bytes of decoded chunks that are kept, so that a chunk is not decoded for each piece
+PARAMS = "params"  # of a train state: what is taken where nothing is said
+
+
+def find_orbax(path: Path) -> Path | None:
+    """The folder of arrays of an orbax checkpoint: `path`, an item in it, or those of its newest step."""
+    if not path.is_dir():
+        return None
+    steps = sorted((int(entry.name), entry) for entry in path.iterdir() if entry.name.isdigit())
+    places = [path, *(path / item for item in ITEMS)]
+    if steps:
+        newest = steps[-1][1]
+        places += [newest, *(newest / item for item in ITEMS)]
+    return next((place for place in places if (place / METADATA).is_file()), None)
+
+
+class OrbaxFile(TensorFile):
+    """A tree's arrays, opened lazily.
+
+    Args:
+      path: a folder that `find_orbax` found.
+      subtree: the path of what is taken, joined by dots; None is `params` where there is such a branch.
+    Raises: FileError for a damaged checkpoint, or one without this branch.
+    """
+
+    def __init__(self, path: Path, subtree: str | None = None) -> None:
+        import tensorstore
+
+        self.path, self.metadata = path.resolve(), {}
+        try:
+            layout = json.loads((path / METADATA).read_text())
+            found = _arrays(layout["tree_metadata"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise FileError(f"{path}: cannot be read as an orbax checkpoint ({_line(error)}).") from error
+        if subtree is None and any(name.startswith(f"{PARAMS}.") for name in found):
+            subtree = PARAMS
+        prefix = f"{subtree}." if subtree else ""
+        chosen = [name for name in found if name.startswith(prefix)]
+        if not chosen:
+            branches = ", ".join(dict.fromkeys(name.split(".")[0] for name in found)) or "nothing"
+            raise FileError(f"{path}: has no array under {subtree!r}; it has {branches} (--params PATH).")
+        driver = "zarr3" if layout.get("use_zarr3") else "zarr"
+        database = (path / "manifest.ocdbt").exists()
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+        waiting = {
+            name: tensorstore.open(
+                _spec(self.path, name, driver, database), open=True, read=True, context=context
+            )
+            for name in chosen
+        }
+        self._arrays: list[Any] = []
+        self.tensors = {}
+        for stored, array in waiting.items():
+            name = stored.removeprefix(prefix).removesuffix(".value")
+            if name in self.tensors:
+                raise FileError(f"{path}: two arrays are called '{name}'.")
+            try:
+                opened = array.result()
+                dtype = np.dtype(opened.dtype.numpy_dtype)
+            except (ValueError, TypeError, OSError) as error:
+                raise FileError(f"{path}: '{stored}' cannot be read ({_line(error)}).") from error
+            if dtype not in DTYPE_NAMES:
+                raise FileError(f"{path}: '{name}' has the unsupported dtype {dtype}.")
+            self.tensors[name] = TensorInfo(dtype, tuple(opened.shape), len(self._arrays))
+            self._arrays.append(opened)
+
+    def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """As `SafetensorsFile.read_into`: whole rows are read, and what is asked for is taken."""
+        if not info.shape:
+            out[:] = self._read(info, ())
+            return
+        row = element_count(info.shape[1:])
+        first, stop = start // row, -(-(start + len(out)) // row)
+        rows = self._read(info, (slice(first, stop),)).reshape(-1)
+        out[:] = rows[start - first * row :][: len(out)]
+
+    def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of an array under one slice an axis, a fresh array."""
+        return self._read(info, index)
+
+    def _read(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
+        array = self._arrays[info.offset]
+        try:
+            return np.asarray((array[index] if index else array).read().result())
+        except (ValueError, OSError) as error:
+            name = next(name for name, own in self.tensors.items() if own is info)
+            raise FileError(f"{self.path}: '{name}' cannot be read ({_line(error)}).") from error
+
+    def close(self) -> None:
+        self._arrays.clear()
+
+
+def _arrays(tree: Mapping[str, Any]) -> list[str]:
+    """What arrays are stored as: their paths in the tree joined by dots. Numbers and texts are left out."""
+    found = []
+    for leaf in tree.values():
+        if "array" in str(leaf["value_metadata"]["value_type"]).lower():
+            found.append(".".join(str(key["key"]) for key in leaf["key_metadata"]))
+    return found
+
+
+def _spec(folder: Path, stored: str, driver: str, database: bool) -> dict[str, Any]:
+    """Where tensorstore finds an array."""
+    base, place = f"file://{folder}/", f"{stored}/"
+    return {
+        "driver": driver,
+        "kvstore": {"driver": "ocdbt", "base": base, "path": place} if database else base + place,
+    }
+
+
+def write_orbax(folder: Path, weights: list[Path]) -> None:
+    """The tensors of safetensors files as an orbax checkpoint in `folder`, which is there already.
+
+    The files are mapped, not read: what is in memory at a time is what orbax has under way.
+    """
+    import orbax.checkpoint
+
+    from darex_jax.core.tree import unflatten_names
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in weights:
+        with SafetensorsFile(file) as opened:
+            tensors |= {name: _mapped(file, info) for name, info in opened.tensors.items()}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        whole = Path(scratch).resolve() / "checkpoint"
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(whole, unflatten_names(tensors))
+        for entry in whole.iterdir():
+            os.rename(entry, folder / entry.name)
+
+
+def _mapped(file: Path, info: TensorInfo) -> np.ndarray:
+    if not info.size:
+        return np.zeros(info.shape, info.dtype)
+    mapped = np.memmap(file, np.uint8, "r", info.offset, (info.nbytes,))
+    return mapped.view(info.dtype).reshape(info.shape)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
