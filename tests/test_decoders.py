@@ -1,4 +1,4 @@
-"""Llama and Qwen2 against transformers, and their configs."""
+"""Decoders against transformers, and their configs."""
 
 import copy
 import dataclasses
@@ -15,6 +15,7 @@ from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import build_model, init_model, read_model_config
 from darex_jax.models.config import INERT
 from darex_jax.models.decoder import DecoderConfig, Rope, empty_cache
+from darex_jax.models.gemma3 import READ
 from darex_jax.models.qwen2 import WINDOW_FIELDS
 
 torch = pytest.importorskip("torch")
@@ -48,6 +49,19 @@ QWEN2 = {name: value for name, value in LLAMA.items() if name not in ("attention
     "sliding_window": None,
     "max_window_layers": 28,
 }
+WITHOUT = ("attention_bias", "mlp_bias")
+MISTRAL = {name: value for name, value in LLAMA.items() if name not in WITHOUT} | {
+    "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5,
+}  # fmt: skip
+QWEN3 = {name: value for name, value in QWEN2.items()} | {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "attention_bias": False,
+}  # fmt: skip
+GEMMA3 = {name: value for name, value in LLAMA.items() if name not in (*WITHOUT, "hidden_act")} | {
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True,
+    "rope_local_base_freq": 30.0, "attention_bias": False,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -80,14 +94,24 @@ CASES = {
     "qwen2 tied": QWEN2 | {"tie_word_embeddings": True},
     "windows": QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen2 yarn": QWEN2 | {"rope_scaling": YARN},
+    "mistral": MISTRAL,
+    "mistral whole": MISTRAL | {"sliding_window": None, "head_dim": 16},
+    "qwen3": QWEN3,
+    "qwen3 biases": QWEN3 | {"attention_bias": True},
+    "qwen3 windows": QWEN3 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma3": GEMMA3,
+    "gemma3 stretched": GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3 body": GEMMA3 | {"architectures": ["Gemma3TextModel"]},
 }
+CONFIGS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "mistral": "MistralConfig", "qwen3": "Qwen3Config",
+           "gemma3_text": "Gemma3TextConfig"}  # fmt: skip
 STRETCHED = LLAMA | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
 
 
 def original(hf, path):
     """A random model of transformers' with this config, saved; its biases and norms are random as well."""
     torch.manual_seed(0)
-    config = getattr(transformers, "LlamaConfig" if hf["model_type"] == "llama" else "Qwen2Config")
+    config = getattr(transformers, CONFIGS[hf["model_type"]])
     fields = {name: value for name, value in hf.items() if name not in ("architectures", "model_type")}
     fields = copy.deepcopy(fields)  # transformers writes into rope_scaling
     model = getattr(transformers, hf["architectures"][0])(config(**fields)).eval()
@@ -132,7 +156,7 @@ def test_matches_transformers(tmp_path, case):
         np.testing.assert_allclose(np.asarray(out.logits)[real], logits[real], atol=1e-4)
     saved = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
     if hf["tie_word_embeddings"]:
-        del saved["lm_head.weight"]
+        saved.pop("lm_head.weight", None)
     assert {name: x.shape for name, x in flatten_names(params).items()} == saved
 
 
@@ -318,8 +342,8 @@ def test_every_field_changes_something(family):
     if family == "llama":
         changed |= {"attention_bias": True, "mlp_bias": True}
     # How many positions there may be is not asked by rotary embeddings; where to stop is generation's.
-    rest = {"model_type", "architectures", "max_position_embeddings", "eos_token_id", "notes", "windows"}
-    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"rope"}
+    rest = {"model_type", "architectures", "max_position_embeddings", "eos_token_id"}
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {*DecoderConfig.COMPUTED}
     if family == "qwen2":
         rest |= {"attention_bias", "mlp_bias"}
         assert behaviour(use_sliding_window=True, sliding_window=5, max_window_layers=1) != standard
@@ -337,6 +361,49 @@ def test_every_field_changes_something(family):
     assert behaviour(rope_scaling=YARN | {"attention_factor": 0.7}) != behaviour(rope_scaling=YARN)
     carried = {name: "anything" for name in INERT - {"tie_encoder_decoder"}}
     assert behaviour(**carried) == standard
+
+
+@pytest.mark.parametrize(
+    ("hf", "changes"),
+    [
+        (MISTRAL, {"sliding_window": 7}),
+        (QWEN3, {"head_dim": 8, "rms_norm_eps": 1e-2}),
+        (GEMMA3, {"sliding_window": 7, "query_pre_attn_scalar": 16, "rope_local_base_freq": 20.0,
+                  "rope_theta": 50.0, "hidden_activation": "gelu", "layer_types": ["full_attention"] * 3,
+                  "rms_norm_eps": 1e-2}),
+    ],
+    ids=["mistral", "qwen3", "gemma3"],
+)  # fmt: skip
+def test_every_own_field_changes_something(hf, changes):
+    ids, mask = batch()
+
+    def behaviour(**change):
+        model, params = init_model(read_model_config(hf | change), jax.random.key(0))
+        return float(jnp.sum(model(params, ids, mask).logits[:, :, :3]))
+
+    standard = behaviour()
+    assert np.isfinite(standard)
+    for name, value in changes.items():
+        assert behaviour(**{name: value}) != standard, name
+
+
+def test_gemma3_as_both_generations_of_transformers_write_it():
+    new = {
+        name: value for name, value in GEMMA3.items() if name not in ("rope_theta", "rope_local_base_freq")
+    }
+    new["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    assert read_model_config(new) == read_model_config(GEMMA3)
+    short = {name: value for name, value in GEMMA3.items() if name != "layer_types"}
+    windows = read_model_config(short | {"num_hidden_layers": 7}).windows
+    assert windows == (5, 5, 5, 5, 5, None, 5)
+    assert read_model_config(short | {"sliding_window_pattern": 2}).windows == (5, None, 5)
+    plain = {name: value for name, value in GEMMA3.items() if name in LLAMA and name != "rope_theta"}
+    config = read_model_config(plain)
+    assert (config.rope.theta, config.local_rope.theta, config.query_scale) == (1e6, 1e4, 1 / 16)
+    assert config.windows == (4096,) * 3 and config.hidden_act == "gelu_pytorch_tanh"
 
 
 def test_every_field_of_the_rope_changes_its_turns():
@@ -417,7 +484,7 @@ def test_llama_2_without_rope_theta():
         ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),
         ({"head_dim": 5}, "head_dim is 5, rotary positions need an even number"),
         ({"rms_norm_eps": None, "hidden_act": None}, "hidden_act is missing; rms_norm_eps is missing"),
-        ({"model_type": "mistral"}, "model_type is 'mistral', supported: bert, roberta, llama, qwen2"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', supported: bert, roberta, xlm-roberta, llama"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip
@@ -436,16 +503,21 @@ POSSIBLE = {  # which of them can be: all others are refused
     "use_sliding_window": (None, 0, True), "eos_token_id": (None, 0, -1, [4]),
     "attention_bias": (None, True), "mlp_bias": (None, True),
     "tie_word_embeddings": (None, True), "sliding_window": (None,), "max_window_layers": (0,),
-    "layer_types": (None,),
+    "layer_types": (None,), "hidden_activation": (None,), "query_pre_attn_scalar": (None, 1.5, 2**31),
+    "rope_local_base_freq": (None, 1.5, 2**31), "sliding_window_pattern": (None,),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"]], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("hf", [LLAMA, CASES["windows"], MISTRAL, CASES["qwen3 windows"], GEMMA3],
+                         ids=["llama", "qwen2", "mistral", "qwen3", "gemma3"])  # fmt: skip
 def test_a_value_of_another_type_is_one_line(hf):
     """Whatever stands in a config.json, the error names the field and is the person's."""
-    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"rope", "windows", "notes"}
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {*DecoderConfig.COMPUTED}
+    own = {"qwen2": WINDOW_FIELDS, "qwen3": WINDOW_FIELDS, "mistral": {"sliding_window"}, "gemma3_text": READ}
     if hf != LLAMA:
-        fields = fields - {"attention_bias", "mlp_bias"} | WINDOW_FIELDS.keys()
+        fields = fields - {"attention_bias", "mlp_bias"} | set(own[hf["model_type"]])
+    if hf == GEMMA3:
+        fields -= {"hidden_act", "_sliding_window_pattern"}
     for name in [*fields, "rope_theta", "rope_scaling"]:
         for value in WRONG:
             if any(value is x or (type(value) is type(x) and value == x) for x in POSSIBLE.get(name, ())):
@@ -461,7 +533,7 @@ def test_a_value_of_another_type_is_one_line(hf):
 def test_values_that_can_be(hf):
     others = ("attention_bias", "mlp_bias") if hf != LLAMA else WINDOW_FIELDS
     for name, values in POSSIBLE.items():
-        for value in values if name not in others else ():
+        for value in values if name not in (*others, *(READ.keys() - WINDOW_FIELDS)) else ():
             if (name, value) != ("rope_theta", None) or hf == LLAMA:
                 read_model_config(hf | {name: value})
 

@@ -21,7 +21,9 @@ def prompts(rows=3, length=9):
     return ids, mask
 
 
-@pytest.mark.parametrize("case", ["llama", "tied", "llama3", "qwen2 tied", "windows", "qwen2 yarn"])
+@pytest.mark.parametrize(
+    "case", ["llama", "tied", "llama3", "qwen2 tied", "windows", "qwen2 yarn", "mistral", "qwen3", "gemma3"]
+)
 def test_greedy_tokens_are_those_of_transformers(tmp_path, case):
     theirs = original(CASES[case], tmp_path)
     model, params = dx.load_model(tmp_path)

@@ -7,8 +7,8 @@ from typing import Any
 
 from darex_jax.core.errors import DarexError
 
-ENCODERS = ("bert", "roberta")
-DECODERS = ("llama", "qwen2")
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 # Layers that belong to a task, so that one model may have them and the other not. A pooler counts for
 # the matching only: where both models have one it is part of the body.

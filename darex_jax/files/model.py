@@ -22,6 +22,7 @@ BODIES = {
     "BertForMaskedLM": "BertModel",
     "BertForPreTraining": "BertModel",
     "RobertaForMaskedLM": "RobertaModel",
+    "XLMRobertaForMaskedLM": "XLMRobertaModel",
 }
 LAYER = re.compile(r"(?:^|\.)layers?\.([0-9]+)\.")
 
@@ -142,7 +143,7 @@ def _body_of_masked_lm(
     body = next((body for name, body in BODIES.items() if stated == [name]), None)
     if body is None:
         return hf, tensors
-    prefix = f"{hf.get('model_type')}."
+    prefix = "bert." if body == "BertModel" else "roberta."
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     return {**hf, "architectures": [body]}, own
 

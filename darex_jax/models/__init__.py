@@ -22,11 +22,17 @@ from darex_jax.models.bert import (
 )
 from darex_jax.models.config import shown
 from darex_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
+from darex_jax.models.gemma3 import ARCHITECTURES as GEMMA3
+from darex_jax.models.gemma3 import read_gemma3_config
 from darex_jax.models.layers import Embedding, Keys, LayerNorm, Linear, RMSNorm
 from darex_jax.models.llama import ARCHITECTURES as LLAMA
 from darex_jax.models.llama import read_llama_config
+from darex_jax.models.mistral import ARCHITECTURES as MISTRAL
+from darex_jax.models.mistral import read_mistral_config
 from darex_jax.models.qwen2 import ARCHITECTURES as QWEN2
 from darex_jax.models.qwen2 import read_qwen2_config
+from darex_jax.models.qwen3 import ARCHITECTURES as QWEN3
+from darex_jax.models.qwen3 import read_qwen3_config
 from darex_jax.models.roberta import RobertaForSequenceClassification
 from darex_jax.parts.mixed import Mixed
 
@@ -50,16 +56,25 @@ Params = Mapping[str, Any]  # a Hugging Face state dict, nested
 CONFIGS: dict[str, Callable[[Mapping[str, Any], Collection[str]], Config]] = {  # by config.json's model_type
     "bert": BertConfig.from_hf,
     "roberta": BertConfig.from_hf,
+    "xlm-roberta": BertConfig.from_hf,
     "llama": read_llama_config,
+    "mistral": read_mistral_config,
     "qwen2": read_qwen2_config,
+    "qwen3": read_qwen3_config,
+    "gemma3_text": read_gemma3_config,
 }
 MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectures
     "BertModel": BertModel,
     "BertForSequenceClassification": BertForSequenceClassification,
     "RobertaModel": BertModel,
     "RobertaForSequenceClassification": RobertaForSequenceClassification,
+    "XLMRobertaModel": BertModel,
+    "XLMRobertaForSequenceClassification": RobertaForSequenceClassification,
     **LLAMA,
+    **MISTRAL,
     **QWEN2,
+    **QWEN3,
+    **GEMMA3,
 }
 
 
@@ -204,7 +219,7 @@ def classifier_from_pretrained(
     """
     if not isinstance(model.config, BertConfig):
         raise DarexError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
-    headless, family = model.config.headless, model.config.model_type
+    headless, family = model.config.headless, model.config.prefix
     config = model.config.as_classifier(num_labels, problem_type, label_names)
     kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}
     if not headless and model.config.num_labels == num_labels:

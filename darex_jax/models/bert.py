@@ -51,8 +51,9 @@ BERT_INERT = frozenset(
 ARCHITECTURES = {
     "bert": ("BertModel", "BertForSequenceClassification"),
     "roberta": ("RobertaModel", "RobertaForSequenceClassification"),
+    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForSequenceClassification"),
 }
-NAMES = {"bert": "BERT", "roberta": "RoBERTa"}
+NAMES = {"bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-RoBERTa"}
 
 # Read as well: what they may be.
 LABEL_FIELDS: dict[str, Any] = {
@@ -115,7 +116,7 @@ class BertConfig:
                 wrong.append(f"{name} is {rate}, it must be in [0, 1)")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             wrong.append(f"pad_token_id is {self.pad_token_id}, the vocabulary has {self.vocab_size} rows")
-        if self.model_type == "roberta" and self.pad_token_id is None:
+        if self.prefix == "roberta" and self.pad_token_id is None:
             wrong.append("pad_token_id is missing: positions are counted from it")
         refuse(NAMES[self.model_type], wrong)
 
@@ -143,7 +144,7 @@ class BertConfig:
         wrong += unread
         if values.get("model_type") not in NAMES:
             wrong.append(f"model_type is {shown(hf.get('model_type'))}, supported: {', '.join(NAMES)}")
-        elif values["model_type"] == "roberta":
+        elif values["model_type"] != "bert":
             values.setdefault("pad_token_id", 1)
         refuse(NAMES.get(str(hf.get("model_type")), "BERT"), wrong)
         return cls(**values, num_labels=num_labels, notes=notes)
@@ -162,6 +163,11 @@ class BertConfig:
         return {**self.notes, **own}
 
     @property
+    def prefix(self) -> str:
+        """What the body is called in a classifier."""
+        return "bert" if self.model_type == "bert" else "roberta"
+
+    @property
     def headless(self) -> bool:
         """Whether this is the body alone."""
         return self.architectures[0] == ARCHITECTURES[self.model_type][0]
@@ -169,7 +175,7 @@ class BertConfig:
     @property
     def max_length(self) -> int:
         """How many tokens fit. RoBERTa counts its positions from behind the padding's."""
-        skipped = 0 if self.model_type == "bert" else (self.pad_token_id or 0) + 1
+        skipped = 0 if self.prefix == "bert" else (self.pad_token_id or 0) + 1
         return self.max_position_embeddings - skipped
 
     @property
@@ -229,7 +235,7 @@ class Embeddings(nnx.Module):
         self.word_embeddings = Embedding(
             config.vocab_size, size, stddev=stddev, padding_idx=config.pad_token_id, rngs=rngs
         )
-        self.pad = config.pad_token_id if config.model_type == "roberta" else None
+        self.pad = config.pad_token_id if config.prefix == "roberta" else None
         self.position_embeddings = Embedding(
             config.max_position_embeddings, size, stddev=stddev, padding_idx=self.pad, rngs=rngs
         )

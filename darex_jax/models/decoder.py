@@ -1,8 +1,8 @@
 """A causal decoder with rotary positions, grouped-query attention and a gated feed-forward layer.
 
-What Llama (Touvron et al., arXiv:2302.13971 and 2307.09288) and Qwen2 (arXiv:2407.10671) share; the family
-files beside this one say where they differ. Field names are Hugging Face's, so the tree of parameters is the
-Hugging Face state dict, nested; a tied head is absent from it.
+What Llama (Touvron et al., arXiv:2302.13971 and 2307.09288), Mistral, Qwen2, Qwen3 and Gemma 3 share; the
+family files beside this one say where they differ. Field names are Hugging Face's, so the tree of parameters
+is the Hugging Face state dict, nested; a tied head is absent from it.
 """
 
 import dataclasses
@@ -188,11 +188,13 @@ def read_rope(hf: Mapping[str, Any], default_theta: float | None) -> tuple[Rope 
 class DecoderConfig:
     """What config.json says, under config.json's own names; `rope` and `windows` are read from several.
 
-    `windows` holds, per layer, how many positions back attention reaches; None is all of them.
+    `windows` holds, per layer, how many positions back attention reaches; None is all of them. `local_rope`
+    are the rotary positions of layers with a window, where they have their own; `query_scale` is what scores
+    are multiplied by, None the root of a head's features.
     `notes` holds the fields that change no number; they are outside equality and hash.
     """
 
-    COMPUTED: ClassVar[tuple[str, ...]] = ("rope", "windows", "notes")  # all others are config.json's own
+    COMPUTED: ClassVar[tuple[str, ...]] = ("rope", "local_rope", "query_scale", "windows", "notes")
 
     model_type: str
     architectures: tuple[str, ...]
@@ -213,6 +215,8 @@ class DecoderConfig:
     pad_token_id: Token | None = None
     eos_token_id: Token | list[Token] | None = dataclasses.field(default=None, hash=False)
     rope: Rope
+    local_rope: Rope | None = None
+    query_scale: float | None = None
     windows: tuple[int | None, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
 
@@ -228,6 +232,11 @@ class DecoderConfig:
     def biases(self) -> tuple[bool, bool]:
         """Whether the query, key and value projections, and the output projection, have a bias."""
         return (True, False) if self.model_type == "qwen2" else (self.attention_bias, self.attention_bias)
+
+    @property
+    def normalises_heads(self) -> bool:
+        """Whether queries and keys are normalised in every head."""
+        return self.model_type in ("qwen3", "gemma3_text")
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -348,8 +357,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned.astype(x.dtype)
 
 
+Past = tuple[Array, Array, Array]  # a layer's cached keys and values, and where the new ones go
+
+
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: Keys):
+    def __init__(self, config: DecoderConfig, *, norm: type[RMSNorm] = RMSNorm, rngs: Keys):
         size, heads, stddev = config.hidden_size, config.features_per_head, config.initializer_range
         inner, outer = config.biases
         keys = config.key_value_heads * heads
@@ -358,34 +370,40 @@ class Attention(nnx.Module):
         self.k_proj = Linear(size, keys, stddev=stddev, bias=inner, rngs=rngs)
         self.v_proj = Linear(size, keys, stddev=stddev, bias=inner, rngs=rngs)
         self.o_proj = Linear(queries, size, stddev=stddev, bias=outer, rngs=rngs)
-        self.features_per_head = heads
+        self.features_per_head, self.scale = heads, config.query_scale
+        self.normalises = config.normalises_heads
+        if self.normalises:
+            self.q_norm, self.k_norm = (norm(heads, eps=config.rms_norm_eps) for _ in range(2))
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], mask: Array, past: tuple[Array, Array, Array] | None
+        self, x: Array, angles: tuple[Array, Array], mask: Array, past: Past | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        """`past` is a layer's cached keys and values and where the new ones go. Returns them updated."""
+        """Returns the keys and values as well, those of `past` among them."""
         q, k, v = (
             y.reshape(*y.shape[:2], -1, self.features_per_head)  # B T D -> B T N H
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
+        if self.normalises:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if past is not None:
             keys, values, start = past
             k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), start, axis=1)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, self.scale)
         return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)  # B T N H -> B T D
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Array, scale: float | None = None) -> Array:
     """Grouped-query attention by the platform's kernel: q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S].
 
+    Scores are multiplied by `scale`; None is H ** -0.5.
     cuDNN's on NVIDIA hardware for half precision (it has no other), XLA's everywhere else.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = half and jax.default_backend() == "gpu" and q.shape[1] > 1 and q.shape[-1] in (64, 128)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask[:, None], implementation="cudnn" if fused else "xla"
+        q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn" if fused else "xla"
     )
 
 
@@ -410,7 +428,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], mask: Array, past: tuple[Array, Array, Array] | None
+        self, x: Array, angles: tuple[Array, Array], mask: Array, past: Past | None
     ) -> tuple[Array, tuple[Array, Array]]:
         y, keys_and_values = self.self_attn(self.input_layernorm(x), angles, mask, past)
         x = x + y
@@ -418,20 +436,23 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The body: `LlamaModel`, `Qwen2Model`."""
+    """The body: `LlamaModel`, `Qwen2Model`, ..."""
 
     remat: bool = False  # on the class: it is no part of what the model is, see `Model`
+    layer: ClassVar[type[Layer]] = Layer
+    embedding: ClassVar[type[Embedding]] = Embedding
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: DecoderConfig, *, rngs: Keys):
-        self.embed_tokens = Embedding(
+        self.embed_tokens = self.embedding(
             config.vocab_size,
             config.hidden_size,
             stddev=config.initializer_range,
             padding_idx=config.pad_token_id,
             rngs=rngs,
         )
-        self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nnx.List([self.layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.config = config
 
     def __call__(self, input_ids: Array, real: Array, cache: Cache | None = None) -> DecoderOutput:
@@ -444,10 +465,9 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
-        rope = self.config.rope
-        frequencies = rope.frequencies(self.config.features_per_head, positions.max(axis=1) + 1)
-        angles = positions[:, :, None] * frequencies[:, None]  # B T -> B T H/2
-        turns = rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
+        turns = local = self._turns(self.config.rope, positions)
+        if self.config.local_rope is not None:
+            local = self._turns(self.config.local_rope, positions)
         query_slots = start + jnp.arange(length)[:, None]
         distance = query_slots - jnp.arange(real.shape[1])[None]  # T S
         masks = {
@@ -458,7 +478,8 @@ class Decoder(nnx.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], start)
-            rest = (turns, masks[self.config.window(i)], past)
+            window = self.config.window(i)
+            rest = (turns if window is None else local, masks[window], past)
             x, (k, v) = remat(layer, x, *rest) if self.remat else layer(x, *rest)
             keys.append(k)
             values.append(v)
@@ -466,12 +487,20 @@ class Decoder(nnx.Module):
             cache = Cache(tuple(keys), tuple(values), real, start + length)
         return DecoderOutput(self.norm(x), None, cache)
 
+    def _turns(self, rope: Rope, positions: Array) -> tuple[Array, Array]:
+        """Cosines and sines of the angles at positions [B, T]: [B, T, H/2]."""
+        frequencies = rope.frequencies(self.config.features_per_head, positions.max(axis=1) + 1)
+        angles = positions[:, :, None] * frequencies[:, None]
+        return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
+
 
 class CausalLM(nnx.Module):
-    """A decoder with a head over the vocabulary: `LlamaForCausalLM`, `Qwen2ForCausalLM`."""
+    """A decoder with a head over the vocabulary: `LlamaForCausalLM`, `Qwen2ForCausalLM`, ..."""
+
+    body: ClassVar[type[Decoder]] = Decoder
 
     def __init__(self, config: DecoderConfig, *, rngs: Keys):
-        self.model = Decoder(config, rngs=rngs)
+        self.model = self.body(config, rngs=rngs)
         size, stddev = config.hidden_size, config.initializer_range
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(size, config.vocab_size, stddev=stddev, bias=False, rngs=rngs)

@@ -5,7 +5,7 @@ N heads, H features per head. Ranks are matched by hand, so `jax_numpy_rank_prom
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -119,14 +119,18 @@ class RMSNorm(nnx.Module):
     """
 
     mixed: OfRows | None = None  # see `Model.module`
+    offset: ClassVar[float] = 0.0  # what weights are counted from; not 0, they are multiplied in float32
 
     def __init__(self, features: int, *, eps: float):
-        self.weight = nnx.Param(jnp.ones(features))
+        self.weight = nnx.Param(jnp.full(features, 1.0 - self.offset))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        if self.offset:
+            weight = self.offset + _vector(self, "weight", x.ndim).astype(y.dtype)
+            return (y * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
         return y.astype(x.dtype) * jnp.broadcast_to(_vector(self, "weight", x.ndim), x.shape)
 
 

@@ -38,10 +38,10 @@ def read_qwen2_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> D
         read=WINDOW_FIELDS,
         ignored=ignored,
     )
-    return dataclasses.replace(config, windows=read_windows(hf, config.num_hidden_layers))
+    return dataclasses.replace(config, windows=read_windows("Qwen2", hf, config.num_hidden_layers))
 
 
-def read_windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def read_windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """How far back each of so many layers attends; () where every layer sees everything.
 
     Only with `use_sliding_window` do windows count; then `layer_types` says which layers have one, or, where
@@ -52,7 +52,7 @@ def read_windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """
     if not hf.get("use_sliding_window"):
         return ()
-    refuse("Qwen2", type_faults({n: hf[n] for n in WINDOW_FIELDS if n in hf}, WINDOW_FIELDS))
+    refuse(family, type_faults({n: hf[n] for n in WINDOW_FIELDS if n in hf}, WINDOW_FIELDS))
     window, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     if window is None:
         return ()
@@ -61,5 +61,5 @@ def read_windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     ]
     if set(types) - {"full_attention", "sliding_attention"} or len(types) != layers:
         expected = f"expected {layers} of full_attention, sliding_attention"
-        refuse("Qwen2", [f"layer_types is {shown(types)}, {expected}"])
+        refuse(family, [f"layer_types is {shown(types)}, {expected}"])
     return tuple(window if kind == "sliding_attention" else None for kind in types)
