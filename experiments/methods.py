@@ -43,6 +43,7 @@ from darex_jax.tasks.source import Source
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 BYTES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # a parameter
+RIVALS = Path(__file__).parent / "results" / "rivals"
 SEEDS = (0, 1, 2, 3)
 CALIBRATION = 50  # training texts for statistics of inputs and for q
 TRAINING, STEPS = 10_000, 300  # at most so many training texts, of 16 a step, for distilled
@@ -66,6 +67,11 @@ WAYS = {  # what a row is called -> method of the table, its options
     "distilled, largest": ("distilled", {"bits": 4, "support": "largest"}),
     "distilled, random": ("distilled", {"bits": 4, "support": "random"}),
 }
+
+FRONTIER = (  # of these, the ones that are shown at few bytes
+    "DARE", "DAREx-q", "DARE, 4 bits", "re-solved", "SVD, 4 bits", "allocated, 4 bits", "distilled",
+    "distilled, allocated", "distilled, largest", "distilled, random",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -216,7 +222,7 @@ def write_table() -> None:
         "machine and versions stand in the JSON lines under `methods/`.",
         "",
     ]
-    lines += [*winners(), *importance()]
+    lines += [*frontier(), *winners(), *importance()]
     for task, optimizer, rows in finished():
         head = next(row for row in rows if row["way"] == "fine-tuned")
         title = f"## {task}, {optimizer}: {head['metric_name']} on {head['test_examples']}"
@@ -250,6 +256,53 @@ def write_table() -> None:
 def told(cell: dict) -> str:
     """The mean, and where there are several masks the deviation."""
     return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if len(cell["metrics"]) > 1 else "")
+
+
+def frontier() -> list[str]:
+    """How much of the metric is kept at few bytes, over the fine-tunes of each task by AdamW."""
+    lines = [
+        "## How few bytes",
+        "",
+        "Of the fine-tuned model's metric the share that is kept, AdamW's fine-tunes; where there are",
+        "several, of different seeds, mean ± standard deviation over them (and their number). `labels`: as",
+        "many bytes trained from the base on all labels (`python experiments/rivals.py`): LoRA of rank 1 on",
+        "every linear layer, the values of a random subspace.",
+        "",
+    ]
+    sizes = (0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
+    shown = [way for way in WAYS if way in FRONTIER]
+    for task in BUDGETS:
+        kept: dict[tuple[str, float], list[float]] = {}
+        for file in sorted(RESULTS.glob(f"{task}_adamw*.jsonl")):
+            rows = read(file)
+            whole = next(row["mean"] for row in rows if row["way"] == "fine-tuned")
+            for row in rows:
+                if "mean" in row and "bytes" in row:
+                    kept.setdefault((row["way"], row["bytes"]), []).append(row["mean"] / whole)
+        for row in read(RIVALS / f"{task}.jsonl"):
+            whole = next(r["mean"] for r in read(RESULTS / f"{task}_adamw.jsonl") if r["way"] == "fine-tuned")
+            per = row["file_bytes"] / row["entries"]
+            size = min(sizes, key=lambda s: abs(np.log(s / per)))
+            way = row["way"] + ("" if row["size"] else f", {row['bits'] or 16} bits")
+            kept.setdefault((f"{way} ({row['file_bytes'] / 1000:.0f} kB)", size), []).append(
+                row["mean"] / whole
+            )
+        if not kept:
+            continue
+        ways = [way for way in shown if any(w == way for w, _ in kept)]
+        ways += [way for way, _ in kept if way.startswith("labels") and way not in ways]
+        lines += [f"| {task} | " + " | ".join(f"{size:g}" for size in sizes) + " |", "|" + " --- |" * 7]
+        for way in ways:
+            cells = [kept.get((way, size)) for size in sizes]
+            lines.append(f"| {way} | " + " | ".join("" if c is None else share(c) for c in cells) + " |")
+        lines.append("")
+    return lines
+
+
+def share(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1%}"
+    return f"{np.mean(values):.1%} ± {np.std(values, ddof=1):.1%} ({len(values)})"
 
 
 def winners() -> list[str]:
