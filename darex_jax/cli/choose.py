@@ -12,10 +12,12 @@ from darex_jax.choosing.table import WAYS, curve_axis
 from darex_jax.cli.options import (
     DATA_DIR,
     EXCLUDE,
+    HERE,
     IGNORE,
     INCLUDE,
     JSON,
     LIMIT,
+    OUT,
     PATH,
     RATE,
     SEED,
@@ -45,7 +47,7 @@ from darex_jax.cli.show import point_bar, print_table, q_text
               help="Most steps of a generated word problem.")  # fmt: skip
 @TEXT
 @own_examples
-@click.option("--out", type=PATH, default="q.json", show_default=True,
+@click.option("--out", type=OUT, default="q.json", show_default=True,
               help="File for darex prune --q; its curve as a picture beside it.")  # fmt: skip
 @LIMIT
 @click.option("--masks", type=click.IntRange(1),
@@ -53,10 +55,10 @@ from darex_jax.cli.show import point_bar, print_table, q_text
 @click.option("--grid", nargs=3, type=float, metavar="LOW HIGH STEP",
               help="Search as the authors' code does: in steps, which may end beyond HIGH, until more than "
               "3 are no better, then in tenths of a step around the best.")  # fmt: skip
-@click.option("--statistics", type=PATH, help="With --scope layer: keep the inputs' statistics in this file.")
+@click.option("--statistics", type=HERE, help="With --scope layer: keep the inputs' statistics in this file.")
 @click.option("--learning-rate", default=1e-2, show_default=True, type=click.FloatRange(0, min_open=True),
               help="With learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
-@click.option("--checkpoints", type=PATH, help="With learned: a folder from which it goes on after a stop.")
+@click.option("--checkpoints", type=HERE, help="With learned: a folder from which it goes on after a stop.")
 @INCLUDE
 @EXCLUDE
 @IGNORE

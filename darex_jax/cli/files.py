@@ -16,6 +16,7 @@ from darex_jax.cli.options import (
     IGNORE,
     INCLUDE,
     JSON,
+    OUT,
     PARAMS,
     PATH,
     RENAME,
@@ -102,7 +103,7 @@ def check(
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("delta", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Of all floating parameters. Default: of each the fine-tuned model's own.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -227,7 +228,7 @@ def verify(
 @click.command("merge-adapter")
 @click.argument("base", type=PATH)
 @click.argument("adapter", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @IGNORE
 @JSON
@@ -260,7 +261,7 @@ def merge_adapter(
 
 @click.command()
 @click.argument("delta", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @click.option("--to", "form", required=True, type=click.Choice(["peft", "patch"]),
               help="A directory that PEFT reads, or a file of the numbers that change.")  # fmt: skip
 @click.option("--base", type=PATH, help="The base that the delta was made from.")

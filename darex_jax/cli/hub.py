@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from darex_jax.cli.options import JSON, PATH
+from darex_jax.cli.options import JSON, OUT, PATH
 from darex_jax.cli.show import bytes_text, print_table
 from darex_jax.core.errors import DarexError
 
@@ -57,7 +57,7 @@ def push(
 
 @click.command()
 @click.argument("repo", metavar="OWNER/NAME")
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @REVISION
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @JSON

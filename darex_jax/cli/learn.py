@@ -12,6 +12,7 @@ from darex_jax.cli.options import (
     DATA_DIR,
     DELTAS,
     DTYPE,
+    HERE,
     IGNORE,
     JSON,
     LEARNING_RATE,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Default: 16 examples, 8 problems.")
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
               help="Of an answer to a problem.")  # fmt: skip
-@click.option("--records", type=PATH, help="File of the answers to problems. Default: under runs/.")
+@click.option("--records", type=HERE, help="File of the answers to problems. Default: under runs/.")
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
               help="Most steps of a generated problem.")  # fmt: skip
 @DTYPE
@@ -327,7 +328,7 @@ def _classify(
 
 @click.command()
 @click.option("--base", type=PATH, help="Directory of a pretrained BERT. Default: MiniLM from its package.")
-@click.option("--out", type=PATH, default="runs/demo", show_default=True)
+@click.option("--out", type=HERE, default="runs/demo", show_default=True)
 @TASK
 @DATA_DIR
 @click.option("--drop-rate", "-p", "drop_rates", multiple=True, type=click.FloatRange(0, 1, True, True),

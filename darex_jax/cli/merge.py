@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import ALLOW_CHANGED_FILES, JSON, PATH, SEED
+from darex_jax.cli.options import ALLOW_CHANGED_FILES, JSON, OUT, PATH, SEED
 from darex_jax.cli.show import byte_bar, bytes_text, print_table, warned
 from darex_jax.merging.table import MERGES
 
@@ -14,7 +14,7 @@ from darex_jax.merging.table import MERGES
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("deltas", nargs=-1, required=True, type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @click.option("--method", default="dare-ties", show_default=True, type=click.Choice(list(MERGES)),
               help="; ".join(f"{name}: {way.what}" for name, way in MERGES.items()) + ".")  # fmt: skip
 @click.option("--weight", "weights", multiple=True, type=float,

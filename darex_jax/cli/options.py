@@ -1,7 +1,11 @@
 """Options that several commands share."""
 
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -22,7 +26,43 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
         return ratio
 
 
-PATH = click.Path(path_type=Path)
+class StorePath(click.Path):
+    """A path here, or an fsspec URL.
+
+    What is read is copied to a temporary folder first, what is written is sent once the command is done; the
+    folder goes in the end. A command that goes on after a stop takes only paths here.
+
+    Args: use: "read", "write" or "here".
+    """
+
+    def __init__(self, use: str) -> None:
+        super().__init__(path_type=Path)
+        self.use = use
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from darex_jax.files.remote import fetch, is_url, send
+
+        if not is_url(str(value)) or ctx is None or ctx.resilient_parsing:
+            return super().convert(value, param, ctx)
+        url, mark, branch = str(value).partition("#")
+        if self.use == "here":
+            self.fail(f"{url}: this has to be a path here, since the command goes on from it.", param, ctx)
+        folder = Path(tempfile.mkdtemp(prefix="darex-"))
+        ctx.call_on_close(partial(shutil.rmtree, folder, ignore_errors=True))
+        if self.use == "read":
+            return Path(f"{fetch(url, folder)}{mark}{branch}")
+        local = folder / (PurePosixPath(url).name or "out")
+
+        def finish() -> None:
+            if local.exists() and sys.exc_info()[0] in (None, click.exceptions.Exit):
+                send(local, url, overwrite=ctx.params.get("overwrite", True))
+                click.echo(f"sent to {url}", err=True)
+
+        ctx.call_on_close(finish)  # before the folder goes: the last called is the first
+        return local
+
+
+PATH, OUT, HERE = StorePath("read"), StorePath("write"), StorePath("here")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1),
                     help="Everything random follows from jax.random.key(SEED).")  # fmt: skip
@@ -106,7 +146,10 @@ def take_table(options: dict[str, Any]) -> Any:
         if stray := next((name for name, value in given.items() if value is not None), None):
             raise click.UsageError(f"--{stray} names a column or a metric of --data.")
         return None
+    from darex_jax.files.remote import is_url
     from darex_jax.tasks.table import Table
 
+    if is_url(given["data"]):
+        given["data"] = str(PATH.convert(given["data"], None, click.get_current_context()))
     text, options["text"] = options.get("text"), None
     return Table(**given, text=None if text is None else str(text))

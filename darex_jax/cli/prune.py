@@ -16,10 +16,12 @@ from darex_jax.cli.options import (
     BYTES_PER_PARAMETER,
     DATA_DIR,
     EXCLUDE,
+    HERE,
     IGNORE,
     INCLUDE,
     JSON,
     LIMIT,
+    OUT,
     PARAMS,
     PATH,
     RENAME,
@@ -52,7 +54,7 @@ ENOUGH = 256  # texts, from which on best trains on them
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=OUT)
 @click.option("--method", type=click.Choice(["best", *METHODS]),
               help="Default: dare with a drop rate or --q, else best: distilled on --task or a --text of "
               f"{ENOUGH} lines, on fewer dare with --q two-point, without any dare. "
@@ -92,7 +94,7 @@ ENOUGH = 256  # texts, from which on best trains on them
 @click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random"]),
               help="Of matrices, with distilled: low-rank factors (default), what allocated chooses, the "
               "largest entries, or random ones, whose places are not stored.")  # fmt: skip
-@click.option("--checkpoints", type=PATH, help="With distilled: a folder from which it goes on after a stop.")
+@click.option("--checkpoints", type=HERE, help="With distilled: a folder from which it goes on after a stop.")
 @JSON
 def prune(
     base: Path,

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from darex_jax.cli.options import (
     BATCH_SIZE,
     DATA_DIR,
+    HERE,
     IGNORE,
     JSON,
     LEARNING_RATE,
@@ -51,7 +52,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("out", type=HERE)
 @CONFIG
 @click.option("--task", default="opinions", show_default=True,
               help="opinions, cola, sst2, mrpc, stsb; for decoders gsm8k, word-problems.")  # fmt: skip
@@ -155,7 +156,7 @@ def _train_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 @click.argument("manifest", type=PATH)
 @click.option("--base", type=PATH, help="Where the base lies now, if it was moved.")
 @click.option("--data-dir", type=PATH, help="Where the data lies now, if it was moved.")
-@click.option("--out", type=PATH, help="Keep the repeat's result there. Default: it is deleted.")
+@click.option("--out", type=HERE, help="Keep the repeat's result there. Default: it is deleted.")
 @JSON
 def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path | None, as_json: bool) -> None:
     """Run a training again and compare the digests.

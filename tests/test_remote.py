@@ -1,0 +1,118 @@
+"""Paths of other stores: any command reads and writes where an fsspec URL says."""
+
+import json
+
+import fsspec
+import numpy as np
+import pytest
+
+import darex_jax as dx
+from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.remote import fetch, send
+from tests.test_bank import darex
+from tests.test_orbax import named, save, tree
+from tests.test_table import rows, write
+
+
+@pytest.fixture
+def memory():
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    yield store
+    store.store.clear()
+
+
+@pytest.fixture(params=["memory", "file"])
+def root(request, memory, tmp_path):
+    return "memory://bucket" if request.param == "memory" else f"file://{tmp_path}/bucket"
+
+
+def put(url, folder):
+    send(folder, url)
+    return url
+
+
+def test_the_whole_way_lies_elsewhere(tmp_path, root):
+    states = {"base": tree(0), "fine": tree(1)}
+    for name, state in states.items():
+        dx.save_params(tmp_path / name, {"model": named_tree(state)}, {"model_type": "newest"})
+    base, fine = (put(f"{root}/{name}", tmp_path / name) for name in states)
+    out = darex("prune", base, fine, f"{root}/deltas/d.safetensors", "-p", 0.5)
+    assert f"sent to {root}/deltas/d.safetensors" in out.output
+    darex("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "here", "-p", 0.5)
+    local = fetch(f"{root}/deltas/d.safetensors", tmp_path)
+    assert local.read_bytes() == (tmp_path / "here").read_bytes()
+    darex("verify", f"{root}/deltas/d.safetensors", "--base", base)
+    darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out")
+    again = darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out", code=1)
+    assert f"{root}/out: already exists; --overwrite replaces it" in again.output
+    store, place = fsspec.core.url_to_fs(f"{root}/out")
+    store.pipe_file(f"{place}/old.txt", b"of another model")
+    darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out", "--overwrite")
+    darex("apply", tmp_path / "base", tmp_path / "here", tmp_path / "out2")
+    (tmp_path / "fetched").mkdir()
+    restored = fetch(f"{root}/out", tmp_path / "fetched")
+    assert {p.name: p.read_bytes() for p in restored.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "out2").iterdir()
+    }
+
+
+def named_tree(state):
+    nested = {}
+    for name, leaf in named(state).items():
+        *path, last = name.split(".")
+        place = nested
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return nested
+
+
+def test_a_branch_and_a_table_lie_elsewhere(tmp_path, memory):
+    for i, name in enumerate(("base", "fine")):
+        put(f"memory://runs/{name}", save(tmp_path / name, {"ema": tree(i)}))
+    darex("prune", "memory://runs/base#ema", "memory://runs/fine#ema", tmp_path / "d", "-p", 0.5)
+    assert set(dx.load_delta(tmp_path / "d")) == {"layers"}
+    put("memory://runs/moods.csv", write(tmp_path / "moods.csv", rows(20)))
+    missing = darex("eval", tmp_path / "base", "--data", "memory://runs/none.csv", "--text", "a", code=1)
+    assert "memory://runs/none.csv: there is nothing" in missing.output
+
+
+def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch):
+    nothing = darex("inspect", "memory://nowhere/d", code=1)
+    assert "memory://nowhere/d: there is nothing" in nothing.output
+    assert "no store is called so" in darex("inspect", "nostore://x/y", code=1).output
+    dx.save_params(tmp_path / "base", {"a": np.ones((2, 2), np.float32)})
+    failed = darex("prune", tmp_path / "base", tmp_path / "absent", "memory://b/d", "-p", 0.5, code=1)
+    assert "sent to" not in failed.output and not memory.exists("/b/d")
+    here = darex("train", tmp_path / "base", "memory://b/out", code=2)
+    assert "this has to be a path here" in here.output
+
+    def full(*args, **kwargs):
+        raise OSError("quota exceeded\nfor the bucket")
+
+    monkeypatch.setattr(type(memory), "put_file", full)
+    with pytest.raises(FileError, match=r"memory://b/x: cannot be written \(quota exceeded\)"):
+        send(tmp_path / "base" / "model.safetensors", "memory://b/x")
+    monkeypatch.setattr(
+        fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("install gcsfs"))
+    )
+    with pytest.raises(DarexError, match=r"gs://b/x: install gcsfs"):
+        fetch("gs://b/x", tmp_path)
+
+
+def test_a_directory_is_no_model_before_all_of_it_is_there(tmp_path, memory, monkeypatch):
+    dx.save_params(tmp_path / "m", {"a": np.ones((2, 2), np.float32)}, {"model_type": "x"})
+    put("memory://b/m", tmp_path / "m")
+    order = []
+    whole = type(memory).put_file
+
+    def watched(self, local, place, **kwargs):
+        order.append((place.rpartition("/")[2], self.exists("/b/m/config.json")))
+        return whole(self, local, place, **kwargs)
+
+    monkeypatch.setattr(type(memory), "put_file", watched)
+    put("memory://b/m", tmp_path / "m")
+    assert [name for name, _ in order][-1] == "config.json" and not any(there for _, there in order)
+    assert json.loads(memory.cat_file("/b/m/config.json")) == {"model_type": "x"}
