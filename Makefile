@@ -1,14 +1,33 @@
-# Both targets set up what they need in .venv, from nothing but Python (>= 3.11) and make.
+# All targets set up what they need, in .venv or beside it, from nothing but Python (>= 3.11) and make.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-gpu lint clean
 
 demo: .venv/demo
 	$(BIN)/darex demo
 
 test: .venv/test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# The quick tests with the oldest packages that pyproject.toml takes.
+test-oldest: $(OLDEST)/ready
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
+
+QUICK := adamr artifact calibration delta format1 format2 importance mask names orbax parts remote scope structure \
+	table tasks train
+
+# On a machine with a GPU: golden digests, parity and generation there, then speed against the card's bandwidth.
+test-gpu:
+ifeq ($(shell command -v nvidia-smi),)
+	@echo "test-gpu is skipped: this machine has no NVIDIA GPU (no nvidia-smi)"
+else
+	$(MAKE) .venv/test
+	$(BIN)/python -m pip install -q -e '.[cuda12]'
+	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest tests/gpu.py
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.json
+endif
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -25,5 +44,11 @@ lint: .venv/test
 	$(BIN)/python -m pip install -q -e '.[all,test]'
 	touch $@
 
+$(OLDEST)/ready: pyproject.toml tests/oldest.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install -q -r $(OLDEST)/requirements.txt -e . pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv $(OLDEST)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from darex_jax.core.x64 import enable_x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darex_jax as dx
-from darex_jax.core.x64 import enable_x64
 from darex_jax.methods.magnitude import largest as on_the_host
 
 # The places of the 8 largest of 32 words of the leaf's key, from a sort in NumPy.

@@ -13,7 +13,6 @@ from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_factors
 from darex_jax.core.tree import flatten_names
-from darex_jax.core.x64 import enable_x64
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
 from darex_jax.files.checkpoint import Checkpoint, save_params
@@ -64,7 +63,7 @@ def merge_adapter(
     check_replaceable(Path(out).resolve(), overwrite)
     if not any(info.dtype == np.float64 for info in infos):
         return _merge(base, adapter, loaded, out, overwrite, ignore_config_fields)
-    with enable_x64(True):  # without it JAX reads float64 as float32
+    with jax.enable_x64(True):  # without it JAX reads float64 as float32
         return _merge(base, adapter, load_adapter(adapter), out, overwrite, ignore_config_fields)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import blake3
+import jax
 import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import working_dtype
-from darex_jax.core.x64 import enable_x64
 from darex_jax.files.atomic import atomic_directory
 from darex_jax.files.card import CARD, hub_name, merged_card
 from darex_jax.files.checkpoint import SINGLE, Checkpoint
@@ -81,7 +81,7 @@ def merge_files(
         ]
         wide = any(tensor.info.dtype == np.float64 for tensor in opened.tensors.values())
         wide = wide or any(each.dtype(name) == np.float64 for each in given for name in each.names)
-        stack.enter_context(enable_x64(True) if wide else nullcontext())
+        stack.enter_context(jax.enable_x64(True) if wide else nullcontext())
         heads = [_head(each, opened, shared, wanted) for each in given]
         apart = len({_digest(each, shared, head) for each, head in zip(given, heads, strict=True)}) > 1
         with atomic_directory(out, overwrite) as folder:

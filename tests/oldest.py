@@ -1,0 +1,8 @@
+"""The oldest packages that pyproject.toml takes, as requirements: `python tests/oldest.py`."""
+
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+for requirement in project["dependencies"] + project["optional-dependencies"]["all"]:
+    print(requirement.replace(">=", "=="))
