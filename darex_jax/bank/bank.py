@@ -21,7 +21,7 @@ from darex_jax.core.scope import HEAD, OPTIONAL
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.safetensors import DTYPES, as_bytes
-from darex_jax.models import BertConfig, Model, Params, build_model, read_model_config
+from darex_jax.models import EncoderConfig, Model, Params, build_model, read_model_config
 from darex_jax.parts.dense import Dense
 from darex_jax.parts.mixed import Mixed, Stack, rounded_up, stack_parts, written_out
 from darex_jax.parts.sparse import Sparse
@@ -130,11 +130,11 @@ class DeltaBank:
         logits beyond its own labels are -inf."""
         models = [held.model for held in self._held.values()] or [self._base_model]
         config = models[0].config
-        if not isinstance(config, BertConfig) or config.headless:
+        if not isinstance(config, EncoderConfig) or config.headless:
             return models[0]
         own = self._base_model.config
         with_heads = [m.config for m in models] + ([] if getattr(own, "headless", True) else [own])
-        labels = max(int(c.num_labels) for c in with_heads if isinstance(c, BertConfig))
+        labels = max(int(c.num_labels) for c in with_heads if isinstance(c, EncoderConfig))
         widest = dataclasses.replace(config, num_labels=rounded_up(labels))
         return build_model(widest, **dict(models[0].options))[0]
 
@@ -190,7 +190,7 @@ class DeltaBank:
 
     def _model_of(self, file: DeltaFile, ignored: Collection[str]) -> tuple[Model, dict[str, Shape]]:
         config = read_model_config(file.config() or self._base_model.config.to_hf(), ignored)
-        headless = isinstance(config, BertConfig) and config.headless
+        headless = isinstance(config, EncoderConfig) and config.headless
         stored = {*self._base, *file.names("dense")}
         no_pooler = headless and not any(OPTIONAL.search(name) for name in stored)
         return build_model(config, **({"pooler": False} if no_pooler else {}))

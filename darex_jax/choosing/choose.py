@@ -15,7 +15,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import DECODERS, choose_scope
 from darex_jax.files.checkpoint import Checkpoint, read_config
 from darex_jax.files.manifest import run_manifest, weights_digest
-from darex_jax.models import BertConfig, read_model_config
+from darex_jax.models import EncoderConfig, read_model_config
 from darex_jax.q.search import check_bounds
 from darex_jax.tasks.source import Source, read_material
 
@@ -81,7 +81,7 @@ def without_labels(fine: Path, scope: str, ignore_config_fields: Collection[str]
         return "predictions"
     if "ForSequenceClassification" in str(hf.get("architectures")):
         config = read_model_config(hf, ignore_config_fields)
-        if isinstance(config, BertConfig) and config.num_labels > 1:
+        if isinstance(config, EncoderConfig) and config.num_labels > 1:
             return "predictions"
     return "outputs" if scope == "layer" else "two-point"
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from darex_jax.core.errors import DarexError
 
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 # Layers that belong to a task, so that one model may have them and the other not. A pooler counts for
 # the matching only: where both models have one it is part of the body.
-HEAD = re.compile(r"^(classifier|cls|lm_head|qa_outputs|score)(\.|$)")
-OPTIONAL = re.compile(r"(^|\.)pooler\.")
+HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
+OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # of a block or an expert, in a parameter's name
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")

@@ -19,7 +19,7 @@ from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
-from darex_jax.models import BertConfig, Model, build_model, classifier_from_pretrained
+from darex_jax.models import EncoderConfig, Model, build_model, classifier_from_pretrained
 
 HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and RoBERTa's: [labels, D]
 
@@ -108,7 +108,7 @@ def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> t
     rows = next((dense[name].shape[0] for name in HEAD_ROWS if name in dense and dense[name].ndim), None)
     config = model.config
     if (
-        not isinstance(config, BertConfig)
+        not isinstance(config, EncoderConfig)
         or rows is None
         or (not config.headless and config.num_labels == rows)
     ):

@@ -17,12 +17,14 @@ from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_config, read_params
 from darex_jax.files.restore import restore_companions, restored_layout, restored_params
 from darex_jax.models import BertConfig, Config, DecoderConfig, Model, build_model, read_model_config
+from darex_jax.models.encoder import PREFIXES
 
 BODIES = {
     "BertForMaskedLM": "BertModel",
     "BertForPreTraining": "BertModel",
     "RobertaForMaskedLM": "RobertaModel",
     "XLMRobertaForMaskedLM": "XLMRobertaModel",
+    "ModernBertForMaskedLM": "ModernBertModel",
 }
 LAYER = re.compile(r"(?:^|\.)layers?\.([0-9]+)\.")
 
@@ -118,7 +120,7 @@ def _fit(
     if isinstance(config, DecoderConfig):
         unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
         floats -= {*unused, *(["lm_head.weight"] if config.tie_word_embeddings else [])}
-    headless = isinstance(config, BertConfig) and config.headless
+    headless = isinstance(config, BertConfig) and config.headless  # of these a pooler may be missing
     no_pooler = headless and not any(name.startswith("pooler.") for name in infos)
     model, shapes = build_model(config, **({"pooler": False} if no_pooler else {}))
     wrong = [f"{name} is missing" for name in shapes.keys() - infos.keys()]
@@ -143,7 +145,7 @@ def _body_of_masked_lm(
     body = next((body for name, body in BODIES.items() if stated == [name]), None)
     if body is None:
         return hf, tensors
-    prefix = "bert." if body == "BertModel" else "roberta."
+    prefix = f"{PREFIXES.get(str(hf.get('model_type')), hf.get('model_type'))}."
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     return {**hf, "architectures": [body]}, own
 

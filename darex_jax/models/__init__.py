@@ -12,16 +12,10 @@ from flax import nnx
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.models.bert import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    Encoder,
-    EncoderOutput,
-    label_notes,
-)
+from darex_jax.models.bert import BertConfig, BertForSequenceClassification, BertModel, Encoder
 from darex_jax.models.config import shown
 from darex_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
+from darex_jax.models.encoder import EncoderConfig, EncoderOutput, label_notes
 from darex_jax.models.gemma3 import ARCHITECTURES as GEMMA3
 from darex_jax.models.gemma3 import read_gemma3_config
 from darex_jax.models.layers import Embedding, Keys, LayerNorm, Linear, RMSNorm
@@ -29,6 +23,11 @@ from darex_jax.models.llama import ARCHITECTURES as LLAMA
 from darex_jax.models.llama import read_llama_config
 from darex_jax.models.mistral import ARCHITECTURES as MISTRAL
 from darex_jax.models.mistral import read_mistral_config
+from darex_jax.models.modernbert import (
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+)
 from darex_jax.models.qwen2 import ARCHITECTURES as QWEN2
 from darex_jax.models.qwen2 import read_qwen2_config
 from darex_jax.models.qwen3 import ARCHITECTURES as QWEN3
@@ -41,6 +40,7 @@ __all__ = [
     "Config",
     "DecoderConfig",
     "DecoderOutput",
+    "EncoderConfig",
     "EncoderOutput",
     "Model",
     "build_model",
@@ -50,13 +50,14 @@ __all__ = [
 ]
 
 Array = jax.Array
-Config = BertConfig | DecoderConfig
+Config = EncoderConfig | DecoderConfig
 Params = Mapping[str, Any]  # a Hugging Face state dict, nested
 
 CONFIGS: dict[str, Callable[[Mapping[str, Any], Collection[str]], Config]] = {  # by config.json's model_type
     "bert": BertConfig.from_hf,
     "roberta": BertConfig.from_hf,
     "xlm-roberta": BertConfig.from_hf,
+    "modernbert": ModernBertConfig.from_hf,
     "llama": read_llama_config,
     "mistral": read_mistral_config,
     "qwen2": read_qwen2_config,
@@ -70,6 +71,8 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectu
     "RobertaForSequenceClassification": RobertaForSequenceClassification,
     "XLMRobertaModel": BertModel,
     "XLMRobertaForSequenceClassification": RobertaForSequenceClassification,
+    "ModernBertModel": ModernBertModel,
+    "ModernBertForSequenceClassification": ModernBertForSequenceClassification,
     **LLAMA,
     **MISTRAL,
     **QWEN2,
@@ -155,7 +158,7 @@ class Model:
                     layer.mixed = own.get
         if self.remat and observe is None:  # what is observed must not stay inside a layer
             for _, part in nnx.iter_modules(module):
-                if isinstance(part, Encoder | Decoder):
+                if isinstance(part, Encoder | ModernBertModel | Decoder):
                     part.remat = True
         if observe is not None:
             for path, layer in nnx.iter_modules(module):
@@ -217,8 +220,8 @@ def classifier_from_pretrained(
       RobertaForSequenceClassification, and its params.
     Raises: ValueError if `num_labels` or `problem_type` is not possible, or the model is a decoder.
     """
-    if not isinstance(model.config, BertConfig):
-        raise DarexError(f"a classifier is made of BERT or RoBERTa, this is a {model.config.model_type}.")
+    if not isinstance(model.config, EncoderConfig):
+        raise DarexError(f"a classifier is made of an encoder, this is a {model.config.model_type}.")
     headless, family = model.config.headless, model.config.prefix
     config = model.config.as_classifier(num_labels, problem_type, label_names)
     kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}
@@ -229,7 +232,7 @@ def classifier_from_pretrained(
     else:
         kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}
     classifier, shapes = build_model(config)
-    dtype = kept[f"{family}.embeddings.word_embeddings.weight"].dtype
+    dtype = next(iter(kept.values())).dtype
     kept |= _fresh(config, [name for name in shapes if name not in kept], key, dtype)
     return classifier, unflatten_names({name: kept[name] for name in shapes})
 

@@ -5,27 +5,16 @@ Its config and its body serve RoBERTa as well, which differs in positions and he
 Field names are Hugging Face's, so the tree of parameters is the Hugging Face state dict, nested.
 """
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from darex_jax.core.errors import DarexError
-from darex_jax.models.config import (
-    INERT,
-    Depth,
-    Number,
-    Size,
-    Token,
-    read_fields,
-    refuse,
-    shown,
-    type_faults,
-)
+from darex_jax.models.config import INERT, Number, Size, shown
+from darex_jax.models.encoder import EncoderConfig, EncoderOutput, read_encoder_fields
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, remat, split_key
 
 Array = jax.Array
@@ -47,78 +36,33 @@ BERT_INERT = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# What may stand under `architectures`, and what the family is called.
-ARCHITECTURES = {
-    "bert": ("BertModel", "BertForSequenceClassification"),
-    "roberta": ("RobertaModel", "RobertaForSequenceClassification"),
-    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForSequenceClassification"),
-}
-NAMES = {"bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-RoBERTa"}
-
-# Read as well: what they may be.
-LABEL_FIELDS: dict[str, Any] = {
-    "num_labels": Size | None,
-    "id2label": dict | None,
-    "problem_type": str | None,
-}
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
 
 @dataclass(frozen=True, kw_only=True)
-class BertConfig:
+class BertConfig(EncoderConfig):
     """What config.json of a BERT or RoBERTa says, under config.json's own names.
 
     Two fields may be absent from old files and mean transformers' documented default there:
     `classifier_dropout` (None: `hidden_dropout_prob`) and `pad_token_id` (0, RoBERTa's 1).
-    `notes` holds the fields that change no number; they are outside equality and hash, so two configs that
-    compute the same thing share one compiled program.
     """
 
-    model_type: str = "bert"
-    architectures: tuple[str, ...]
-    vocab_size: Size
-    hidden_size: Size
-    num_hidden_layers: Depth
-    num_attention_heads: Size
-    intermediate_size: Size
     hidden_act: str
     hidden_dropout_prob: Number
     attention_probs_dropout_prob: Number
-    max_position_embeddings: Size
     type_vocab_size: Size
-    initializer_range: Number
     layer_norm_eps: Number
-    pad_token_id: Token | None = 0
     classifier_dropout: Number | None = None
-    num_labels: Size = 2
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
 
-    def __post_init__(self) -> None:
-        wrong = []
-        known = ARCHITECTURES[self.model_type]
-        if len(self.architectures) != 1 or self.architectures[0] not in known:
-            wrong.append(
-                f"architectures is {shown(list(self.architectures))}, supported: {', '.join(known)} "
-                f"(AutoModel.from_pretrained(...).save_pretrained(...) of transformers saves any "
-                f"{NAMES[self.model_type]}'s body as {known[0]})"
-            )
+    def faults(self) -> list[str]:
+        wrong = super().faults()
         if self.hidden_act not in ACTIVATIONS:
             wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            wrong.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < 1:
                 wrong.append(f"{name} is {rate}, it must be in [0, 1)")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            wrong.append(f"pad_token_id is {self.pad_token_id}, the vocabulary has {self.vocab_size} rows")
         if self.prefix == "roberta" and self.pad_token_id is None:
             wrong.append("pad_token_id is missing: positions are counted from it")
-        refuse(NAMES[self.model_type], wrong)
+        return wrong
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], ignored: Collection[str] = ()) -> "BertConfig":
@@ -127,106 +71,13 @@ class BertConfig:
         Args: ignored: fields that are carried along unread, whatever they hold; see `read_fields`.
         Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
         """
-        values, notes, wrong = read_fields(
-            cls,
-            hf,
-            computed=("num_labels", "notes"),
-            fixed=FIXED,
-            inert=INERT | BERT_INERT,
-            read=LABEL_FIELDS,
-            ignored=ignored,
-        )
-        unread = type_faults({name: hf.get(name) for name in LABEL_FIELDS}, LABEL_FIELDS)
-        labels, num_labels = (None, None) if unread else (hf.get("id2label"), hf.get("num_labels"))
-        num_labels = num_labels or (len(labels) if labels else 2)  # transformers' default
-        if labels and len(labels) != num_labels:
-            unread.append(f"num_labels is {num_labels}, id2label has {len(labels)}")
-        wrong += unread
-        if values.get("model_type") not in NAMES:
-            wrong.append(f"model_type is {shown(hf.get('model_type'))}, supported: {', '.join(NAMES)}")
-        elif values["model_type"] != "bert":
-            values.setdefault("pad_token_id", 1)
-        refuse(NAMES.get(str(hf.get("model_type")), "BERT"), wrong)
-        return cls(**values, num_labels=num_labels, notes=notes)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json: every field of the one that was read, with the same value."""
-        own = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("num_labels", "notes")
-        }
-        own["architectures"] = list(self.architectures)
-        if self.num_labels != 2 and not self.notes.keys() & {"id2label", "num_labels"}:
-            own["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-            own["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
-        return {**self.notes, **own}
-
-    @property
-    def prefix(self) -> str:
-        """What the body is called in a classifier."""
-        return "bert" if self.model_type == "bert" else "roberta"
-
-    @property
-    def headless(self) -> bool:
-        """Whether this is the body alone."""
-        return self.architectures[0] == ARCHITECTURES[self.model_type][0]
+        return cls(**read_encoder_fields(cls, hf, fixed=FIXED, inert=INERT | BERT_INERT, ignored=ignored))
 
     @property
     def max_length(self) -> int:
         """How many tokens fit. RoBERTa counts its positions from behind the padding's."""
         skipped = 0 if self.prefix == "bert" else (self.pad_token_id or 0) + 1
         return self.max_position_embeddings - skipped
-
-    @property
-    def problem_type(self) -> str | None:
-        """The loss: "regression", "single_label_classification", "multi_label_classification", None."""
-        return self.notes.get("problem_type")
-
-    def as_classifier(
-        self, num_labels: int, problem_type: str | None = None, label_names: Sequence[str] = ()
-    ) -> "BertConfig":
-        """The config of a classifier with this body, labels without a name are LABEL_0 and so on."""
-        if problem_type not in (None, *PROBLEM_TYPES):
-            raise DarexError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
-        if num_labels < 1:
-            raise DarexError(f"num_labels is {num_labels}, a classifier needs at least 1.")
-        if label_names and len(label_names) != num_labels:
-            raise DarexError(f"{len(label_names)} names for {num_labels} labels.")
-        drop = {"id2label", "label2id", "num_labels", "problem_type"}
-        notes = {name: value for name, value in self.notes.items() if name not in drop}
-        if problem_type is not None:
-            notes["problem_type"] = problem_type
-        notes |= label_notes(label_names)
-        return dataclasses.replace(
-            self, architectures=(ARCHITECTURES[self.model_type][1],), num_labels=num_labels, notes=notes
-        )
-
-
-def label_notes(names: Sequence[str]) -> dict[str, Any]:
-    """The fields of config.json that name a classifier's classes."""
-    if not names:
-        return {}
-    return {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-class EncoderOutput(NamedTuple):
-    """What an encoder gives.
-
-    Attributes:
-      last_hidden_state: [B, T, D].
-      pooler_output: [B, D], or None without a pooler.
-      logits: [B, labels], or None without a head.
-      head_hidden: [B, D], the output of RoBERTa's `classifier.dense`; None elsewhere.
-    """
-
-    last_hidden_state: Array
-    pooler_output: Array | None = None
-    logits: Array | None = None
-    head_hidden: Array | None = None
 
 
 class Embeddings(nnx.Module):

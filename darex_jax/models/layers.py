@@ -135,21 +135,26 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis with `weight` and `bias` [D]; statistics in float32 at least."""
+    """Layer normalisation over the last axis with `weight` and, if it has one, `bias` [D].
+
+    Statistics are float32 at least.
+    """
 
     mixed: OfRows | None = None  # see `Model.module`
 
-    def __init__(self, features: int, *, eps: float):
+    def __init__(self, features: int, *, eps: float, bias: bool = True):
         self.weight = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        weight, bias = (jnp.broadcast_to(_vector(self, n, y.ndim), y.shape) for n in ("weight", "bias"))
-        return (y * weight + bias).astype(x.dtype)
+        y = y * jnp.broadcast_to(_vector(self, "weight", y.ndim), y.shape)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(_vector(self, "bias", y.ndim), y.shape)
+        return y.astype(x.dtype)
 
 
 def _vector(layer: Any, name: str, ndim: int) -> Array:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from darex_jax.models.bert import BertConfig, BertModel, EncoderOutput
+from darex_jax.models.bert import BertConfig, BertModel
+from darex_jax.models.encoder import EncoderOutput
 from darex_jax.models.layers import Keys, Linear, dropout, split_key
 
 Array = jax.Array
