@@ -150,7 +150,10 @@ def test_rematerialisation_trains_the_same(tiny):
     """Dropout included; its key is the layer's both times."""
     (a, history), (b, again) = (train(tiny, remat=remat, steps=3) for remat in (False, True))
     assert [h.loss for h in history] == pytest.approx([h.loss for h in again], rel=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+    a, b = flatten_names(a), flatten_names(b)
+    for name, leaf in a.items():
+        if not name.endswith("key.bias"):  # whose gradient is rounding alone: softmax does not see it
+            np.testing.assert_allclose(leaf, b[name], atol=1e-5, err_msg=name)
 
 
 def test_the_command_hands_everything_on(monkeypatch, tmp_path):

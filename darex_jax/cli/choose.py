@@ -25,7 +25,7 @@ from darex_jax.cli.options import (
     own_examples,
     take_table,
 )  # fmt: skip
-from darex_jax.cli.show import point_bar, print_table, q_text
+from darex_jax.cli.show import point_bar, print_table, q_text, say_if_large
 
 
 @click.command("find-q")
@@ -85,6 +85,7 @@ def find_q(
     options["table"] = take_table(options)
     source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
     choice = Choice(objective=objective, **options)
+    say_if_large("find-q", fine)
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, choice, source, on_value)
     write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -26,7 +26,7 @@ from darex_jax.cli.options import (
     take_table,
     with_params,
 )
-from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, step_bar
+from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, say_if_large, step_bar
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def evaluate(
     model, table = with_params(model, params), take_table(own)
     if own["text"] is not None:
         raise click.UsageError("--text names a column of --data.")
+    say_if_large("eval", model)
     if len(deltas) > 1:
         if dtype or records or table:
             one = "--dtype" if dtype else "--records" if records else "--data"

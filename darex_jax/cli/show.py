@@ -1,5 +1,6 @@
 """What a person sees: tables, warnings, progress bars, sizes."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -45,6 +46,25 @@ def warned() -> list[str]:
 def family_of(fine: Any, base: Any) -> str | None:
     """The model's family, of two checkpoints."""
     return fine.config.get("model_type") or base.config.get("model_type")
+
+
+HALF = 0.5  # of the memory, beyond which a model is called large
+PEAKS = {"eval": 2.5, "generate": 3.5, "find-q": 7.4}  # times the model, benchmarks/memory.py
+
+
+def say_if_large(command: str, model: Any) -> None:
+    """Says on stderr, before anything is loaded, that a model is larger than half of the memory."""
+    from darex_jax.files.checkpoint import Checkpoint
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with Checkpoint(model) as checkpoint:
+        size = checkpoint.nbytes
+    if size > HALF * memory:
+        click.echo(
+            f"{model} has {bytes_text(size)}, this machine {bytes_text(memory)} of memory; {command} takes "
+            f"about {PEAKS[command]:g} times the model.",
+            err=True,
+        )
 
 
 def found_scope(names: list[str]) -> str:

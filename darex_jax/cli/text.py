@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from darex_jax.cli.options import ALLOW_CHANGED_FILES, DELTAS, DTYPE, IGNORE, JSON, PATH, SEED
-from darex_jax.cli.show import plain
+from darex_jax.cli.show import plain, say_if_large
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def generate(
             click.echo(text)
         return
     delta = next(iter(deltas), None)
+    say_if_large("generate", model)
     loaded, params, tokenizer, ends = open_text_model(
         model,
         dtype,
