@@ -28,7 +28,7 @@ def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     line = ["recommend", base, fine, "--size", "2.5x", "--text", texts, "--steps", 3]
     report = darex(*line)
     tried = {(t["method"], *t["options"]): t for t in report["tried"]}
-    assert {name for name, *_ in tried} == {"dare", "magnitude", "wanda", "svd", "distilled"}
+    assert {name for name, *_ in tried} == {"dare", "magnitude", "wanda", "svd", "allocated", "distilled"}
     assert report["chosen"]["loss"] == min(t["loss"] for t in report["tried"])
     assert all(t["file_bytes"] <= report["file_bytes"] for t in report["tried"])
     assert report["held_out"] == 20 and 0 <= report["without_delta"] <= 1

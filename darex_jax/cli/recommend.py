@@ -69,9 +69,9 @@ def recommend(
 ) -> None:
     """Measure which method loses least at a size, and say the command that runs it.
 
-    dare, dare with q in two points, magnitude, wanda, svd and distilled, as far as there are texts: each
-    writes a file of that size, which is not kept; with --text or --task each is measured by its agreement
-    with the fine-tuned model on texts held out.
+    dare, dare with q in two points, magnitude, wanda, svd, allocated and distilled, as far as there are texts
+    for them: each writes a file of that size, which is not kept; with --text, --task or --data each is
+    measured by its agreement with the fine-tuned model on texts held out.
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
