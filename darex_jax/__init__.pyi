@@ -13,6 +13,7 @@ from .core.lora import adapter_delta as adapter_delta
 from .core.mask import random_mask as random_mask
 from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
+from .evaluation.curvature import curvature as curvature
 from .files.adapter import load_adapter as load_adapter
 from .files.adapter import save_adapter as save_adapter
 from .files.artifact import load_delta as load_delta
@@ -22,6 +23,7 @@ from .files.checkpoint import save_params as save_params
 from .files.model import load_model as load_model
 from .files.save import save_delta as save_delta
 from .merging.merge import merge as merge
+from .methods.allocated import allocated as allocated
 from .methods.budget import Budget as Budget
 from .methods.dare import dare as dare
 from .methods.distilled import distilled as distilled
