@@ -99,6 +99,7 @@ def test_a_missing_split_is_held_out_by_the_seed(tmp_path):
     only.mkdir()
     write(only / "test.csv", columns)
     assert read_task(table(only)).test.texts == tuple(columns["sentence"])
+    assert read_task(table(only / "test.csv")).test.texts == tuple(columns["sentence"])
     write(only / "more.csv", columns)
     with pytest.raises(DarexError, match=r"more\.csv: is of no split; names begin with train"):
         read_task(table(only))

@@ -37,6 +37,7 @@ class Table:
     Attributes:
       data: a file of parquet, CSV, TSV, JSON (lines) or Arrow; a folder of such files, whose names begin with
         train, validation (valid, val, dev) or test, or that are all to be split; or a data set of the hub.
+        Files of tests or of validation alone are taken whole, whatever split is asked for.
       text, pair: columns of an encoder's texts, the second of pairs.
       label: column of what is to be predicted: texts or integers for classes, other numbers for a score.
       prompt, completion: columns of a decoder's texts; the completion is what is learned and scored.
@@ -246,7 +247,7 @@ def _open(table: Table) -> dict[str, list[Split]]:
             found.setdefault(split or "train", []).append(_read_file(file, table.columns))
         return found
     if path.exists() or path.suffix.lower() in FORMATS:
-        return {"train": [_read_file(path, table.columns)]}
+        return {_split_of(path.stem) or "train": [_read_file(path, table.columns)]}
     return _from_hub(table)
 
 
