@@ -162,6 +162,22 @@ def test_config_is_read_strictly_and_written_as_it_was(tmp_path):
             read_model_config(TINY | changes)
 
 
+def test_a_body_takes_a_delta_in_a_bank(tmp_path):
+    model, params = init_model(read_model_config(CASES["body"]), jax.random.key(0))
+    moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(99 * x), params)
+    for name, tree in (("base", params), ("fine", moved)):
+        dx.save_params(tmp_path / name, tree, model.config.to_hf())
+    darex("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "d", "--method", "magnitude", "-p", 0.5)
+    bank = dx.DeltaBank(model, params)
+    bank.add("d", tmp_path / "d")
+    ids, mask = batch()
+    mixed = bank.model(bank.mixed(["d", None, "d"]), ids, mask).last_hidden_state
+    restored, weights = dx.load_model(tmp_path / "base", delta=tmp_path / "d")
+    for row, (of, own) in enumerate(((restored, weights), (model, params), (restored, weights))):
+        alone = of(own, ids, mask).last_hidden_state[row]
+        np.testing.assert_allclose(mixed[row], alone, atol=1e-4)
+
+
 def test_from_what_is_published_to_a_pruned_classifier(tmp_path):
     theirs = original(TINY | {"architectures": ["ModernBertForMaskedLM"]}, tmp_path / "base")
     model, params = dx.load_model(tmp_path / "base")

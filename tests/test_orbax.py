@@ -166,6 +166,8 @@ def test_an_orbax_model_lies_on_a_mesh_and_is_evaluated(tmp_path):
         for kind in ("orbax", "plain")
     ]
     assert scores[0] == scores[1]
+    branch = darex("eval", f"{tmp_path / 'orbax'}#bert", "--limit", 20, code=1)  # the tokenizer is found
+    assert "does not fit" in branch.output
     mesh = make_mesh(2, 4)
     split = dx.load_params(tmp_path / "orbax", mesh=mesh)
     same(split, dx.load_params(tmp_path / "plain"))
@@ -208,6 +210,18 @@ def test_what_is_damaged_is_said_in_one_line(tmp_path):
                 assert "\n" not in str(error) and len(str(error)) < 600
             else:  # what orbax writes beside the arrays is not read
                 same(unflatten_names(found), dx.load_params(whole))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(tmp_path / "chunks", args=ocp.args.PyTreeSave({"w": np.ones((64, 64))}))
+    next(p for p in (tmp_path / "chunks" / "w").iterdir() if not p.name.startswith(".")).unlink()
+    with pytest.raises(FileError, match=r"'w' cannot be read"):  # zeros would be a model, too
+        dx.load_params(tmp_path / "chunks")
+    save(tmp_path / "outside", {"a": np.ones(3)})
+    metadata = tmp_path / "outside" / "_METADATA"
+    metadata.write_text(metadata.read_text().replace('"key": "a"', '"key": "../c/layers.0.kernel"'))
+    with pytest.raises(FileError, match=r"it has an array called '\.\./c"):
+        dx.load_params(tmp_path / "outside")
+    odd = save(tmp_path / "a#b?c%41", {"w": np.ones(3)})
+    assert dx.load_params(odd)["w"].shape == (3,)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match=r"holds neither .* nor an orbax checkpoint"):
         dx.load_params(tmp_path / "empty")

@@ -1,6 +1,8 @@
 """Paths of other stores: any command reads and writes where an fsspec URL says."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -11,7 +13,11 @@ from darex_jax.core.errors import DarexError, FileError
 from darex_jax.files.remote import fetch, send
 from tests.test_bank import darex
 from tests.test_orbax import named, save, tree
-from tests.test_table import rows, write
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_the_whole_way_lies_elsewhere(tmp_path, root):
     darex("verify", f"{root}/deltas/d.safetensors", "--base", base)
     darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out")
     again = darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out", code=1)
-    assert f"{root}/out: already exists; --overwrite replaces it" in again.output
+    assert f"{root}/out: already exists; choose another place, or pass --overwrite" in again.output
     store, place = fsspec.core.url_to_fs(f"{root}/out")
     store.pipe_file(f"{place}/old.txt", b"of another model")
     darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out", "--overwrite")
@@ -74,9 +80,8 @@ def test_a_branch_and_a_table_lie_elsewhere(tmp_path, memory):
         put(f"memory://runs/{name}", save(tmp_path / name, {"ema": tree(i)}))
     darex("prune", "memory://runs/base#ema", "memory://runs/fine#ema", tmp_path / "d", "-p", 0.5)
     assert set(dx.load_delta(tmp_path / "d")) == {"layers"}
-    put("memory://runs/moods.csv", write(tmp_path / "moods.csv", rows(20)))
-    missing = darex("eval", tmp_path / "base", "--data", "memory://runs/none.csv", "--text", "a", code=1)
-    assert "memory://runs/none.csv: there is nothing" in missing.output
+    table = darex("eval", tmp_path / "base", "--data", "memory://runs/none.csv", "--text", "a", code=2)
+    assert "--data memory://runs/none.csv has to be a path here" in table.output
 
 
 def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch):
@@ -95,6 +100,10 @@ def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch
     monkeypatch.setattr(type(memory), "put_file", full)
     with pytest.raises(FileError, match=r"memory://b/x: cannot be written \(quota exceeded\)"):
         send(tmp_path / "base" / "model.safetensors", "memory://b/x")
+    dx.save_params(tmp_path / "fine", {"a": 2 * np.ones((2, 2), np.float32)})
+    lost = darex("prune", tmp_path / "base", tmp_path / "fine", "memory://b/d", "-p", 0, code=1)
+    kept = lost.output.split("What was made is in ")[1].strip().removesuffix(".")
+    assert dx.load_delta(kept)["a"].shape == (2, 2)
     monkeypatch.setattr(
         fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("install gcsfs"))
     )
@@ -116,3 +125,27 @@ def test_a_directory_is_no_model_before_all_of_it_is_there(tmp_path, memory, mon
     put("memory://b/m", tmp_path / "m")
     assert [name for name, _ in order][-1] == "config.json" and not any(there for _, there in order)
     assert json.loads(memory.cat_file("/b/m/config.json")) == {"model_type": "x"}
+
+
+def test_what_is_read_and_what_is_no_model_is_not_replaced(tmp_path, root):
+    for i, name in enumerate(("base", "fine")):
+        dx.save_params(tmp_path / name, {"a": np.full((2, 2), i, np.float32)})
+        put(f"{root}/{name}", tmp_path / name)
+    base, fine = f"{root}/base", f"{root}/fine"
+    darex("prune", base, fine, f"{root}/d", "-p", 0)
+    store, place = fsspec.core.url_to_fs(root)
+    before = {name: store.cat_file(name) for name in store.find(place)}
+    for command in (
+        ("apply", base, f"{root}/d", base, "--overwrite"),
+        ("prune", base, fine, f"{fine}/model.safetensors", "-p", 0),
+        ("apply", base, f"{root}/d", root, "--overwrite"),
+    ):
+        assert "would replace" in darex(*command, code=1).output
+    store.makedirs(f"{place}/docs/sub", exist_ok=True)
+    store.pipe_file(f"{place}/docs/thesis.txt", b"years")
+    store.pipe_file(f"{place}/docs/sub/config.json", b"{}")
+    refused = darex("apply", base, f"{root}/d", f"{root}/docs", "--overwrite", code=1)
+    assert "is no model directory and is not replaced" in refused.output
+    assert store.cat_file(f"{place}/docs/thesis.txt") == b"years"
+    assert {name: store.cat_file(name) for name in before} == before
+    assert not list(Path(tempfile.gettempdir()).glob("darex-*"))

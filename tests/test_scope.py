@@ -48,6 +48,11 @@ def test_an_unknown_family_is_pruned_in_the_matrices_of_its_repeated_blocks():
     assert pruned(shapes) == blocks
     assert pruned(shapes, exclude=["experts"]) == blocks[:2]
     assert pruned(shapes, include=["conv1"]) == ["conv1.weight"]
+    linen = {f"layers_{i}.kernel": (4, 4) for i in range(2)} | {
+        "embed.embedding": (9, 4),
+        "out.kernel": (4, 9),
+    }
+    assert pruned(linen) == ["layers_0.kernel", "layers_1.kernel"]
     one_block = {"h.0.attn.weight": (4, 4), "h.0.ln.weight": (4,), "wte.weight": (9, 4), "out.weight": (4, 4)}
     assert pruned(one_block) == ["h.0.attn.weight"]
     assert pruned({"proj.weight": (4, 4), "embed.weight": (9, 4)}) == ["proj.weight"]

@@ -153,6 +153,27 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, change, said):
         read_task(table(path, **change))
 
 
+def test_what_splits_do_not_share_and_names_that_only_look_like_splits(tmp_path):
+    columns = rows(20)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder / "train.csv", columns)
+    write(folder / "test.csv", columns | {"mood": columns["number"]})
+    with pytest.raises(DarexError, match=r"'mood' holds texts in train and numbers in test"):
+        read_task(table(folder))
+    with pytest.raises(DarexError, match=r"'score' is 1e\+39, expected a finite number"):
+        read_task(
+            table(write(tmp_path / "large.jsonl", columns | {"score": [1.0, 1e39] * 10}), label="score")
+        )
+    unknown = datasets.Dataset.from_dict(columns | {"number": [0, -1] * 10})
+    unknown.cast_column("number", datasets.ClassLabel(names=["no", "yes"])).to_parquet(tmp_path / "u.parquet")
+    with pytest.raises(DarexError, match=r"row 1 .*'number' is None, expected a text"):
+        read_task(table(tmp_path / "u.parquet", label="number"))
+    assert len(read_task(table(write(tmp_path / "devices.csv", columns))).train) == 16
+    write(tmp_path / "a1.csv", {name: values[:11] for name, values in columns.items()})
+    assert len(read_task(table(write(tmp_path / "a[1].csv", columns))).train) == 16
+
+
 def test_what_is_no_data_is_said(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DarexError, match=r"broken\.json: cannot be read as json: "):
@@ -231,6 +252,8 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
         (("eval", fine, "--label", "mood"), "--label names a column or a metric of --data"),
         (("eval", fine, "--text", "mood"), "--text names a column of --data"),
         (("train", base, tmp_path / "x", *own, "--task", "sst2"), "--task and --data are two places"),
+        (("eval", fine, *own, "--task", "sst2"), "--task and --data are two places"),
+        (("check", base, fine, "--params", "ema"), "--params names a branch of an orbax checkpoint"),
     ):
         assert said in darex(*command, code=2).output
 

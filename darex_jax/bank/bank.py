@@ -21,7 +21,7 @@ from darex_jax.core.scope import HEAD, OPTIONAL
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.safetensors import DTYPES, as_bytes
-from darex_jax.models import EncoderConfig, Model, Params, build_model, read_model_config
+from darex_jax.models import BertConfig, EncoderConfig, Model, Params, build_model, read_model_config
 from darex_jax.parts.dense import Dense
 from darex_jax.parts.mixed import Mixed, Stack, rounded_up, stack_parts, written_out
 from darex_jax.parts.sparse import Sparse
@@ -190,7 +190,7 @@ class DeltaBank:
 
     def _model_of(self, file: DeltaFile, ignored: Collection[str]) -> tuple[Model, dict[str, Shape]]:
         config = read_model_config(file.config() or self._base_model.config.to_hf(), ignored)
-        headless = isinstance(config, EncoderConfig) and config.headless
+        headless = isinstance(config, BertConfig) and config.headless  # of these a pooler may be missing
         stored = {*self._base, *file.names("dense")}
         no_pooler = headless and not any(OPTIONAL.search(name) for name in stored)
         return build_model(config, **({"pooler": False} if no_pooler else {}))

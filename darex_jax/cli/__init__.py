@@ -13,6 +13,7 @@ import click
 from darex_jax.cli import choose, files, hub, learn, merge, prune, recommend, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
+from darex_jax.cli.stores import with_stores
 from darex_jax.core.errors import DarexError
 
 
@@ -83,4 +84,6 @@ for command in (
     learn.demo,
     text.generate,
 ):
+    assert command.callback is not None
+    command.callback = with_stores(command.callback)
     main.add_command(command)

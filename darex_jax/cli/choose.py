@@ -12,20 +12,18 @@ from darex_jax.choosing.table import WAYS, curve_axis
 from darex_jax.cli.options import (
     DATA_DIR,
     EXCLUDE,
-    HERE,
     IGNORE,
     INCLUDE,
     JSON,
     LIMIT,
-    OUT,
-    PATH,
     RATE,
     SEED,
     TEXT,
     own_examples,
     take_table,
-)  # fmt: skip
+)
 from darex_jax.cli.show import point_bar, print_table, q_text, say_if_large
+from darex_jax.cli.stores import HERE, PATH
 
 
 @click.command("find-q")
@@ -47,7 +45,7 @@ from darex_jax.cli.show import point_bar, print_table, q_text, say_if_large
               help="Most steps of a generated word problem.")  # fmt: skip
 @TEXT
 @own_examples
-@click.option("--out", type=OUT, default="q.json", show_default=True,
+@click.option("--out", type=HERE, default="q.json", show_default=True,
               help="File for darex prune --q; its curve as a picture beside it.")  # fmt: skip
 @LIMIT
 @click.option("--masks", type=click.IntRange(1),
@@ -83,7 +81,8 @@ def find_q(
     check_output(out)
     check_output(out.with_suffix(".png"))
     options["table"] = take_table(options)
-    source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
+    told = {field.name: options.pop(field.name) for field in fields(Source) if field.name != "seed"}
+    source = Source(**told, seed=options["seed"])
     choice = Choice(objective=objective, **options)
     say_if_large("find-q", fine)
     with point_bar(objective, as_json) as on_value:

@@ -16,13 +16,11 @@ from darex_jax.cli.options import (
     IGNORE,
     INCLUDE,
     JSON,
-    OUT,
     PARAMS,
-    PATH,
     RENAME,
     renaming,
     with_params,
-)  # fmt: skip
+)
 from darex_jax.cli.show import (
     byte_bar,
     bytes_text,
@@ -34,6 +32,7 @@ from darex_jax.cli.show import (
     q_text,
     warned,
 )  # fmt: skip
+from darex_jax.cli.stores import OUT, PATH, as_given
 from darex_jax.core.errors import DarexError
 
 
@@ -62,7 +61,7 @@ def check(
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.match import match_checkpoints
 
-    base, fine = with_params(base, params), with_params(fine, params)
+    base, fine = with_params(params, base, fine)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         scope = choose_scope(family_of(f, b), include, exclude, f.shapes)
         match = match_checkpoints(b, f, scope, renaming(rename))
@@ -131,7 +130,7 @@ def apply(
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.restore import apply_artifact
 
-    with Checkpoint(with_params(base, params)) as b, DeltaFile(delta) as d:
+    with Checkpoint(*with_params(params, base)) as b, DeltaFile(delta) as d:
         total = 2 * b.nbytes
         with byte_bar("applying", total, as_json) as progress:
             written = apply_artifact(
@@ -145,10 +144,11 @@ def apply(
                 progress=progress,
             )
     if as_json:
-        click.echo(json.dumps({"out": str(out), "bytes": written, "warnings": warned()}))
+        click.echo(json.dumps({"out": as_given(str(out)), "bytes": written, "warnings": warned()}))
     else:
         verified = "its tensors verified" if warned() else "fingerprint verified"
-        print_table(str(out), [("written", bytes_text(written)), ("base", f"{base}, {verified}")])
+        rows = [("written", bytes_text(written)), ("base", as_given(f"{base}, {verified}"))]
+        print_table(as_given(str(out)), rows)
 
 
 @click.command()
@@ -217,7 +217,7 @@ def verify(
         if base is None:
             result = verify_artifact(d, max_entries=max_entries)
         else:
-            with Checkpoint(with_params(base, params)) as b:
+            with Checkpoint(*with_params(params, base)) as b:
                 result = verify_artifact(d, b, allow_changed_files=allow_changed_files)
     if as_json:
         click.echo(json.dumps({"delta": str(delta), **result, "warnings": warned()}))

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import click
 
-from darex_jax.cli.options import JSON, OUT, PATH
+from darex_jax.cli.options import (
+    JSON,
+)
 from darex_jax.cli.show import bytes_text, print_table
+from darex_jax.cli.stores import OUT, PATH
 from darex_jax.core.errors import DarexError
 
 REVISION = click.option("--revision", help="A branch, tag or commit. Default: main.")

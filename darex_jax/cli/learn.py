@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
@@ -12,13 +13,11 @@ from darex_jax.cli.options import (
     DATA_DIR,
     DELTAS,
     DTYPE,
-    HERE,
     IGNORE,
     JSON,
     LEARNING_RATE,
     LIMIT,
     PARAMS,
-    PATH,
     SEED,
     TASK,
     TEXT_COLUMN,
@@ -27,7 +26,10 @@ from darex_jax.cli.options import (
     with_params,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, say_if_large, step_bar
+from darex_jax.cli.stores import HERE, PATH
 from darex_jax.core.errors import DarexError
+
+COMMAND_LINE = ParameterSource.COMMANDLINE
 
 if TYPE_CHECKING:
     from darex_jax.tasks.opening import Opened
@@ -56,7 +58,10 @@ if TYPE_CHECKING:
 @IGNORE
 @SEED
 @JSON
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
+    /,
     model: Path,
     task_names: tuple[str, ...],
     deltas: tuple[Path, ...],
@@ -86,9 +91,11 @@ def evaluate(
     from darex_jax.files.manifest import run_manifest
     from darex_jax.tasks.opening import open_model
 
-    model, table = with_params(model, params), take_table(own)
+    (model,), table = with_params(params, model), take_table(own)
     if own["text"] is not None:
         raise click.UsageError("--text names a column of --data.")
+    if table is not None and ctx.get_parameter_source("task_names") == COMMAND_LINE:
+        raise click.UsageError("--task and --data are two places of examples; say one.")
     say_if_large("eval", model)
     if len(deltas) > 1:
         if dtype or records or table:
@@ -302,10 +309,14 @@ def _complete_examples(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """How well a decoder knows completions: their loss, and what of them greedy decoding would write."""
     from darex_jax.files.manifest import params_digest
+    from darex_jax.models import DecoderConfig
     from darex_jax.tasks.answers import answer_batches, encode_answers
     from darex_jax.tasks.table import read_completions
     from darex_jax.training.causal_lm import answer_scores
 
+    if not isinstance(opened.model.config, DecoderConfig):
+        family = opened.model.config.model_type
+        raise DarexError(f"--prompt and --completion are for decoders, this is a {family}.")
     columns = (column[:limit] for column in read_completions(table, seed)[split])
     encoded = encode_answers(opened.tokenizer, *columns)
     scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))

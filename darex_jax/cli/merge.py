@@ -6,8 +6,13 @@ from typing import Any
 
 import click
 
-from darex_jax.cli.options import ALLOW_CHANGED_FILES, JSON, OUT, PATH, SEED
+from darex_jax.cli.options import (
+    ALLOW_CHANGED_FILES,
+    JSON,
+    SEED,
+)
 from darex_jax.cli.show import byte_bar, bytes_text, print_table, warned
+from darex_jax.cli.stores import OUT, PATH
 from darex_jax.merging.table import MERGES
 
 

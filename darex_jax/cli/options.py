@@ -1,14 +1,12 @@
 """Options that several commands share."""
 
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import click
+
+from darex_jax.cli.stores import HERE, PATH
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
@@ -26,43 +24,6 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # older ones take no ar
         return ratio
 
 
-class StorePath(click.Path):
-    """A path here, or an fsspec URL.
-
-    What is read is copied to a temporary folder first, what is written is sent once the command is done; the
-    folder goes in the end. A command that goes on after a stop takes only paths here.
-
-    Args: use: "read", "write" or "here".
-    """
-
-    def __init__(self, use: str) -> None:
-        super().__init__(path_type=Path)
-        self.use = use
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        from darex_jax.files.remote import fetch, is_url, send
-
-        if not is_url(str(value)) or ctx is None or ctx.resilient_parsing:
-            return super().convert(value, param, ctx)
-        url, mark, branch = str(value).partition("#")
-        if self.use == "here":
-            self.fail(f"{url}: this has to be a path here, since the command goes on from it.", param, ctx)
-        folder = Path(tempfile.mkdtemp(prefix="darex-"))
-        ctx.call_on_close(partial(shutil.rmtree, folder, ignore_errors=True))
-        if self.use == "read":
-            return Path(f"{fetch(url, folder)}{mark}{branch}")
-        local = folder / (PurePosixPath(url).name or "out")
-
-        def finish() -> None:
-            if local.exists() and sys.exc_info()[0] in (None, click.exceptions.Exit):
-                send(local, url, overwrite=ctx.params.get("overwrite", True))
-                click.echo(f"sent to {url}", err=True)
-
-        ctx.call_on_close(finish)  # before the folder goes: the last called is the first
-        return local
-
-
-PATH, OUT, HERE = StorePath("read"), StorePath("write"), StorePath("here")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1),
                     help="Everything random follows from jax.random.key(SEED).")  # fmt: skip
@@ -72,7 +33,7 @@ INCLUDE = click.option("--include", multiple=True, metavar="REGEX", help="Prune 
 EXCLUDE = click.option("--exclude", multiple=True, metavar="REGEX", help="Do not prune what matches.")
 TASK = click.option("--task", "task_name", default="opinions", show_default=True,
                     help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
-DATA_DIR = click.option("--data-dir", type=PATH, help="Folder with the task's parquet files; else the hub.")
+DATA_DIR = click.option("--data-dir", type=HERE, help="Folder with the task's parquet files; else the hub.")
 TEXT = click.option("--text", type=PATH, help="Examples from a file with one text a line, instead of a task.")
 DATA = click.option("--data", metavar="FILE|DIR|NAME", help="Your own examples: parquet, CSV, JSON lines or "
                     "Arrow, a folder of them, or a data set of the hub.")  # fmt: skip
@@ -100,11 +61,18 @@ RENAME = click.option("--rename", metavar="REGEX=NAME", help="The base's name of
                       "what the pattern matches becomes NAME.")  # fmt: skip
 
 
-def with_params(path: Path, params: str | None) -> Path:
-    """The path of a branch of an orbax checkpoint; another checkpoint has none."""
+def with_params(params: str | None, *paths: Path) -> tuple[Path, ...]:
+    """The paths of a branch of orbax checkpoints; what is none of these stays as it is."""
     from darex_jax.files.orbax import find_orbax
 
-    return path if params is None or find_orbax(path) is None else Path(f"{path}#{params}")
+    if params is None:
+        return paths
+    found = [find_orbax(path) is not None for path in paths]
+    if not any(found):
+        raise click.UsageError(f"--params names a branch of an orbax checkpoint; {paths[0]} is none.")
+    return tuple(
+        Path(f"{path}#{params}") if orbax else path for path, orbax in zip(paths, found, strict=True)
+    )
 
 
 def renaming(rename: str | None) -> Callable[[str], str] | None:
@@ -150,6 +118,6 @@ def take_table(options: dict[str, Any]) -> Any:
     from darex_jax.tasks.table import Table
 
     if is_url(given["data"]):
-        given["data"] = str(PATH.convert(given["data"], None, click.get_current_context()))
+        raise click.UsageError(f"--data {given['data']} has to be a path here; copy what it names first.")
     text, options["text"] = options.get("text"), None
     return Table(**given, text=None if text is None else str(text))

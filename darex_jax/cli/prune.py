@@ -16,14 +16,11 @@ from darex_jax.cli.options import (
     BYTES_PER_PARAMETER,
     DATA_DIR,
     EXCLUDE,
-    HERE,
     IGNORE,
     INCLUDE,
     JSON,
     LIMIT,
-    OUT,
     PARAMS,
-    PATH,
     RENAME,
     SEED,
     TEXT,
@@ -45,6 +42,7 @@ from darex_jax.cli.show import (
     q_text,
     warned,
 )
+from darex_jax.cli.stores import HERE, OUT, PATH, as_given
 from darex_jax.methods.table import METHODS
 
 TRAINING_TEXTS = 10_000  # at most, that distilled learns from
@@ -136,7 +134,7 @@ def prune(
     from darex_jax.files.prune import Job, prune_checkpoints
 
     check_output(out)
-    base, fine = with_params(base, params), with_params(fine, params)
+    base, fine = with_params(params, base, fine)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(
             "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
@@ -145,6 +143,7 @@ def prune(
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
     places: dict[str, Any] = {"task": task, "data_dir": data_dir, "text": said["text"], "table": table}
+    places["seed"] = seed
     why = None
     if method is None:
         method = "dare" if drop_rate is not None or q is not None else "best"
@@ -183,6 +182,8 @@ def prune(
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
         include=include, exclude=exclude, ignore_config_fields=ignore_config_fields, seed=seed,
     )  # fmt: skip
+    if rename is not None and source is not None:
+        raise click.UsageError("--rename goes with methods that look at no text and run no model.")
     if chooses and method != "dare" and drop_rate is None:
         raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
     divisor: Any = None
@@ -239,7 +240,7 @@ def prune(
                         job, method, max_loss, options=options, on_size=_tried(as_json), **known
                     )
     report = {
-        "out": str(out),
+        "out": as_given(str(out)),
         "method": summary.recipe.method,
         "drop_rate": drop_rate,
         "seed": seed,
@@ -283,7 +284,7 @@ def prune(
         *([("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)")]
           if random else []),
     ]  # fmt: skip
-    print_table(str(out), rows)
+    print_table(as_given(str(out)), rows)
 
 
 def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str]:

@@ -16,7 +16,6 @@ from darex_jax.cli.options import (
     INCLUDE,
     JSON,
     LIMIT,
-    PATH,
     TEXT,
     Ratio,
     own_examples,
@@ -24,6 +23,7 @@ from darex_jax.cli.options import (
 )
 from darex_jax.cli.prune import TRAINING_TEXTS
 from darex_jax.cli.show import bytes_text, family_of, print_table, tried_bar, warned
+from darex_jax.cli.stores import PATH, as_given
 
 if TYPE_CHECKING:
     from darex_jax.runs.recommend import Advice, Tried
@@ -107,6 +107,7 @@ def recommend(
     always = _options({**budget, **scope})
     texts = _options({"task": task, "data-dir": data_dir, "text": text, "limit": limit, **own})
     command = _command(advice.chosen, base, fine, always, texts)
+    command = as_given(command)
     sentences = _sentences(advice, file_bytes, source is not None, can_retrain)
     if as_json:
         report = asdict(advice) | {"facts": advice.facts._asdict(), "chosen": advice.chosen._asdict()}

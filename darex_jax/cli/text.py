@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from darex_jax.cli.options import ALLOW_CHANGED_FILES, DELTAS, DTYPE, IGNORE, JSON, PATH, SEED
+from darex_jax.cli.options import (
+    ALLOW_CHANGED_FILES,
+    DELTAS,
+    DTYPE,
+    IGNORE,
+    JSON,
+    SEED,
+)
 from darex_jax.cli.show import plain, say_if_large
+from darex_jax.cli.stores import PATH
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:

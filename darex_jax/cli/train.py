@@ -13,17 +13,16 @@ from click.core import ParameterSource
 from darex_jax.cli.options import (
     BATCH_SIZE,
     DATA_DIR,
-    HERE,
     IGNORE,
     JSON,
     LEARNING_RATE,
-    PATH,
     SEED,
     TEXT_COLUMN,
     own_examples,
     take_table,
-)  # fmt: skip
+)
 from darex_jax.cli.show import print_table, training_bar
+from darex_jax.cli.stores import HERE, PATH
 
 COMMAND_LINE = ParameterSource.COMMANDLINE
 
@@ -51,7 +50,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 
 
 @click.command()
-@click.argument("base", type=PATH)
+@click.argument("base", type=HERE)
 @click.argument("out", type=HERE)
 @CONFIG
 @click.option("--task", default="opinions", show_default=True,

@@ -15,7 +15,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # of a block or an expert, in a parameter's name
+NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.)")  # of a block or an expert, in a parameter's name
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
 
 Scope = Callable[[str], bool]

@@ -80,9 +80,16 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
 
 
 def _is_model_directory(path: Path) -> bool:
-    files = list(path.iterdir()) if path.is_dir() else []
-    weights = any(file.suffix == ".safetensors" or file.name == "config.json" for file in files)
-    return weights and all(file.is_file() for file in files)
+    entries = list(path.iterdir()) if path.is_dir() else []
+    folders = {entry.name for entry in entries if not entry.is_file()}
+    return is_model({entry.name for entry in entries} - folders, folders)
+
+
+def is_model(files: set[str], folders: set[str]) -> bool:
+    """Whether a directory with these entries is a model's, and may be replaced by another: safetensors or
+    config.json and nothing but files, or an orbax checkpoint."""
+    weights = any(name.endswith(".safetensors") or name == "config.json" for name in files)
+    return "_METADATA" in files or (weights and not folders)
 
 
 @contextmanager

@@ -78,6 +78,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        self.source = Path(path)  # as it was named, the branch included
         self.path, branch = split_branch(path)
         self.config = read_config(self.path) if self.path.is_dir() else {}
         self.files: dict[str, TensorFile] = {}

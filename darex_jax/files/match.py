@@ -49,7 +49,7 @@ def match_checkpoints(
     """
     match = Match()
     rename = rename or _base_name(base, fine)
-    known = known_family(fine.config.get("model_type"))
+    known = known_family(fine.config.get("model_type") or base.config.get("model_type"))
     for name, tensor in fine.tensors.items():
         base_name = rename(name)
         stored = base.tensors.get(base_name)

@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, on_devices, read_config, read_params
+from darex_jax.files.checkpoint import (
+    Checkpoint,
+    StoredTensor,
+    on_devices,
+    read_config,
+    read_params,
+    split_branch,
+)  # fmt: skip
 from darex_jax.files.restore import restore_companions, restored_layout, restored_params
 from darex_jax.models import BertConfig, Config, DecoderConfig, Model, build_model, read_model_config
 from darex_jax.models.encoder import PREFIXES
@@ -90,11 +97,12 @@ def companions(
         own before the base's, in a folder that is gone afterwards.
       allow_changed_files: take the base's though they have changed since.
     """
+    path = split_branch(path)[0]
     if delta is None:
-        yield Path(path)
+        yield path
         return
     with tempfile.TemporaryDirectory() as folder, DeltaFile(delta) as file:
-        restore_companions(Path(path), file, Path(folder), allow_changed_files=allow_changed_files)
+        restore_companions(path, file, Path(folder), allow_changed_files=allow_changed_files)
         file.check_data()
         yield Path(folder)
 

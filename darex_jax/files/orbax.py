@@ -10,14 +10,21 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from darex_jax.core.errors import FileError
-from darex_jax.files.safetensors import DTYPE_NAMES, SafetensorsFile, TensorFile, TensorInfo, element_count
+from darex_jax.files.safetensors import (
+    CHUNK,
+    DTYPE_NAMES,
+    SafetensorsFile,
+    TensorFile,
+    TensorInfo,
+    element_count,
+)
 
 METADATA = "_METADATA"
 ITEMS = ("default", "state", "params", "item", "model")  # what a step's folder may hold
@@ -65,12 +72,15 @@ class OrbaxFile(TensorFile):
         driver = "zarr3" if layout.get("use_zarr3") else "zarr"
         database = (path / "manifest.ocdbt").exists()
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
-        waiting = {
-            name: tensorstore.open(
-                _spec(self.path, name, driver, database), open=True, read=True, context=context
-            )
-            for name in chosen
-        }
+
+        def opened(name: str) -> Any:
+            spec = _spec(self.path, name, driver, database)
+            return tensorstore.open(spec, open=True, read=True, context=context)
+
+        try:
+            waiting = {name: opened(name) for name in chosen}
+        except ValueError as error:
+            raise FileError(f"{path}: cannot be read as an orbax checkpoint ({_line(error)}).") from error
         self._arrays: list[Any] = []
         self.tensors = {}
         for stored, array in waiting.items():
@@ -78,14 +88,23 @@ class OrbaxFile(TensorFile):
             if name in self.tensors:
                 raise FileError(f"{path}: two arrays are called '{name}'.")
             try:
-                opened = array.result()
-                dtype = np.dtype(opened.dtype.numpy_dtype)
+                found_array = array.result()
+                dtype = np.dtype(found_array.dtype.numpy_dtype)
             except (ValueError, TypeError, OSError) as error:
                 raise FileError(f"{path}: '{stored}' cannot be read ({_line(error)}).") from error
             if dtype not in DTYPE_NAMES:
                 raise FileError(f"{path}: '{name}' has the unsupported dtype {dtype}.")
-            self.tensors[name] = TensorInfo(dtype, tuple(opened.shape), len(self._arrays))
-            self._arrays.append(opened)
+            self.tensors[name] = TensorInfo(dtype, tuple(found_array.shape), len(self._arrays))
+            self._arrays.append(found_array)
+
+    def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
+        """As `SafetensorsFile.chunks`; as many rows are held as a stored chunk has, which is decoded once."""
+        layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
+        rows = layout[0] if info.shape else 1
+        for first in range(0, info.shape[0] if info.shape else 1, rows):
+            index = (slice(first, min(first + rows, info.shape[0])),) if info.shape else ()
+            flat = self._read(info, index).reshape(-1)
+            yield from (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
 
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """As `SafetensorsFile.read_into`: whole rows are read, and what is asked for is taken."""
@@ -118,17 +137,21 @@ def _arrays(tree: Mapping[str, Any]) -> list[str]:
     found = []
     for leaf in tree.values():
         if "array" in str(leaf["value_metadata"]["value_type"]).lower():
-            found.append(".".join(str(key["key"]) for key in leaf["key_metadata"]))
+            keys = [str(key["key"]) for key in leaf["key_metadata"]]
+            if any(key in ("", ".", "..") or "/" in key or not key.isprintable() for key in keys):
+                raise ValueError(f"it has an array called {'.'.join(keys)!a:.80}")
+            found.append(".".join(keys))
     return found
 
 
 def _spec(folder: Path, stored: str, driver: str, database: bool) -> dict[str, Any]:
-    """Where tensorstore finds an array."""
-    base, place = f"file://{folder}/", f"{stored}/"
-    return {
-        "driver": driver,
-        "kvstore": {"driver": "ocdbt", "base": base, "path": place} if database else base + place,
-    }
+    """Where tensorstore finds an array; a chunk that is missing is an error, not zeros."""
+    if database:
+        base = {"driver": "file", "path": f"{folder}/"}
+        store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{stored}/"}
+    else:
+        store = {"driver": "file", "path": f"{folder}/{stored}/"}
+    return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
 
 
 def write_orbax(folder: Path, weights: list[Path]) -> None:
@@ -143,6 +166,8 @@ def write_orbax(folder: Path, weights: list[Path]) -> None:
     tensors: dict[str, np.ndarray] = {}
     for file in weights:
         with SafetensorsFile(file) as opened:
+            if empty := next((name for name, info in opened.tensors.items() if not info.size), None):
+                raise FileError(f"'{empty}' has no entry, and orbax stores no such array: write safetensors.")
             tensors |= {name: _mapped(file, info) for name, info in opened.tensors.items()}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch).resolve() / "checkpoint"
@@ -153,8 +178,6 @@ def write_orbax(folder: Path, weights: list[Path]) -> None:
 
 
 def _mapped(file: Path, info: TensorInfo) -> np.ndarray:
-    if not info.size:
-        return np.zeros(info.shape, info.dtype)
     mapped = np.memmap(file, np.uint8, "r", info.offset, (info.nbytes,))
     return mapped.view(info.dtype).reshape(info.shape)
 

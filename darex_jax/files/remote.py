@@ -4,34 +4,33 @@ once it is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.atomic import is_model
 
 LAST = ("config.json", "_METADATA")  # a directory without them is no model: they are sent last
-Progress = Callable[[int], None]
 
 
 def is_url(path: str) -> bool:
     return "://" in path
 
 
-def fetch(url: str, folder: Path, progress: Progress = lambda _: None) -> Path:
+def fetch(url: str, folder: Path) -> Path:
     """Copies a file, or a directory with all that is in it, into `folder`, under its own name.
 
     Raises: FileError where there is nothing or it cannot be read; DarexError for a store that no installed
       package knows.
     """
     store, place = _open(url)
-    name = PurePosixPath(place).name
+    name = PurePosixPath(place).name or "root"
     try:
         if not store.exists(place):
             raise FileError(f"{url}: there is nothing.")
         if not store.isdir(place):
             store.get_file(place, str(folder / name))
-            progress((folder / name).stat().st_size)
             return folder / name
         for found in store.find(place):
             relative = PurePosixPath(found).relative_to(place)
@@ -40,7 +39,6 @@ def fetch(url: str, folder: Path, progress: Progress = lambda _: None) -> Path:
             target = folder / name / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(found, str(target))
-            progress(target.stat().st_size)
     except FileError:
         raise
     except Exception as error:  # every store has its own
@@ -48,26 +46,51 @@ def fetch(url: str, folder: Path, progress: Progress = lambda _: None) -> Path:
     return folder / name
 
 
-def send(local: Path, url: str, *, overwrite: bool = True, progress: Progress = lambda _: None) -> None:
-    """Copies a file or a directory to where a URL says.
+def check_target(url: str, read: Iterable[str], *, overwrite: bool) -> None:
+    """Whether a command may write there. Raises: FileError if it would replace what it reads, or a directory
+    that is not to be replaced or is no model's.
+    """
+    store, place = _open(url)
+    try:
+        for other in read:
+            source = _open(other)[1]
+            if place == source or _inside(place, source) or _inside(source, place):
+                raise FileError(f"{url}: writing this would replace {other}; choose another place.")
+        if not store.isdir(place):
+            return
+        before = [PurePosixPath(found).relative_to(place) for found in store.find(place)]
+    except FileError:
+        raise
+    except Exception as error:  # every store has its own
+        raise FileError(f"{url}: cannot be looked at ({_line(error)}).") from error
+    if before and not overwrite:
+        raise FileError(f"{url}: already exists; choose another place, or pass --overwrite.")
+    if before and not is_model({p.parts[0] for p in before if len(p.parts) == 1},
+                               {p.parts[0] for p in before if len(p.parts) > 1}):  # fmt: skip
+        raise FileError(f"{url}: is no model directory and is not replaced; choose another place.")
+
+
+def _inside(place: str, folder: str) -> bool:
+    return place.startswith(f"{folder}/")
+
+
+def send(local: Path, url: str) -> None:
+    """Copies a file or a directory to where a URL says, in the place of what is there: see `check_target`.
 
     A file takes the place of an older one at once where the store puts whole objects (gs, s3) and by renaming
     elsewhere. A directory of an object store has no such moment: what made it a model, config.json, is taken
     away first and sent last, so that one that was left half sent is not taken for whole.
 
-    Raises: FileError if something is there and may not be replaced, or it cannot be written.
+    Raises: FileError if it cannot be written.
     """
     store, place = _open(url)
     try:
-        if not overwrite and store.exists(place):
-            raise FileError(f"{url}: already exists; --overwrite replaces it.")
         if local.is_file():
             _put(store, local, place)
-            progress(local.stat().st_size)
             return
         files = sorted(p for p in local.rglob("*") if p.is_file())
         files.sort(key=lambda p: p.name in LAST)
-        before = set(store.find(place)) if store.exists(place) else set()
+        before = set(store.find(place)) if store.isdir(place) else set()
         for name in LAST:
             if f"{place}/{name}" in before:
                 store.rm_file(f"{place}/{name}")
@@ -76,12 +99,9 @@ def send(local: Path, url: str, *, overwrite: bool = True, progress: Progress = 
             target = f"{place}/{file.relative_to(local).as_posix()}"
             _put(store, file, target)
             sent.add(target)
-            progress(file.stat().st_size)
         for old in before - sent:
             if store.exists(old):
                 store.rm_file(old)
-    except FileError:
-        raise
     except Exception as error:  # every store has its own
         raise FileError(f"{url}: cannot be written ({_line(error)}).") from error
 

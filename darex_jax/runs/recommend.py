@@ -123,7 +123,7 @@ def recommend(
     digests: dict[str, str] = {}
     if source is not None:
         evidence, digests = gather(
-            job.base.path, job.fine.path, source, ("input_norms", "curvature", "train"), scope=job.scope,
+            job.base.source, job.fine.source, source, ("input_norms", "curvature", "train"), scope=job.scope,
             ignore_config_fields=ignore_config_fields, steps=steps,
         )  # fmt: skip
         trainer = evidence.train if isinstance(evidence.train, Trainer) else None

@@ -48,6 +48,7 @@ class Source:
       text: a file with one text a line, instead of a task.
       table: a person's own examples, instead of both.
       limit: at most so many examples.
+      seed: of what a table holds out.
     Raises: DarexError for two of these.
     """
 
@@ -57,6 +58,7 @@ class Source:
     text: Path | None = None
     table: Table | None = None
     limit: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.task, self.text, self.table)) > 1:
@@ -120,7 +122,7 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
         examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
         return Material(encode(tokenizer, examples), None, str(source.text))
     if source.table is not None:
-        return _of_table(fine, source.table, decoder, held_out, source.limit)
+        return _of_table(fine, source.table, decoder, held_out, source)
     generated = "word-problems" if decoder else "opinions"
     task, name = source.task or generated, source.task or f"{generated} (generated)"
     if decoder != (task in PROBLEM_TASKS):
@@ -134,20 +136,21 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     return Material(encode(load_tokenizer(fine), chosen), loaded, name)
 
 
-def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, limit: int | None) -> Material:
+def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, source: Source) -> Material:
     """Examples of a person's own; without labels where no column of them is named."""
     tokenizer, split = load_tokenizer(fine), "validation" if held_out else "train"
+    limit, seed = source.limit, source.seed
     if decoder and table.prompt is not None:
-        prompts, completions = (column[:limit] for column in read_completions(table)[split])
+        prompts, completions = (column[:limit] for column in read_completions(table, seed)[split])
         return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
     if table.text is None:
         raise DarexError(f"{fine} is an encoder: name the column of its texts (--text).")
     if table.label is None or decoder:
-        examples = read_texts(table, held_out=held_out).select(slice(limit))
+        examples = read_texts(table, seed, held_out=held_out).select(slice(limit))
         if decoder:
             return Material(encode_texts(tokenizer, examples.texts), None, table.data)
         return Material(encode(tokenizer, examples), None, table.data)
-    task = read_task(table, known=class_names(read_config(fine)))
+    task = read_task(table, seed, class_names(read_config(fine)))
     chosen = (task.validation if held_out else task.train).select(slice(limit))
     return Material(encode(tokenizer, chosen), task, table.data)
 

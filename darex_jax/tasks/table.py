@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ SPLITS = {  # what a file's name begins with, or a split of the hub is called
 TENTH = 10  # one row of so many is held out where a split is missing
 ANSWER_METRICS = ("exact_match", "token_accuracy", "loss")
 LARGEST_LABEL = 100_000
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,14 @@ def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
         name: [v for part in parts for v in _labels(part, table.label)] for name, parts in splits.items()
     }
     every = [value for split in values.values() for value in split]
+    kind_of = {name: isinstance(split[0], str) for name, split in values.items()}
+    if len(set(kind_of.values())) > 1:
+        texts = next(name for name, is_text in kind_of.items() if is_text)
+        numbers_in = next(name for name, is_text in kind_of.items() if not is_text)
+        raise DarexError(
+            f"{table.data}: {table.label!r} holds texts in {texts} and numbers in {numbers_in}; labels are "
+            "of one kind."
+        )
     names: tuple[str, ...] = ()
     if isinstance(every[0], str):
         names = tuple(known) if set(every) <= set(known) else tuple(sorted(set(every)))
@@ -180,11 +191,11 @@ def _labels(part: _Rows, column: str) -> list[Any]:
     values = list(part.split.rows[column])
     names = getattr(feature, "names", None)  # a class label of `datasets`
     if names:
-        values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
-    kind: Any = str if isinstance(values[0], str) else int | float
+        values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
+    kind: Any = str if names or isinstance(values[0], str) else int | float
     expected = "a text like those before it" if kind is str else "a finite number like those before it"
     for row, value in enumerate(values):
-        if not isinstance(value, kind) or (kind is not str and not np.isfinite(value)):
+        if not isinstance(value, kind) or (kind is not str and not abs(value) <= LARGEST_SCORE):
             raise DarexError(f"{part.split.place(row)}: {column!r} is {shown(value)}, expected {expected}.")
     if kind is not str and any(isinstance(value, float) for value in values):
         values = [float(value) for value in values]
@@ -253,7 +264,7 @@ def _open(table: Table) -> dict[str, list[Split]]:
 
 def _split_of(name: str) -> str | None:
     for split, beginnings in SPLITS.items():
-        if name.lower().startswith(beginnings):
+        if re.match(rf"({'|'.join(beginnings)})(?![a-z])", name.lower()):
             return split
     return None
 
@@ -268,7 +279,8 @@ def _read_file(file: Path, columns: Sequence[str]) -> Split:
     check_file(file)
     reader, options = FORMATS[file.suffix.lower()]
     try:
-        rows = datasets.load_dataset(reader, data_files=[os.fspath(file)], split="train", **options)
+        files = [glob.escape(os.fspath(file))]
+        rows = datasets.load_dataset(reader, data_files=files, split="train", **options)
     except Exception as error:  # what a damaged file meets in a parser is of many kinds
         cause: BaseException = error
         while cause.__cause__ is not None:

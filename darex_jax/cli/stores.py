@@ -1,0 +1,98 @@
+"""Paths on a command line: here, or an fsspec URL, copied here before a command and back after it."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import click
+
+from darex_jax.core.errors import FileError
+
+STORES = "darex_jax.stores"  # in a context's meta: the URLs of a command line
+
+
+class Stored(NamedTuple):
+    """A URL of a command line; folder: a temporary one of its own; local: what stands for the URL in it."""
+
+    use: str
+    url: str
+    folder: Path
+    local: Path
+
+
+class StorePath(click.Path):
+    """A path here, or an fsspec URL: the path that stands for it while the command runs.
+
+    Args: use: "read"; "write"; or "here", for what a command goes on from after a stop.
+    """
+
+    def __init__(self, use: str) -> None:
+        super().__init__(path_type=Path)
+        self.use = use
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from darex_jax.files.remote import is_url
+
+        if not is_url(str(value)) or ctx is None or ctx.resilient_parsing:
+            return super().convert(value, param, ctx)
+        url, mark, branch = str(value).partition("#")
+        if self.use == "here":
+            self.fail(f"{url}: this has to be a path here; copy what it names first.", param, ctx)
+        folder = Path(tempfile.gettempdir()) / f"darex-{uuid.uuid4().hex}"
+        stored = Stored(self.use, url, folder, folder / (PurePosixPath(url).name or "root"))
+        ctx.meta.setdefault(STORES, []).append(stored)
+        return Path(f"{stored.local}{mark}{branch}")
+
+
+PATH, OUT, HERE = StorePath("read"), StorePath("write"), StorePath("here")
+
+
+def with_stores(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that finds what its URLs name, and whose outputs are sent where they say."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        with _staged(click.get_current_context()):
+            return command(*args, **options)
+
+    return run
+
+
+@contextmanager
+def _staged(ctx: click.Context) -> Iterator[None]:
+    from darex_jax.files.remote import check_target, fetch, send
+
+    stores: list[Stored] = ctx.meta.get(STORES, [])
+    overwrite = bool(ctx.params.get("overwrite", False))
+    try:
+        for out in (s for s in stores if s.use == "write"):
+            check_target(out.url, [s.url for s in stores if s.use == "read"], overwrite=overwrite)
+        for stored in stores:
+            stored.folder.mkdir(mode=0o700)
+            if stored.use == "read":
+                fetch(stored.url, stored.folder)
+        yield
+        for out in (s for s in stores if s.use == "write" and os.path.lexists(s.local)):
+            try:
+                send(out.local, out.url)
+            except FileError as error:
+                stores.remove(out)
+                raise FileError(f"{error} What was made is in {out.local}.") from error
+            click.echo(f"sent to {out.url}", err=True)
+    finally:
+        for stored in stores:
+            shutil.rmtree(stored.folder, ignore_errors=True)
+
+
+def as_given(text: str) -> str:
+    """A text with the URLs of the command line in place of the paths that stand for them."""
+    ctx = click.get_current_context(silent=True)
+    for stored in ctx.meta.get(STORES, []) if ctx is not None else ():
+        text = text.replace(str(stored.local), stored.url)
+    return text
