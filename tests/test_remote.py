@@ -29,9 +29,26 @@ def memory():
     store.store.clear()
 
 
-@pytest.fixture(params=["memory", "file"])
-def root(request, memory, tmp_path):
-    return "memory://bucket" if request.param == "memory" else f"file://{tmp_path}/bucket"
+@pytest.fixture(scope="module")
+def s3_server():
+    """A server on this machine that speaks S3."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def root(request, memory, tmp_path, monkeypatch):
+    if request.param != "s3":
+        return "memory://bucket" if request.param == "memory" else f"file://{tmp_path}/bucket"
+    options = {"endpoint_url": request.getfixturevalue("s3_server"), "key": "k", "secret": "s"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options | {"skip_instance_cache": True})
+    bucket = f"bucket-{tmp_path.name.lower().replace('_', '-')[-40:]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}"
 
 
 def put(url, folder):
