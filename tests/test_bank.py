@@ -342,6 +342,8 @@ def test_eval_takes_several_deltas(stored, folders):
     options = ("--limit", 40, "--json")
     deltas = [x for file in files for x in ("--delta", file)]
     together = json.loads(darex("eval", folders / "bert" / "base", *deltas, *options).output)["deltas"]
+    beside = json.loads(darex("eval", folders / "bert" / "base", *deltas[:2], "--beside", *options).output)
+    assert beside["deltas"][0]["metric"] == together[0]["metric"]
     for row, file in zip(together, files, strict=True):
         alone = json.loads(darex("eval", folders / "bert" / "base", "--delta", file, *options).output)
         assert row["name"] == file.stem and row["bytes"] == file.stat().st_size

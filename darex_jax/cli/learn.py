@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
     BATCH_SIZE,
+    BESIDE,
     DATA_DIR,
     DELTAS,
     DTYPE,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
               help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems. With several deltas "
               "one for all or one for each.")  # fmt: skip
 @DELTAS
+@BESIDE
 @ALLOW_CHANGED_FILES
 @DATA_DIR
 @own_examples
@@ -65,6 +67,7 @@ def evaluate(
     model: Path,
     task_names: tuple[str, ...],
     deltas: tuple[Path, ...],
+    beside: bool,
     allow_changed_files: bool,
     data_dir: Path | None,
     split: str,
@@ -97,10 +100,12 @@ def evaluate(
     if table is not None and ctx.get_parameter_source("task_names") == COMMAND_LINE:
         raise click.UsageError("--task and --data are two places of examples; say one.")
     say_if_large("eval", model)
-    if len(deltas) > 1:
+    if beside and not deltas:
+        raise click.UsageError("--beside is of a --delta.")
+    if len(deltas) > 1 or beside:
         if dtype or records or table:
             one = "--dtype" if dtype else "--records" if records else "--data"
-            raise DarexError(f"{one} goes with one --delta.")
+            raise DarexError(f"{one} goes with one --delta and no --beside.")
         found = _many_rows(
             model, deltas, task_names, data_dir, split, limit, seed, batch_size,
             allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,

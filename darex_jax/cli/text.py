@@ -9,6 +9,7 @@ import click
 
 from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
+    BESIDE,
     DELTAS,
     DTYPE,
     IGNORE,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.argument("prompt")
 @DELTAS
+@BESIDE
 @ALLOW_CHANGED_FILES
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
@@ -41,6 +43,7 @@ def generate(
     model: Path,
     prompt: str,
     deltas: tuple[Path, ...],
+    beside: bool,
     allow_changed_files: bool,
     max_new_tokens: int,
     temperature: float,
@@ -53,16 +56,18 @@ def generate(
 ) -> None:
     """Continue PROMPT, written as it comes.
 
-    MODEL is the Hugging Face directory of a Llama or Qwen2; with --delta, of the base. Of several deltas each
-    one's text is shown when all have ended.
+    MODEL is the Hugging Face directory of a decoder; with --delta, of the base. Of several deltas each one's
+    text is shown when all have ended.
     """
     import jax
 
     from darex_jax.evaluation.text import stream_text
 
-    if len(deltas) > 1:
+    if beside and not deltas:
+        raise click.UsageError("--beside is of a --delta.")
+    if len(deltas) > 1 or beside:
         if dtype:
-            raise DarexError("--dtype goes with one --delta.")
+            raise DarexError("--dtype goes with one --delta and no --beside.")
         from darex_jax.runs.many import open_many, write_many
 
         many = open_many(
