@@ -15,7 +15,7 @@ test: .venv/test lint
 test-oldest: $(OLDEST)/ready
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 
-QUICK := adamr artifact calibration delta format1 format2 importance mask orbax parts remote scope structure \
+QUICK := adamr artifact calibration delta format1 format2 mask orbax parts remote scope structure \
 	table tasks train
 
 # On a machine with a GPU: golden digests, parity and generation there, then speed against the card's bandwidth.
