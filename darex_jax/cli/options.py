@@ -44,8 +44,9 @@ BATCH_SIZE = click.option("--batch-size", default=32, show_default=True, type=cl
 DELTAS = click.option("--delta", "deltas", type=PATH, multiple=True,
                       help="An artifact made from MODEL, applied in memory first; several run side by "
                       "side.")  # fmt: skip
-BESIDE = click.option("--beside", is_flag=True, help="Run the delta's parts beside the base, as several "
-                      "deltas do, instead of restoring the model: memory holds one base and the parts.")  # fmt: skip
+BESIDE = click.option("--beside", is_flag=True,
+                      help="Run the delta's parts beside the base, as several deltas do, instead of "
+                      "restoring the model: memory holds one base and the parts.")  # fmt: skip
 ALLOW_CHANGED_FILES = click.option("--allow-changed-files", is_flag=True,
                                    help="Take the base's configuration and tokenizer files though they have "
                                    "changed since the delta was made.")  # fmt: skip
