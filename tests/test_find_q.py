@@ -387,12 +387,12 @@ def test_mistakes_are_told(folders, tmp_path):
     assert "say --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
     assert "texts have no labels" in fails(*find, "--objective", "labels", "--text", folders / "text")
     assert "gsm8k is for decoders" in fails(*find, "--task", "gsm8k")
-    assert "from a task or from a text file" in fails(
+    assert "come from one place" in fails(
         *find, "--objective", "outputs", "--task", "sst2", "--text", folders / "text"
     )
     (tmp_path / "empty").write_text("\n")
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
-    assert "name it (--task)" in fails(*find, "--objective", "labels")
+    assert "name it (--task" in fails(*find, "--objective", "labels")
     assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
     assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"

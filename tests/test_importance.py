@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from darex_jax.core.x64 import enable_x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +106,7 @@ def test_the_largest_on_the_host_are_those_of_the_mask(dtype):
     rng = np.random.default_rng(0)
     for shape, drop_rate in (((40, 30), 0.9), ((40, 30), 0.99), ((7,), 0.5), ((5, 5), 0.0), ((3, 3), 0.99)):
         leaf = np.round(rng.normal(size=shape), 1).astype(dtype)  # many are equal
-        with enable_x64(dtype == np.float64):
+        with jax.enable_x64(dtype == np.float64):
             mask = dx.magnitude_mask({"a": leaf}, drop_rate)["a"]
         kept = on_the_host(leaf, round((1.0 - drop_rate) * leaf.size))
         np.testing.assert_array_equal(kept, np.asarray(mask))

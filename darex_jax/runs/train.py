@@ -161,6 +161,9 @@ def train_run(
     key = jax.random.key(seed)
     decoding = task in PROBLEM_TASKS if table is None else table.prompt is not None
     if decoding:
+        model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
+        if not isinstance(model.config, DecoderConfig):
+            raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         tokenizer = load_tokenizer(base)
         if table is None:
             problems, held_out = load_problems(task, data_dir, difficulty, seed)
@@ -171,9 +174,6 @@ def train_run(
             train = encode_answers(tokenizer, *(column[:limit] for column in splits["train"]))
             held = (column[:validation_limit] for column in splits["validation"])
             others = encode_answers(tokenizer, *held)
-        model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
-        if not isinstance(model.config, DecoderConfig):
-            raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, train, others, recipe, key)
     else:
