@@ -484,7 +484,7 @@ def test_llama_2_without_rope_theta():
         ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),
         ({"head_dim": 5}, "head_dim is 5, rotary positions need an even number"),
         ({"rms_norm_eps": None, "hidden_act": None}, "hidden_act is missing; rms_norm_eps is missing"),
-        ({"model_type": "mixtral"}, "model_type is .mixtral., supported: bert, roberta, xlm-roberta, m"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', supported: bert, roberta, xlm-roberta, m"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip

@@ -394,7 +394,7 @@ def test_mistakes_are_told(folders, tmp_path):
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
     assert "name it (--task" in fails(*find, "--objective", "labels")
     assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
-    assert "--task, --data-dir and --text are for --q auto or an objective" in fails(
+    assert "--task, --data-dir, --text and --data are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
