@@ -32,7 +32,7 @@ def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     with an entry of its parameter. Not the curvature itself: that overrates embeddings, whose errors do not
     add up as those of a layer do, and starves layers whose deltas are large. Norms and biases are whole where
     they take at most half of the budget. Weights within a matrix, by the gradients of its rows and columns,
-    did worse than none.
+    did worse than one weight for all of it.
 
     Args:
       evidence: with `curvature`; a parameter without it counts as the mean of the others.
