@@ -10,6 +10,7 @@ import pytest
 
 import darex_jax as dx
 from darex_jax.core.errors import DarexError, FileError
+from darex_jax.core.tree import unflatten_names
 from darex_jax.files.remote import fetch, send
 from tests.test_bank import darex
 from tests.test_orbax import named, save, tree
@@ -59,7 +60,7 @@ def put(url, folder):
 def test_the_whole_way_lies_elsewhere(tmp_path, root):
     states = {"base": tree(0), "fine": tree(1)}
     for name, state in states.items():
-        dx.save_params(tmp_path / name, {"model": named_tree(state)}, {"model_type": "newest"})
+        dx.save_params(tmp_path / name, {"model": unflatten_names(named(state))}, {"model_type": "newest"})
     base, fine = (put(f"{root}/{name}", tmp_path / name) for name in states)
     out = darex("prune", base, fine, f"{root}/deltas/d.safetensors", "-p", 0.5)
     assert f"sent to {root}/deltas/d.safetensors" in out.output
@@ -79,17 +80,6 @@ def test_the_whole_way_lies_elsewhere(tmp_path, root):
     assert {p.name: p.read_bytes() for p in restored.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "out2").iterdir()
     }
-
-
-def named_tree(state):
-    nested = {}
-    for name, leaf in named(state).items():
-        *path, last = name.split(".")
-        place = nested
-        for key in path:
-            place = place.setdefault(key, {})
-        place[last] = leaf
-    return nested
 
 
 def test_a_branch_and_a_table_lie_elsewhere(tmp_path, memory):

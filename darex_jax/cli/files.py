@@ -31,7 +31,7 @@ from darex_jax.cli.show import (
     print_table,
     q_text,
     warned,
-)  # fmt: skip
+)
 from darex_jax.cli.stores import OUT, PATH, as_given
 from darex_jax.core.errors import DarexError
 

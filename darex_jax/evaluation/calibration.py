@@ -54,7 +54,7 @@ def input_statistics(
       second_moments: which weights' D x D matrix is wanted; pass the same function every time.
     Raises: ValueError if there is no batch.
     """
-    total = _total(_sums(model, second_moments, params, batch) for batch in batches)
+    total = summed(_sums(model, second_moments, params, batch) for batch in batches)
     return {
         name: InputStatistics(count, x / count, square / count, None if outer is None else outer / count)
         for name, (count, x, square, outer) in total.items()
@@ -112,7 +112,7 @@ def squared_influences(
 
     Args: delta: nested dict with the deltas of linear layers' weights; others in it are passed over.
     """
-    total = _total(_influence_sums(model, params, delta, batch) for batch in batches)
+    total = summed(_influence_sums(model, params, delta, batch) for batch in batches)
     return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
 
 
@@ -136,7 +136,8 @@ def influences_from_moments(
     return found
 
 
-def _total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summed(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Leaf by leaf over the batches. Raises: DarexError if there is none."""
     total = reduce(_added, sums, None)
     if total is None:
         raise DarexError("there is no batch to calibrate on.")

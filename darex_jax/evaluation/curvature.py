@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import combine, flatten_names
+from darex_jax.evaluation.calibration import summed
 from darex_jax.models import DecoderConfig, Model
 from darex_jax.models.logits import of_logits
 from darex_jax.tasks.batching import Batch, model_inputs, real_parts
@@ -38,12 +38,10 @@ def curvature(
     """
     known = flatten_names(params)
     chosen = {name: known[name] for name in sorted(set(names))}
-    total: Any = None
-    for number, batch in enumerate(batches):
-        seen = _squares(model, params, chosen, batch, jax.random.fold_in(key, number))
-        total = seen if total is None else jax.tree.map(jnp.add, total, seen)
-    if total is None:
-        raise DarexError("there is no batch to calibrate on.")
+    total = summed(
+        _squares(model, params, chosen, batch, jax.random.fold_in(key, number))
+        for number, batch in enumerate(batches)
+    )
     return {name: float(mean) for name, mean in total.items()}
 
 

@@ -66,8 +66,9 @@ def match_checkpoints(
             else:
                 match.faults.append(f"'{name}' is in the fine-tuned model only.")
         else:
-            head = bool(HEAD.search(name)) or not (known or NUMBER.search(name))
-            _match_shapes(match, name, stored.info.shape, tensor.info.shape, scope(name), head)
+            _match_shapes(
+                match, name, stored.info.shape, tensor.info.shape, scope(name), _of_head(name, known)
+            )
     paired = Counter(match.base_names.values())
     for base_name, count in paired.items():
         if count > 1:
@@ -84,12 +85,14 @@ def match_checkpoints(
     return match
 
 
-def _may_lack(name: str, known: bool) -> bool:
-    """Whether one of two models may have this parameter and the other not: a head's or a pooler's.
+def _of_head(name: str, known: bool) -> bool:
+    """Of a family whose heads are not known, anything outside of the numbered blocks may be one."""
+    return bool(HEAD.search(name)) or not (known or NUMBER.search(name))
 
-    Of a family whose heads are not known, anything outside of the numbered blocks.
-    """
-    return bool(HEAD.search(name) or OPTIONAL.search(name)) or not (known or NUMBER.search(name))
+
+def _may_lack(name: str, known: bool) -> bool:
+    """Whether one of two models may have this parameter and the other not: a head's or a pooler's."""
+    return bool(OPTIONAL.search(name)) or _of_head(name, known)
 
 
 def _match_shapes(

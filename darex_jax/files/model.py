@@ -21,7 +21,7 @@ from darex_jax.files.checkpoint import (
     read_config,
     read_params,
     split_branch,
-)  # fmt: skip
+)
 from darex_jax.files.restore import restore_companions, restored_layout, restored_params
 from darex_jax.models import BertConfig, Config, DecoderConfig, Model, build_model, read_model_config
 from darex_jax.models.encoder import PREFIXES

@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.tree import PyTree, flatten_names, map_named
-from darex_jax.methods.allocated import divide
+from darex_jax.methods.allocated import affordable_vectors, divide
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.dare import dare
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.magnitude import magnitude
 from darex_jax.methods.svd import choose_ranks, decompose, low_rank
-from darex_jax.methods.vectors import is_matrix, whole
+from darex_jax.methods.vectors import is_matrix
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 
 Support = Literal["allocated", "low-rank", "largest", "random"]
-VECTORS = 0.5  # of the budget, that norms and biases may take whole
 OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
 
 
@@ -52,13 +51,10 @@ def distilled(
     """
     leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
-    vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
-    spent = sum(int(np.size(leaf)) for leaf in vectors.values())
-    if spent > VECTORS * room:
-        vectors, spent = {}, 0
+    chosen = affordable_vectors(leaves, room)
+    spent = sum(int(np.size(leaves[name])) for name in chosen)
     matrices = {name: leaf for name, leaf in leaves.items() if is_matrix(leaf)}
     linear = {name: leaf for name, leaf in matrices.items() if name in evidence.input_norms}
-    chosen = {name: whole(leaf, jnp.float32) for name, leaf in vectors.items()}
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
         chosen |= _factors(linear | cheap, room - spent)

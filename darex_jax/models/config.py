@@ -28,6 +28,7 @@ PROVENANCE = re.compile(
 )
 # Texts and switches under such names are notes of tools for fine-tuning about themselves.
 TOOLS = ("unsloth_", "axolotl_", "llamafactory_", "wandb_", "trl_")
+WHOLE, WINDOWED = "full_attention", "sliding_attention"  # what `layer_types` holds
 SHOWN = 20  # faults that one error lists
 
 
@@ -157,6 +158,13 @@ def _told(kind: Any) -> str:
     if origin in (list, tuple):
         return f"a list, each {_told(parts[0])}"
     return {bool: "true or false", str: "a text", dict: "an object"}[kind]
+
+
+def layer_type_faults(types: Collection[str], layers: int) -> list[str]:
+    """What is wrong with `layer_types`, which says of each of so many layers how far it sees."""
+    if set(types) <= {WHOLE, WINDOWED} and len(types) == layers:
+        return []
+    return [f"layer_types is {shown(types)}, expected {layers} of {WHOLE}, {WINDOWED}"]
 
 
 def shown(value: Any) -> str:

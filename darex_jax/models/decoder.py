@@ -79,6 +79,11 @@ class Rope:
         divided = self._divided(plain) * np.ones_like(plain)
         return jnp.asarray((divided * plain / self.factor + (1 - divided) * plain)[None], jnp.float32)
 
+    def turns(self, head_dim: int, positions: Array) -> tuple[Array, Array]:
+        """Cosines and sines of the angles at positions [B, T], scaled: [B, T, head_dim / 2]."""
+        angles = positions[:, :, None] * self.frequencies(head_dim, positions.max(axis=1) + 1)[:, None]
+        return self.scale * jnp.cos(angles), self.scale * jnp.sin(angles)
+
     def _divided(self, frequencies: np.ndarray) -> np.ndarray | float:
         """How far each frequency is divided by `factor`, from 0 (not at all) to 1."""
         if self.kind == "linear":
@@ -465,9 +470,10 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
-        turns = local = self._turns(self.config.rope, positions)
+        features = self.config.features_per_head
+        turns = local = self.config.rope.turns(features, positions)
         if self.config.local_rope is not None:
-            local = self._turns(self.config.local_rope, positions)
+            local = self.config.local_rope.turns(features, positions)
         query_slots = start + jnp.arange(length)[:, None]
         distance = query_slots - jnp.arange(real.shape[1])[None]  # T S
         masks = {
@@ -486,12 +492,6 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = Cache(tuple(keys), tuple(values), real, start + length)
         return DecoderOutput(self.norm(x), None, cache)
-
-    def _turns(self, rope: Rope, positions: Array) -> tuple[Array, Array]:
-        """Cosines and sines of the angles at positions [B, T]: [B, T, H/2]."""
-        frequencies = rope.frequencies(self.config.features_per_head, positions.max(axis=1) + 1)
-        angles = positions[:, :, None] * frequencies[:, None]
-        return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
 
 
 class CausalLM(nnx.Module):

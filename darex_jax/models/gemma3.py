@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from darex_jax.models.config import Positive, Size, refuse, shown, type_faults
+from darex_jax.models.config import (
+    WHOLE,
+    WINDOWED,
+    Positive,
+    Size,
+    layer_type_faults,
+    refuse,
+    shown,
+    type_faults,
+)
 from darex_jax.models.decoder import (
     Attention,
     CausalLM,
@@ -36,7 +45,6 @@ FIXED: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "use_bidirectional_attention": False,
 }
-KINDS = ("sliding_attention", "full_attention")
 READ: dict[str, Any] = {  # beside the rotary positions
     "hidden_activation": str | None,
     "query_pre_attn_scalar": Positive | None,
@@ -103,7 +111,7 @@ def read_gemma3_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> 
     """
     refuse("Gemma 3", type_faults({name: hf[name] for name in READ if name in hf}, READ))
     by_kind = hf.get("rope_parameters")
-    by_kind = by_kind if isinstance(by_kind, dict) and by_kind.keys() & set(KINDS) else None
+    by_kind = by_kind if isinstance(by_kind, dict) and by_kind.keys() & {WHOLE, WINDOWED} else None
     activation = hf.get("hidden_activation") or "gelu_pytorch_tanh"
     if activation not in ACTIVATIONS:
         refuse("Gemma 3", [f"hidden_activation is {shown(activation)}, supported: {', '.join(ACTIVATIONS)}"])
@@ -111,7 +119,7 @@ def read_gemma3_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> 
     full["tie_word_embeddings"] = hf.get("tie_word_embeddings", True)
     full["head_dim"] = 256 if hf.get("head_dim") is None else hf["head_dim"]
     if by_kind is not None:
-        full["rope_parameters"] = by_kind.get("full_attention")
+        full["rope_parameters"] = by_kind.get(WHOLE)
     config = read_decoder_config(
         "Gemma 3",
         full,
@@ -124,20 +132,18 @@ def read_gemma3_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> 
     )
     local = {"rope_theta": hf.get("rope_local_base_freq") or 10_000.0}
     if by_kind is not None:
-        local = {"rope_parameters": by_kind.get("sliding_attention")}
+        local = {"rope_parameters": by_kind.get(WINDOWED)}
     rope, faults = read_rope(local, 10_000.0)
     layers = config.num_hidden_layers
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    types = hf.get("layer_types") or [KINDS[(i + 1) % every == 0] for i in range(layers)]
-    if set(types) - set(KINDS) or len(types) != layers:
-        faults.append(f"layer_types is {shown(types)}, expected {layers} of {', '.join(KINDS)}")
-    refuse("Gemma 3", faults)
+    types = hf.get("layer_types") or [WINDOWED if (i + 1) % every else WHOLE for i in range(layers)]
+    refuse("Gemma 3", faults + layer_type_faults(types, layers))
     window = hf.get("sliding_window") or 4096
     notes = {name: value for name, value in hf.items() if name in full and name in (*READ, "rope_parameters")}
     return dataclasses.replace(
         config,
         local_rope=rope,
         query_scale=(hf.get("query_pre_attn_scalar") or 256) ** -0.5,
-        windows=tuple(window if kind == KINDS[0] else None for kind in types),
+        windows=tuple(window if kind == WINDOWED else None for kind in types),
         notes={**config.notes, **notes},
     )

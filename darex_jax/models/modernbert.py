@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from darex_jax.models.config import INERT, Number, Positive, Size, refuse, shown, type_faults
+from darex_jax.models.config import (
+    INERT,
+    WHOLE,
+    WINDOWED,
+    Number,
+    Positive,
+    Size,
+    layer_type_faults,
+    refuse,
+    shown,
+    type_faults,
+)
 from darex_jax.models.decoder import Rope, read_rope, rotate
 from darex_jax.models.encoder import EncoderConfig, EncoderOutput, read_encoder_fields
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, remat, split_key
@@ -33,7 +44,6 @@ OWN_INERT = frozenset(
     sparse_prediction sparse_pred_ignore_index reference_compile repad_logits_with_grad gradient_checkpointing
     """.split()  # noqa: SIM905
 )
-KINDS = ("sliding_attention", "full_attention")
 READ: dict[str, Any] = {
     "rope_parameters": dict | None,
     "global_rope_theta": Positive | None,
@@ -101,21 +111,19 @@ class ModernBertConfig(EncoderConfig):
         by_kind = hf.get("rope_parameters") or {}
         ropes, faults = {}, []
         for kind, name, theta in (
-            ("full_attention", "global_rope_theta", 160_000.0),
-            ("sliding_attention", "local_rope_theta", 10_000.0),
+            (WHOLE, "global_rope_theta", 160_000.0),
+            (WINDOWED, "local_rope_theta", 10_000.0),
         ):
             stated = {"rope_parameters": by_kind[kind]} if kind in by_kind else {}
             ropes[kind], wrong = read_rope(stated, hf.get(name) or theta)
             faults += wrong
         layers = values["num_hidden_layers"]
         every = hf.get("global_attn_every_n_layers") or 3
-        types = hf.get("layer_types") or [KINDS[i % every == 0] for i in range(layers)]
-        if set(types) - set(KINDS) or len(types) != layers:
-            faults.append(f"layer_types is {shown(types)}, expected {layers} of {', '.join(KINDS)}")
-        refuse("ModernBERT", faults)
-        whole, windowed = ropes["full_attention"], ropes["sliding_attention"]
+        types = hf.get("layer_types") or [WHOLE if i % every == 0 else WINDOWED for i in range(layers)]
+        refuse("ModernBERT", faults + layer_type_faults(types, layers))
+        whole, windowed = ropes[WHOLE], ropes[WINDOWED]
         assert whole is not None and windowed is not None
-        local = tuple(kind == KINDS[0] for kind in types)
+        local = tuple(kind == WINDOWED for kind in types)
         return cls(**values, rope=whole, local_rope=windowed, local=local)
 
 
@@ -204,18 +212,13 @@ class ModernBertModel(nnx.Module):
         near = jnp.abs(positions[:, None] - positions[None]) <= config.local_attention // 2
         everything = jnp.broadcast_to(mask[:, None, :], (*mask.shape, length))  # B T S
         masks = everything, everything & near[None]
-        turns = self._turns(config.rope, positions[None]), self._turns(config.local_rope, positions[None])
+        features = config.hidden_size // config.num_attention_heads
+        turns = [rope.turns(features, positions[None]) for rope in (config.rope, config.local_rope)]
         x = self.embeddings(input_ids, embeddings_key)
         for layer, local, layer_key in zip(self.layers, config.local, keys, strict=True):
             rest = turns[local], masks[local], layer_key
             x = remat(layer, x, *rest) if self.remat else layer(x, *rest)
         return EncoderOutput(self.final_norm(x), None)
-
-    def _turns(self, rope: Rope, positions: Array) -> tuple[Array, Array]:
-        """Cosines and sines of the angles at positions [1, T]: [1, T, H/2]."""
-        features = self.config.hidden_size // self.config.num_attention_heads
-        angles = positions[:, :, None] * rope.frequencies(features, positions.max(axis=1) + 1)[:, None]
-        return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
 
 
 class Head(nnx.Module):

@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from darex_jax.models.config import Count, Size, refuse, shown, type_faults
+from darex_jax.models.config import (
+    WHOLE,
+    WINDOWED,
+    Count,
+    Size,
+    layer_type_faults,
+    refuse,
+    type_faults,
+)
 from darex_jax.models.decoder import CausalLM, Decoder, DecoderConfig, read_decoder_config
 
 ARCHITECTURES = {"Qwen2Model": Decoder, "Qwen2ForCausalLM": CausalLM}
@@ -56,10 +64,6 @@ def read_windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int |
     window, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     if window is None:
         return ()
-    types = hf.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    if set(types) - {"full_attention", "sliding_attention"} or len(types) != layers:
-        expected = f"expected {layers} of full_attention, sliding_attention"
-        refuse(family, [f"layer_types is {shown(types)}, {expected}"])
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    types = hf.get("layer_types") or [WINDOWED if i >= first else WHOLE for i in range(layers)]
+    refuse(family, layer_type_faults(types, layers))
+    return tuple(window if kind == WINDOWED else None for kind in types)

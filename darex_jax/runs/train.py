@@ -33,7 +33,7 @@ from darex_jax.tasks.answers import (
     encode_answers,
     encode_problems,
     load_problems,
-)  # fmt: skip
+)
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.table import Table, read_completions, read_task
 from darex_jax.training.causal_lm import answer_scores, train_answers
