@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
@@ -23,14 +22,12 @@ from darex_jax.cli.options import (
     TASK,
     TEXT_COLUMN,
     own_examples,
-    take_table,
+    take_only_table,
     with_params,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, say_if_large, step_bar
 from darex_jax.cli.stores import HERE, PATH
 from darex_jax.core.errors import DarexError
-
-COMMAND_LINE = ParameterSource.COMMANDLINE
 
 if TYPE_CHECKING:
     from darex_jax.tasks.opening import Opened
@@ -94,11 +91,8 @@ def evaluate(
     from darex_jax.files.manifest import run_manifest
     from darex_jax.tasks.opening import open_model
 
-    (model,), table = with_params(params, model), take_table(own)
-    if own["text"] is not None:
-        raise click.UsageError("--text names a column of --data.")
-    if table is not None and ctx.get_parameter_source("task_names") == COMMAND_LINE:
-        raise click.UsageError("--task and --data are two places of examples; say one.")
+    (model,) = with_params(params, model)
+    table = take_only_table(ctx, own, "task_names")
     say_if_large("eval", model)
     if beside and not deltas:
         raise click.UsageError("--beside is of a --delta.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from darex_jax.cli.stores import HERE, PATH
 
@@ -105,6 +106,19 @@ def own_examples(command: Any) -> Any:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def take_only_table(ctx: click.Context, options: dict[str, Any], task: str) -> Any:
+    """`take_table` of a command whose --text is a column and nothing else.
+
+    Args: task: the parameter of --task, which goes without --data.
+    """
+    table = take_table(options)
+    if options.pop("text") is not None:
+        raise click.UsageError("--text names a column of --data.")
+    if table is not None and ctx.get_parameter_source(task) == ParameterSource.COMMANDLINE:
+        raise click.UsageError("--task and --data are two places of examples; say one.")
+    return table
 
 
 def take_table(options: dict[str, Any]) -> Any:

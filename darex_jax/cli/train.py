@@ -19,7 +19,7 @@ from darex_jax.cli.options import (
     SEED,
     TEXT_COLUMN,
     own_examples,
-    take_table,
+    take_only_table,
 )
 from darex_jax.cli.show import print_table, training_bar
 from darex_jax.cli.stores import HERE, PATH
@@ -118,11 +118,7 @@ def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool
     elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
-    table = take_table(options)
-    if options.pop("text") is not None:
-        raise click.UsageError("--text names a column of --data.")
-    if table is not None and ctx.get_parameter_source("task") == COMMAND_LINE:
-        raise click.UsageError("--task and --data are two places to learn from; say one.")
+    table = take_only_table(ctx, options, "task")
     with training_bar("fine-tuning", as_json) as on_step:
         report = train_run(
             base, out, recipe, task=task, table=table, **options,
