@@ -223,6 +223,9 @@ def main() -> None:
         "--max-new-tokens", 4, "--records", folder / f"records-{os.getpid()}", "--json")  # fmt: skip
     run("find-q two-point, 1 mask", running, "find-q", base, fine, "-p", 0.99, "--objective", "two-point",
         "--masks", 1, "--text", text, "--out", folder / "q.json", "--json")  # fmt: skip
+    run("find-q two-point, 1 mask, --one-copy", running, "find-q", base, fine, "-p", 0.99, "--objective",
+        "two-point", "--masks", 1, "--text", text, "--out", folder / "q.json", "--one-copy",
+        "--json")  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "safetensors")}
     report = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
               "versions": versions, "dtype": "bfloat16", "commands": rows}  # fmt: skip

@@ -1,5 +1,6 @@
 """find-q, prune --q and methods that train, from the terminal: tiny models with tokenizers and files."""
 
+import gc
 import json
 import shlex
 from dataclasses import replace
@@ -98,6 +99,40 @@ def test_the_masks_are_those_of_the_seed(folders):
         assert found["mask_seeds"] == [seed] and found["curve"][0][0] == 0.1
         assert found["curve"][0][1] == pytest.approx(output_change(model, pruned, batches, references))
     assert choose_q(base, fine, 0.9, Choice(seed=0, **how), Source(limit=6))["curve"][0] != found["curve"][0]
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [("bert", "labels"), ("bert", "predictions"), ("bert", "outputs"), ("llama", "two-point")],
+)
+def test_one_copy_finds_the_same_q_in_less_memory(folders, family, objective):
+    base, fine = folders / family / "base", folders / family / "fine"
+    task = "opinions" if objective == "labels" else None
+    source, held = Source(task=task, limit=12), {}
+
+    def found(one_copy):
+        def on_value(*_):
+            alive = {id(x): x.nbytes for x in jax.live_arrays()}
+            held[one_copy] = max(held.get(one_copy, 0), sum(alive.values()))
+
+        gc.collect()
+        before = sum(x.nbytes for x in jax.live_arrays())
+        choice = Choice(objective=objective, masks=2, seed=3, one_copy=one_copy)
+        result = choose_q(base, fine, 0.9, choice, source, on_value)
+        held[one_copy] -= before
+        return result
+
+    whole, one = found(False), found(True)
+    assert one == whole and len(one.get("curve") or one["changes"]) > 1
+    pruned = sum(x.nbytes for x in jax.tree.leaves(open_pair(base, fine, 0.9).delta))
+    assert held[False] - held[True] > pruned  # no fine-tune, no delta; the survivors of two masks instead
+
+
+def test_one_copy_is_refused_where_the_whole_delta_is_looked_at(folders):
+    models = folders / "bert" / "base", folders / "bert" / "fine"
+    for wrong in ({"objective": "closed-form"}, {"objective": "outputs", "scope": "layer"}):
+        with pytest.raises(ValueError, match="it goes with one q by labels, predictions, outputs, two-point"):
+            choose_q(*models, 0.9, Choice(one_copy=True, **wrong), Source(limit=4))
 
 
 def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):

@@ -33,6 +33,8 @@ class Choice:
       statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
       learning_rate: with learned, see `learn_q`.
       checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
+      one_copy: hold one copy of the model and the survivors, see `OneCopy`; for one q, of ways that do not
+        look at the whole delta. The same q, in a third of the memory.
       include, exclude: patterns of the parameters that are pruned, see `choose_scope`.
       ignore_config_fields: of the fine-tuned model's, see `read_model_config`.
     """
@@ -45,6 +47,7 @@ class Choice:
     statistics: Path | None = None
     learning_rate: float = LEARNING_RATE
     checkpoints: Path | None = None
+    one_copy: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     ignore_config_fields: tuple[str, ...] = ()

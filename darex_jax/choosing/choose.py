@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from darex_jax.choosing.choice import Choice, OnValue
+from darex_jax.choosing.one_copy import open_one_copy
 from darex_jax.choosing.pair import open_pair
 from darex_jax.choosing.table import SCOPES, WAYS
 from darex_jax.core.errors import DarexError
@@ -59,7 +60,8 @@ def choose_q(
     if way.learns and len(material.encoded) < 2:
         raise DarexError(f"{choice.objective} takes two examples or more: to learn from, and to be held out.")
     seeds = [choice.seed + i for i in range((choice.masks or way.masks) if way.masks else 0)]
-    pair = open_pair(base, fine, drop_rate, seeds, scope, choice.ignore_config_fields)
+    open_it = open_one_copy if choice.one_copy else open_pair
+    pair = open_it(base, fine, drop_rate, seeds, scope, choice.ignore_config_fields)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         inputs = {"base_weights": weights_digest(b), "fine_weights": weights_digest(f)}
     inputs["data"] = material.encoded.digest()
@@ -103,6 +105,9 @@ def _check(choice: Choice, source: Source, drop_rate: float) -> None:
             f"{name} are those of the model's own task: name it (--task, or --data with --label), or choose "
             "another objective."
         )
+    if choice.one_copy and (way.whole_delta or choice.scope == "layer"):
+        told = ", ".join(other for other, way in WAYS.items() if not way.whole_delta)
+        raise DarexError(f"one copy of the model holds no delta; it goes with one q by {told}.")
     if way.one_mask and choice.masks not in (None, 1):
         raise DarexError(f"{name} takes one mask.")
     if choice.grid is not None:

@@ -84,13 +84,31 @@ def load_pair(
     scope: Scope | None = None,
     ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, Params, Params]:
-    """A fine-tuned model and what pruning needs of its base.
-
-    Both in the dtypes of their files, but float16 as float32: a small q leaves float16's range, and XLA's CPU
-    backend does not run all of a float16 model. A base that is narrower than its fine-tune is widened.
+    """A fine-tuned model and what pruning needs of its base, in the dtypes of `load_fine` and `base_leaf`.
 
     Returns: the fine-tuned model and its params; the base's values of the parameters in scope, a nested dict
       with the fine-tuned names.
+    Raises: ValueError if the two do not fit together.
+    """
+    model, params, in_scope = load_fine(base, fine, scope, ignore_config_fields)
+    loaded = flatten_names(params)
+    with Checkpoint(base) as b:
+        named = {name: base_leaf(b, stored, loaded[name].dtype) for name, stored in in_scope.items()}
+    return model, params, unflatten_names(named)
+
+
+def load_fine(
+    base: str | os.PathLike[str],
+    fine: str | os.PathLike[str],
+    scope: Scope | None = None,
+    ignore_config_fields: Collection[str] = (),
+) -> tuple[Model, Params, dict[str, str]]:
+    """The fine-tuned model of a pair, once the two are known to fit together.
+
+    In the dtypes of its file, but float16 as float32: a small q leaves float16's range, and XLA's CPU backend
+    does not run all of a float16 model.
+
+    Returns: the model; its params; of those in scope, the names that they have in the base.
     Raises: ValueError if the two do not fit together.
     """
     with Checkpoint(base) as b, Checkpoint(fine) as f:
@@ -107,14 +125,19 @@ def load_pair(
             fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
         )
         loaded = flatten_names(params)  # without what no model computes with, old Llamas' inv_freq say
-        named = {name: b.tensors[match.base_names[name]].read() for name in match.pruned if name in loaded}
-        if not named and match.pruned:
+        in_scope = {name: match.base_names[name] for name in match.pruned if name in loaded}
+        if not in_scope and match.pruned:
             raise DarexError(
                 f"{fine}: the model that is run has no '{match.pruned[0]}' nor anything else that is pruned; "
                 "a pretraining head can be left out by saving the body alone."
             )
-    wide = {name: jnp.asarray(x, jnp.promote_types(x.dtype, loaded[name].dtype)) for name, x in named.items()}
-    return model, params, unflatten_names(wide)
+    return model, params, in_scope
+
+
+def base_leaf(base: Checkpoint, name: str, fine_dtype: Any) -> jax.Array:
+    """A parameter of the base, widened where its fine-tune is wider."""
+    leaf = base.tensors[name].read()
+    return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, fine_dtype))
 
 
 def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:

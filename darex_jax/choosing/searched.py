@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from darex_jax.choosing.choice import Choice, OnValue, untold
+from darex_jax.choosing.one_copy import AnyPair
 from darex_jax.choosing.pair import Pair, Params, PrunedModel, Q
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import (
@@ -34,7 +35,7 @@ ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
 
 
 def by_labels(
-    pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
+    pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
     """The metric on labelled examples, of a decoder the share of right tokens in known answers: q_v."""
     batches, task = material.batches(), material.task
@@ -46,7 +47,7 @@ def by_labels(
 
 
 def by_predictions(
-    pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
+    pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
     """Agreement with the fine-tuned model's own predictions."""
     batches, task = material.batches(), material.task
@@ -55,7 +56,7 @@ def by_predictions(
 
 
 def by_outputs(
-    pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
+    pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
     """The output change: q_e."""
     batches = material.batches()
@@ -65,7 +66,7 @@ def by_outputs(
 
 def _best(
     goal: Objective,
-    pair: Pair,
+    pair: AnyPair,
     batches: Sequence[Batch],
     choice: Choice,
     inputs: Mapping[str, str],
@@ -75,6 +76,7 @@ def _best(
     layers = choice.scope == "layer"
     q_of: Callable[[float], Q] = same
     if layers:
+        assert isinstance(pair, Pair), "one q a layer looks at the whole delta"
         made_from = {"model": inputs["fine_weights"], "data": inputs["data"]}
         seen = _statistics(pair, batches, choice, made_from)
         q_of = layer_rule(seen, pair.delta, pair.drop_rate, choice.rule)

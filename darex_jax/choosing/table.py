@@ -26,6 +26,7 @@ class Way(NamedTuple):
       labels: looks at their labels, so that it asks for a task.
       scopes: those of `SCOPES` that it knows, its own first.
       searches: walks a grid.
+      whole_delta: looks at it, not at pruned models alone.
       learns: by gradient, in epochs, from some examples, the others held out.
     """
 
@@ -38,6 +39,7 @@ class Way(NamedTuple):
     labels: bool = False
     scopes: tuple[str, ...] = ("model", "layer")
     searches: bool = False
+    whole_delta: bool = False
     learns: bool = False
 
     @property
@@ -62,14 +64,15 @@ WAYS = {
     "outputs": Way("searched.by_outputs", "the output change (q_e)", searches=True),
     "learned": Way(
         "learned.by_gradient", "the output change, by gradient",
-        limit=200, masks=1, one_mask=True, scopes=("layer",), learns=True,
+        limit=200, masks=1, one_mask=True, scopes=("layer",), whole_delta=True, learns=True,
     ),
     "two-point": Way(
         "two_point.by_two_points", "the squared output change, solved from two of its values",
         scopes=("model",),
     ),
     "closed-form": Way(
-        "closed_form.by_closed_form", "the squared error of linear layers' outputs, solved", masks=0
+        "closed_form.by_closed_form", "the squared error of linear layers' outputs, solved",
+        masks=0, whole_delta=True,
     ),
 }  # fmt: skip
 

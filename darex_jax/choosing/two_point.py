@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from darex_jax.choosing.choice import Choice, OnValue, untold
-from darex_jax.choosing.pair import Pair, Params
+from darex_jax.choosing.one_copy import AnyPair
+from darex_jax.choosing.pair import Params
 from darex_jax.core.errors import DarexError
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.q.closed_form import two_point_q
@@ -20,7 +21,7 @@ WORSE = 1.1  # times the change without a delta: what few texts and masks do not
 
 
 def by_two_points(
-    pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
+    pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
     """The least squared output change, from two measurements and those that check them."""
     batches = material.batches()
@@ -35,7 +36,7 @@ def by_two_points(
 
 
 def two_point(
-    pair: Pair, batches: Sequence[Batch], on_value: OnValue = lambda q, change: None
+    pair: AnyPair, batches: Sequence[Batch], on_value: OnValue = lambda q, change: None
 ) -> tuple[float, list[tuple[float, float]]]:
     """`two_point_q` from the squared output change of the base and of DARE: no label, no search.
 

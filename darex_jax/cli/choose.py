@@ -57,6 +57,9 @@ from darex_jax.cli.stores import HERE, PATH
 @click.option("--learning-rate", default=1e-2, show_default=True, type=click.FloatRange(0, min_open=True),
               help="With learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
 @click.option("--checkpoints", type=HERE, help="With learned: a folder from which it goes on after a stop.")
+@click.option("--one-copy", is_flag=True,
+              help="Hold one copy of the model and the survivors of each mask: a third of the memory, the "
+              "same q. For one q; not with learned and closed-form.")  # fmt: skip
 @INCLUDE
 @EXCLUDE
 @IGNORE
@@ -84,7 +87,7 @@ def find_q(
     told = {field.name: options.pop(field.name) for field in fields(Source) if field.name != "seed"}
     source = Source(**told, seed=options["seed"])
     choice = Choice(objective=objective, **options)
-    say_if_large("find-q", fine)
+    say_if_large("find-q --one-copy" if choice.one_copy else "find-q", fine)
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, choice, source, on_value)
     write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")

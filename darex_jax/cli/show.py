@@ -49,7 +49,12 @@ def family_of(fine: Any, base: Any) -> str | None:
 
 
 HALF = 0.5  # of the memory, beyond which a model is called large
-PEAKS = {"eval": 2.5, "generate": 3.5, "find-q": 7.4}  # times the model, benchmarks/memory.py
+PEAKS = {
+    "eval": 2.5,
+    "generate": 3.5,
+    "find-q": 4.7,
+    "find-q --one-copy": 2.1,
+}  # times the model, benchmarks/memory.py
 
 
 def say_if_large(command: str, model: Any) -> None:
