@@ -11,7 +11,7 @@ import darex_jax
 ROOT = Path(darex_jax.__file__).parent
 LAYERS = (
     "core", "parts", "methods", "merging", "q", "models", "files", "bank", "tasks", "training", "evaluation",
-    "choosing", "runs",
+    "choosing", "runs", "study",
     "cli",
 )  # fmt: skip
 
