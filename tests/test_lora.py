@@ -214,7 +214,7 @@ def test_scales_and_ranks():
     for first, rank in (("q_proj", 3), (".*proj", 3), ("self_attn.q_proj", 3), ("proj", 8)):
         assert LoraConfig(4, 6, ("x",), rank_pattern={first: 3, "q_proj|x": 8}).rank_of(name) == rank
     assert LoraConfig(4, 6, ("x",), rank_pattern={"q_proj|x": 8, "q_proj": 3}).rank_of(name) == 8
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' has rank 2, its config says 8"):
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' has rank 2, the config 8"):
         LoraConfig(4, 6, ("q_proj",), rank_pattern={"q_proj": 8}).scales(adapter)
     hash(config)
 
@@ -254,7 +254,7 @@ def test_what_does_not_fit_a_model_is_named():
         attach_adapters(base, adapter, {n: s for n, s in scales.items() if "1.self_attn.v" not in n})
     for wrong, text in (
         ({"lora_A": {"weight": np.ones((2, 3))}}, "'x' has no lora_B.weight"),
-        ({"weight": np.ones((2, 3))}, "'x.weight' is no factor"),
+        ({"weight": np.ones((2, 3))}, "'x.weight' is not a factor"),
         (factors(2, 3, 4) | {"lora_B": {"weight": np.ones((4, 3))}}, r"'x' has A \[2, 3\] and B \[4, 3\]"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -464,8 +464,8 @@ REFUSED = [
     ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa', which changes the base as well"),
     ({"r": 0}, None, "rank is 0, it must be"),
     ({"r": "2"}, None, "rank is '2', it must be"),
-    ({"r": 3}, None, "q_proj' has rank 2, its config says 3"),
-    ({"rank_pattern": {"q_proj": 4}}, None, "q_proj' has rank 2, its config says 4"),
+    ({"r": 3}, None, "q_proj' has rank 2, the config 3"),
+    ({"rank_pattern": {"q_proj": 4}}, None, "q_proj' has rank 2, the config 4"),
     ({"rank_pattern": ["q_proj"]}, None, r"rank_pattern is \['q_proj'\], expected an object"),
     ({"alpha_pattern": {"(": 4}}, None, r"alpha_pattern: the pattern '.*' is not supported by RE2"),
     ({"rank_pattern": {"a{99999999999}": 4}}, None, "invalid repetition size"),

@@ -80,7 +80,7 @@ def test_no_pattern_takes_longer_than_its_text():
         ("(?=a)b", r"invalid perl operator: (?="),
         ("(?<!a)b", r"invalid perl operator: (?<"),
         (r"(a)\1", r"invalid escape sequence: \1"),
-        ("a" * (LONGEST_PATTERN + 1), "at most 10,000 are taken"),
+        ("a" * (LONGEST_PATTERN + 1), "at most 10,000 are accepted"),
         ("\udcff", "can't encode character"),
     ],
 )

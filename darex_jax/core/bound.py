@@ -1,4 +1,4 @@
-"""How far a pruned layer's output may be off: the bound behind DAREx-q."""
+"""High-probability bound on the output error of a pruned layer: the theory behind DAREx-q."""
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +23,24 @@ def phi(drop_rate: ArrayLike) -> jax.Array:
 def output_error_bound(
     influence: ArrayLike, drop_rate: ArrayLike, q: ArrayLike, gamma: ArrayLike
 ) -> jax.Array:
-    """With probability at least 1 - gamma a pruned output is off by no more than this.
+    """Upper bound on the error of a pruned output, holding with probability at least 1 - gamma.
 
     Args:
       influence: c[..., n] = delta_W[i, j] * x[j], the influence of each delta entry on an output.
       drop_rate: p, the probability that an entry is dropped.
       q: divisor of the survivors.
-      gamma: the probability of being wrong, in (0, 1).
+      gamma: the probability that the bound fails, in (0, 1).
     Returns: the bound over the last axis, [...], float32:
       |1 - (1-p)/q| |S| + sqrt(Phi(p) log(2/gamma) Q) / q, with S = sum c and Q = sum c^2.
-      Where there is no influence it is 0, and so is its gradient.
+      If all influences are 0, the bound and its gradient are 0.
     Source: DAREx, arXiv:2410.09344, Theorem 3.1, with the square root of appendix equation 8, which the
       theorem as printed in the main text lacks.
     """
     c = jnp.asarray(influence, jnp.float32)
     p, q = jnp.asarray(drop_rate, jnp.float32), jnp.asarray(q, jnp.float32)
     bias = (1.0 - (1.0 - p) / q) * jnp.sum(c, axis=-1)
-    bias = bias * jnp.sign(bias)  # of jnp.abs the slope at 0 is 1
+    bias = bias * jnp.sign(bias)  # the gradient of jnp.abs at 0 is 1
     square = phi(p) * jnp.log(2.0 / jnp.asarray(gamma, jnp.float32)) * jnp.sum(c * c, axis=-1)
-    # The root's slope is infinite at 0, where the bound has its minimum: 0 is taken.
+    # The gradient of sqrt is infinite at 0, where the bound has its minimum: 0 is used instead.
     spread = jnp.where(square > 0.0, jnp.sqrt(jnp.where(square > 0.0, square, 1.0)), 0.0)
     return bias + spread / q

@@ -1,10 +1,10 @@
 """Delta algebra: subtract, drop, rescale, add back. Pure functions on PyTrees.
 
-Trees are any PyTrees, nested dicts as well as modules; two trees meet by the names of their leaves, and a
-result is a tree like the first. Arithmetic is float32, of float64 leaves float64; `apply_delta` rounds once,
-to the base's dtype. All of it works under jit, grad, vmap and shard_map; mapped, a leaf is what the function
-sees: one of a stack, one device's block. To prune a sharded model call `prune` on it as it is, outside of
-shard_map: it goes entry by entry and needs no communication.
+Trees are any PyTrees, nested dicts as well as modules; leaves of two trees are matched by name, and the
+result has the structure of the first. Arithmetic is float32 (float64 for float64 leaves); `apply_delta`
+rounds once, to the base's dtype. All functions work under jit, grad, vmap and shard_map; under vmap and
+shard_map a leaf is the slice that the function gets: one example, one device's shard. Prune a sharded model
+by calling `prune` on it directly, outside of shard_map: it is elementwise and needs no communication.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,13 +33,13 @@ Q = float | jax.Array | Mapping[str, Any] | None
 
 
 def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
-    """`fine - base` in float32 (float64 where one of them is), leaf by leaf.
+    """`fine - base` in float32 (float64 if either is), leaf by leaf.
 
-    Zero for integer leaves, which are never touched.
+    Zero for integer leaves, which are never changed.
 
     Args: fine, base: trees with the same names and shapes, any floating dtypes.
     Returns: a tree like `fine`.
-    Raises: ValueError naming every leaf that is in one tree only or has another shape, or is no array.
+    Raises: ValueError naming every leaf that is in one tree only, differs in shape, or is not an array.
     """
     bases = flatten_names(base)
     check_same(flatten_names(fine), bases, "fine", "base")
@@ -55,14 +55,14 @@ def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
 
 
 def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
-    """`base + delta` in float32 (float64 where one of them is), rounded once to the base's dtypes.
+    """`base + delta` in float32 (float64 if either is), rounded once to the base's dtypes.
 
-    Where the delta is zero the base's own bits stay (also a -0.0). So do integer leaves, and leaves that
-    the delta does not have, arrays or not.
+    Where the delta is zero the base's bits are kept (also a -0.0). Integer leaves and leaves that are not in
+    the delta, arrays or not, are returned unchanged.
 
-    Args: delta: arrays or parts (`darex_jax.parts`) under names of the base.
+    Args: delta: arrays or parts (`darex_jax.parts`) under the base's leaf names.
     Returns: a tree like `base`.
-    Raises: ValueError naming every leaf that is in the delta only or has another shape.
+    Raises: ValueError naming every leaf that is in the delta only or differs in shape.
     """
     deltas = flatten_names(delta)
     in_delta = {name: leaf for name, leaf in flatten_names(base).items() if name in deltas}
@@ -84,7 +84,7 @@ def _changed(b: jax.Array, d: jax.Array) -> jax.Array:
 
 @_changed.defjvp
 def _changed_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    # The select keeps the base's bits where the delta is zero; the derivative there is 1 all the same.
+    # The select keeps the base's bits where the delta is zero; the derivative there is still 1.
     return _changed(*primals), _sum(*tangents)
 
 
@@ -114,9 +114,9 @@ def drop(mask: PyTree, delta: PyTree) -> PyTree:
 def rescale(delta: PyTree, q: Q) -> PyTree:
     """`delta / q`, q a number or one per leaf (a tree, or a dict by name). Shapes and dtypes of `delta`.
 
-    A q is read in the precision of the arithmetic (float32, of float64 leaves float64) and entries are
-    multiplied by its reciprocal: the one rounding that every platform does alike. A quotient beyond a
-    leaf's dtype is infinite there, as in any cast: above 65,504 in float16.
+    q is converted to the working dtype (float32, or float64 for float64 leaves) and entries are multiplied by
+    its reciprocal, which rounds the same on every platform. A quotient outside the range of the leaf's dtype
+    becomes infinite, as in any cast: above 65,504 in float16.
 
     Raises: ValueError for a q that is not positive or has no finite reciprocal, names that do not match, or
       leaves that are not floating.
@@ -130,15 +130,15 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
 
     Args:
       key: scalar typed Threefry key; the mask of a leaf depends on it and on the leaf's name alone.
-      delta: tree of floating arrays, any shapes. Of a float16 model take `compute_delta`'s float32: in a
-        float16 delta a survivor whose quotient is above 65,504 becomes infinite, as in any cast.
+      delta: tree of floating arrays, any shapes. For a float16 model pass the float32 result of
+        `compute_delta`: in a float16 delta a survivor whose quotient is above 65,504 becomes infinite.
       drop_rate: probability that an entry is dropped, a Python float in [0, 1).
       q: divisor of the survivors, a number or one per leaf (a tree, or a dict by name); it may be traced.
         None is 1 - drop_rate, which keeps the mean (DARE).
-      donate: give the delta's buffers to the result, which spares a copy of the model; the delta is
-        unusable afterwards. Ignored in a traced program, where `jax.jit(..., donate_argnums=...)` says it.
+      donate: donate the delta's buffers to the result, which saves one copy of the model; the delta is
+        invalid afterwards. Ignored under tracing: use `jax.jit(..., donate_argnums=...)` there.
     Returns: a tree like `delta`: same names, shapes, dtypes and shardings.
-    Raises: ValueError for a drop_rate or q out of range; TypeError for another kind of key.
+    Raises: ValueError for a drop_rate or q out of range; TypeError for a key of another type.
     Source: DARE, arXiv:2311.03099; free q: DAREx, arXiv:2410.09344, section 3. Unlike the authors' code the
       rate and q are never rounded to the leaf's dtype.
     """
@@ -149,7 +149,7 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
     def prune_leaf(name: str, leaf: Any) -> jax.Array:
         arguments = (_floating(name, leaf), keys[name], *threshold, scales[name])
         if any(isinstance(argument, jax.core.Tracer) for argument in arguments):
-            return _traced_prune(*arguments)  # part of the caller's program, whose options count
+            return _traced_prune(*arguments)  # traced into the caller's program, whose compiler options apply
         platform = next(iter(arguments[0].devices())).platform
         return _compiled_prune(platform, donate)(*arguments)
 
@@ -169,16 +169,16 @@ def _prune(
     return _drop_and_rescale(survivors(key, leaf.shape, below, all_kept), leaf, scale)
 
 
-# In one piece also where the caller's program is not compiled: under a bare grad or vmap.
+# Jitted so that it is compiled as one unit also under grad or vmap without jit.
 _traced_prune = jax.jit(_prune, inline=True)
 
 
 @jax.custom_jvp
 def _drop_and_rescale(keep: jax.Array, leaf: jax.Array, scale: ArrayLike) -> jax.Array:
-    # The select comes after the product on purpose: it keeps a compiler from contracting the product and
+    # The select comes after the product on purpose: it keeps the compiler from contracting the product and
     # a later `base + ...` into one fused multiply-add, which rounds differently from one program to the next.
     if leaf.dtype == jnp.bfloat16:
-        # Rounded as integers: XLA's CPU backend vectorises this, its own conversion it does not.
+        # Rounded with integer operations: XLA's CPU backend vectorises them, but not its own conversion.
         rounded = lax.reduce_precision(leaf.astype(jnp.float32) * scale, exponent_bits=8, mantissa_bits=7)
         bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
         return lax.bitcast_convert_type(jnp.where(keep, bits, jnp.uint16(0)), jnp.bfloat16)
@@ -195,7 +195,7 @@ def _drop_and_rescale_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 
 @jax.custom_jvp
 def _rescale(leaf: jax.Array, scale: ArrayLike) -> jax.Array:
-    return _drop_and_rescale(leaf != 0, leaf, scale)  # the same select, which keeps all there is
+    return _drop_and_rescale(leaf != 0, leaf, scale)  # the same select, with every nonzero entry kept
 
 
 @_rescale.defjvp
@@ -224,7 +224,7 @@ def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
         return {name: of_dtype[dtype] for name, dtype in dtypes.items()}
     missing, unknown = sorted(dtypes.keys() - by_name.keys()), sorted(by_name.keys() - dtypes.keys())
     if missing or unknown:
-        raise DarexError(f"q by name does not fit the tree: no q for {missing}; no leaf for {unknown}.")
+        raise DarexError(f"q by name does not match the tree: no q for {missing}; no leaf for {unknown}.")
     return {name: _reciprocal(by_name[name], dtype) for name, dtype in dtypes.items()}
 
 
@@ -236,7 +236,7 @@ def _traced_reciprocal(q: jax.Array, dtype: Any) -> jax.Array:
 def _reciprocal(q: Any, dtype: Any) -> Any:
     if np.shape(q) != ():
         raise DarexError(f"q is a number, or one number per leaf; got an array of shape {np.shape(q)}.")
-    if isinstance(q, jax.Array):  # an array may be traced: it is not looked at
+    if isinstance(q, jax.Array):  # may be a tracer, so its value is not checked
         return _traced_reciprocal(q, dtype)
     if not isinstance(q, int | float | np.generic | np.ndarray):
         raise DarexError(f"q is a number, or one number per leaf; got {q!r:.80}.")
@@ -250,7 +250,7 @@ def _reciprocal(q: Any, dtype: Any) -> Any:
 
 
 def check_same(left: Mapping[str, Any], right: Mapping[str, Any], left_word: str, right_word: str) -> None:
-    """Raises: ValueError naming every leaf, by name, that is in one only or has another shape."""
+    """Raises: ValueError naming every leaf that is in only one of the two or differs in shape."""
     left_shapes = {name: shape_of(name, leaf) for name, leaf in left.items()}
     right_shapes = {name: shape_of(name, leaf) for name, leaf in right.items()}
     faults = [f"'{name}' is only in {left_word}" for name in left_shapes if name not in right_shapes]

@@ -1,17 +1,17 @@
-"""The error for a person's mistakes, told apart from faults of this library or of those under it."""
+"""Exceptions for invalid input, as distinct from bugs in this library or its dependencies."""
 
 
 class DarexError(ValueError):
-    """What was given cannot be used; the message says what is wrong, where, and what to do.
+    """Invalid input; the message says what is wrong, where, and how to fix it.
 
-    Everything this library raises on purpose about its input is one of these. The command line shows it as
-    one line; any other exception is a fault, and keeps its traceback behind `darex --debug`.
+    Every deliberate input check of this library raises a subclass. The command line shows it as one line;
+    any other exception is a bug, whose traceback `darex --debug` shows.
     """
 
 
 class FileError(DarexError):
-    """A file that cannot be used as it is; the message is for the person who named it."""
+    """A file that is missing, damaged or of the wrong kind; the message names it."""
 
 
 class DarexWarning(UserWarning):
-    """Something that was done as asked and is seldom meant; the command line shows it as one line."""
+    """A request that was carried out but is probably a mistake; the command line shows it as one line."""

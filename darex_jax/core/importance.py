@@ -1,4 +1,4 @@
-"""Masks that are not drawn entry by entry: the largest entries, and whole input features."""
+"""Masks other than the elementwise random one: by magnitude, by WANDA score, by whole input features."""
 
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
     """True for the `round((1 - drop_rate) * size)` entries of each leaf that are largest in magnitude.
 
     Args: delta: tree of floating arrays; drop_rate: Python float in [0, 1).
-    Returns: a tree of bool arrays of the same shapes. Of equal entries the first in index order are kept.
+    Returns: a tree of bool arrays of the same shapes. Ties keep the first in index order.
     Raises: ValueError for a drop_rate out of range.
-    Source: magnitude pruning as DAREx (arXiv:2410.09344) compares it: no rescaling, q = 1.
+    Source: the magnitude pruning baseline of DAREx (arXiv:2410.09344): no rescaling, q = 1.
     """
     keep_threshold(drop_rate)
 
@@ -47,10 +47,10 @@ def wanda_mask(
       input_norms: the L2 norms [in] of each input feature over calibration tokens, a tree or a dict by name;
         a leaf without norms (a bias, say) is compared by magnitude over the whole leaf.
       drop_rate: Python float in [0, 1); `round((1 - drop_rate) * n)` of n entries are kept.
-      group: what is compared with each other: a "row", as in WANDA, or the whole "matrix".
-    Returns: a tree of bool arrays. Of equal entries the first in index order are kept.
-    Raises: ValueError for a drop_rate out of range, or norms that fit no leaf.
-    Source: WANDA, arXiv:2306.11695, on deltas as DAREx (arXiv:2410.09344) has it: no rescaling, q = 1.
+      group: entries are ranked within a "row", as in WANDA, or within the whole "matrix".
+    Returns: a tree of bool arrays. Ties keep the first in index order.
+    Raises: ValueError for a drop_rate out of range, or norms that match no leaf.
+    Source: WANDA, arXiv:2306.11695, applied to deltas as in DAREx (arXiv:2410.09344): no rescaling, q = 1.
     """
     keep_threshold(drop_rate)
     if group not in ("row", "matrix"):
@@ -59,11 +59,11 @@ def wanda_mask(
     shapes = {name: shape_of(name, leaf) for name, leaf in flatten_names(delta).items()}
     for name, norm in norms.items():
         if name not in shapes:
-            raise DarexError(f"input_norms has '{name}', the delta has not.")
+            raise DarexError(f"input_norms has '{name}', which is not in the delta.")
         if len(shapes[name]) != 2 or jnp.shape(norm) != shapes[name][1:]:
             raise DarexError(
                 f"input_norms of '{name}' has shape {list(jnp.shape(norm))}; a weight of shape "
-                f"{list(shapes[name])} needs one norm an input feature."
+                f"{list(shapes[name])} needs one norm per input feature."
             )
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
@@ -81,11 +81,11 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
     """True for whole input features: one random subset of the last axis of each leaf.
 
     Args:
-      key: scalar typed Threefry key; a leaf's subset follows from it and the leaf's name.
+      key: scalar typed Threefry key; a leaf's subset depends on it and the leaf's name.
       tree: arrays or `jax.ShapeDtypeStruct`s, matrices as [out, in].
       drop_rate: Python float in [0, 1); `round((1 - drop_rate) * n)` of n features survive, at least one.
     Returns: a tree of bool arrays of the leaves' shapes; a vector's entries are its features.
-    Raises: ValueError for a drop_rate out of range, TypeError for another kind of key.
+    Raises: ValueError for a drop_rate out of range, TypeError for a key of another type.
     Source: structural pruning of DAREx, arXiv:2410.09344; survivors are divided by q as in DAREx-q.
     """
     keep_threshold(drop_rate)
@@ -103,7 +103,7 @@ def structured_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
 
 
 def kept_count(drop_rate: float, size: int) -> int:
-    """How many of so many entries are kept."""
+    """How many of `size` entries are kept at this drop rate."""
     return round((1.0 - float(drop_rate)) * size)
 
 
@@ -120,12 +120,12 @@ def _largest(scores: jax.Array, count: int) -> jax.Array:
 
 @jax.jit
 def _largest_bits(scores: jax.Array, count: Any) -> jax.Array:
-    """The mask of the `count` largest unsigned integers along the last axis; the first of equals.
+    """The mask of the `count` largest unsigned integers along the last axis; ties keep the first.
 
     Non-negative floats are ordered as their bits are, so the smallest score kept is found bit by bit:
-    as many passes that count, where a sort would take far longer and a copy of everything.
+    one counting pass per bit, where a sort would be far slower and need a copy.
 
-    Args: count: uint32, an argument of the program: another one compiles nothing anew.
+    Args: count: uint32, a traced argument, so that another count does not recompile.
     """
     dtype, width = scores.dtype, 8 * scores.dtype.itemsize
 
@@ -134,7 +134,7 @@ def _largest_bits(scores: jax.Array, count: Any) -> jax.Array:
         enough = jnp.sum(scores >= trial, axis=-1, keepdims=True, dtype=jnp.uint32) >= count
         return jnp.where(enough, trial, least)
 
-    # Zeros that vary over devices as the scores do, which a loop within shard_map asks for.
+    # Zeros that vary over devices as the scores do, as a loop within shard_map requires.
     least = lax.fori_loop(0, width, settle_bit, scores[..., :1] & jnp.zeros((), dtype))
     above, equal = scores > least, scores == least
     room = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.uint32)

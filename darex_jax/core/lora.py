@@ -1,13 +1,13 @@
-"""Low-rank adapters without a model: their names, their scales, and the delta that they amount to.
+"""LoRA adapters as trees, independent of a model: leaf names, scales, and the equivalent delta.
 
 An adapter is a nested dict with two float leaves for each weight [O, D] that it adapts, `q_proj.weight` say:
 `q_proj.lora_A.weight` [r, D] and `q_proj.lora_B.weight` [O, r], PEFT's own names without their prefix. The
 weight's delta is `scale * B @ A`, scale being alpha / r (Hu et al., arXiv:2106.09685) or alpha / sqrt(r)
 (rsLoRA; Kalajdzievski, arXiv:2312.03732).
 
-Both prunings of the merged model start here: `prune(key, adapter_delta(adapter, scales), drop_rate)` prunes
-the merged delta; `prune(key, adapter, drop_rate)` prunes A and B as the delta of an adapter of zeros, and
-`adapter_delta` of what is left is then merged.
+There are two ways to prune an adapter: `prune(key, adapter_delta(adapter, scales), drop_rate)` prunes
+the merged delta; `prune(key, adapter, drop_rate)` prunes A and B themselves, as a delta from an
+adapter of zeros, and `adapter_delta` of the result is merged.
 """
 
 import math
@@ -27,26 +27,25 @@ from darex_jax.core.tree import PyTree, flatten_names, unflatten_names, working_
 
 PLAIN = re.compile(r"[\w.]+", re.ASCII)
 MOST_PATTERNS = 256
-SHOWN = 20  # faults that one error lists
+SHOWN = 20  # most problems that one error lists
 FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers have an adapter, of what rank and scale; PEFT's rules for names.
+    """Which linear layers have an adapter, and its rank and scale; names follow PEFT's rules.
 
     Attributes:
       rank: r, at least 1.
       alpha: the numerator of the scale.
-      targets: names of layers, each whole or its last parts (`q_proj`); or one regular expression, a plain
-        string, that matches whole names. Expressions are RE2's, see `compile_pattern`.
+      targets: layer names, full or their last components (`q_proj`); or one regular expression, as a plain
+        string, that matches full names. Expressions are RE2's, see `compile_pattern`.
       rslora: the scale is alpha / sqrt(r) instead of alpha / r.
-      rank_pattern, alpha_pattern: {regular expression: rank or alpha} of layers with one of their own; the
-        expression matches a whole name or its last parts, and the first that does counts. What is made of
-        letters, digits, underscores and dots is a name, in which a dot is a dot; there may be any number of
-        those, and 256 others.
-    Raises: ValueError that names every rank under 1, alpha that is no finite number and pattern that is no
-      regular expression of RE2's.
+      rank_pattern, alpha_pattern: {regular expression: rank or alpha} overrides for some layers; the
+        expression matches a full name or its last components, and the first match wins. A pattern of letters,
+        digits, underscores and dots only is a literal name; there may be any number of those, and 256 others.
+    Raises: ValueError that names every rank below 1, every alpha that is not a finite number and every
+      pattern that is not a valid RE2 regular expression.
     """
 
     rank: int
@@ -104,23 +103,23 @@ class LoraConfig:
         return self._alpha_pattern.get(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def scales(self, adapter: PyTree) -> dict[str, float]:
-        """The scale of every layer that an adapter has, by the layer's name.
+        """The scale of every layer in an adapter, by the layer's name.
 
-        Raises: ValueError that names every layer whose rank is another in the adapter than here.
+        Raises: ValueError that names every layer whose rank in the adapter differs from this config.
         """
         factors = adapter_factors(adapter)
         wrong = [
-            f"'{name}' has rank {a.shape[0]}, its config says {self.rank_of(name)}"
+            f"'{name}' has rank {a.shape[0]}, the config {self.rank_of(name)}"
             for name, (a, _) in factors.items()
             if a.shape[0] != self.rank_of(name)
         ]
         if wrong:
-            raise DarexError(f"the adapter does not fit its config: {'; '.join(wrong)}.")
+            raise DarexError(f"the adapter does not match its config: {'; '.join(wrong)}.")
         return {name: self.scale_of(name) for name in factors}
 
 
 class _ByName:
-    """What PEFT finds by trying one pattern after the other: the value of the first that fits a name."""
+    """The value of the first pattern that matches a name, as PEFT looks it up."""
 
     def __init__(self, patterns: Mapping[str, Any]):
         self.values = list(patterns.values())
@@ -128,7 +127,7 @@ class _ByName:
         others = [(i, p) for i, p in enumerate(patterns) if p not in self.names]
         if len(others) > MOST_PATTERNS:
             raise DarexError(
-                f"{len(others)} regular expressions, at most {MOST_PATTERNS} are taken beside plain names"
+                f"{len(others)} regular expressions, at most {MOST_PATTERNS} are accepted beside plain names"
             )
         self.others = [(i, compile_pattern(rf"(.*\.)?({p})")) for i, p in others]
 
@@ -146,11 +145,12 @@ def is_factor(name: str) -> bool:
 def adapter_factors(adapter: PyTree) -> dict[str, tuple[Any, Any]]:
     """`{layer: (A, B)}` of an adapter, by the layer's name; A [r, D], B [O, r].
 
-    Raises: ValueError that names every leaf which is no A or B, has no partner or does not fit it.
+    Raises: ValueError that names every leaf which is not an A or B, has no partner or does not match its
+      shape.
     """
     named = flatten_names(adapter)
     layers = {name: _layer_of(name) for name in named}
-    wrong = [f"'{name}' is no factor of an adapter" for name, layer in layers.items() if layer is None]
+    wrong = [f"'{name}' is not a factor of an adapter" for name, layer in layers.items() if layer is None]
     factors = {}
     for layer in dict.fromkeys(layer for layer in layers.values() if layer is not None):
         a, b = (named.get(f"{layer}.{factor}") for factor in FACTORS)
@@ -161,20 +161,20 @@ def adapter_factors(adapter: PyTree) -> dict[str, tuple[Any, Any]]:
             wrong.append(f"'{layer}' has A {list(a.shape)} and B {list(b.shape)}, expected [r, in], [out, r]")
         factors[layer] = (a, b)
     if wrong:
-        raise DarexError(f"this is no adapter: {'; '.join(wrong)}.")
+        raise DarexError(f"this is not an adapter: {'; '.join(wrong)}.")
     return factors
 
 
 def adapter_delta(adapter: PyTree, scales: float | Mapping[str, float]) -> dict[str, Any]:
-    """What an adapter adds to the weights: `scale * B @ A` in float32, under the names of the weights.
+    """The delta that an adapter adds to the weights: `scale * B @ A` in float32, by weight name.
 
     `apply_delta(params, adapter_delta(adapter, scales))` merges.
 
     Args:
       adapter: nested dict of A [r, D] and B [O, r], any floating dtypes.
-      scales: one number, or one a layer: `LoraConfig.scales(adapter)`.
+      scales: one number, or one per layer: `LoraConfig.scales(adapter)`.
     Returns: nested dict `{layer: {"weight": [O, D]}}`.
-    Raises: ValueError for leaves that are no adapter's, or a layer without a scale.
+    Raises: ValueError for leaves that are not adapter factors, or a layer without a scale.
     Source: Hu et al., arXiv:2106.09685, section 4.1.
     """
     factors = adapter_factors(adapter)
@@ -185,7 +185,7 @@ def adapter_delta(adapter: PyTree, scales: float | Mapping[str, float]) -> dict[
 
 
 def scales_by_layer(scales: float | Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
-    """One scale a layer. Raises: ValueError that names the layers without one."""
+    """One scale per layer. Raises: ValueError that names the layers without one."""
     layers = list(layers)
     if not isinstance(scales, Mapping):
         return dict.fromkeys(layers, scales)
@@ -198,7 +198,7 @@ def scales_by_layer(scales: float | Mapping[str, float], layers: Iterable[str]) 
 def _product(b: Any, a: Any) -> jax.Array:
     b, a = jnp.asarray(b), jnp.asarray(a)
     dtype = working_dtype(b.dtype, a.dtype)
-    # At full precision, which accelerators do not take for float32 unless they are told.
+    # Accelerators multiply float32 at reduced precision by default.
     return jnp.matmul(b.astype(dtype), a.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -207,7 +207,7 @@ def _layer_of(name: str) -> str | None:
 
 
 def _endings(module: str) -> Iterator[str]:
-    """A name whole, and without its first parts."""
+    """The full name, then every suffix of its dotted components."""
     while module:
         yield module
         module = module.partition(".")[2]

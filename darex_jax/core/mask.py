@@ -1,11 +1,11 @@
-"""The random mask: which entries of a leaf survive. Settled for good; golden digests pin it.
+"""The random mask: which entries of a leaf survive. It never changes: golden digests in the tests pin it.
 
 The definition, with typed Threefry keys and `jax_threefry_partitionable=True`:
 
     jax.random.bits(leaf_key(key, name), shape, jnp.uint32) < round((1 - drop_rate) * 2**32)
 
-How the bits are computed is free as long as they are the same bits. Accelerators run that line. On a
-CPU the same bits come several times faster from Threefry written out (see `threefry.py`).
+Any computation that gives the same bits is allowed. Accelerators run that line; on a CPU the unrolled
+Threefry in `threefry.py` gives the same bits several times faster.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from darex_jax.core.threefry import keep_threshold, threefry2x32
 from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named, shape_of
 
-# The two lengths for which a stream's mask is compiled: tensors are covered with as few as possible.
+# The two chunk lengths for which a streamed mask is compiled: a tensor is covered with as few as possible.
 STREAM_CHUNKS = (1 << 20, 1 << 15)
 
 
@@ -33,7 +33,7 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
       tree: arrays or `jax.ShapeDtypeStruct`s; only names and shapes matter, the dtype does not.
       drop_rate: Python float in [0, 1).
     Returns: a tree of bool arrays of the same shapes, sharded like the leaves.
-    Raises: ValueError for a drop_rate out of range, TypeError for another kind of key.
+    Raises: ValueError for a drop_rate out of range, TypeError for a key of another type.
     Source: DARE, arXiv:2311.03099, section 3. Unlike published code, the rate is compared as a
       32-bit integer, so that the share of survivors does not depend on the leaf's dtype.
     """
@@ -42,7 +42,7 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
         shape, own_key = shape_of(name, leaf), keys[name]
-        if isinstance(own_key, jax.core.Tracer):  # part of the caller's program, whose options count
+        if isinstance(own_key, jax.core.Tracer):  # traced into the caller's program, whose options apply
             return _traced_survivors(own_key, shape, *threshold)
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         platform = next(iter(sharding.device_set)).platform if sharding else jax.default_backend()
@@ -52,7 +52,7 @@ def random_mask(key: jax.Array, tree: PyTree, drop_rate: float) -> PyTree:
 
 
 def traced_threshold(drop_rate: float) -> tuple[np.uint32, np.bool_]:
-    """The threshold as two values a compiled function takes: 2**32 (keep all) does not fit in 32 bits."""
+    """The threshold as two arguments of a compiled function: 2**32 (keep all) does not fit in 32 bits."""
     threshold = keep_threshold(drop_rate)
     return np.uint32(threshold & 0xFFFFFFFF), np.bool_(threshold == 2**32)
 
@@ -60,11 +60,11 @@ def traced_threshold(drop_rate: float) -> tuple[np.uint32, np.bool_]:
 def survivors(
     leaf_key: jax.Array, shape: tuple[int, ...], below: ArrayLike, all_kept: ArrayLike
 ) -> jax.Array:
-    """The mask of one leaf, bool[shape], inside a compiled function; it partitions under any sharding."""
+    """The mask of one leaf, bool[shape], for use inside jit; it partitions under any sharding."""
     return (_bits(leaf_key, shape) < below) | all_kept
 
 
-# In one piece also where the caller's program is not compiled: under a bare vmap or shard_map.
+# Jitted so that it is compiled as one unit also under vmap or shard_map without jit.
 _traced_survivors = jax.jit(survivors, static_argnums=1, inline=True)
 
 
@@ -73,7 +73,7 @@ def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: i
 
     Args:
       leaf_key_data: uint32[2], the data of the leaf's key.
-      length: any; it is computed in pieces of `STREAM_CHUNKS`.
+      length: any; computed in chunks of `STREAM_CHUNKS`.
       threshold: from `keep_threshold`.
     Returns: bool[length].
     """
@@ -93,7 +93,7 @@ def stream_mask(leaf_key_data: np.ndarray, start: int, length: int, threshold: i
 def survivor_chunks(
     leaf_key_data: np.ndarray, size: int, threshold: int, length: int = STREAM_CHUNKS[0]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """A flattened mask of `size` entries in stretches of `length`: its begin, the survivors' places in it.
+    """A flattened mask of `size` entries in chunks of `length`: `(start, survivors' indices in it)`.
 
     Args: leaf_key_data, threshold: as for `stream_mask`.
     """
@@ -109,16 +109,16 @@ def survivor_indices(leaf_key_data: np.ndarray, size: int, threshold: int) -> np
 
 @cache
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """What a mask is compiled with on a platform; it changes the speed and no bit.
+    """Compiler options for masks on a platform; they change the speed, not the bits.
 
-    On a CPU, vectors of 512 bits where XLA prefers 256: a fifth faster with AVX-512, no slower without.
+    On a CPU, 512-bit vectors where XLA prefers 256: a fifth faster with AVX-512, no slower without.
     """
     options = {"xla_cpu_prefer_vector_width": 512}
     if platform != "cpu":
         return None
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(np.uint32(0)).compile()
-    except Exception:  # a flag of XLA's, not of JAX's: a version may lack it, in a way that varies
+    except Exception:  # an XLA flag: versions without it fail in different ways
         return None
     return options
 
@@ -145,7 +145,7 @@ def _compiled_mask(shape: tuple[int, ...], sharding: Any, platform: str) -> Call
 
 
 def _bits(leaf_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    with jax.threefry_partitionable(True):  # part of the definition, whatever the caller's program says
+    with jax.threefry_partitionable(True):  # part of the definition, whatever the caller's setting
         if np.prod(shape, dtype=np.float64) >= 2**32:
             return jax.random.bits(leaf_key, shape, jnp.uint32)
         return lax.platform_dependent(
@@ -157,7 +157,7 @@ def _bits(leaf_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _written_out_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
-    for axis in reversed(range(len(shape))):  # one iota per axis: sharded axes stay where they are
+    for axis in reversed(range(len(shape))):  # one iota per axis, so that sharded axes stay sharded
         index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
         stride *= shape[axis]
     first, second = threefry2x32(key, jnp.zeros(shape, jnp.uint32), index)

@@ -1,4 +1,4 @@
-"""Which parameters are pruned: predicates on Hugging Face names. No array is looked at."""
+"""Which parameters are pruned: predicates on Hugging Face names. No array is read."""
 
 import re
 from collections import Counter
@@ -10,8 +10,8 @@ from darex_jax.core.errors import DarexError
 ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
-# Layers that belong to a task, so that one model may have them and the other not. A pooler counts for
-# the matching only: where both models have one it is part of the body.
+# Task-specific layers, which one model may have and the other not. A pooler is listed for the matching
+# only: if both models have one it is part of the body.
 HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
@@ -24,22 +24,21 @@ LONGEST_PATTERN = 10_000  # characters
 
 
 def compile_pattern(pattern: str) -> Any:
-    """A person's regular expression, with the methods `search`, `match` and `fullmatch` of Python's own.
+    """Compiles a user's regular expression; the result has `search`, `match` and `fullmatch` like `re`'s.
 
-    RE2 compiles it and takes time in proportion to the text, where Python's engine may run for ever; its
-    syntax is Perl's without look-around and back-references (github.com/google/re2/wiki/Syntax). A match has
-    no groups.
+    RE2 matches in linear time, where Python's engine may take exponential time; its syntax is Perl's without
+    look-around and back-references (github.com/google/re2/wiki/Syntax). A match has no groups.
 
-    Raises: ValueError, in one line, for a pattern that RE2 does not take.
+    Raises: ValueError, in one line, for a pattern that RE2 does not support.
     """
-    import re2  # here: only a person's patterns need it
+    import re2  # imported here: only user patterns need it
 
     options = re2.Options()
     options.log_errors, options.never_capture = False, True
     try:
         if len(pattern) > LONGEST_PATTERN:
-            raise re2.error(f"it has {len(pattern):,} characters, at most {LONGEST_PATTERN:,} are taken")
-        if count := re.search(r"\{\d*,?\d{9,}", pattern):  # which RE2 would take for plain text
+            raise re2.error(f"it has {len(pattern):,} characters, at most {LONGEST_PATTERN:,} are accepted")
+        if count := re.search(r"\{\d*,?\d{9,}", pattern):  # which RE2 would read as plain text
             raise re2.error(f"invalid repetition size: {count.group():.20}...")
         return re2.compile(pattern, options)
     except (re2.error, UnicodeEncodeError) as error:
@@ -53,8 +52,8 @@ def compile_pattern(pattern: str) -> Any:
 def family_scope(model_type: str | None, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Scope:
     """The default scope of a model (spec, section 4): True for the parameters that are pruned.
 
-    Encoders: everything but the task head. Decoders: `mlp` and `self_attn`. Of another family
-    `repeated_matrices`.
+    Encoders: everything but the task head. Decoders: `mlp` and `self_attn`. Other families:
+      `repeated_matrices`.
 
     Args: shapes: of the model's floating parameters by name.
     Raises: ValueError for another family without shapes.
@@ -68,15 +67,15 @@ def family_scope(model_type: str | None, shapes: Mapping[str, tuple[int, ...]] |
     known = ", ".join((*ENCODERS, *DECODERS))
     raise DarexError(
         f"no default scope for model_type {model_type!r} (known: {known}); "
-        "say what to prune with --include REGEX."
+        "choose the parameters to prune with --include REGEX."
     )
 
 
 def repeated_matrices(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
     """The matrices of a model's repeated blocks, whatever the model: linear layers, experts, convolutions.
 
-    They have two axes or more, a block's number in their name, and a twin in another block. Where no block
-    is repeated, all with a number, or else all matrices. Embeddings and the head never.
+    They have two axes or more, a block number in their name, and a counterpart in another block. If no block
+    is repeated: all with a number, or else all matrices. Embeddings and the head are excluded.
     """
     found = [
         name
@@ -95,7 +94,7 @@ def starred(name: str) -> str:
 
 
 def known_family(model_type: str | None) -> bool:
-    """Whether the family has a scope of its own."""
+    """Whether the family has its own default scope."""
     return model_type in ENCODERS + DECODERS
 
 
@@ -105,9 +104,9 @@ def choose_scope(
     exclude: Iterable[str] = (),
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Scope:
-    """The model's scope, see `family_scope`, overridden by patterns searched in the parameter's name.
+    """The model's scope (`family_scope`), overridden by patterns searched in the parameter's name.
 
-    `exclude` wins over `include`; `include` given, only what it matches is pruned.
+    `exclude` takes precedence over `include`; with `include`, only the parameters it matches are pruned.
     Raises: ValueError for a pattern that `compile_pattern` refuses.
     """
     included = [compile_pattern(pattern) for pattern in include]

@@ -1,8 +1,8 @@
-"""How a model lies on several devices: one mesh with two axes, and a rule on Hugging Face names.
+"""Sharding a model over several devices: a mesh with two axes, and partitioning rules by Hugging Face name.
 
-Each half of a layer is split so that it needs one sum over devices, at its end: the first matrix by its
-outputs, the second by its inputs (Shoeybi et al., arXiv:1909.08053). Everything of `core/` works entry by
-entry, so pruning needs no communication at all, under this rule or any other.
+Tensor parallelism as in Megatron-LM (Shoeybi et al., arXiv:1909.08053): the first matrix of a block is split
+by outputs, the second by inputs, so that each block ends in one all-reduce. Pruning is elementwise, so it
+needs no communication under these rules or any other.
 """
 
 import re
@@ -16,8 +16,8 @@ from darex_jax.core.tree import PyTree, map_named, shape_of
 
 DATA, MODEL = "data", "model"  # the mesh's axes: rows of a batch, parts of a matrix
 
-# The first pattern found in a name decides; what none matches (norms, the biases of row-parallel matrices,
-# position tables, a classifier) is on every device. Weights are [out, in], embeddings [vocabulary, features].
+# The first matching pattern decides; parameters that match none (norms, biases of row-parallel matrices,
+# position tables, a classifier) are replicated. Weights are [out, in], embeddings [vocabulary, features].
 RULES = tuple(
     (re.compile(pattern), spec)
     for pattern, spec in (
@@ -33,13 +33,13 @@ RULES = tuple(
 
 
 def make_mesh(data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes "data" and "model", which the compiler partitions along on its own.
+    """A mesh with the axes "data" and "model", with automatic partitioning.
 
     Args:
-      data: parts that a batch is split into.
-      model: parts that matrices are split into; None takes the devices that `data` leaves.
-      devices: None is all of them, those of other processes included.
-    Raises: ValueError if the parts are not as many as the devices.
+      data: number of shards of a batch.
+      model: number of shards of a matrix; None is the number of devices divided by `data`.
+      devices: None is all devices, those of other processes included.
+    Raises: ValueError if data * model is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     model = len(devices) // max(data, 1) if model is None else model
@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, model: int | None = None, devices: Sequence[jax.Dev
 
 
 def param_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Where the parameter of this name and shape lies; on every device where its length does not divide.
+    """The sharding of a parameter by name and shape; replicated if an axis length is not divisible.
 
     Args: mesh: with an axis "model", from `make_mesh`.
     """
@@ -65,12 +65,12 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
 
     Args:
       mesh: from `make_mesh`.
-      params: nested dict under Hugging Face names, of arrays or `jax.ShapeDtypeStruct`s.
+      params: nested dict by Hugging Face name, of arrays or `jax.ShapeDtypeStruct`s.
     Returns: a tree of `NamedSharding`s with the same names.
     """
     return map_named(lambda name, leaf: param_sharding(mesh, name, shape_of(name, leaf)), params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lies: its rows, the first axis, split along "data"."""
+    """The sharding of a batch: its first axis is split along "data"."""
     return NamedSharding(mesh, PartitionSpec(DATA))

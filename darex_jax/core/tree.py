@@ -1,8 +1,8 @@
-"""Names of leaves, and one PRNG key per leaf.
+"""Leaf names of PyTrees, and one PRNG key per leaf.
 
-A leaf's name is its path joined by dots. For a Hugging Face state dict, nested, that is the
+A leaf's name is its path joined by dots. For a nested Hugging Face state dict that is the
 Hugging Face name: `encoder.layer.0.output.dense.weight`. Flax's boxes around an array (`nnx.Variable`,
-`linen.Partitioned`) are no part of the path: a leaf of an `nnx.State` or of a module has the name that it has
+`linen.Partitioned`) are not part of the path: a leaf of an `nnx.State` or a module has the name that it has
 in `nnx.to_pure_dict`.
 """
 
@@ -22,7 +22,7 @@ PyTree = Any
 def flatten_names(tree: PyTree) -> dict[str, Any]:
     """`{name: leaf}` of any PyTree, in the tree's own leaf order.
 
-    Raises: ValueError that names both leaves if two have one name.
+    Raises: ValueError that names both leaves if two have the same name.
     """
     paths = _paths(tree)
     named = {_name(path): leaf for path, leaf in paths}
@@ -55,15 +55,15 @@ def unflatten_names(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """The union of nested dicts; of leaves with one name, the last tree's stays.
+    """The union of nested dicts; for leaves of the same name the last tree's is used.
 
-    Raises: ValueError if a leaf of one is a branch of another.
+    Raises: ValueError if a leaf of one tree is a branch of another.
     """
     return unflatten_names({name: leaf for tree in trees for name, leaf in flatten_names(tree).items()})
 
 
 def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function gets each leaf's name first."""
+    """`jax.tree.map` with the leaf's name as the function's first argument."""
     structure: Any = jax.tree.structure(tree, is_leaf=is_part)
     others = [structure.flatten_up_to(other) for other in rest]
     rows = zip(_paths(tree), *others, strict=True)
@@ -71,14 +71,14 @@ def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTr
 
 
 def is_part(node: Any) -> bool:
-    """Whether it is a part of a delta or a sum of parts (`darex_jax.parts`): a leaf, though it has leaves."""
+    """Whether the node is a part or a sum of parts (`darex_jax.parts`), which counts as one leaf."""
     return hasattr(node, "to_dense") and hasattr(node, "matmul")
 
 
 def as_array(name: str, leaf: Any) -> jax.Array:
-    """The leaf as JAX holds it, of parts the dense sum.
+    """The leaf as a JAX array; for parts, their dense sum.
 
-    Raises: ValueError that names a leaf which is no array.
+    Raises: ValueError that names a leaf which is not an array.
     """
     if is_part(leaf):
         return leaf.to_dense()
@@ -86,7 +86,7 @@ def as_array(name: str, leaf: Any) -> jax.Array:
         return jnp.asarray(leaf)
     except TypeError as error:
         raise DarexError(
-            f"'{name}' is a {type(leaf).__name__}, not an array; of an Equinox module take the arrays alone, "
+            f"'{name}' is a {type(leaf).__name__}, not an array; of an Equinox module pass the arrays alone, "
             "equinox.filter(module, equinox.is_array)."
         ) from error
 
@@ -97,7 +97,7 @@ def shape_of(name: str, leaf: Any) -> tuple[int, ...]:
 
 
 def working_dtype(*dtypes: Any) -> Any:
-    """What arithmetic on leaves of these dtypes is done in: float64 if one of them is, else float32."""
+    """The dtype of arithmetic on leaves of these dtypes: float64 if one of them is, else float32."""
     return np.float64 if np.float64 in dtypes else np.float32
 
 
@@ -106,7 +106,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _paths(tree: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    """Every leaf behind its path, without the steps into boxes."""
+    """`(path, leaf)` of every leaf, without the path components of Flax boxes."""
     found: list[tuple[tuple[Any, ...], Any]] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda node: _is_box(node) or is_part(node)
@@ -119,7 +119,7 @@ def _paths(tree: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _is_box(node: Any) -> bool:
-    # By name, so that whoever has no Flax modules does not wait for the import of Flax.
+    # Checked by name, so that Flax need not be imported.
     return any(
         kind.__module__.startswith("flax.") and kind.__name__ in ("Variable", "AxisMetadata")
         for kind in type(node).__mro__
@@ -127,13 +127,14 @@ def _is_box(node: Any) -> bool:
 
 
 def name_words(name: str) -> tuple[int, int]:
-    """The two uint32 that stand for a leaf's name: the first 8 bytes of its SHA-256, big-endian."""
+    """Hashes a leaf's name to two uint32: the first 8 bytes of its SHA-256, big-endian."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
 def check_key(key: jax.Array) -> None:
-    """Raises TypeError unless `key` is one typed Threefry key: the only kind a mask is defined for."""
+    """Raises TypeError unless `key` is a scalar typed Threefry key, the only kind that masks are defined
+    for."""
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"expected a typed key, jax.random.key(seed), got {type(key).__name__}.")
     if str(jax.random.key_impl(key)) != "threefry2x32":
@@ -146,7 +147,7 @@ def check_key(key: jax.Array) -> None:
 
 
 def leaf_key(key: jax.Array, name: str) -> jax.Array:
-    """The key of the leaf called `name`; neither its neighbours nor its place in the tree play a part."""
+    """The key of the leaf called `name`; it does not depend on other leaves or on the order of the tree."""
     check_key(key)
     first, second = name_words(name)
     return jax.random.fold_in(jax.random.fold_in(key, first), second)
@@ -155,7 +156,7 @@ def leaf_key(key: jax.Array, name: str) -> jax.Array:
 def stacked_leaf_keys(key: jax.Array, names: Iterable[str]) -> jax.Array:
     """`leaf_key` of every name, [N] in their order.
 
-    All at once: written out leaf by leaf, the keys of a large model are most of a program's instructions.
+    Vectorised: unrolled leaf by leaf, the keys of a large model would be most of a program's instructions.
     """
     check_key(key)
     words = np.array([name_words(name) for name in names], np.uint32).reshape(-1, 2)
