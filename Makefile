@@ -13,7 +13,7 @@ test: .venv/test lint
 
 # The quick tests with the oldest packages that pyproject.toml takes.
 test-oldest: $(OLDEST)/ready
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --oldest $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 
 QUICK := adamr artifact calibration delta format1 format2 mask orbax parts remote scope structure \
 	table tasks train

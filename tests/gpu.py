@@ -1,4 +1,4 @@
-"""What has to be seen on a GPU: `make test-gpu`. Not part of the suite; skipped where there is none.
+"""What has to be seen on a GPU: `make test-gpu`. Not part of the suite; without a GPU the run fails.
 
 Masks have the golden digests that every platform has, models' outputs are the CPU's, in float32 and bfloat16
 (where cuDNN's attention runs), decoding writes the same tokens, and pruning gives the same bits.
