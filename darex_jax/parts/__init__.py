@@ -1,1 +1,1 @@
-"""What a pruned parameter is made of: a sum of parts, each a small PyTree. Pure; no model, no file."""
+"""Compact representations of a pruned parameter: sums of parts, each a small PyTree. No model, no file."""

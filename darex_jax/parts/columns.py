@@ -1,4 +1,4 @@
-"""Whole input features: a thin dense matrix and a list of columns."""
+"""A part that keeps whole input features: column indices and a dense matrix of those columns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Columns:
 
     Attributes:
       values: [out, K].
-      columns: rising column numbers [K].
+      columns: increasing column indices [K].
       q: divisor, a scalar.
       shape: of the parameter, [out, in].
     Source: structural pruning of DAREx, arXiv:2410.09344.
@@ -49,7 +49,7 @@ class Columns:
         return self.values.read(None, rows, self.columns[None]) * reciprocal(self.q)
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
+        """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
         part, (out, width) = jax.tree.map(np.asarray, self), self.shape
         numbers, columns = part.numbers().reshape(-1), part.columns.astype(np.int64)
 
@@ -70,12 +70,12 @@ class Columns:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Columns:
-        """Raises: DarexError for what are no columns of this shape."""
+        """Raises: DarexError unless these are columns of a parameter of this shape."""
         columns = arrays.get("columns")
         if len(shape) != 2 or columns is None or columns.dtype.kind != "u":
-            raise DarexError("there are no columns, or this is no matrix")
+            raise DarexError("columns are missing, or the parameter is not a matrix")
         if columns.size and (int(columns[-1]) >= shape[1] or not (columns[1:] > columns[:-1]).all()):
-            raise DarexError("column numbers do not rise within the matrix")
+            raise DarexError("column indices are not increasing, or outside of the matrix")
         form = fields.get("values") or {}
         values = values_from(form, arrays, (shape[0], columns.size), *shape)
         return cls(values, columns, np.asarray(check_q(fields.get("q"))), shape)

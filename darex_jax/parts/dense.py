@@ -1,4 +1,4 @@
-"""Every entry."""
+"""A part that stores every entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_devic
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "q"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class Dense:
-    """`values / q`, all of them: what norms and biases often are.
+    """`values / q` for every entry, as often used for norms and biases.
 
     Attributes:
       values: [shape].
@@ -40,7 +40,7 @@ class Dense:
         return jnp.einsum("...D,OD->...O", x, self.to_dense())
 
     def chunks(self, length: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """For every so many entries in turn: all of them, float32."""
+        """Per chunk of `length` entries: all of them, float32."""
         part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
         flat = Values(part.values.numbers.reshape(-1), part.values.scales, part.values.bits, part.values.per)
         for start in range(0, size, length):
@@ -55,7 +55,7 @@ class Dense:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Dense:
-        """Raises: DarexError for what are not the values of this shape."""
+        """Raises: DarexError unless these are values of this shape."""
         width, size = shape[-1] if shape else 1, int(np.prod(shape, dtype=np.int64))
         values = values_from(fields.get("values") or {}, arrays, shape, size // width if width else 0, width)
         return cls(values, np.asarray(check_q(fields.get("q"))), shape)

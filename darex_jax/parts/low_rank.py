@@ -1,4 +1,4 @@
-"""Two thin factors."""
+"""A low-rank part: the product of two thin factors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LowRank:
         return int(np.shape(self.b.numbers)[0])
 
     def to_dense(self) -> jax.Array:
-        """float32 [out, in]; within rounding what `chunks` says, which sums in float64."""
+        """float32 [out, in]; equal within rounding to `chunks`, which sums in float64."""
         part = on_device(self)
         a, b = part.factors()
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -56,10 +56,10 @@ class LowRank:
         return a, self.b.read(None, rank[:, None], np.arange(self.shape[1])[None])
 
     def chunks(self, length: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """For every so many entries in turn: all of them, float32.
+        """Per chunk of `length` entries: all of them, float32.
 
-        Each is a sum in float64 of products of float32 numbers, rounded once. Of factors in bfloat16 or
-        integers such sums are exact but for magnitudes that are far apart: the same bits in any order.
+        Each is a sum in float64 of products of float32 numbers, rounded once. For factors in bfloat16 or
+        integers these sums are exact unless magnitudes are far apart, so the bits do not depend on the order.
         """
         part, (out, width) = jax.tree.map(np.asarray, self), self.shape
         a, b = (factor.astype(np.float64) for factor in part.factors())
@@ -79,10 +79,10 @@ class LowRank:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> LowRank:
-        """Raises: DarexError for what are no factors of this shape."""
+        """Raises: DarexError unless these are factors of a parameter of this shape."""
         rank = fields.get("rank")
         if len(shape) != 2 or type(rank) is not int or not 0 <= rank <= min(shape):
-            raise DarexError("the rank is no rank of this parameter")
+            raise DarexError("the rank is not an integer between 0 and the smaller side of the matrix")
         pairs = {"a": (shape[0], rank), "b": (rank, shape[1])}
         a, b = (
             values_from(

@@ -1,4 +1,4 @@
-"""A parameter of a batch whose rows belong to different deltas."""
+"""A parameter for batches whose rows use different deltas (multi-delta serving)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import Part, Parts
 from darex_jax.parts.values import Array, Shape, Values, reciprocal
 
-LARGE = 1 << 18  # entries of a dense part
+LARGE = 1 << 18  # entries; dense parts above it are processed row by row
 
 
 @partial(
@@ -30,13 +30,13 @@ LARGE = 1 << 18  # entries of a dense part
 )
 @dataclass(frozen=True)
 class Stack:
-    """One parameter's delta in each of several deltas, filled up to shapes that they share.
+    """The deltas of one parameter in several models, stacked and padded to common shapes.
 
     Attributes:
-      parts: of each kind one part, its arrays [M + 1, ...]: number 0 is zero, then come those that have it.
-      places: for each of `parts` int32 [N], where each of the N deltas stands in it.
+      parts: one part per kind, its arrays [M + 1, ...]: index 0 is zero, then the deltas that have this kind.
+      places: for each of `parts` int32 [N], the index of each of the N deltas in it.
       shape: of the parameter.
-      longest_row: as many entries as a row of a sparse part has at most.
+      longest_row: most entries in a row of a sparse part.
     """
 
     parts: tuple[Part, ...]
@@ -45,7 +45,7 @@ class Stack:
     longest_row: int = 0
 
     def delta(self, number: Array) -> jax.Array:
-        """The delta of this number, float32 [shape]; within rounding what its file restores."""
+        """The delta at this index, float32 [shape]; equal within rounding to what its file restores."""
         total = jnp.zeros(self.shape, jnp.float32)
         for part, places in zip(self.parts, self.places, strict=True):
             total = total + _at(part, places[number]).to_dense()
@@ -55,9 +55,9 @@ class Stack:
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "stack", "numbers"], meta_fields=[])
 @dataclass(frozen=True)
 class Mixed:
-    """`base + delta of numbers[i]` in row i of a batch: a leaf of a model's params in the place of an array.
+    """`base + delta numbers[i]` for row i of a batch: a params leaf that replaces an array.
 
-    Attributes: base: the parameter; stack: of its deltas; numbers: int32 [B].
+    Attributes: base: the parameter; stack: its deltas; numbers: int32 [B], the delta index of each row.
     """
 
     base: Any
@@ -69,18 +69,15 @@ class Mixed:
         return self.base.dtype
 
     def product(self, x: jax.Array) -> jax.Array:
-        """What the deltas add to `x @ base.T`: [B, ..., in] -> [B, ..., out], by each part's own product."""
-        if len(x) != len(self.numbers):
-            raise DarexError(
-                f"the batch has {len(x)} rows, its parameters are for {len(self.numbers)} deltas."
-            )
+        """The deltas' contribution to `x @ base.T`: [B, ..., in] -> [B, ..., out], by each part's matmul."""
+        self._check_rows(len(x))
         total = jnp.zeros((*x.shape[:-1], self.stack.shape[0]), jnp.float32)
         for part, places in self._stacked():
             total = total + _product(part, places, x)
         return total
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """What the deltas add to rows of the matrix: integers [B or 1, T] -> [B, T, in]."""
+        """The deltas' contribution to an embedding lookup: ids [B or 1, T] -> [B, T, in]."""
         if len(ids) > 1:
             self._check_rows(len(ids))
         ids = jnp.broadcast_to(ids, (len(self.numbers), ids.shape[1]))
@@ -90,7 +87,7 @@ class Mixed:
         return total
 
     def vectors(self) -> jax.Array:
-        """What the deltas add to a vector: float32 [B, length]."""
+        """The deltas of a vector parameter: float32 [B, length]."""
         total = jnp.zeros((len(self.numbers), *self.stack.shape), jnp.float32)
         for part, places in self._stacked():
             total = total + jax.vmap(lambda n, part=part: _at(part, n).to_dense())(places)
@@ -103,16 +100,16 @@ class Mixed:
             )
 
     def _stacked(self) -> list[tuple[Any, jax.Array]]:
-        """Each kind of part, and where the delta of each row stands in it."""
+        """Each stacked part with every row's index in it."""
         pairs = zip(self.stack.parts, self.stack.places, strict=True)
         return [(part, jnp.asarray(places)[self.numbers]) for part, places in pairs]
 
 
 def stack_parts(deltas: Sequence[Parts | None]) -> Stack:
-    """The deltas of one parameter together; None is zero. On the host.
+    """Stacks the deltas of one parameter, on the host; None is zero.
 
-    Numbers that stand for few bits are written out in float32; random masks and the divisors, too. Shapes are
-    rounded up, so that another delta as large as these needs no other program.
+    Quantised values are decoded to float32, random masks to indices, and divisors are multiplied in. Shapes
+    are rounded up, so that another delta of similar size does not recompile.
     """
     shape = next(d.shape for d in deltas if d is not None)
     groups: dict[tuple[Any, ...], dict[int, Any]] = defaultdict(dict)
@@ -136,7 +133,7 @@ def stack_parts(deltas: Sequence[Parts | None]) -> Stack:
 
 
 def rounded_up(count: int) -> int:
-    """The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most half again as much."""
+    """The smallest of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `count`: at most half more."""
     if count < 3:
         return count
     power = 1 << (count - 1).bit_length()
@@ -144,16 +141,16 @@ def rounded_up(count: int) -> int:
 
 
 def written_out(delta: Parts) -> Parts:
-    """The same parts on the host, the places of random masks written out.
+    """The same parts on the host, random masks replaced by stored indices.
 
-    Raises: DarexError for a random part that has more or fewer values than its mask survivors.
+    Raises: DarexError for a random part whose number of values differs from its mask's survivors.
     """
     host = delta.map(lambda part: jax.tree.map(np.asarray, part))
     return host.map(lambda part: part.located() if isinstance(part, Random) else part)
 
 
 def _canonical(delta: Parts) -> list[Any]:
-    """The parts with their places written out; of a vector all its entries."""
+    """The parts with masks as indices; a vector becomes one dense part."""
     host = written_out(delta).parts
     if len(delta.shape) == 2:
         return list(host)
@@ -165,7 +162,7 @@ def _canonical(delta: Parts) -> list[Any]:
 
 
 def _stacked(kind: str, parts: list[Any], shape: Shape) -> Part:
-    """Parts of one kind behind a zero, filled up to one size, and then to a rounded number of them."""
+    """Stacks parts of one kind after a zero entry, padded to one size and to a rounded count."""
 
     def all_of(arrays: list[np.ndarray], *sizes: int, fill: Any = 0) -> np.ndarray:
         together = np.full((1 + rounded_up(len(arrays)), *sizes), fill, arrays[0].dtype)
@@ -202,22 +199,22 @@ def _stacked(kind: str, parts: list[Any], shape: Shape) -> Part:
 
 
 def _at(part: Any, number: Array) -> Any:
-    """One of stacked parts."""
+    """The part at an index of a stacked part."""
     return jax.tree.map(lambda array: jnp.asarray(array)[number], part)
 
 
 def _product(part: Any, number: jax.Array, x: jax.Array) -> jax.Array:
-    """The products of x [B, ..., in] and the parts of these numbers [B]: [B, ..., out]."""
-    if isinstance(part, LowRank):  # with the axis of the batch in the products: half the time on a CPU
+    """Multiplies each row of x [B, ..., in] by the part at its index [B]: [B, ..., out]."""
+    if isinstance(part, LowRank):  # batched einsum: half the time of vmap on a CPU
         inner = jnp.einsum("B...D,BRD->B...R", x, jnp.asarray(part.b.numbers)[number])
         return jnp.einsum("B...R,BOR->B...O", inner, jnp.asarray(part.a.numbers)[number])
-    if isinstance(part, Dense) and np.prod(part.shape) > LARGE:  # not one for each row at once
+    if isinstance(part, Dense) and np.prod(part.shape) > LARGE:  # row by row, to save memory
         return jax.lax.map(lambda row: _at(part, row[0]).matmul(row[1]), (number, x))
     return jax.vmap(lambda n, x: _at(part, n).matmul(x))(number, x)
 
 
 def _rows(part: Any, number: jax.Array, ids: jax.Array, longest: int) -> jax.Array:
-    """Rows `ids` [B, T] of the parts of these numbers [B, 1], none of which is made whole: [B, T, in]."""
+    """Rows `ids` [B, T] of the parts at these indices [B, 1], without materialising any: [B, T, in]."""
     part, width = jax.tree.map(jnp.asarray, part), part.shape[-1]
     match part:
         case LowRank():
@@ -251,7 +248,7 @@ def _rows(part: Any, number: jax.Array, ids: jax.Array, longest: int) -> jax.Arr
 
 
 def _spread(columns: jax.Array, values: jax.Array, width: int) -> jax.Array:
-    """Values [B, T, K] at their columns, summed where two fall together: [B, T, width]."""
+    """Scatters values [B, T, K] to their columns, adding duplicates: [B, T, width]."""
     columns = jnp.broadcast_to(columns, values.shape)
     into = jnp.zeros((*values.shape[:-1], width), jnp.float32)
     b, t = jnp.ogrid[: values.shape[0], : values.shape[1]]
@@ -259,7 +256,7 @@ def _spread(columns: jax.Array, values: jax.Array, width: int) -> jax.Array:
 
 
 def _first(positions: jax.Array, number: jax.Array, target: jax.Array) -> jax.Array:
-    """How many of the rising `positions[number]` are below the target: a binary search, [B, T]."""
+    """How many of the increasing `positions[number]` are below the target, by binary search: [B, T]."""
     low = jnp.zeros(target.shape, jnp.int32)
     high = jnp.full(target.shape, positions.shape[1], jnp.int32)
     for _ in range(positions.shape[1].bit_length()):

@@ -1,4 +1,4 @@
-"""Survivors of a random mask: the mask follows from its key, so no place is stored."""
+"""The survivors of a random mask; the mask is recomputed from its key, so no indices are stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from darex_jax.core.threefry import keep_threshold, threefry2x32
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
 
-BLOCK = 1 << 19  # entries of the matrix that a product draws at a time
+BLOCK = 1 << 19  # entries of the mask that a matmul generates at a time
 
 
 @partial(
@@ -28,7 +28,7 @@ class Random:
     """`mask * values / q`: DARE and DAREx-q.
 
     Attributes:
-      values: the survivors [S] in index order, before they are divided.
+      values: the survivors [S] in index order, before the division by q.
       key: uint32[2], the data of the parameter's own key (`core.tree.leaf_key`).
       q: divisor, a scalar.
       drop_rate: of the mask; shape: of the parameter.
@@ -43,7 +43,7 @@ class Random:
     shape: Shape
 
     def to_dense(self) -> jax.Array:
-        """float32 [shape]; the mask is drawn anew."""
+        """float32 [shape]; the mask is recomputed."""
         part = on_device(self)
         leaf_key = jax.random.wrap_key_data(part.key, impl="threefry2x32")
         mask = survivors(leaf_key, self.shape, *traced_threshold(self.drop_rate)).reshape(-1)
@@ -51,14 +51,14 @@ class Random:
         return _spread(part, mask, jnp.int32(0), *cell(index, self.shape)).reshape(self.shape)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ dense.T`, [..., in] -> [..., out]; some rows of the matrix are drawn at a time.
+        """`x @ dense.T`, [..., in] -> [..., out]; the mask is generated a block of rows at a time.
 
-        For many products `located().matmul` draws the mask but once.
+        For many products use `located().matmul`, which generates the mask once.
         """
         part = on_device(self)
         (out, width), threshold = self.shape, np.uint32(min(keep_threshold(self.drop_rate), 2**32 - 1))
         if out * width >= 2**32 or self.drop_rate == 0.0:
-            raise DarexError("a product with a part this large or without a mask takes to_dense().")
+            raise DarexError("matmul needs a drop_rate above 0 and fewer than 2^32 entries: use to_dense().")
         rows = min(out, max(1, BLOCK // width))
         index = jnp.arange(rows * width, dtype=jnp.uint32)
 
@@ -75,9 +75,9 @@ class Random:
         return jnp.moveaxis(products.reshape(-1, *x.shape[:-1])[:out], 0, -1)
 
     def located(self) -> Sparse:
-        """The same part with its places written out; on the host.
+        """The same part with stored indices; on the host.
 
-        Raises: DarexError unless there are as many values as the mask has survivors.
+        Raises: DarexError unless the number of values is the mask's number of survivors.
         """
         size = int(np.prod(self.shape, dtype=np.int64))
         positions = survivor_indices(np.asarray(self.key), size, keep_threshold(self.drop_rate))
@@ -87,7 +87,7 @@ class Random:
         return Sparse(self.values, positions.astype(dtype), self.q, self.shape)
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
+        """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
         part, size, used = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64)), 0
         for start, kept in survivor_chunks(part.key, size, keep_threshold(self.drop_rate), length):
             places = np.arange(used, used + len(kept))
@@ -109,13 +109,13 @@ class Random:
     def read(
         cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape, key: np.ndarray
     ) -> Random:
-        """Args: key: uint32[2]. Raises: DarexError for what is no random part of this shape.
+        """Args: key: uint32[2]. Raises: DarexError unless this is a random part of this shape.
 
-        That there are as many values as survivors is seen by `chunks`, which draws the mask.
+        `chunks`, which generates the mask, checks the number of values.
         """
         rate: Any = fields.get("drop_rate")
         if type(rate) not in (int, float):
-            raise DarexError("drop_rate is no number")
+            raise DarexError("drop_rate is not a number")
         keep_threshold(rate)
         form = fields.get("values") or {}
         count = max((x.size for name, x in arrays.items() if name != "scales"), default=0)
@@ -125,6 +125,6 @@ class Random:
 
 
 def _spread(part: Random, mask: jax.Array, used: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """The values where the flat mask is True, from number `used` on, zero elsewhere."""
+    """Scatters the values, from index `used` on, to where the flat mask is True; zero elsewhere."""
     place = jnp.maximum(used + jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
     return jnp.where(mask, part.values.read(place, rows, columns) * reciprocal(part.q), 0.0)

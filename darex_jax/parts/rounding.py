@@ -1,4 +1,4 @@
-"""Parts whose values are floats, with values in few bits."""
+"""Quantises the values of parts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from darex_jax.parts.values import Values, quantise
 
 
 def rounded(parts: Parts, bits: int | None, dtype: Any = jnp.bfloat16) -> Parts:
-    """The same sum in few bits, with one scale for each part and for each rank of a factor.
+    """Quantises a sum of parts, with one scale per part and, for factors, one per rank.
 
-    Args: bits: 8, 4, 2 or 1; None rounds floats to `dtype`. dtype: of floats and of scales.
+    Args: bits: 8, 4, 2 or 1; None casts to `dtype`. dtype: of floats and of scales.
     """
     return parts.map(partial(rounded_part, bits=bits, dtype=dtype))
 
 
 def rounded_part(part: Any, bits: int | None, dtype: Any = jnp.bfloat16) -> Any:
     """`rounded` of one part."""
-    found = {name: _rounded(name, values.numbers, bits, dtype) for name, values in values_of(part).items()}
-    return replace(part, **found)
+    fields = {name: _rounded(name, values.numbers, bits, dtype) for name, values in values_of(part).items()}
+    return replace(part, **fields)
 
 
 def _rounded(name: str, numbers: Any, bits: int | None, dtype: Any) -> Values:

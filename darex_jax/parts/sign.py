@@ -1,4 +1,4 @@
-"""The sign of every entry, and scales."""
+"""A part that stores the sign of every entry, and scales."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from darex_jax.core.errors import DarexError
 from darex_jax.parts.values import Array, Shape, cell, check_q, on_device, reciprocal
 
-BLOCK = 1 << 19  # entries of the matrix that a product unpacks at a time
+BLOCK = 1 << 19  # entries that a matmul unpacks at a time
 SignPer = Literal["matrix", "row", "column"]
 
 
@@ -50,26 +50,26 @@ class Sign:
         return jnp.where(plus, scale, -scale)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ dense.T`, [..., in] -> [..., out]; some rows of the matrix are unpacked at a time."""
+        """`x @ dense.T`, [..., in] -> [..., out]; unpacked a block of rows at a time."""
         part, (out, width) = on_device(self), self.shape
-        whole = 8 // np.gcd(width, 8)  # so many rows are a whole number of bytes
+        whole = 8 // np.gcd(width, 8)  # number of rows that fill whole bytes
         rows = int(min(-(-out // whole), max(1, BLOCK // (width * whole))) * whole)
         blocks = -(-out // rows)
         padded = jnp.pad(part.packed, (0, blocks * rows * width // 8 - len(part.packed)))
         scale = part.scales.astype(jnp.float32) * reciprocal(part.q)
         scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        y = x * scale if self.per == "column" else x
+        inputs = x * scale if self.per == "column" else x
 
         def block(packed: jax.Array) -> jax.Array:
             sign = jnp.where(_unpacked(packed), 1.0, -1.0).reshape(rows, width)
-            return jnp.einsum("...D,OD->O...", y, sign)
+            return jnp.einsum("...D,OD->O...", inputs, sign)
 
         products = jax.lax.map(block, padded.reshape(blocks, -1)).reshape(-1, *x.shape[:-1])[:out]
-        found = jnp.moveaxis(products, 0, -1)
-        return found if self.per == "column" else found * scale
+        y = jnp.moveaxis(products, 0, -1)
+        return y if self.per == "column" else y * scale
 
     def chunks(self, length: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """For every so many entries in turn: all of them, float32."""
+        """Per chunk of `length` entries: all of them, float32."""
         part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
         for start in range(0, size, length):
             stop = min(start + length, size)
@@ -90,14 +90,14 @@ class Sign:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Sign:
-        """Raises: DarexError for what are no signs of this shape."""
+        """Raises: DarexError unless these are signs of a parameter of this shape."""
         packed, scales, per = arrays.get("signs"), arrays.get("scales"), fields.get("per")
         size, width = int(np.prod(shape, dtype=np.int64)), shape[-1] if shape else 1
         if packed is None or packed.dtype != np.uint8 or packed.size != -(-size // 8):
-            raise DarexError("there is not one sign for every entry")
+            raise DarexError("the number of signs is not the number of entries")
         groups = {"matrix": 1, "row": size // width if width else 0, "column": width}
         if per not in groups or scales is None or scales.dtype.kind not in "fV" or scales.size != groups[per]:
-            raise DarexError("the scales are not those of signs")
+            raise DarexError("the scales are missing, or their number does not match")
         return cls(packed, scales, np.asarray(check_q(fields.get("q"))), per, shape)
 
 

@@ -1,4 +1,4 @@
-"""Survivors whose places are stored: the largest entries, say."""
+"""A sparse part: survivors with stored indices, the largest entries for example."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from darex_jax.core.errors import DarexError
 from darex_jax.parts.values import Array, Shape, Values, cell, check_q, on_device, reciprocal, values_from
 
-PRODUCTS = 1 << 21  # of an input and a value that are held at a time: more do not fit in a cache
-BLOCKS = 8  # that a matrix is made in
+PRODUCTS = 1 << 21  # products held at a time, so that they fit in the cache
+BLOCKS = 8  # row blocks that the matrix is materialised in
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "positions", "q"], meta_fields=["shape"])
@@ -25,7 +25,7 @@ class Sparse:
 
     Attributes:
       values: [S].
-      positions: rising flat indices [S], integers of any width.
+      positions: increasing flat indices [S], integers of any width.
       q: divisor, a scalar.
       shape: of the parameter.
     """
@@ -47,8 +47,8 @@ class Sparse:
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ dense.T`, [..., in] -> [..., out].
 
-        Of few inputs for what is stored a gather and a sum by rows of the matrix; of many an eighth of the
-        matrix is made at a time.
+        For few inputs relative to the stored entries, a gather and a segment sum; for many, an eighth of the
+        matrix is materialised at a time.
         """
         part, (out, width) = on_device(self), self.shape
         numbers, flat = part.numbers(), x.reshape(-1, width)
@@ -56,11 +56,11 @@ class Sparse:
         return by(part.positions, numbers, flat, out).reshape(*x.shape[:-1], out)
 
     def numbers(self) -> Array:
-        """What stands at `positions`, float32 [S]."""
+        """The entries at `positions`, float32 [S]."""
         return self.values.read(None, *cell(self.positions, self.shape)) * reciprocal(self.q)
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For every so many entries in turn: which of them are not zero, and their float32 numbers."""
+        """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
         part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
         numbers = part.numbers()
         for start in range(0, size, length):
@@ -75,12 +75,12 @@ class Sparse:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape) -> Sparse:
-        """Raises: DarexError for what is no sparse part of this shape."""
+        """Raises: DarexError unless this is a sparse part of this shape."""
         positions, size = arrays.get("positions"), int(np.prod(shape, dtype=np.int64))
         if positions is None or positions.dtype.kind != "u":
-            raise DarexError("there are no positions")
+            raise DarexError("positions are missing")
         if positions.size and (int(positions[-1]) >= size or not (positions[1:] > positions[:-1]).all()):
-            raise DarexError("positions do not rise within the parameter")
+            raise DarexError("positions are not increasing, or outside of the parameter")
         width = shape[-1] if shape else 1
         rows = size // width if width else 0
         values = values_from(fields.get("values") or {}, arrays, positions.shape, rows, width)
@@ -104,7 +104,7 @@ def _by_blocks(positions: jax.Array, numbers: jax.Array, x: jax.Array, out: int)
 
     def block(first: jax.Array) -> jax.Array:
         place = positions - first.astype(positions.dtype) * np.asarray(width, positions.dtype)
-        # Places before the block wrap around to large numbers, and are dropped like those behind it.
+        # Positions before the block wrap around to large numbers, and are dropped like those after it.
         flat = jnp.zeros(rows * width, jnp.float32).at[place].set(numbers, mode="drop", unique_indices=True)
         return jnp.einsum("ND,OD->ON", x, flat.reshape(rows, width))
 

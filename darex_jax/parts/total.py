@@ -1,4 +1,4 @@
-"""A parameter's delta: the sum of its parts."""
+"""The delta of one parameter as a sum of parts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ PARTS = {part.kind: part for part in (Random, Sparse, Columns, LowRank, Sign, De
 
 
 def values_of(part: Part) -> dict[str, Values]:
-    """The `Values` of a part by the names of its fields; a part of signs has none."""
+    """The `Values` of a part by field name; a `Sign` has none."""
     return {f.name: x for f in fields(part) if isinstance(x := getattr(part, f.name), Values)}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class Parts:
-    """`parts[0] + parts[1] + ...`, in float32 and in this order; none is zero.
+    """`parts[0] + parts[1] + ...`, in float32 and in this order; an empty sum is zero.
 
-    A leaf of a delta: `apply_delta` takes it as it takes an array.
+    A leaf of a delta, which `apply_delta` accepts in place of an array.
 
     Attributes: parts: of one parameter; shape: its shape.
     """
@@ -42,7 +42,7 @@ class Parts:
     shape: Shape
 
     def map(self, function: Callable[[Any], Part]) -> Parts:
-        """The sum of what `function` makes of each part."""
+        """Applies `function` to each part."""
         return Parts(tuple(map(function, self.parts)), self.shape)
 
     def to_dense(self) -> jax.Array:
@@ -53,16 +53,16 @@ class Parts:
         return total
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ to_dense().T`, [..., in] -> [..., out], by each part's own product."""
+        """`x @ to_dense().T`, [..., in] -> [..., out], by each part's own matmul."""
         total = jnp.zeros((*x.shape[:-1], self.shape[0]), jnp.float32)
         for part in self.parts:
             total = total + part.matmul(x)
         return total
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
-        """For every so many entries in turn: which of them may be other than zero, and their float32 numbers.
+        """Per chunk of `length` entries: the indices of those that may be nonzero, and their float32 values.
 
-        On the host, and the definition of the bits: what a file restores is this, whatever reads it.
+        On the host. This defines the bits that restoring a file gives.
         """
         size = int(np.prod(self.shape, dtype=np.int64))
         if len(self.parts) == 1:
@@ -75,5 +75,5 @@ class Parts:
                 index, numbers = next(stream)
                 total[index] += numbers
             yield slice(None), total
-        for stream in streams:  # what a part still has to say at its end
+        for stream in streams:  # run each part's checks at its end
             next(stream, None)

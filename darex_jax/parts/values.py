@@ -1,4 +1,4 @@
-"""The numbers of a part: raw floats, or integers of a few bits times scales."""
+"""The values of a part: floats, or quantised integers with scales."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 
-Array = Any  # a NumPy or a JAX array: both are read alike
+Array = Any  # a NumPy or a JAX array
 BITS = (8, 4, 2, 1)
 Per = Literal["matrix", "row", "column"] | int
 Shape = tuple[int, ...]
-FITS = 8  # rounds of choosing the integers for a scale and the scale for the integers
+FITS = 8  # alternating least-squares iterations of integers and scales
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["numbers", "scales"], meta_fields=["bits", "per"])
 @dataclass(frozen=True)
 class Values:
-    """`scale * integer` for every value, or the value itself.
+    """Values stored as `scale * integer`, or as floats.
 
     Attributes:
       numbers: any shape; floats of any dtype, or int8 with `bits`.
-      scales: floats [groups], one for each group of integers; None beside floats.
-      bits: 8, 4, 2 (integers from -(2^(bits-1) - 1) to its opposite) or 1 (-1 and 1); None for floats.
-      per: what shares a scale: the "matrix", a "row" or a "column" of the parameter, or so many values that
-        follow each other.
+      scales: floats [groups], one for each group of integers; None for floats.
+      bits: 8, 4, 2 (integers of magnitude up to 2^(bits-1) - 1) or 1 (-1 and 1); None for floats.
+      per: the group that shares a scale: the "matrix", a "row" or a "column" of the parameter, or this many
+        consecutive values.
     """
 
     numbers: Array
@@ -42,10 +42,10 @@ class Values:
         return int(np.prod(np.shape(self.numbers), dtype=np.int64))
 
     def read(self, places: Array = None, rows: Array = None, columns: Array = None) -> Array:
-        """All values in float32, or of flat ones those at `places`: one multiplication each, or none.
+        """All values in float32, or those at flat indices `places`; at most one multiplication each.
 
-        Args: rows, columns: where in the parameter these values lie, integers that broadcast against them;
-          needed for scales per row or per column.
+        Args: rows, columns: the values' row and column indices in the parameter, which broadcast against
+          them; needed for scales per row or per column.
         """
         numbers = self.numbers if places is None else self.numbers[places]
         if self.bits is None:
@@ -62,11 +62,11 @@ class Values:
         return numbers.astype(np.float32) * scale.astype(np.float32)
 
     def fields(self) -> dict[str, Any]:
-        """What a file says of them beside their arrays; {} for floats."""
+        """The metadata that a file stores; {} for floats."""
         return {} if self.bits is None else {"bits": self.bits, "per": self.per}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a file holds of them, flat: `values`, or `int8`, `int4`, ... and `scales`."""
+        """The flat arrays that a file stores: `values`, or `int8`, `int4`, ... and `scales`."""
         if self.bits is None:
             return {"values": np.asarray(self.numbers).reshape(-1)}
         return {
@@ -78,10 +78,10 @@ class Values:
 def values_from(
     fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: Shape, rows: int, columns: int
 ) -> Values:
-    """The inverse of `fields` and `arrays`, which may be anybody's.
+    """The inverse of `fields` and `arrays`, which may come from an untrusted file.
 
-    Args: shape: of the values; rows, columns: how many scales there are per row or per column.
-    Raises: DarexError unless they are values of that shape.
+    Args: shape: of the values; rows, columns: numbers of scales if they are per row or per column.
+    Raises: DarexError unless they are valid values of that shape.
     """
     size = int(np.prod(shape, dtype=np.int64))
     if not fields:
@@ -90,10 +90,10 @@ def values_from(
             raise DarexError(f"expected {size} floating values")
         return Values(numbers.reshape(shape))
     if not isinstance(fields, Mapping):
-        raise DarexError("the form of values is no table")
+        raise DarexError("the metadata of the values is not an object")
     bits, per = fields.get("bits"), fields.get("per")
     if bits not in BITS or not (per in ("matrix", "row", "column") or (type(per) is int and per > 0)):
-        raise DarexError("unknown bits or scales of values")
+        raise DarexError("unknown bits or scale groups of values")
     numbers, scales = arrays.get(f"int{bits}"), arrays.get("scales")
     groups = -(-size // per) if isinstance(per, int) else {"matrix": 1, "row": rows, "column": columns}[per]
     if numbers is None or numbers.dtype != np.int8 or numbers.size != size:
@@ -102,7 +102,7 @@ def values_from(
         raise DarexError(f"expected {groups} scales")
     most = largest_integer(bits)
     if size and (numbers.max() > most or numbers.min() < -most or (bits == 1 and not numbers.all())):
-        raise DarexError(f"an integer that {bits} bits do not hold")
+        raise DarexError(f"an integer does not fit in {bits} bits")
     return Values(numbers.reshape(shape), scales, bits, per)
 
 
@@ -120,20 +120,20 @@ def quantise(
     shape: tuple[int, int] | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> Values:
-    """Values near `numbers` in the sense of least squares.
+    """Quantises `numbers` by least squares.
 
-    One bit: the sign (+ for 0) and the mean magnitude, which is the best scale for it. More: the nearest
-    integers for a scale and the best scale for these integers, in turn.
+    One bit: the sign (+ for 0) and the mean magnitude, which is the optimal scale. More bits: nearest
+    integers and optimal scales, alternately.
 
     Args:
       numbers: floats, any shape.
-      bits: None rounds them to `dtype` and no further.
+      bits: None casts to `dtype` only.
       per, rows, columns: as in `Values`; rows and columns broadcast against `numbers`.
       shape: [rows, columns] of the parameter, for scales per row or per column.
       dtype: of the scales.
     Raises: DarexError for other bits.
     """
-    # What is at hand is padded and cut by NumPy: JAX would compile that for every size.
+    # Concrete arrays are padded and sliced by NumPy: JAX would compile that for every size.
     traced = any(isinstance(x, jax.core.Tracer) for x in (numbers, rows, columns))
     xp: Any = jnp if traced else np
     x = xp.asarray(numbers)
@@ -148,7 +148,7 @@ def quantise(
     else:
         group = xp.broadcast_to(xp.asarray(rows if per == "row" else columns, np.int32), x.shape)
         groups = (shape or x.shape)[0 if per == "row" else 1]
-    # Filled up to a power of two, with a group of its own: of few sizes few programs are compiled.
+    # Padded to a power of two, with a separate group, so that few programs are compiled.
     more = (1 << max(0, x.size - 1).bit_length()) - x.size
     filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
     of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
@@ -179,7 +179,7 @@ def _fit(x: jax.Array, group: jax.Array, groups: int, bits: int) -> tuple[jax.Ar
         return ratio(total(integers * x), total(integers * integers), scales)
 
     largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), group, groups), 0.0)
-    # With few bits and a long tail the largest magnitude is too large a step to begin with.
+    # With few bits and a long tail the largest magnitude would be too large an initial step.
     start = jnp.minimum(largest, 3.0 * jnp.sqrt(ratio(total(x * x), count, 0.0))) / most
     scales = jax.lax.fori_loop(0, FITS, refit, largest / most if bits == 8 else start)
     integers = nearest(scales)
@@ -187,17 +187,17 @@ def _fit(x: jax.Array, group: jax.Array, groups: int, bits: int) -> tuple[jax.Ar
 
 
 def on_device(part: Any) -> Any:
-    """A part whose arrays are JAX's, so that it can be read inside a compiled function."""
+    """The part with JAX arrays, so that it can be indexed inside jit."""
     return jax.tree.map(jnp.asarray, part)
 
 
 def reciprocal(q: Array) -> Array:
-    """1/q in float32, what values are multiplied by."""
+    """1/q in float32, by which values are multiplied."""
     return np.float32(1) / q.astype(np.float32)
 
 
 def cell(index: Array, shape: Shape) -> tuple[Array, Array]:
-    """Row and column of flat indices in a matrix; of a vector, row 0."""
+    """Row and column of flat indices in a matrix; in a vector the row is 0."""
     width = shape[-1] if shape else 1
     return index // width, index % width
 
@@ -205,5 +205,5 @@ def cell(index: Array, shape: Shape) -> tuple[Array, Array]:
 def check_q(q: Any) -> np.float32:
     """A divisor as float32. Raises: DarexError unless it and its reciprocal are positive normal numbers."""
     if type(q) not in (int, float) or not 2.0**-126 <= q <= 2.0**126:
-        raise DarexError("q is no positive number that float32 holds")
+        raise DarexError("q is not a positive number that float32 can represent")
     return np.float32(q)
