@@ -118,7 +118,7 @@ def test_the_closed_form_at_its_edges():
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(ValueError, match=r"one shape, got \(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"same shape, got \(2,\) and \(3,\)"):
         dx.analytic_q([1, 2], [1, 2, 3], 0.9, 0.4)
     for wrong in ((1.0, 0.4), (0.0, 0.4), (-0.5, 0.4), (0.9, 0.0), (0.9, -0.4)):
         with pytest.raises(ValueError, match=r"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got "):
@@ -126,11 +126,11 @@ def test_wrong_arguments_are_explained():
     for prob in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got "):
             dx.analytic_q([1], [1], 0.9, 0.4, prob)
-    with pytest.raises(ValueError, match="energies finite and at least 0"):
+    with pytest.raises(ValueError, match="energies finite and non-negative"):
         dx.analytic_q([1], [-1], 0.9, 0.4)
     with pytest.raises(ValueError, match="rule is 'exact' or 'published', got 'scan'"):
         dx.analytic_q([1], [1], 0.9, 0.4, rule="scan")
     with pytest.raises(ValueError, match=r"drop_rate is a probability in \[0, 1\), got 1\.0"):
         dx.closed_form_q([1], [1], 1.0)
-    with pytest.raises(ValueError, match="are finite and at least 0"):
+    with pytest.raises(ValueError, match="must be finite and non-negative"):
         dx.closed_form_q([math.inf], [1], 0.5)

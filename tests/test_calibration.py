@@ -207,7 +207,7 @@ def test_layers_have_the_mean_of_their_rows_and_others_the_mean_of_layers():
     )
     assert q == {"a.bias": 0.2, "c.weight": pytest.approx(0.3), "norm.weight": pytest.approx(0.3)}
     for nothing in ({}, {"a": np.inf}):
-        with pytest.raises(ValueError, match="nothing to spread"):
+        with pytest.raises(ValueError, match="no layer has a finite q"):
             spread_q(nothing, ["a"])
 
 

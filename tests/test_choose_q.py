@@ -364,7 +364,7 @@ def test_two_points_give_the_minimum_of_a_linear_model():
         (1.0, 1.0, 1.0),
         (1.0, 1.0, 0.5, 0.0),
     ):
-        with pytest.raises(ValueError, match=r"errors are finite|need 0 <= drop_rate"):
+        with pytest.raises(ValueError, match=r"errors must be finite|need 0 <= drop_rate"):
             two_point_q(*wrong)
 
 

@@ -56,5 +56,5 @@ def test_q_of_rows_is_also_computed_within_a_program():
             np.testing.assert_allclose(half(traced), expected, rtol=1e-5)
         slope = jax.grad(lambda e, find=find: find(e, squares).sum())(energies)
         assert np.isfinite(slope).all()
-    with pytest.raises(ValueError, match="'published' emulates a scan on the host"):
+    with pytest.raises(ValueError, match="'published' runs on the host"):
         jax.jit(lambda s: dx.analytic_q(s, s, 0.9, 0.4, rule="published"))(squares)

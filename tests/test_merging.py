@@ -137,18 +137,21 @@ def test_della_drops_as_often_as_it_says_and_keeps_the_mean():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"method": "slerp"}, "'slerp' is no way to merge: linear, ties"),
-        ({"method": "ties"}, "ties has to know drop_rate"),
-        ({"method": "dare-ties", "drop_rate": 0.5}, "dare-ties has to know key"),
-        ({"method": "linear", "drop_rate": 0.5}, "linear takes no drop_rate"),
-        ({"method": "linear", "weights": [1.0]}, "3 deltas have as many weights, got 1"),
-        ({"method": "breadcrumbs", "drop_rate": 0.5, "outliers": 0.6}, "outliers are part of the drop rate"),
+        ({"method": "slerp"}, "'slerp' is not a merging method; choose from linear, ties"),
+        ({"method": "ties"}, "ties requires drop_rate"),
+        ({"method": "dare-ties", "drop_rate": 0.5}, "dare-ties requires key"),
+        ({"method": "linear", "drop_rate": 0.5}, "linear does not accept drop_rate"),
+        ({"method": "linear", "weights": [1.0]}, "3 deltas need 3 weights, got 1"),
+        (
+            {"method": "breadcrumbs", "drop_rate": 0.5, "outliers": 0.6},
+            "outliers must lie between 0 and the drop rate",
+        ),
         ({"method": "della", "drop_rate": 0.95, "key": KEY, "window": 0.2}, "leave \\[0, 1\\)"),
         ({"method": "della", "drop_rate": 0.5, "key": KEY, "q": 0.0}, "must be positive, got 0.0"),
-        ({"method": "dare-linear", "drop_rate": 0.5, "key": KEY, "q": [0.1]}, "one q or as many, got 1"),
+        ({"method": "dare-linear", "drop_rate": 0.5, "key": KEY, "q": [0.1]}, "one q or 3, got 1"),
     ],
 )
-def test_what_does_not_fit_is_said(arguments, text):
+def test_invalid_arguments_are_explained(arguments, text):
     with pytest.raises(ValueError, match=text):
         dx.merge(trees(), **arguments)
 
@@ -156,7 +159,7 @@ def test_what_does_not_fit_is_said(arguments, text):
 def test_deltas_of_other_names_or_shapes_are_refused():
     with pytest.raises(ValueError, match=r"'layer.bias' is only in the first delta"):
         dx.merge([trees()[0], {NAME: DELTAS[1]}], "linear")
-    with pytest.raises(ValueError, match="no deltas"):
+    with pytest.raises(ValueError, match="at least one delta, got none"):
         dx.merge([], "linear")
 
 

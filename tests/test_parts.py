@@ -312,7 +312,7 @@ def test_leafwise_methods_take_leaves_alone(name):
 
 
 def test_signs_do_not_fit_every_budget():
-    with pytest.raises(DarexError, match=r"0\.125 bytes a parameter"):
+    with pytest.raises(DarexError, match=r"0\.125 bytes per parameter"):
         run("sign", Budget(bytes_per_parameter=0.1))
 
 

@@ -1,4 +1,4 @@
-"""Merging deltas: what of each takes part, and how the parts are put together."""
+"""Merging deltas: each is sparsified, then they are summed or averaged under elected signs."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ from darex_jax.merging.table import MERGES
 def merge(
     deltas: Sequence[PyTree], method: str, *, weights: Sequence[float] | None = None, **options: Any
 ) -> PyTree:
-    """One delta of several, leaf by leaf: a leaf alone gives the same as among others.
+    """Merges several deltas into one, leaf by leaf: the result of a leaf does not depend on other leaves.
 
     Args:
       deltas: trees of floating arrays or parts, with the same names and shapes.
-      method: of `MERGES`.
-      weights: of the deltas; None is 1 each. With elected signs the weighted entries' sum is divided by
-        their number.
-      options: drop_rate in [0, 1) for all but linear, where 0.9 keeps a tenth; key, a scalar typed Threefry
-        key, for random survivors, of which delta number i draws with `fold_in(key, i)`; q, their divisor in
-        place of 1 - drop_rate (DAREx), a number or one for each delta; outliers of breadcrumbs; window of
-        della.
+      method: a key of `MERGES`.
+      weights: of the deltas; None is 1 each. With elected signs the weighted sum is divided by the number of
+        agreeing entries.
+      options: drop_rate in [0, 1) for all but linear (0.9 keeps a tenth); key, a scalar typed Threefry key
+        for random survivors (delta i uses `fold_in(key, i)`); q, their divisor in place of 1 - drop_rate
+        (DAREx), a number or one per delta; outliers of breadcrumbs; window of della.
     Returns: a tree like the first delta, float32 (float64 where a leaf is).
-    Raises: ValueError for deltas that do not match, a number of weights, or options that the method does not
-      take or lacks; TypeError for another kind of key.
-    Source: `MERGES` and the functions there; electing and the disjoint mean: TIES, arXiv:2306.01708; DARE
-      before either: arXiv:2311.03099.
+    Raises: ValueError for deltas that do not match, a wrong number of weights, or unknown or missing options;
+      TypeError for a key of another type.
+    Source: `MERGES` and the functions there; sign election and the disjoint mean: TIES, arXiv:2306.01708;
+      DARE before merging: arXiv:2311.03099.
     """
     if method not in MERGES:
-        raise DarexError(f"{method!r} is no way to merge: {', '.join(MERGES)}.")
+        raise DarexError(f"{method!r} is not a merging method; choose from {', '.join(MERGES)}.")
     way = MERGES[method]
     given = {name: value for name, value in options.items() if value is not None}
     unknown = sorted(given.keys() - set(way.takes))
     missing = [name for name in ("key", "drop_rate") if name in way.takes and name not in given]
     if unknown or missing:
-        what = f"takes no {', '.join(unknown)}" if unknown else f"has to know {', '.join(missing)}"
+        what = f"does not accept {', '.join(unknown)}" if unknown else f"requires {', '.join(missing)}"
         raise DarexError(f"{method} {what}.")
     if not deltas:
-        raise DarexError("there are no deltas to merge.")
+        raise DarexError("merge needs at least one delta, got none.")
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if len(weights) != len(deltas):
-        raise DarexError(f"{len(deltas)} deltas have as many weights, got {len(weights)}.")
+        raise DarexError(f"{len(deltas)} deltas need {len(deltas)} weights, got {len(weights)}.")
     for number, delta in enumerate(deltas[1:], 1):
         check_same(flatten_names(deltas[0]), flatten_names(delta), "the first delta", f"delta {number + 1}")
     named = [{name: _wide(name, leaf) for name, leaf in flatten_names(delta).items()} for delta in deltas]
@@ -76,13 +75,13 @@ def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
         own["key"] = jax.random.fold_in(own["key"], number)
     if isinstance(own.get("q"), list | tuple):
         if len(own["q"]) != count:
-            raise DarexError(f"{count} deltas have one q or as many, got {len(own['q'])}.")
+            raise DarexError(f"{count} deltas need one q or {count}, got {len(own['q'])}.")
         own["q"] = own["q"][number]
     return own
 
 
 def _together(stack: jax.Array, weights: Sequence[float], elects: bool) -> jax.Array:
-    """[N, ...] -> [...]."""
+    """Combines stacked deltas: [N, ...] -> [...]."""
     weight = np.asarray(weights, stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
     if not elects:
         return jnp.sum(stack * weight, axis=0)

@@ -1,6 +1,6 @@
-"""All ways to merge: what the command line and `merge` read.
+"""Registry of merging methods, for the command line and `merge`.
 
-Importing it is quick: JAX is imported when a way's function is first used.
+Lazy: JAX is imported when a method's function is first used.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ RANDOM = ("key", "drop_rate", "q")
 
 
 class Merge(NamedTuple):
-    """A way to merge.
+    """A merging method.
 
     Attributes:
-      what: for people, one clause.
-      of_each: the function of `darex_jax.merging.thin` that says what of each delta takes part.
-      elects: where signs disagree, only the majority's entries take part, and their mean is taken.
+      what: a one-clause description for users.
+      of_each: the function of `darex_jax.merging.thin` that sparsifies each delta.
+      elects: whether entries that agree with the elected (majority) sign are averaged, and others ignored.
       takes: the options of that function.
     """
 

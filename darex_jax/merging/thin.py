@@ -1,4 +1,4 @@
-"""What of one delta takes part in a merge: each function gives a tree like `delta`, dropped entries zero."""
+"""Sparsifying one delta before a merge; each function returns a tree like `delta`."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from darex_jax.core.importance import magnitude_mask
 from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import PyTree, as_array, flatten_names, leaf_keys, map_named, working_dtype
 
-OUTLIERS = 0.01  # of a leaf's entries, the largest
-WINDOW = 0.2  # between the drop rates of a row's smallest and largest entry
+OUTLIERS = 0.01  # share of a leaf's entries
+WINDOW = 0.2  # difference of the drop rates of a row's smallest and largest entry
 
 
 def whole(delta: PyTree) -> PyTree:
-    """All of it: task arithmetic, arXiv:2212.04089."""
+    """The whole delta: task arithmetic, arXiv:2212.04089."""
     return delta
 
 
 def largest(delta: PyTree, *, drop_rate: float) -> PyTree:
-    """The `1 - p` largest entries of each leaf, not rescaled: TIES trims so, arXiv:2306.01708, but over the
-    whole model at once."""
+    """The `1 - p` largest entries of each leaf, not rescaled, as TIES (arXiv:2306.01708) does over the whole
+    model at once."""
     return drop(magnitude_mask(delta, drop_rate), delta)
 
 
 def random(delta: PyTree, *, key: jax.Array, drop_rate: float, q: Any = None) -> PyTree:
-    """`core.delta.prune`: DARE, with a q DAREx."""
+    """`core.delta.prune`: DARE, or DAREx with a q."""
     return prune(key, delta, drop_rate, q)
 
 
 def middle(delta: PyTree, *, drop_rate: float, outliers: float | None = None) -> PyTree:
-    """Of each leaf neither the largest entries nor the smallest, `p` of all dropped in all; not rescaled.
+    """Drops the largest and the smallest entries of each leaf, a share `p` in all; not rescaled.
 
-    Args: outliers: the share of the entries that is dropped at the upper end, at most `drop_rate`; None is a
-      hundredth, or all of a smaller rate.
+    Args: outliers: the share of entries dropped at the upper end, at most `drop_rate`; None is 0.01, or
+      `drop_rate` if that is smaller.
     Source: Model Breadcrumbs, arXiv:2312.06795, where the two shares are gamma and beta.
     """
     outliers = min(OUTLIERS, drop_rate) if outliers is None else outliers
     if not 0.0 <= outliers <= drop_rate:
-        raise DarexError(f"outliers are part of the drop rate, {drop_rate}: got {outliers}.")
+        raise DarexError(f"outliers must lie between 0 and the drop rate, {drop_rate}; got {outliers}.")
     kept = magnitude_mask(delta, drop_rate - outliers)
     above = magnitude_mask(delta, 1.0 - outliers) if outliers else jax.tree.map(jnp.zeros_like, kept)
     return drop(jax.tree.map(lambda low, high: low & ~high, kept, above), delta)
@@ -53,21 +53,21 @@ def middle(delta: PyTree, *, drop_rate: float, outliers: float | None = None) ->
 def ranked(
     delta: PyTree, *, key: jax.Array, drop_rate: float, window: float | None = None, q: float | None = None
 ) -> PyTree:
-    """Random survivors whose drop rate falls with their rank in the row, each divided by its own density.
+    """Random survivors whose drop rate falls with magnitude rank in the row, each divided by its own density.
 
-    The rates run evenly from `p + window / 2` for a row's smallest magnitude to `p - window / 2` for its
-    largest; vectors are one row. Of equal magnitudes the first counts as the smaller.
+    The rates are linear in the rank, from `p + window / 2` for a row's smallest magnitude to `p - window / 2`
+    for its largest; vectors are one row. Ties rank the first lower.
 
     Args:
-      window: None is 0.2, or what there is room for at this drop rate.
-      q: divides all survivors instead, a number.
+      window: None is 0.2, or the largest that keeps all rates in [0, 1).
+      q: a number that divides all survivors instead.
     Raises: ValueError if a rate would leave [0, 1), or for a q that is not positive.
     Source: MagPrune of DELLA, arXiv:2406.11617.
     """
     keep_threshold(drop_rate)
     span = min(WINDOW, 2 * drop_rate, 1 - drop_rate) if window is None else window
     if not (span >= 0.0 and drop_rate - span / 2 >= 0.0 and drop_rate + span / 2 < 1.0):
-        raise DarexError(f"drop rates of {drop_rate} -+ {span / 2} leave [0, 1): take a smaller window.")
+        raise DarexError(f"drop rates of {drop_rate} -+ {span / 2} leave [0, 1): choose a smaller window.")
     if q is not None and not q > 0.0:
         raise DarexError(f"q divides the survivors and must be positive, got {q}.")
     keys = leaf_keys(key, flatten_names(delta))
@@ -82,7 +82,7 @@ def ranked(
         rates = np.float32(drop_rate + span / 2) - ranks * step
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], array.shape, jnp.uint32).reshape(rows.shape)
-        # The upper 24 bits alone, which float32 holds exactly: the same comparison on every platform.
+        # Only the upper 24 bits, which float32 represents exactly: the same comparison on every platform.
         kept = (bits >> 8).astype(np.float32) < (1.0 - rates) * np.float32(2**24)
         density = (1.0 - rates) if q is None else jnp.asarray(q, np.float32)
         scaled = rows * lax.stop_gradient(1.0 / density).astype(rows.dtype)

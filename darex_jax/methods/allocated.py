@@ -1,4 +1,4 @@
-"""One budget over all parameters and kinds of part: bytes go where they explain most."""
+"""Allocates one byte budget over all matrices and kinds of part by estimated error reduction per byte."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values
 
-VECTORS = 0.5  # of the budget, that norms and biases may take whole
-STEPS = 64  # numbers of entries, between one and all, that are weighed
+VECTORS = 0.5  # largest share of the budget for norms and biases stored whole
+STEPS = 64  # candidate numbers of entries, between one and all
 HALVINGS = 60
 
 
 def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | None = None) -> PyTree:
-    """Of each matrix a low rank, its largest entries, or its largest columns: as much of one of them as its
-    worth pays for, at one price a byte over all matrices.
+    """For each matrix a low rank, its largest entries or its largest columns, at one price per byte for all.
 
-    What a part is worth is the squared error it takes away, times the root of what the model's answers turn
-    with an entry of its parameter. Not the curvature itself: that overrates embeddings, whose errors do not
-    add up as those of a layer do, and starves layers whose deltas are large. Norms and biases are whole where
-    they take at most half of the budget. Weights within a matrix, by the gradients of its rows and columns,
-    did worse than one weight for all of it.
+    The worth of a part is the squared error that it removes, times the square root of the parameter's mean
+    curvature. The curvature itself would overrate embeddings, whose errors do not add up as those of a layer
+    do, and starve layers with large deltas. Norms and biases are stored whole if they take at most half of
+    the budget. Weighting the rows and columns of a matrix by their gradients did worse than one weight per
+    matrix.
 
     Args:
-      evidence: with `curvature`; a parameter without it counts as the mean of the others.
+      evidence: with `curvature`; a parameter without one gets the mean of the others.
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: spec 13; one price for all, as in Shoham and Gersho, 1988.
+    Source: spec 13; bit allocation at equal slope, as in Shoham and Gersho, 1988.
     """
     leaves = flatten_names(delta)
     width = bits or RAW_BITS
@@ -55,7 +54,7 @@ def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
 
 
 def affordable_vectors(leaves: Mapping[str, Any], room: float) -> dict[str, Parts]:
-    """All that is no matrix, whole in float32, if it takes at most half of so many numbers; else none."""
+    """All leaves that are not matrices, whole in float32, if they fit in half of `room`; else none."""
     vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
     if sum(int(np.size(leaf)) for leaf in vectors.values()) > VECTORS * room:
         return {}
@@ -63,11 +62,11 @@ def affordable_vectors(leaves: Mapping[str, Any], room: float) -> dict[str, Part
 
 
 class Offer(NamedTuple):
-    """One kind of part for one matrix, in sizes that rise from nothing.
+    """One kind of part for one matrix, in increasing sizes from zero.
 
     Attributes:
-      bits, worth: of each size, from (0, 0).
-      make: the number of a size -> its part, float32.
+      bits, worth: of each size; both start at 0.
+      make: index of a size -> its part, float32.
     """
 
     bits: np.ndarray
@@ -78,9 +77,9 @@ class Offer(NamedTuple):
 def divide(
     matrices: Mapping[str, Any], room: float, width: int, curvature: Mapping[str, float]
 ) -> dict[str, Parts]:
-    """Divides so many bits among matrices; float32 parts of those that get any.
+    """Divides `room` bits among matrices; returns float32 parts of those that get any.
 
-    Args: width: bits of a value; curvature: whose root a squared error in a matrix weighs.
+    Args: width: bits per value; curvature: per matrix; its square root weights squared errors.
     """
     roots = {name: float(np.sqrt(curvature[name])) for name in matrices if name in curvature}
     mean = float(np.mean(list(roots.values()))) if roots else 1.0
@@ -90,7 +89,7 @@ def divide(
     }
 
     def bought(price: float) -> dict[str, tuple[Offer, int]]:
-        """Of each matrix the offer and size of most worth beyond its price."""
+        """For each matrix the offer and size with the largest worth minus price."""
         best = {}
         for name, of_matrix in offers.items():
             gains = [offer.worth - price * offer.bits for offer in of_matrix]

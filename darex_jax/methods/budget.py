@@ -1,4 +1,4 @@
-"""How much may be kept, said in one of several ways, and what that means for each kind of part."""
+"""The budget of a method, as a drop rate or as bytes per parameter, and what it allows per kind of part."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from darex_jax.core.errors import DarexError
 from darex_jax.core.threefry import keep_threshold
 
-RAW_BITS = 16  # of a value that is not quantised further: bfloat16
-WHOLE = 0.1  # vectors are kept whole where they take no more than this share of the bytes
+RAW_BITS = 16  # per value without quantisation: bfloat16
+WHOLE = 0.1  # vectors are kept whole if they take at most this share of the bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a method may spend on the parameters it is given; exactly one of the two.
+    """What a method may spend on its parameters; exactly one of the two is set.
 
     Attributes:
-      drop_rate: the share of the entries that is dropped, in [0, 1); for what is not dropped entry by entry,
-        the share of the numbers that is not stored.
+      drop_rate: the share of entries that are dropped, in [0, 1); for methods that do not drop single
+        entries, the share of numbers that are not stored.
       bytes_per_parameter: bytes of all parts divided by the number of entries.
     Raises: DarexError for none, both, or one out of range.
     """
@@ -28,21 +28,21 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.drop_rate is None) == (self.bytes_per_parameter is None):
-            raise DarexError("a budget is a drop rate or bytes a parameter, one of the two.")
+            raise DarexError("a budget is either a drop rate or bytes per parameter.")
         if self.drop_rate is not None:
             keep_threshold(self.drop_rate)
         elif not (self.bytes_per_parameter or 0.0) > 0.0:
-            raise DarexError(f"bytes a parameter are positive, got {self.bytes_per_parameter}.")
+            raise DarexError(f"bytes per parameter must be positive, got {self.bytes_per_parameter}.")
 
     def density(self, bits: int = RAW_BITS, *, places: bool) -> float:
-        """The share of entries that can be kept at so many bits a value.
+        """The share of entries that can be kept at `bits` per value.
 
-        Args: places: whether their places are stored as well, at the entropy of the mask, -d log d - ...
+        Args: places: whether indices are stored as well, at the entropy of the mask, -d log d - ...
         """
         if self.bytes_per_parameter is None:
             assert self.drop_rate is not None
             return 1.0 - self.drop_rate
-        room = 8.0 * self.bytes_per_parameter  # bits an entry
+        room = 8.0 * self.bytes_per_parameter  # bits per entry
         if not places:
             return min(1.0, room / bits)
 
@@ -58,7 +58,7 @@ class Budget:
         return low
 
     def numbers(self, size: int, bits: int = RAW_BITS) -> float:
-        """How many values of so many bits may be stored, without places, for `size` entries."""
+        """How many values of `bits` bits may be stored, without indices, for `size` entries."""
         if self.bytes_per_parameter is None:
             assert self.drop_rate is not None
             return (1.0 - self.drop_rate) * size
@@ -66,7 +66,7 @@ class Budget:
 
 
 def entropy(density: float) -> float:
-    """Bits that one entry of a random mask carries."""
+    """Entropy of one entry of a random mask, in bits."""
     if not 0.0 < density < 1.0:
         return 0.0
     return -density * math.log2(density) - (1.0 - density) * math.log2(1.0 - density)

@@ -1,4 +1,4 @@
-"""DARE and DAREx-q: a random mask that is never stored, and a divisor."""
+"""DARE and DAREx-q: a random mask, recomputed instead of stored, and a divisor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from darex_jax.parts.random import Random
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Values, cell, quantise
 
-ROW_VALUES = 32  # on average, from which on a row has a scale of its own
+ROW_VALUES = 32  # mean survivors per row from which on each row has its own scale
 
 
 def dare(
@@ -29,18 +29,18 @@ def dare(
     bits: int | None = None,
     dtype: Any = None,
 ) -> PyTree:
-    """Survivors of the key's mask.
+    """Keeps the survivors of the key's random mask.
 
     Args:
       delta: tree of floating arrays.
-      budget: at a drop rate, the share that is dropped; bytes hold values alone, since no place is stored.
+      budget: bytes pay for values only, since no indices are stored.
       key: scalar typed Threefry key.
-      q: divisor, one or by name; None is 1 - drop rate, which is DARE.
-      bits: 8, 4, 2 or 1 a value, with scales by least squares, per row where rows have many survivors; None
-        keeps floats.
-      dtype: floats are rounded to it; None keeps each leaf's.
+      q: divisor, one for all or by name; None is 1 - drop rate, which is DARE.
+      bits: 8, 4, 2 or 1 per value, with least-squares scales, per row if rows have many survivors; None keeps
+        floats.
+      dtype: dtype of floats; None keeps each leaf's.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344; survivors in few bits: arXiv:2504.13237.
+    Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344; quantised survivors: arXiv:2504.13237.
     """
     names = flatten_names(delta)
     stored = bits or 8 * np.dtype(dtype or "bfloat16").itemsize if budget.drop_rate is None else RAW_BITS
@@ -63,7 +63,7 @@ def dare(
 def survivors_values(
     flat: np.ndarray, places: np.ndarray, shape: tuple[int, ...], bits: int | None, dtype: Any
 ) -> Values:
-    """The values at rising `places` of a flat parameter, as floats or in few bits."""
+    """The values at increasing indices `places` of a flat parameter, as floats or quantised."""
     kept = flat[places.astype(np.int64)]
     if bits is None:
         return Values(kept if dtype is None else kept.astype(dtype))

@@ -1,4 +1,4 @@
-"""Vectors, and factors or survivors of matrices, trained until the model answers as the fine-tuned one."""
+"""Distillation: the kept values are trained to reproduce the fine-tuned model's outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 
 Support = Literal["allocated", "low-rank", "largest", "random"]
-OTHERS = 0.2  # of the budget, that one rank of what is no linear layer, an embedding, may take
+OTHERS = 0.2  # largest share of the budget for one rank of an embedding
 
 
 def distilled(
@@ -33,18 +33,18 @@ def distilled(
     support: Support = "low-rank",
     bits: int | None = None,
 ) -> PyTree:
-    """A support for every kind of parameter, whose values are then trained through their rounding.
+    """Chooses what is kept of each parameter; its values are then trained, with quantisation in the loop.
 
-    Norms and biases are whole where they take at most half of the budget. Of matrices the support is what is
-    chosen: the best low rank, the ranks bought over all of them as in `svd`, but an embedding, most of whose
-    rows no text touches, gets none where one would take more than a fifth of the budget; or, of linear layers
-    alone, the largest entries, whose places are stored, or those of the key's mask, which are not: a subspace
-    that the key defines. A start that weighs inputs by their second moments did not end better.
+    Norms and biases are kept whole if they take at most half of the budget. Of matrices is kept, by
+    `support`: "low-rank", the best low rank, with ranks allocated over all of them as in `svd`, except that
+    an embedding gets none if one rank would take more than a fifth of the budget; "allocated", the parts of
+    `allocated`; "largest", the largest entries of linear layers, with stored indices; "random", those of the
+    key's mask, without. Initialising with inputs weighted by their second moments gave no better result.
 
     Args:
-      evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without the
-        latter values are rounded as they are.
-      key: scalar typed Threefry key, of a random support.
+      evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without `train`
+        values are quantised only.
+      key: scalar typed Threefry key, for support "random".
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: spec 13; a random subspace: arXiv:1804.08838.
@@ -74,7 +74,7 @@ def distilled(
 
 
 def _factors(matrices: Mapping[str, Any], room: float) -> dict[str, Parts]:
-    """Low ranks of so many numbers in all; no part where there is no rank."""
+    """Low-rank parts of `room` numbers in all; matrices of rank 0 are left out."""
     factors = {name: decompose(leaf) for name, leaf in matrices.items()}
     ranks = {name: rank for name, rank in choose_ranks(factors, room).items() if rank}
     return {
@@ -86,7 +86,7 @@ def _factors(matrices: Mapping[str, Any], room: float) -> dict[str, Parts]:
 def _survivors(
     matrices: Mapping[str, Any], support: Support, room: float, bits: int | None, key: jax.Array
 ) -> dict[str, Parts]:
-    """Single entries of so many bytes in all, as floats; of a random support not divided."""
+    """Single entries of `room` bytes in all, as floats, not rescaled."""
     entries = sum(int(np.size(leaf)) for leaf in matrices.values())
     if room <= 0:
         return {}

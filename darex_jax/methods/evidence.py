@@ -1,4 +1,4 @@
-"""What a method may know beside the delta. How it is gathered is no method's concern."""
+"""Statistics and callbacks from calibration data that a method may use beside the delta."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What examples and the fine-tuned model say; statistics are of what goes into each linear layer, by the
-    name of its weight, over calibration tokens.
+    """Calibration data for methods; statistics are of each linear layer's inputs over calibration tokens, by
+    weight name.
 
     Attributes:
       input_norms: the L2 norm [in] of each input feature, `sqrt(sum x_j^2)`.
       second_moments: `E[x x^T]`, [in, in].
-      curvature: how much the answers move with an entry of a parameter, of any parameter.
-      train: parts of floats by name, and bits -> the same parts with values, rounded to so many bits, with
-        which the model answers as the fine-tuned one does.
+      curvature: mean squared gradient of the outputs per entry, for any parameter.
+      train: (float parts by name, bits) -> the same parts with trained values, quantised to `bits`, for which
+        the outputs are close to the fine-tuned model's.
     """
 
     input_norms: Mapping[str, Any] = field(default_factory=dict)

@@ -19,14 +19,14 @@ from darex_jax.parts.total import Parts
 def magnitude(
     delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None = None, dtype: Any = jnp.bfloat16
 ) -> PyTree:
-    """The `1 - p` largest `|delta|` of each parameter; no rescaling. Of equal entries the first are kept.
+    """The `1 - p` largest `|delta|` of each parameter; no rescaling. Ties keep the first.
 
     Args:
       delta: tree of floating arrays.
-      budget: bytes pay for values and for their places.
+      budget: bytes pay for values and their indices.
       bits, dtype: of values, as in `dare`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: MP of DAREx, arXiv:2410.09344.
+    Source: the baseline MP of DAREx, arXiv:2410.09344.
     """
     density = budget.density(value_bits(bits, dtype), places=True)
 
@@ -38,7 +38,7 @@ def magnitude(
 
 
 def largest(leaf: np.ndarray, count: int) -> np.ndarray:
-    """`magnitude_mask` of one leaf on the host, in a quarter of the memory: the same entries, ties too."""
+    """`magnitude_mask` of one leaf on the host, in a quarter of the memory, with the same tie-breaking."""
     unsigned = np.dtype(f"u{leaf.dtype.itemsize}")
     scores = np.abs(leaf).reshape(-1).view(unsigned)  # non-negative floats are ordered as their bits are
     kept = np.zeros(leaf.size, bool)
@@ -54,7 +54,7 @@ def value_bits(bits: int | None, dtype: Any) -> int:
 
 
 def kept_parts(leaf: Any, mask: Any, bits: int | None, dtype: Any) -> Parts:
-    """What is kept of a leaf under a mask, places stored and q = 1."""
+    """The kept entries of a leaf as a sparse part, q = 1."""
     flat, shape = np.asarray(leaf).reshape(-1), tuple(np.shape(leaf))
     places = np.flatnonzero(np.asarray(mask)).astype(np.uint32 if flat.size < 2**32 else np.uint64)
     values = survivors_values(flat, places, shape, bits, dtype)

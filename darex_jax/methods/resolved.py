@@ -1,4 +1,4 @@
-"""Survivors chosen by influence, their values solved anew for what was dropped."""
+"""WANDA survivors whose values are refitted by least squares to compensate for the dropped entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from darex_jax.methods.magnitude import kept_parts, value_bits
 from darex_jax.parts.total import Parts
 
 DAMPING = 0.01  # of the mean diagonal of the second moments
-AT_ONCE = 1 << 24  # entries of the systems that are solved together
+AT_ONCE = 1 << 24  # matrix entries of one batched solve
 
 
 def resolved(
@@ -28,9 +28,9 @@ def resolved(
     bits: int | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> PyTree:
-    """WANDA's survivors with the values that change a layer's outputs least.
+    """WANDA's survivors, with the values that minimise the change of a layer's outputs.
 
-    Of each row d and its support: argmin_v (d - v)^T H (d - v) + lambda |v|^2, H the second moments of the
+    For each row d and its support: argmin_v (d - v)^T H (d - v) + lambda |v|^2, H the second moments of the
     layer's inputs, lambda a hundredth of its mean diagonal. Parameters without second moments (biases,
     embeddings) keep their own largest entries.
 
@@ -57,20 +57,20 @@ def resolved(
 def solved(matrix: np.ndarray, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """The values of least squared output error at the kept entries, zero elsewhere.
 
-    Args: matrix: [out, in]; kept: bool [out, in], as many in each row; moments: [in, in], float64.
+    Args: matrix: [out, in]; kept: bool [out, in], the same number in each row; moments: [in, in], float64.
     """
     places = np.nonzero(kept)[1].reshape(len(matrix), -1)  # [out, k]
-    wanted = np.take_along_axis(matrix.astype(np.float64) @ moments, places, axis=1)
+    targets = np.take_along_axis(matrix.astype(np.float64) @ moments, places, axis=1)
     ridge = DAMPING * max(float(np.mean(np.diag(moments))), 1e-30) * np.eye(places.shape[1])
-    found = np.zeros(matrix.shape, np.float32)
-    for rows in _stretches(len(matrix), places.shape[1]):
+    refitted = np.zeros(matrix.shape, np.float32)
+    for rows in _row_blocks(len(matrix), places.shape[1]):
         own = places[rows]
         systems = moments[own[:, :, None], own[:, None, :]] + ridge
-        values = np.linalg.solve(systems, wanted[rows][..., None])[..., 0]
-        np.put_along_axis(found[rows], own, values.astype(np.float32), axis=1)
-    return found
+        values = np.linalg.solve(systems, targets[rows][..., None])[..., 0]
+        np.put_along_axis(refitted[rows], own, values.astype(np.float32), axis=1)
+    return refitted
 
 
-def _stretches(rows: int, unknowns: int) -> Iterator[slice]:
+def _row_blocks(rows: int, unknowns: int) -> Iterator[slice]:
     step = max(1, AT_ONCE // max(1, unknowns**2))
     return (slice(start, start + step) for start in range(0, rows, step))

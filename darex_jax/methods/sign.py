@@ -14,17 +14,17 @@ from darex_jax.methods.vectors import is_matrix, vector_parts
 from darex_jax.parts.sign import Sign, SignPer, pack_signs
 from darex_jax.parts.total import Parts
 
-BYTES = 1 / 8  # a parameter
+BYTES = 1 / 8  # per parameter
 
 
 def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = "matrix") -> PyTree:
     """`sign(delta) * mean |delta|` of each matrix; vectors as in `vector_parts`.
 
-    The mean is the best scale in the sense of least squares.
+    The mean is the least-squares optimal scale.
 
-    Args: per: what a scale is for: the "matrix", a "row" or a "column".
+    Args: per: one scale per "matrix", "row" or "column".
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Raises: DarexError for a budget below one bit a parameter.
+    Raises: DarexError for a budget below one bit per parameter.
     Source: BitDelta, arXiv:2402.10193, before its scales are distilled.
     """
     check_room(budget)
@@ -40,7 +40,7 @@ def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = 
 def check_room(budget: Budget) -> None:
     if budget.bytes_per_parameter is not None and budget.bytes_per_parameter < BYTES:
         raise DarexError(
-            f"signs alone take {BYTES} bytes a parameter, more than {budget.bytes_per_parameter:g}; "
+            f"signs alone take {BYTES} bytes per parameter, more than {budget.bytes_per_parameter:g}; "
             "choose another method or a larger size."
         )
 

@@ -1,4 +1,4 @@
-"""Signs first, then a low rank of what they leave."""
+"""Signs, then a low-rank approximation of the residual."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def sign_svd(
     per: SignPer = "matrix",
     bits: int | None = None,
 ) -> PyTree:
-    """`sign` of each matrix, and with the bytes that are left the best low ranks of the rest.
+    """`sign` of each matrix, and the best low ranks of the residuals with the remaining bytes.
 
     Args: per: of `sign`; bits: of the factors, as in `svd`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Raises: DarexError for a budget below one bit a parameter.
+    Raises: DarexError for a budget below one bit per parameter.
     Source: the order of D-QReLO, arXiv:2604.16940; its own quantisation of the factors is not reproduced.
     """
     check_room(budget)

@@ -32,7 +32,7 @@ def structured(
 
     Args:
       key: scalar typed Threefry key, see `structured_mask`.
-      q: None is the share of the columns that is kept.
+      q: None is the share of columns kept.
       bits, dtype: of values; scales per row.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: structural pruning of DAREx, arXiv:2410.09344.

@@ -1,4 +1,4 @@
-"""Truncated singular value decompositions."""
+"""Truncated SVD, with ranks allocated over all matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from darex_jax.parts.values import Values
 
 
 class Factors(NamedTuple):
-    """`left @ diag(values) @ right`: [out, n], [n], [n, in], the largest first."""
+    """`left @ diag(values) @ right`: [out, n], [n], [n, in], in decreasing order."""
 
     left: Any
     values: Any
@@ -28,7 +28,8 @@ class Factors(NamedTuple):
 def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None = None) -> PyTree:
     """The best low-rank approximations of all matrices together; vectors as in `vector_parts`.
 
-    Ranks are bought where a number stored explains most: by s^2 / (out + in), over all matrices.
+    Singular values of all matrices are kept in order of s^2 / (out + in), the error removed per stored
+    number.
 
     Args:
       budget: of numbers stored; bits: of factors, None is bfloat16; scales per column of A and row of B.
@@ -51,10 +52,10 @@ def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None
 
 
 def decompose(matrix: Any) -> Factors:
-    """The singular value decomposition, by the eigenvectors of the smaller product of matrix and transpose.
+    """The SVD, from the eigendecomposition of the smaller Gram matrix.
 
-    In float64, so that singular values down to 1e-7 of the largest are told from rounding; those below are 0.
-    Many times faster than a decomposition of the matrix where it is long, an embedding say.
+    In float64, so that singular values down to 1e-7 of the largest are accurate; smaller ones are set to 0.
+    For a tall matrix (an embedding) this is many times faster than an SVD of the matrix itself.
 
     Args: matrix: [out, in].
     """
@@ -85,9 +86,9 @@ def choose_ranks(factors: Mapping[str, Factors], room: float) -> dict[str, int]:
 
 
 def low_rank(factors: Factors, rank: int, bits: int | None, dtype: Any = jnp.bfloat16) -> LowRank:
-    """The first singular values, their square root in each factor.
+    """The first `rank` singular values; each factor gets their square root.
 
-    Args: bits: None rounds to `dtype`, which else is that of the scales.
+    Args: bits: None casts to `dtype`; otherwise `dtype` is that of the scales.
     """
     root = np.sqrt(factors.values[:rank])
     a, b = factors.left[:, :rank] * root, factors.right[:rank] * root[:, None]

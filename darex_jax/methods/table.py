@@ -1,6 +1,6 @@
-"""All methods: what the command line, the advisor and the experiments read.
+"""Registry of all methods, for the command line, `darex recommend` and the experiments.
 
-Importing it is quick: a method's own module, and JAX with it, is imported when it is first used.
+Methods are imported lazily: a method's module, and JAX with it, when it is first used.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class Method(NamedTuple):
     """A way to prune, `darex_jax.methods.MODULE.MODULE`.
 
     Attributes:
-      what: for people, one clause.
+      what: a one-clause description for users.
       random: takes a `key`.
       divides: takes a `q`.
       quantises: takes `bits`.
       needs: fields of `Evidence` that it reads.
-      leafwise: gives a leaf the same parts alone as among others, so that models are streamed.
-      bits: of values where nothing is said; None is bfloat16.
+      leafwise: a leaf's parts do not depend on other leaves, so that models can be streamed.
+      bits: default bits per value; None is bfloat16.
     """
 
     module: str
@@ -37,7 +37,7 @@ class Method(NamedTuple):
         return "train" in self.needs
 
     def needs_with(self, support: str | None) -> tuple[str, ...]:
-        """What it reads of `Evidence` with this support, of a method that has several."""
+        """The fields of `Evidence` that it reads with this support (of `distilled`)."""
         return self.needs + (("curvature",) if support == "allocated" else ())
 
     @property
@@ -47,17 +47,17 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "dare": Method("dare", "random survivors divided by q, no place stored", random=True, divides=True),
+    "dare": Method("dare", "random survivors divided by q, no indices stored", random=True, divides=True),
     "magnitude": Method("magnitude", "the largest entries of each parameter"),
     "wanda": Method("wanda", "entries with most influence on a layer's outputs", needs=("input_norms",)),
     "resolved": Method(
-        "resolved", "the entries of wanda, their values solved anew", needs=("second_moments",)
+        "resolved", "the entries of wanda, with values refitted by least squares", needs=("second_moments",)
     ),
     "structured": Method("structured", "random input features divided by q", True, True, leafwise=False),
     "svd": Method("svd", "low-rank factors", leafwise=False),
     "allocated": Method(
         "allocated",
-        "of each matrix a low rank, entries or columns, whichever explains most",
+        "a low rank, entries or columns of each matrix, by error reduction per byte",
         needs=("curvature",),
         leafwise=False,
         bits=4,
@@ -71,5 +71,5 @@ METHODS = {
         bits=4,
     ),
     "sign": Method("sign", "the sign of every entry and a scale", quantises=False, leafwise=False),
-    "sign-svd": Method("sign_svd", "signs, then low-rank factors of the rest", leafwise=False),
+    "sign-svd": Method("sign_svd", "signs, then low-rank factors of the residual", leafwise=False),
 }

@@ -1,4 +1,4 @@
-"""What the methods for matrices do with the rest: norms, biases, anything that is no matrix."""
+"""How methods for matrices treat all other leaves: norms, biases."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def is_matrix(leaf: Any) -> bool:
 
 
 def vector_parts(delta: PyTree, budget: Budget) -> dict[str, Parts]:
-    """Parts for every leaf that is no matrix, by name.
+    """Parts for every leaf that is not a matrix, by name.
 
-    Whole in bfloat16 where all of them take at most a tenth of the budget, else the largest entries of each.
+    Whole in bfloat16 if together they take at most a tenth of the budget, else the largest entries of each.
     """
     leaves = flatten_names(delta)
     vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
@@ -39,5 +39,5 @@ def whole(leaf: Any, dtype: Any) -> Parts:
 
 
 def numbers_stored(parts: Parts) -> int:
-    """How many numbers a sum of parts holds, places and scales included."""
+    """How many numbers a sum of parts stores, indices and scales included."""
     return sum(int(np.size(x)) for part in parts.parts for x in part.arrays().values())

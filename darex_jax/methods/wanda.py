@@ -31,7 +31,7 @@ def wanda(
       evidence: with `input_norms`.
       group, bits, dtype: as in `wanda_mask` and `magnitude`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: WANDA, arXiv:2306.11695, on deltas as DAREx (arXiv:2410.09344) has it.
+    Source: WANDA, arXiv:2306.11695, applied to deltas as in DAREx (arXiv:2410.09344).
     """
     density = budget.density(value_bits(bits, dtype), places=True)
     names = flatten_names(delta).keys()

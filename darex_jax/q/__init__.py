@@ -1,1 +1,1 @@
-"""The mathematics of q, the number that survivors are divided by: of numbers and functions alone."""
+"""The mathematics of q, the divisor of the survivors: pure functions of numbers and callables."""

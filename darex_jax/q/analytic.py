@@ -15,8 +15,8 @@ from darex_jax.core.errors import DarexError
 
 Rule = Literal["exact", "published"]
 PUBLISHED_STEP = 1000  # the authors' scan visits q = k / 1000
-PUBLISHED_SHARE = 0.8  # of the rows that have to see no improvement for their scan to end
-PUBLISHED_WORST = 10_000.0  # what their scan begins with as the best value of each row
+PUBLISHED_SHARE = 0.8  # share of rows without improvement at which their scan stops
+PUBLISHED_WORST = 10_000.0  # initial best value of each row in their scan
 
 
 def analytic_q(
@@ -32,16 +32,15 @@ def analytic_q(
         f(q) = eta (1 - (1-p)/q) S + eta^2 Phi(p) Q / (4 q^2) + log(2 / (1 - prob)).
 
     Args:
-      sums: S = sum_j c_j, with c_j = delta_W[i, j] mean(x_j) and a bias's delta as one more c; any shape.
+      sums: S = sum_j c_j, with c_j = delta_W[i, j] mean(x_j) and the bias delta as one more c_j; any shape.
       energies: Q = sum_j c_j^2, the same shape.
       drop_rate: p, in (0, 1).
       eta: weighs the two terms; positive.
       prob: the confidence of the bound, in [0, 1).
-      rule: "exact" is the minimiser itself: f is a quadratic in u = 1/q, so it is a root in [1, 1/(1-p)],
-        of which there is at most one, else the vertex or an end; of equals the smaller q. "published"
-        emulates the authors' scan over the rows of one layer, in steps of 0.001, with float16 values, which
-        ends for all rows as soon as a share of 0.8 of them has seen a value that was no better: float16 makes
-        neighbours tie, so that it ends after a few steps.
+      rule: "exact" is the minimiser itself: f is a quadratic in u = 1/q, so it is a root in [1, 1/(1-p)], of
+        which there is at most one, else the vertex or an end; ties give the smaller q. "published" emulates
+        the authors' scan over the rows of one layer, in steps of 0.001, with float16 values. It stops for all
+        rows once 80 % of them had a value without improvement, which float16 ties cause after a few steps.
     Returns: q, the shape of `sums`, in NumPy's float64. Rows without influence (S = Q = 0) get 1 - p. Traced
       sums (under jit, grad, vmap) give a JAX array, by the rule "exact", and their values are not checked.
     Raises: ValueError for arguments out of range, or sums that are not finite.
@@ -51,16 +50,18 @@ def analytic_q(
     xp: Any = jnp if traced else np
     s, energy = xp.asarray(sums, float), xp.asarray(energies, float)
     if s.shape != energy.shape:
-        raise DarexError(f"sums and energies have one shape, got {s.shape} and {energy.shape}.")
+        raise DarexError(f"sums and energies must have the same shape, got {s.shape} and {energy.shape}.")
     if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and eta > 0.0):
         raise DarexError(
             f"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got {drop_rate}, {prob} and {eta}."
         )
     if not traced and not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
-        raise DarexError("sums are finite, energies finite and at least 0; these are not.")
+        raise DarexError("sums must be finite, energies finite and non-negative.")
     if rule == "published":
         if traced:
-            raise DarexError("rule='published' emulates a scan on the host, outside of traced programs.")
+            raise DarexError(
+                "rule='published' runs on the host and cannot be traced; use rule='exact' under jit."
+            )
         return _published_scan(s, energy, drop_rate, eta, prob)
     if rule != "exact":
         raise DarexError(f"rule is 'exact' or 'published', got {rule!r}.")
@@ -68,10 +69,10 @@ def analytic_q(
 
 
 def _exact(xp: Any, s: Any, energy: Any, drop_rate: float, eta: float, prob: float) -> Any:
-    """In u = 1/q, f(u) = square u^2 - pull u + constant, and at the high end f > 0.
+    """With u = 1/q, f(u) = square u^2 - pull u + constant, and f > 0 at the upper end.
 
-    With S >= 0 it is positive on all of [1, high], as (1-p) u <= 1, and the vertex is best. With S < 0 it
-    rises from `constant` at u = 0: best is its root, or the low end where it is positive from there on.
+    With S >= 0, f is positive on all of [1, high], as (1-p) u <= 1, and the vertex is optimal. With S < 0, f
+    increases from `constant` at u = 0: its root is optimal, or the lower end if f is positive there.
     """
     high = 1.0 / (1.0 - drop_rate)
     with jax.ensure_compile_time_eval():
@@ -80,7 +81,7 @@ def _exact(xp: Any, s: Any, energy: Any, drop_rate: float, eta: float, prob: flo
     pull = (eta * (1.0 - drop_rate)) * s
     constant = eta * s + math.log(2.0 / (1.0 - prob))
     falls, bends = s < 0.0, square > 0.0
-    below = xp.minimum(constant, 0.0)  # where f has no positive root: 0, clipped to the low end
+    below = xp.minimum(constant, 0.0)  # if f has no positive root: 0, clipped to the lower end
     with np.errstate(over="ignore"):
         vertex = xp.where(bends, pull / (2.0 * xp.where(bends, square, 1.0)), high)
         distance = xp.sqrt(xp.where(falls, pull * pull - 4.0 * square * below, 1.0)) - pull
@@ -92,9 +93,9 @@ def _exact(xp: Any, s: Any, energy: Any, drop_rate: float, eta: float, prob: flo
 def _published_scan(
     s: NDArray[Any], energy: NDArray[Any], drop_rate: float, eta: float, prob: float
 ) -> NDArray[np.float64]:
-    """The scan on row sums, each operation taken in float32 and rounded to float16, as PyTorch does it.
+    """The scan on row sums, each operation in float32 and rounded to float16, as in PyTorch.
 
-    A number that multiplies or divides stays float32 there; one that is added becomes float16 first.
+    A scalar factor or divisor stays float32; a scalar summand is rounded to float16 first.
     """
 
     def half(x: NDArray[Any]) -> NDArray[Any]:
@@ -108,7 +109,7 @@ def _published_scan(
         best = np.full(s.shape, number(PUBLISHED_WORST))
         q_of_row = np.full(s.shape, 1.0 - drop_rate)
         stopped = np.zeros(s.shape, bool)
-        first = max(1, int((1.0 - drop_rate) * PUBLISHED_STEP))  # theirs divides by 0 above 0.999
+        first = max(1, int((1.0 - drop_rate) * PUBLISHED_STEP))  # the authors' starts at 0 above 0.999
         for step in range(first, PUBLISHED_STEP - 1):
             q = step * 0.001
             mean = half(number(eta) * half(number(1.0 - (1.0 - drop_rate) / q) * total))

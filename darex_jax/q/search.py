@@ -1,4 +1,4 @@
-"""Searches for one q by a coarse grid and a finer one around its best: ours, and Algorithm 2 of DAREx."""
+"""Grid searches for one q, coarse then fine: our own, and Algorithm 2 of DAREx."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 
-PATIENCE = 3  # values in a row without improvement that a pass goes on after
+PATIENCE = 3  # consecutive values without improvement after which a pass still continues
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-      q: the visited point chosen.
+      q: the chosen point.
       value: the objective at q.
-      plateau: first and last of the neighbouring visited points that share the best value; (q, q) if there is
-        but one.
-      curve: every visited (q, value), by rising q; a value that is not finite is NaN or infinite in it.
+      plateau: first and last of the adjacent visited points that share the best value; (q, q) if there is
+        only one.
+      curve: every visited (q, value), by increasing q; values may be NaN or infinite.
     """
 
     q: float
@@ -33,15 +33,15 @@ class SearchResult:
 
     @property
     def flat(self) -> bool:
-        """Whether several points were visited and all finite values are one: the objective tells nothing."""
+        """Whether several points were visited and all finite values are equal."""
         return len(self.curve) > 1 and len({v for _, v in self.curve if math.isfinite(v)}) == 1
 
 
 def linear_grid(low: float, high: float, step: float) -> list[float]:
-    """low, low + step, ... up to `high`, inclusive when the steps meet it.
+    """low, low + step, ... up to `high`, inclusive if it is on the grid.
 
-    Points are computed from their number and rounded to 12 digits: the same decimal numbers everywhere.
-    Raises: ValueError for a grid that is none.
+    Points are computed from their index and rounded to 12 digits, so that they are the same everywhere.
+    Raises: ValueError for an invalid grid.
     """
     check_bounds(low, high, step)
     return [round(low + i * step, 12) for i in range(math.floor((high - low) / step + 1e-9) + 1)]
@@ -50,7 +50,7 @@ def linear_grid(low: float, high: float, step: float) -> list[float]:
 def geometric_grid(low: float, high: float, ratio: float = math.sqrt(2.0)) -> list[float]:
     """low, low * ratio, low * ratio^2, ... and `high` itself; all between rounded to 4 significant digits.
 
-    Raises: ValueError for a grid that is none.
+    Raises: ValueError for an invalid grid.
     """
     if not (0.0 < low <= high < math.inf and 1.0 < ratio < math.inf):
         raise DarexError(f"need 0 < low <= high and ratio > 1, got low={low}, high={high}, ratio={ratio}.")
@@ -60,7 +60,7 @@ def geometric_grid(low: float, high: float, ratio: float = math.sqrt(2.0)) -> li
 
 
 def check_bounds(low: float, high: float, step: float) -> None:
-    """Raises: ValueError unless these make a grid."""
+    """Raises: ValueError unless these define a grid."""
     if not (0.0 < low <= high < math.inf and 0.0 < step < math.inf):
         raise DarexError(f"need 0 < low <= high and step > 0, got low={low}, high={high}, step={step}.")
 
@@ -76,15 +76,14 @@ def search_q(
 ) -> SearchResult:
     """Visits a whole coarse grid, then finer ones around the best point.
 
-    An output change may rise before it falls for good: no rule ends the coarse pass. A refinement visits
-    points strictly between the best point's neighbours, `decay` times the distance to each apart, and ends
-    after more than `patience` values in a row that are worse than its best; a tie is no worse. Of equal best
-    values the middle is taken; where all are equal, the objective tells nothing and the first is. No q is
-    evaluated twice.
+    The coarse pass never stops early, since an output change may rise before it falls. A refinement visits
+    points strictly between the best point's neighbours, `decay` times the distance to each apart, and stops
+    after more than `patience` consecutive values worse than its best; ties are not worse. Among equal best
+    values the middle one is chosen, or the first if all values are equal. No q is evaluated twice.
 
     Args:
-      objective: q -> value; a value that is not finite is passed over.
-      coarse: rising positive points, from `linear_grid` or `geometric_grid`.
+      objective: q -> value; non-finite values are skipped.
+      coarse: increasing positive points, from `linear_grid` or `geometric_grid`.
       maximise: whether larger values are better (a metric) or smaller ones (an output change).
       decay: in (0, 1).
     Raises: ValueError for arguments out of range, or if no value is finite.
@@ -92,7 +91,7 @@ def search_q(
     """
     rising = all(a < b for a, b in pairwise(coarse))
     if not coarse or not rising or not (coarse[0] > 0.0 and math.isfinite(coarse[-1])):
-        raise DarexError(f"a coarse grid is one or more rising positive numbers, got {list(coarse)}.")
+        raise DarexError(f"a coarse grid is one or more increasing positive numbers, got {list(coarse)}.")
     if not 0.0 < decay < 1.0 or refinements < 0 or patience < 0:
         raise DarexError(
             f"need 0 < decay < 1, patience >= 0 and refinements >= 0, "
@@ -111,8 +110,8 @@ def search_q(
     for _ in range(refinements):
         visits.walk(around(_middle(visits.longest_plateau())), patience)
     run = visits.longest_plateau()
-    found = visits.result(_middle(run), run)
-    return visits.result(run[0], run) if found.flat else found
+    result = visits.result(_middle(run), run)
+    return visits.result(run[0], run) if result.flat else result
 
 
 def authors_walk(
@@ -120,25 +119,25 @@ def authors_walk(
 ) -> SearchResult:
     """The search of the authors' code, point by point.
 
-    A coarse pass visits low, low + step, ... with one point beyond `high` where high is no multiple. A finer
-    one, in steps of a tenth, visits from 0.9 step below the best point, but above `low`, up to a step above
-    it, past `high` too. Both end after more than 3 values in a row without improvement, a tie being one.
-    Of equal best values the first visited is taken.
+    A coarse pass visits low, low + step, ..., with one point beyond `high` if `high` is not on the grid. A
+    fine pass, in steps of a tenth, visits from 0.9 step below the best point, but above `low`, to one step
+    above it, even beyond `high`. Both stop after more than 3 consecutive values without improvement, ties
+    included as improvement. Among equal best values the first visited is chosen.
 
     Args:
       objective, maximise: as for `search_q`.
       grid: low, high and step.
     Raises: ValueError for a grid that is none, or if no value is finite.
-    Source: `find_optimal_param` of find_q_encoder.py in the authors' code for DAREx, arXiv:2410.09344. The
-      one of find_q_decoder.py refines below `low` as well, down to 0, by which nothing can be divided.
-      Unlike there, no q is evaluated twice, points are rounded to 12 digits, and a value that is not finite
-      counts for nothing, where theirs is one without improvement.
+    Source: `find_optimal_param` of find_q_encoder.py in the authors' code for DAREx, arXiv:2410.09344. That
+      of find_q_decoder.py also refines below `low`, down to 0, which is not a valid divisor. Unlike there, no
+      q is evaluated twice, points are rounded to 12 digits, and non-finite values are skipped instead of
+      counting as no improvement.
     """
     low, high, step = grid
     check_bounds(low, high, step)
     decay = 0.1
     visits = _Visits(objective, maximise)
-    # NumPy's own ranges of their own bounds, unrounded: how many points there are is up to the last bit.
+    # np.arange on the same unrounded bounds: the number of points depends on the last bit.
     coarse = np.arange(low, high + step, step).tolist()
     visits.walk([round(q, 12) for q in coarse], PATIENCE)
     best = next(q for q in coarse if round(q, 12) == visits.first_best())
@@ -149,7 +148,7 @@ def authors_walk(
 
 
 class _Visits:
-    """The objective at every q asked for, in the order of asking."""
+    """The objective at every visited q, in order of visits."""
 
     def __init__(self, objective: Callable[[float], float], maximise: bool):
         self.objective = objective
@@ -157,7 +156,7 @@ class _Visits:
         self.values: dict[float, float] = {}
 
     def walk(self, points: Iterable[float], patience: float) -> None:
-        """Visits points until more than `patience` in a row are worse than the best of this walk."""
+        """Visits points until more than `patience` consecutive ones are worse than the best of this walk."""
         best, worse_in_a_row = -math.inf, 0
         for q in points:
             if q not in self.values:
@@ -175,7 +174,7 @@ class _Visits:
         return self.sign * self.values[q] if math.isfinite(self.values[q]) else -math.inf
 
     def first_best(self) -> float:
-        """The best q, of equals the first visited. Raises: ValueError if no value is finite."""
+        """The best q; ties give the first visited. Raises: ValueError if no value is finite."""
         best = max(self.values, key=self.score)
         if not math.isfinite(self.values[best]):
             raise DarexError(
@@ -186,7 +185,7 @@ class _Visits:
         return best
 
     def longest_plateau(self) -> list[float]:
-        """Of the plateaus the longest, the first of equals."""
+        """The longest plateau; ties give the first."""
         return max(self.plateaus(), key=len)
 
     def plateaus(self) -> list[list[float]]:
@@ -209,12 +208,12 @@ def _middle(run: Sequence[float]) -> float:
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
-    """Mean without the value farthest from the mean (the first of equals), as over the masks of seeds 0 to 3.
+    """Mean without the value farthest from the mean (ties drop the first), as over the masks of seeds 0 to 3.
 
-    Of one or two values nothing is left out. Source: the authors' code for DAREx, Algorithm 2.
+    One or two values are averaged as they are. Source: the authors' code for DAREx, Algorithm 2.
     """
     if not values:
-        raise DarexError("the mean of no values does not exist.")
+        raise DarexError("trimmed_mean needs at least one value.")
     kept = list(values)
     mean = math.fsum(kept) / len(kept)
     if len(kept) > 2 and math.isfinite(mean):
