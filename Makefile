@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-gpu lint clean
+.PHONY: demo test docs test-oldest test-gpu lint clean
 
 demo: .venv/demo
 	$(BIN)/darex demo
 
 test: .venv/test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# The pages of docs/ and the reference of the public names, into build/site.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The quick tests with the oldest packages that pyproject.toml takes.
 test-oldest: $(OLDEST)/ready
@@ -38,6 +42,11 @@ lint: .venv/test
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[all]'
 	$(BIN)/python -m pip install -q --no-deps -r requirements/demo.txt
+	touch $@
+
+.venv/docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
 .venv/test: .venv/demo

@@ -1,0 +1,37 @@
+"""Pages of the site that are kept elsewhere: the README as the first one, and the tables of results."""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+TABLES = (
+    "experiments/results/*.md", "experiments/results/*.png", "experiments/results/*.json",
+    "benchmarks/results/*.md", "benchmarks/results/*.json",
+)  # fmt: skip
+
+
+def on_files(files, config):
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
+    for path in sorted(path for pattern in TABLES for path in ROOT.glob(pattern)):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links as they work in the repository become links of the site, where docs/ is the root."""
+    here = page.file.src_uri
+    folder = "" if here == "index.md" else "docs"
+    if here.startswith(("experiments/", "benchmarks/")):
+        return markdown
+
+    def moved(match):
+        link, anchor = match[1], match[2] or ""
+        there = posixpath.normpath(posixpath.join(folder, posixpath.dirname(here), link))
+        there = there.removeprefix("docs/")
+        return f"]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})"
+
+    return re.sub(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)", moved, markdown)
