@@ -38,7 +38,7 @@ def main() -> None:
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     model = json.loads((ROOT / "experiments/results/glue_minilm_sst2.json").read_text())["fine_bytes"]
     axes.set_xlabel(f"bytes of the whole file (the fine-tuned model: {model / 1e6:.0f} MB)")
-    axes.set_ylabel("of the metric kept")
+    axes.set_ylabel("share of the metric kept")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     out = ROOT / "docs" / "images" / "frontier.svg"
