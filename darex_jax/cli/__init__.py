@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from darex_jax.cli import choose, files, hub, learn, merge, prune, recommend, text, train
+from darex_jax.cli import choose, experiment, files, hub, learn, merge, prune, recommend, report, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
 from darex_jax.cli.stores import with_stores
@@ -83,6 +83,8 @@ for command in (
     choose.find_q,
     learn.demo,
     text.generate,
+    report.report,
+    experiment.experiment,
 ):
     assert command.callback is not None
     command.callback = with_stores(command.callback)

@@ -302,6 +302,23 @@ def _update(
     return optax.apply_updates(params, updates), state, total / weight, gradient_norm
 
 
+def step_program(
+    loss: Loss, model: Model, recipe: Recipe, params: Params, batch: Batch, dropout_key: jax.Array | None
+) -> jax.stages.Lowered:
+    """The lowered program of one training step of `train`, of arrays or of their shapes alone.
+
+    Args: as for `train`; params, batch: of arrays or `jax.ShapeDtypeStruct`, the params float32.
+    """
+    if recipe.remat:
+        model = replace(cast(ModelOfLayers, model), remat=True)
+    state = jax.eval_shape(_optimizer(recipe.optimizer, recipe.norm, 0.0, 0.0).init, params)
+    numbers = (recipe.learning_rate, recipe.weight_decay, recipe.clip_norm)
+    return _update.lower(
+        loss, model, recipe.optimizer, recipe.norm, recipe.accumulate, recipe.dtype,
+        params, state, None, params, batch, dropout_key, numbers,
+    )  # fmt: skip
+
+
 def _optimizer(
     name: str, norm: Norm, learning_rate: Any, weight_decay: Any
 ) -> optax.GradientTransformationExtraArgs:

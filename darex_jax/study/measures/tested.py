@@ -1,0 +1,89 @@
+"""A fine-tuned model and its test examples: the metric, and the agreement with it, of any parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darex_jax.evaluation.classification import predict
+from darex_jax.files.manifest import params_digest
+from darex_jax.files.model import load_model
+from darex_jax.models import DecoderConfig, Model
+from darex_jax.study.fine_tunes import Place
+from darex_jax.study.plan import FineTune
+from darex_jax.tasks import load_task
+from darex_jax.tasks.answers import answer_batches, encode_problems
+from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
+from darex_jax.tasks.gsm8k import load_gsm8k
+from darex_jax.tasks.word_problems import word_problems
+from darex_jax.training.causal_lm import answer_scores
+
+ROWS = 50  # of a batch of problems
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Attributes:
+    model, params: the fine-tuned model; weights: digest of `params`.
+    metric_name, examples: what is measured, on how many test examples.
+    constant: the metric of the best constant answer; None for a decoder.
+    values: model, parameters -> `metric` and, of a classifier, `agreement` with the fine-tuned model.
+    """
+
+    model: Model
+    params: Any
+    weights: str
+    metric_name: str
+    examples: int
+    constant: float | None
+    values: Callable[[Model, Any], dict[str, float]]
+
+    def score(self, params: Any) -> float:
+        """The metric of parameters of the fine-tuned model's shapes."""
+        return self.values(self.model, params)["metric"]
+
+
+def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Tested:
+    """Reads a fine-tuned model and the first `limit` test examples of its task."""
+    model, params = load_model(fine)
+    tokenizer, weights = load_tokenizer(fine), params_digest(params)
+    if isinstance(model.config, DecoderConfig):
+        problems = _problems(fine_tune, place)[:limit]
+        answers = list(answer_batches(encode_problems(tokenizer, problems), ROWS, 0, 0))
+
+        def answered(model: Model, params: Any) -> dict[str, float]:
+            scores = answer_scores(model, params, answers)
+            return {"metric": scores.answers, "loss": scores.loss, "tokens": scores.tokens}
+
+        return Tested(model, params, weights, "answers", len(problems), None, answered)
+    task = load_task(fine_tune.task, place.data_dir)
+    test = encode(tokenizer, task.test.select(slice(limit)))
+    batches = evaluation_batches(test)
+    reference = predict(model, params, batches)
+
+    def classified(model: Model, params: Any) -> dict[str, float]:
+        logits = predict(model, params, batches)
+        return {"metric": task.metric(logits, test.labels), "agreement": agreement(logits, reference)}
+
+    constant = 0.0
+    if task.kind != "regression":
+        same = np.eye(task.num_labels)[:, None].repeat(len(test), axis=1)
+        constant = max(task.metric(logits, test.labels) for logits in same)
+    return Tested(model, params, weights, task.metric_name, len(test), constant, classified)
+
+
+def agreement(logits: np.ndarray, reference: np.ndarray) -> float:
+    """The share of equal predictions; with one output, the correlation of the scores."""
+    if logits.shape[1] > 1:
+        return float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
+    return float(np.corrcoef(logits[:, 0], reference[:, 0])[0, 1]) if np.std(logits) > 0 else 0.0
+
+
+def _problems(fine_tune: FineTune, place: Place) -> Any:
+    if fine_tune.task == "gsm8k":
+        return load_gsm8k("test", place.data_dir)
+    return word_problems(fine_tune.seed, fine_tune.options.get("difficulty", 3)).test

@@ -1,0 +1,193 @@
+"""A study as it is declared: a TOML file says what is fine-tuned, pruned and measured, at each scale.
+
+`fine_tunes.toml`, beside the studies, declares models, trainings and optimizers once; a study names them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from darex_jax.core.errors import DarexError, FileError
+from darex_jax.files.paths import read_text
+
+SCALES = ("small", "paper")
+FINE_TUNES = "fine_tunes.toml"
+MEASURES = ("methods", "q", "delta", "merging")  # files of `study/measures/`
+HEAD = {"title", "source", "measure", "text", "claims", *SCALES}
+SETTINGS = {
+    "train", "optimizers", "seeds", "ways", "drop_rates", "bytes", "masks", "test_examples", "sets",
+}  # fmt: skip
+CLAIM = {
+    "claim",
+    "source",
+    "better",
+    "than",
+    "at",
+    "keeps",
+    "way",
+    "optimizers",
+    "value",
+    "least",
+    "untestable",
+}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """A fine-tuned model by what makes it.
+
+    Attributes:
+      training, optimizer: their names in `fine_tunes.toml`; seed: of the training.
+      model: name of the pretrained model; source: its table in `fine_tunes.toml`.
+      task: what it is trained on; options: the other arguments of `train_run`, the recipe's among them.
+    """
+
+    training: str
+    optimizer: str
+    seed: int
+    model: str
+    source: Mapping[str, Any]
+    task: str
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """`sst2/adamw/0`."""
+        return f"{self.training}/{self.optimizer}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study at one scale.
+
+    Attributes:
+      name: of its file; title, source, text: for people; the source is the table or figure it reproduces.
+      measure: one of `MEASURES`; fine_tunes: what is measured.
+      ways: options by the name of a row; at: drop rates or bytes a parameter, by `axis`.
+      masks: how many, of the seeds from 0 on; test_examples: at most so many, of the official validation
+        split.
+      sets: of trainings that are merged.
+      claims: tables of `CLAIM`.
+      folder: where the file is.
+    """
+
+    name: str
+    scale: str
+    title: str
+    source: str
+    text: str
+    measure: str
+    fine_tunes: Sequence[FineTune]
+    ways: Mapping[str, Mapping[str, Any]]
+    axis: str
+    at: Sequence[float]
+    masks: int
+    test_examples: int
+    sets: Sequence[Sequence[str]]
+    claims: Sequence[Mapping[str, Any]]
+    folder: Path = field(compare=False)
+
+    @property
+    def file(self) -> Path:
+        """Where its rows are: `results/SCALE/NAME.jsonl` beside the study."""
+        return self.folder / "results" / self.scale / f"{self.name}.jsonl"
+
+
+def find_studies(folder: Path) -> list[str]:
+    """The names of the studies in a folder."""
+    return sorted(path.stem for path in folder.glob("*.toml") if path.name != FINE_TUNES)
+
+
+def read_plan(folder: Path, name: str, scale: str) -> Plan:
+    """Reads `FOLDER/NAME.toml` at one of its scales.
+
+    Raises: FileError for a file that is missing, is not TOML, or has an unknown or missing entry.
+    """
+    path = folder / f"{name}.toml"
+    if not path.exists():
+        found = ", ".join(find_studies(folder)) or "none"
+        raise FileError(f"{path}: there is no such study; in {folder} there are: {found}.")
+    study = _read(path, HEAD, needed=("title", "measure"))
+    if scale not in study:
+        raise FileError(f"{path}: has no scale [{scale}]; it has {', '.join(set(SCALES) & study.keys())}.")
+    own = study[scale]
+    _known(path, own, SETTINGS, f"[{scale}]")
+    if study["measure"] not in MEASURES:
+        raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
+    for claim in study.get("claims", ()):
+        _known(path, claim, CLAIM, "a claim")
+    declared = read_fine_tunes(folder, scale)
+    wanted = product(own.get("train", ()), own.get("optimizers", ("adamw",)), own.get("seeds", (0,)))
+    axes = [axis for axis in ("drop_rates", "bytes") if axis in own]
+    if len(axes) > 1:
+        raise FileError(f"{path}: [{scale}] has drop_rates or bytes, not both.")
+    return Plan(
+        name=name, scale=scale, title=study["title"], source=study.get("source", ""),
+        text=study.get("text", ""), measure=study["measure"],
+        fine_tunes=[declared(path, *each) for each in wanted],
+        ways=own.get("ways", {}), axis=axes[0] if axes else "", at=own.get(axes[0], ()) if axes else (),
+        masks=own.get("masks", 4), test_examples=own.get("test_examples", 500), sets=own.get("sets", ()),
+        claims=study.get("claims", ()), folder=folder,
+    )  # fmt: skip
+
+
+def read_fine_tunes(folder: Path, scale: str) -> Any:
+    """A function from a study's path, a training, an optimizer and a seed to the `FineTune`."""
+    path = folder / FINE_TUNES
+    tables = _read(path, set(SCALES))
+    if scale not in tables:
+        raise FileError(f"{path}: has no scale [{scale}].")
+    own = tables[scale]
+    _known(path, own, {"models", "train", "optimizers"}, f"[{scale}]")
+
+    def declared(study: Path, training: str, optimizer: str, seed: int) -> FineTune:
+        for kind, name in (("train", training), ("optimizers", optimizer)):
+            if name not in own.get(kind, {}):
+                known = ", ".join(own.get(kind, {}))
+                raise FileError(f"{study}: {path} declares no {scale}.{kind}.{name}; it has {known}.")
+        options = dict(own["train"][training]) | own["optimizers"][optimizer]
+        model, task = options.pop("model", None), options.pop("task", None)
+        if model not in own.get("models", {}) or task is None:
+            raise FileError(
+                f"{path}: {scale}.train.{training} needs a task, and a model of [{scale}.models]."
+            )
+        return FineTune(training, optimizer, seed, model, own["models"][model], task, options)
+
+    return declared
+
+
+def _read(path: Path, known: set[str], needed: Sequence[str] = ()) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise FileError(f"{path}: is not TOML: {error}.") from error
+    _known(path, found, known, "the file")
+    for name in needed:
+        if name not in found:
+            raise FileError(f"{path}: lacks {name}.")
+    return found
+
+
+def _known(path: Path, table: Any, known: set[str], what: str) -> None:
+    if not isinstance(table, dict):
+        raise FileError(f"{path}: {what} is not a table.")
+    if unknown := sorted(table.keys() - known):
+        raise FileError(
+            f"{path}: unknown {', '.join(unknown)} in {what}; it may have {', '.join(sorted(known))}."
+        )
+
+
+def chosen(plan: Plan, only: str | None) -> Sequence[FineTune]:
+    """The fine-tunes whose names contain `only`, or all. Raises: DarexError if there are none."""
+    found = [each for each in plan.fine_tunes if only is None or only in each.name]
+    if only is not None and not found and not any(only in way for way in plan.ways):
+        names = ", ".join(each.name for each in plan.fine_tunes)
+        raise DarexError(
+            f"--only {only}: matches no way and no fine-tune of {plan.name}; these are: {names}."
+        )
+    return found

@@ -1,0 +1,173 @@
+"""Running a study: row by row, resumed after a stop, never measuring again what is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from darex_jax.core.errors import FileError
+from darex_jax.files.atomic import only_one
+from darex_jax.files.manifest import run_manifest
+from darex_jax.study.fine_tunes import Place
+from darex_jax.study.plan import FineTune, Plan
+from darex_jax.study.rows import Cell, Row, cell_of, digest_of, read_rows, seconds_left, write_rows
+
+FINE_TUNED = "fine-tuned"  # the way of the row that a group begins with
+
+
+class Group(NamedTuple):
+    """Fine-tuned models that are measured together: one, or those that are merged."""
+
+    name: str
+    fine_tunes: tuple[FineTune, ...]
+
+
+class Progress(NamedTuple):
+    """Attributes: row: the last one measured; done, total: rows; left: estimated seconds, None if unknown."""
+
+    row: Row
+    done: int
+    total: int
+    left: float | None
+
+
+def groups(plan: Plan) -> list[Group]:
+    """What the rows of a study are about."""
+    if not plan.sets:
+        return [Group(each.name, (each,)) for each in plan.fine_tunes]
+    found = []
+    for names in plan.sets:
+        ordered = sorted(plan.fine_tunes, key=lambda each: (each.optimizer, each.seed))
+        for (optimizer, seed), among in groupby(ordered, lambda each: (each.optimizer, each.seed)):
+            by_name = {each.training: each for each in among}
+            if missing := [name for name in names if name not in by_name]:
+                raise FileError(f"{plan.name}: a set names {', '.join(missing)}, which train lacks.")
+            members = tuple(by_name[name] for name in names)
+            found.append(Group(f"{'+'.join(names)}/{optimizer}/{seed}", members))
+    return found
+
+
+def columns(plan: Plan, way: str) -> Sequence[float | None]:
+    """The columns of a way: those of the study, or `at` of its own, or none."""
+    return plan.ways[way].get("at", plan.at or (None,))
+
+
+def cells(plan: Plan, group: Group, only: str | None = None) -> list[Cell]:
+    """Every row of a group but the first. Args: only: what the name of a way or of the group contains."""
+    everything = only is None or only in group.name
+    return [
+        (group.name, way, at)
+        for way in plan.ways
+        if everything or (only is not None and only in way)
+        for at in columns(plan, way)
+    ]
+
+
+def made(plan: Plan, group: Group, way: str, at: float | None) -> str:
+    """The digest of all that a row is declared by."""
+    trained = [
+        {"model": e.model, "task": e.task, "seed": e.seed, "options": dict(e.options)}
+        for e in group.fine_tunes
+    ]
+    options = {name: value for name, value in plan.ways.get(way, {}).items() if name != "at"}
+    return digest_of([plan.measure, plan.axis, trained, options, at, plan.masks, plan.test_examples])
+
+
+def missing_cells(plan: Plan, rows: Sequence[Row], only: str | None = None) -> list[tuple[Group, list[Cell]]]:
+    """What has no row yet, by group."""
+    there = {(*cell_of(row), row["made"]) for row in rows}
+    found = []
+    for group in groups(plan):
+        wanted = cells(plan, group, only)
+        head = (group.name, FINE_TUNED, None)
+        wanted = [head, *wanted] if wanted else []
+        lacks = [cell for cell in wanted if (*cell, made(plan, group, cell[1], cell[2])) not in there]
+        if lacks:
+            found.append((group, lacks))
+    return found
+
+
+def known_rows(plan: Plan) -> list[Row]:
+    """The rows of a study: its own, and those that it lacks but another of the same scale has, declared by
+    the same settings."""
+    rows = read_rows(plan.file)
+    wanted = {
+        (*cell, made(plan, group, cell[1], cell[2]))
+        for group, lacks in missing_cells(plan, rows)
+        for cell in lacks
+    }
+    found: dict[Any, Row] = {}
+    for file in sorted(plan.file.parent.glob("*.jsonl")) if wanted else []:
+        if file != plan.file:
+            found |= {key: row for row in read_rows(file) if (key := (*cell_of(row), row["made"])) in wanted}
+    taken = {cell_of(row) for row in found.values()}
+    return ordered(plan, [row for row in rows if cell_of(row) not in taken] + list(found.values()))
+
+
+def run_study(
+    plan: Plan,
+    place: Place,
+    *,
+    only: str | None = None,
+    on_row: Callable[[Progress], None] = lambda progress: None,
+) -> list[Row]:
+    """Measures what has no row yet and returns all rows.
+
+    A fine-tuned model is trained, and read, only if a row of it is missing. Rows of other weights, or of
+    other settings, are replaced.
+
+    Raises: as `obtain` and the measures; FileError while another process runs this study.
+    """
+    measure = import_module(f"darex_jax.study.measures.{plan.measure}")
+    plan.file.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(plan.file.with_suffix(".lock"), f"another process runs {plan.name}; wait for it."):
+        rows = known_rows(plan)
+        if rows:
+            write_rows(plan.file, rows)
+        todo = missing_cells(plan, rows, only)
+        left = [cell for _, lacks in todo for cell in lacks]
+        total, done = len(left), 0
+        for group, lacks in todo:
+            begun = time.monotonic()
+            head, measured = measure.begin(plan, group.fine_tunes, place)
+            own = [row for row in rows if row["fine_tune"] == group.name]
+            if stale := [row for row in own if row["weights"] != head["weights"]]:
+                place.say(f"{group.name}: {len(stale)} rows are of other weights and are measured again")
+                rows = [row for row in rows if row not in stale]
+                lacks = [
+                    cell for found, some in missing_cells(plan, rows, only) if found == group for cell in some
+                ]
+                total += len(lacks) - sum(cell[0] == group.name for cell in left)
+            for cell in lacks:
+                _, way, at = cell
+                if way == FINE_TUNED:
+                    values = head | {"manifest": run_manifest("experiment", {"study": plan.name}, {}, {})}
+                else:
+                    options = {name: value for name, value in plan.ways[way].items() if name != "at"}
+                    values = measured(way, options, at)
+                row = {
+                    "fine_tune": group.name, "way": way, "at": at, "made": made(plan, group, way, at),
+                    **values, "weights": head["weights"], "seconds": round(time.monotonic() - begun, 1),
+                }  # fmt: skip
+                rows = [other for other in rows if cell_of(other) != cell] + [row]
+                write_rows(plan.file, ordered(plan, rows))
+                begun, done = time.monotonic(), done + 1
+                rest = [other for _, some in missing_cells(plan, rows, only) for other in some]
+                on_row(Progress(row, done, total, seconds_left(rest, rows)))
+    return ordered(plan, rows)
+
+
+def ordered(plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    """The rows in the order in which the study declares them."""
+    names = {group.name: i for i, group in enumerate(groups(plan))}
+    ways = {way: i for i, way in enumerate([FINE_TUNED, *plan.ways])}
+    last = len(names), len(ways)
+
+    def place(row: Row) -> Any:
+        name, way, at = cell_of(row)
+        return names.get(name, last[0]), ways.get(way, last[1]), -(at or 0.0)
+
+    return sorted(rows, key=place)

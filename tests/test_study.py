@@ -1,0 +1,327 @@
+"""Declared studies: rows that resume, fine-tunes that are trained once, tables, claims, and the command."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from darex_jax.cli import main
+from darex_jax.core.errors import DarexError
+from darex_jax.study import run as running
+from darex_jax.study.claims import findings
+from darex_jax.study.fine_tunes import Place
+from darex_jax.study.of_results import results_page
+from darex_jax.study.plan import read_plan
+from darex_jax.study.rows import cell_of, digest_of, read_rows, seconds_left, write_rows
+from darex_jax.study.run import groups, known_rows, missing_cells, run_study
+from darex_jax.study.tables import figures, section, tables
+from darex_jax.study.written import markdown, write_section
+
+FINE_TUNES = """
+[small.models.tiny]
+[small.train]
+one = { model = "tiny", task = "opinions", steps = 3, learning_rate = 1e-3, limit = 40 }
+two = { model = "tiny", task = "opinions", steps = 2, learning_rate = 1e-3, limit = 40 }
+[small.optimizers]
+adamw = { optimizer = "adamw", batch_size = 8, validation_limit = 8 }
+adamr = { optimizer = "adamr", weight_decay = 0.1, batch_size = 8, validation_limit = 8 }
+"""
+METHODS = """
+title = "Tiny"
+measure = "methods"
+source = "a table"
+text = "What is shown."
+[[claims]]
+claim = "SVD beats DARE"
+better = "SVD"
+than = "DARE"
+at = [0.5]
+[small]
+train = ["one"]
+drop_rates = [0.5, 0.9]
+masks = 2
+test_examples = 16
+[small.ways]
+DARE = { method = "dare" }
+SVD = { method = "svd" }
+"""
+Q = """
+title = "Ways to choose q"
+measure = "q"
+[small]
+train = ["one"]
+optimizers = ["adamr"]
+drop_rates = [0.9]
+masks = 2
+test_examples = 16
+[small.ways]
+DARE = {}
+two-point = { objective = "two-point", limit = 4 }
+labels = { objective = "labels", limit = 8, walk = true }
+"""
+DELTAS = """
+title = "Deltas"
+measure = "delta"
+[small]
+train = ["one"]
+masks = 2
+[small.ways]
+statistics = {}
+bound = { at = [0.5] }
+"""
+MERGING = """
+title = "Merged"
+measure = "merging"
+[small]
+train = ["one", "two"]
+sets = [["one", "two"]]
+masks = 2
+test_examples = 16
+[small.ways]
+sum = { method = "linear" }
+dare = { method = "dare-ties", drop_rate = 0.5, q = "two-point" }
+"""
+
+
+@pytest.fixture
+def studies(tmp_path):
+    files = {"fine_tunes": FINE_TUNES, "tiny": METHODS, "q": Q, "deltas": DELTAS, "merged": MERGING}
+    for name, text in files.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def place(folders, tmp_path_factory):
+    """Fine-tuned models are trained once for all tests here."""
+    place = tmp_path_factory.mktemp("study")
+    (place / "models").mkdir()
+    (place / "models" / "tiny").symlink_to(folders / "bert" / "base")
+    return Place(place / "runs", place / "models")
+
+
+def darex(*arguments, fails=False):
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert (result.exit_code != 0) == fails, result.output
+    return result.output
+
+
+def test_a_study_resumes_and_measures_nothing_twice(studies, place, monkeypatch):
+    plan = read_plan(studies, "tiny", "small")
+    seen = []
+
+    def stopped(progress):
+        seen.append(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(plan, place, on_row=stopped)
+    assert [(p.done, p.total) for p in seen] == [(1, 5), (2, 5)] and seen[1].left > 0
+    assert [cell_of(row) for row in read_rows(plan.file)] == [cell_of(p.row) for p in seen]
+    trained = [path.stat().st_mtime_ns for path in place.runs.glob("one-adamw-0-*/fine-tuned/config.json")]
+    rows = run_study(plan, place, on_row=seen.append)
+    assert len(seen) == 5 and rows == read_rows(plan.file)
+    cells = [cell_of(row)[1:] for row in rows]
+    assert cells == [("fine-tuned", None), ("DARE", 0.9), ("DARE", 0.5), ("SVD", 0.9), ("SVD", 0.5)]
+    assert [
+        path.stat().st_mtime_ns for path in place.runs.glob("one-adamw-0-*/fine-tuned/config.json")
+    ] == trained
+    assert len(rows[1]["metrics"]) == 2 and len(rows[3]["metrics"]) == 1  # masks, and no mask
+    monkeypatch.setattr("darex_jax.study.measures.methods.obtain", lambda *_: pytest.fail("a model was read"))
+    assert run_study(plan, place) == rows  # nothing is missing: no model is looked at
+
+
+def test_another_setting_is_measured_again_and_only_that(studies, place):
+    plan = read_plan(studies, "tiny", "small")
+    before = run_study(plan, place)
+    text = METHODS.replace('"svd" }', '"svd", bits = 4 }')
+    (studies / "tiny.toml").write_text(text)
+    changed, measured = read_plan(studies, "tiny", "small"), []
+    rows = run_study(changed, place, on_row=lambda progress: measured.append(cell_of(progress.row)))
+    assert [cell[1:] for cell in measured] == [("SVD", 0.5), ("SVD", 0.9)]
+    assert len(rows) == len(before) and [r for r in rows if r["way"] != "SVD"] == [
+        r for r in before if r["way"] != "SVD"
+    ]
+
+
+def test_rows_of_other_weights_are_replaced(studies, place):
+    plan, lines = read_plan(studies, "tiny", "small"), []
+    rows = run_study(plan, place)
+    write_rows(plan.file, [row | {"weights": "another"} for row in rows if row["way"] != "DARE"])
+    again = run_study(plan, place._replace(say=lines.append))
+    assert [(r["way"], r["at"], r["mean"]) for r in again] == [(r["way"], r["at"], r["mean"]) for r in rows]
+    assert {r["weights"] for r in again} == {r["weights"] for r in rows}
+    assert any("3 rows are of other weights" in line for line in lines)
+
+
+def test_rows_of_another_study_are_taken_over(studies, place):
+    run_study(read_plan(studies, "tiny", "small"), place)
+    (studies / "part.toml").write_text(METHODS.replace('SVD = { method = "svd" }', ""))
+    part = read_plan(studies, "part", "small")
+    assert len(known_rows(part)) == 3 and missing_cells(part, known_rows(part)) == []
+
+
+def test_every_measure(studies, place):
+    q = run_study(read_plan(studies, "q", "small"), place)
+    assert [row["way"] for row in q] == ["fine-tuned", "DARE", "two-point", "labels"]
+    assert q[1]["q"] == pytest.approx(0.1) and len(q[2]["metrics"]) == 2 and q[3]["labels"] == 8
+    _, statistics, bound = run_study(read_plan(studies, "deltas", "small"), place)
+    assert 0 < statistics["rms"] <= statistics["largest"] and statistics["stable_rank"] >= 1
+    assert 0.9 < bound["within"] <= 1 and 0 < bound["error_to_bound"] < bound["largest_to_bound"]
+    alone, total, dare = run_study(read_plan(studies, "merged", "small"), place)
+    assert set(alone["metrics"]) == {"one", "two"} and alone["mean"] == 1.0
+    assert len(total["metrics"]["one"]) == 1 and len(dare["metrics"]["two"]) == 2 and len(dare["q"]) == 2
+    for name in ("q", "deltas", "merged"):
+        plan = read_plan(studies, name, "small")
+        text = markdown(section(plan, read_rows(plan.file), "darex experiment"))
+        assert text.count("\n| ") >= len(plan.ways)
+
+
+def test_tables_figures_and_the_page(studies, place, tmp_path):
+    plan = read_plan(studies, "tiny", "small")
+    rows = run_study(plan, place)
+    (table,) = tables(plan, rows)
+    assert table.columns == ["", "0.5", "0.9"] and [row[0] for row in table.rows] == ["DARE", "SVD"]
+    assert "±" in table.rows[0][1] and "±" not in table.rows[1][1] and "16 examples" in table.note
+    (figure,) = figures(plan, rows)
+    assert [series.name for series in figure.series] == ["DARE", "SVD"]
+    assert figure.series[0].x == pytest.approx((0.1, 0.5))
+    written = write_section(section(plan, rows, "darex experiment tiny"), tmp_path / "out")
+    assert [path.suffix for path in written] == [".md", ".png", ".svg"]
+    assert written[1].read_bytes()[:4] == b"\x89PNG" and b"<svg" in written[2].read_bytes()[:600]
+    page = results_page(studies / "results")
+    assert page.sections[0].findings[0].claim == "SVD beats DARE" and page.facts
+    with pytest.raises(DarexError, match="has no rows of a study"):
+        results_page(tmp_path / "elsewhere" / "results")
+
+
+def row(fine_tune, way, at, mean):
+    return {"fine_tune": fine_tune, "way": way, "at": at, "mean": mean, "made": "", "weights": ""}
+
+
+def test_verdicts_follow_from_the_rows(studies):
+    plan = read_plan(studies, "tiny", "small")
+
+    def verdict(claim, *values):
+        rows = [row(f"{task}/{optimizer}/0", way, at, mean) for task, optimizer, way, at, mean in values]
+        rows += [row(name, "fine-tuned", None, 0.8) for name in {r["fine_tune"] for r in rows}]
+        object.__setattr__(plan, "claims", [{"claim": "it is so", **claim}])
+        (finding,) = findings(plan, rows)
+        return finding.verdict, finding.figures
+
+    both = {"better": "SVD", "than": "DARE", "at": [0.5]}
+    a = [("one", "adamw", "SVD", 0.5, 0.7), ("one", "adamw", "DARE", 0.5, 0.6)]
+    b = [("two", "adamw", "SVD", 0.5, 0.5), ("two", "adamw", "DARE", 0.5, 0.5)]
+    assert verdict(both, *a) == ("held", "1 of 1: one, adamw at 0.5: 0.7 against 0.6.")
+    assert verdict(both, *a, *b)[0] == "held partly"
+    assert verdict(both, *b)[0] == "not seen"  # as good is not better
+    assert verdict(both | {"at": [0.9]}, *a) == ("not testable here", "not measured yet.")
+    kept = {"keeps": 0.85, "way": "SVD", "at": [0.5]}
+    assert verdict(kept, *a) == ("held", "1 of 1: one, adamw at 0.5: 87.5%.")
+    assert verdict(kept | {"keeps": 0.9}, *a)[0] == "not seen"
+    other = ("one", "adamr", "DARE", 0.5, 0.65)
+    assert verdict({"better": "adamr", "than": "adamw", "way": "DARE", "at": [0.5]}, *a, other)[0] == "held"
+    assert verdict(both | {"optimizers": ["adamr"]}, *a)[0] == "not testable here"
+    assert verdict({"untestable": "no such machine"}, *a) == ("not testable here", "no such machine")
+    assert verdict({"way": "SVD", "value": "mean", "least": 0.71, "at": [0.5]}, *a)[0] == "not seen"
+
+
+def test_the_estimate_is_of_rows_like_the_missing_ones():
+    rows = [{**row("a", "slow", 0.5, 1.0), "seconds": 10}, {**row("a", "quick", 0.5, 1.0), "seconds": 1}]
+    assert seconds_left([("b", "slow", 0.5), ("b", "quick", 0.9)], rows) == 11
+    assert seconds_left([("b", "unknown", 0.5)], rows) == 5.5
+    assert seconds_left([("b", "slow", 0.5)], []) is None
+    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1}) != digest_of({"a": 1, "b": 3})
+
+
+def test_the_command(studies, place):
+    where = ("--folder", studies, "--runs", place.runs, "--models", place.models)
+    assert "5 missing" in darex("experiment", *where)
+    assert "unknown, nothing like it" in darex("experiment", "tiny", *where, "--dry-run")
+    assert "there is no such study; in" in darex("experiment", "none", *where, fails=True)
+    assert "has no rows yet" in darex("experiment", "tiny", *where, "--table", fails=True)
+    only = darex("experiment", "tiny", *where, "--only", "DARE")
+    assert "DARE" in only and "Written: " in only and (studies / "results/small/tiny.md").exists()
+    left = json.loads(darex("experiment", "tiny", *where, "--dry-run", "--json"))
+    assert [cell[1] for cell in left["missing"]] == ["SVD", "SVD"] and left["seconds"] > 0
+    assert len(json.loads(darex("experiment", "tiny", *where, "--json"))["rows"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('measure = "methods"', 'measure = "guesses"', "measure is one of methods, q, delta, merging"),
+        ('train = ["one"]', 'train = ["three"]', "declares no small.train.three; it has one, two"),
+        ("masks = 2", "mask = 2", "unknown mask in \\[small\\]"),
+        ('title = "Tiny"', "title = Tiny", "is not TOML"),
+        ("drop_rates = [0.5, 0.9]", "drop_rates = [0.5]\nbytes = [0.1]", "drop_rates or bytes, not both"),
+        ("[small]", "[paper]", "has no scale \\[small\\]; it has paper"),
+        ('than = "DARE"', 'then = "DARE"', "unknown then in a claim"),
+    ],
+)
+def test_a_faulty_declaration_is_named(studies, old, new, told):
+    text = METHODS.replace(old, new).replace(
+        "[small.ways]", "[paper.ways]" if new == "[paper]" else "[small.ways]"
+    )
+    (studies / "tiny.toml").write_text(text)
+    with pytest.raises(DarexError, match=f"tiny.toml.*{told}"):
+        read_plan(studies, "tiny", "small")
+
+
+def test_a_damaged_results_file_is_named(studies):
+    plan = read_plan(studies, "tiny", "small")
+    plan.file.parent.mkdir(parents=True)
+    plan.file.write_text('{"fine_tune": "a", "way": "b"}\n{"fine')
+    with pytest.raises(DarexError, match=r"tiny.jsonl: line 2 is not a row of a study"):
+        known_rows(plan)
+
+
+def test_one_process_runs_a_study(studies, place):
+    plan = read_plan(studies, "tiny", "small")
+    plan.file.parent.mkdir(parents=True)
+    with (
+        running.only_one(plan.file.with_suffix(".lock"), "taken"),
+        pytest.raises(DarexError, match="wait for it"),
+    ):
+        run_study(plan, place)
+
+
+def test_every_declared_study_reads():
+    """The studies of this repository, at each scale they have; what small rows there are belong to them."""
+    from pathlib import Path
+
+    folder = Path(__file__).parent.parent / "experiments"
+    for path in folder.glob("*.toml"):
+        if path.stem == "fine_tunes":
+            continue
+        for scale in ("small", "paper"):
+            if f"[{scale}]" in path.read_text():
+                plan = read_plan(folder, path.stem, scale)
+                assert groups(plan) and plan.ways
+                known = {cell for group in groups(plan) for cell in running.cells(plan, group)}
+                for found in read_rows(plan.file):
+                    assert found["way"] == "fine-tuned" or cell_of(found) in known, (path, cell_of(found))
+
+
+@pytest.mark.parametrize("memory", ["enough", "none"])
+def test_the_first_step_is_computed_or_compiled(studies, monkeypatch, memory):
+    from darex_jax.study import first_step
+
+    bert = (
+        '{ model_type = "bert", architectures = ["BertModel"], vocab_size = 64, hidden_size = 16, '
+        'num_hidden_layers = 1, num_attention_heads = 2, intermediate_size = 32, hidden_act = "gelu", '
+        "max_position_embeddings = 128, type_vocab_size = 2, layer_norm_eps = 1e-12, "
+        "initializer_range = 0.02, hidden_dropout_prob = 0.1, attention_probs_dropout_prob = 0.1 }"
+    )
+    declared = FINE_TUNES.replace("[small.models.tiny]", f"[small.models.tiny]\nconfig = {bert}")
+    (studies / "fine_tunes.toml").write_text(declared)
+    if memory == "none":
+        monkeypatch.setattr(first_step, "BYTES", 10**12)
+    where = ("--folder", studies)
+    (found,) = json.loads(darex("experiment", "tiny", *where, "--first-step", "--json"))
+    assert found["parameters"] > 3000 and found["batch"] == "8 x 128"
+    if memory == "enough":
+        assert found["how"] == "computed" and found["loss"] == pytest.approx(0.69, abs=0.1)
+    else:
+        assert found["how"] == "compiled" and found["program_bytes"] > 4 * found["parameters"]
