@@ -7,15 +7,13 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-TABLES = (
-    "experiments/results/*.md", "experiments/results/*.png", "experiments/results/*.json",
-    "benchmarks/results/*.md", "benchmarks/results/*.json",
-)  # fmt: skip
+KINDS = {".md", ".png", ".svg", ".json", ".jsonl"}  # of results
 
 
 def on_files(files, config):
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
-    for path in sorted(path for pattern in TABLES for path in ROOT.glob(pattern)):
+    results = [*ROOT.glob("experiments/results/**/*"), *ROOT.glob("benchmarks/results/**/*")]
+    for path in sorted(path for path in results if path.suffix in KINDS):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

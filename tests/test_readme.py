@@ -122,7 +122,8 @@ def shrink(names):
     assert names["delta"].keys() == names["parts"].keys()
     for name in flatten_names(names["delta"]):
         np.testing.assert_array_equal(restored[name], params[name])
-    assert Path("MINE/model.safetensors").exists()
+    again = flatten_names(dx.load_model("MINE")[1])
+    assert all((again[name] == leaf).all() for name, leaf in params.items())
 
 
 def choosing(names):
@@ -246,6 +247,12 @@ def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
     # The README's pictures and links are files of the repository as well.
     for link in re.findall(r"\]\(([^):#]+)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
+
+
+def test_every_page_is_in_the_navigation():
+    listed = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    for page in PAGES[1:]:
+        assert f": {page.removeprefix('docs/')}\n" in listed, page
 
 
 def test_every_public_name_is_in_the_reference():
