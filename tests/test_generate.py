@@ -148,5 +148,5 @@ def test_wrong_arguments_are_explained():
     with pytest.raises(ValueError, match=r"attention_mask \(3, 8\) must be"):
         dx.generate(model, params, ids, mask[:, 1:], max_new_tokens=2)
     body, weights = make(architectures=["LlamaModel"])
-    with pytest.raises(ValueError, match="LlamaModel has no head over the vocabulary"):
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
         dx.generate(body, weights, ids, mask, max_new_tokens=2)

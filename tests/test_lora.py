@@ -185,7 +185,7 @@ def test_targets_are_matched_as_peft_matches_them():
     }
     for nothing in (("proj",), ("roj", "embed_tokens"), "q_proj"):
         with pytest.raises(
-            ValueError, match=r"matches no linear layer of this model; it has down_proj, gate"
+            ValueError, match=r"matches no linear layer of this model, which has down_proj, gate"
         ):
             made("llama", targets=nothing)
 

@@ -154,7 +154,7 @@ def test_config_is_read_strictly_and_written_as_it_was(tmp_path):
         ({"layer_types": ["full_attention"]}, "layer_types is .*, expected 4 of"),
         ({"global_rope_theta": "a"}, "global_rope_theta is 'a', expected a finite number above 0"),
         ({"mlp_dropout": 1.0}, "mlp_dropout is 1.0, it must be in"),
-        ({"hidden_size": 12}, "odd number of features"),
+        ({"hidden_size": 12}, "the head size is odd"),
         ({"rope_parameters": {"full_attention": {"rope_type": "x"}}}, "rope_type is 'x', supported"),
         ({"unheard": 3}, "unheard is unknown"),
     ):

@@ -166,7 +166,7 @@ def test_a_base_with_a_delta_is_the_restored_directory(folder, opened, tmp_path)
         scores.append(records.read_text())
     assert scores[0] == scores[1] and f'"eos_token_id": {sorted([2, end])}' in scores[0]
     (fine / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is '</s>', expected the"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is '</s>', expected a token id"):
         open_model(fine)
 
 
@@ -200,7 +200,7 @@ def test_a_field_of_a_tool_is_no_obstacle(folder, tmp_path):
     ignore = ("--ignore-config-field", "final_softcap", "--ignore-config-field", "attention_dropout")
     assert darex("generate", tmp_path / "m", *options, *ignore).stdout == text
     file.write_text(json.dumps(config | {"use_softcap": False}))
-    with pytest.warns(DarexWarning, match="unknown field 'use_softcap', which is False: it is not read"):
+    with pytest.warns(DarexWarning, match="unknown field 'use_softcap' = False, which is ignored"):
         dx.load_model(tmp_path / "m")
     done = subprocess.run(
         [sys.executable, "-m", "darex_jax", "generate", tmp_path / "m", *map(str, options)],

@@ -1,4 +1,4 @@
-"""Models as pure functions of a nested dict of arrays, the Hugging Face state dict. No file is read here."""
+"""Models as pure functions of their parameters, a nested Hugging Face state dict. No file is read here."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -83,12 +83,12 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {  # by config.json's architectu
 
 @dataclass(frozen=True)
 class Model:
-    """What a model is apart from its weights: hashable, so `jax.jit(..., static_argnums=0)` takes it.
+    """A model without its weights: hashable, so it can be a static argument of `jax.jit`.
 
-    `options` are what its architecture was told beside the config, see `build_model`.
-    `remat`, set by `dataclasses.replace(model, remat=True)`, keeps only what goes from layer to layer for a
-    backward pass, which then computes the inside of each layer again: the same gradients within rounding,
-    in less memory and about a third more time. There is no forward differentiation then.
+    `options` are arguments of the architecture beside the config, see `build_model`. `remat`, set by
+    `dataclasses.replace(model, remat=True)`, keeps only the activations between layers for the backward pass,
+    which recomputes the inside of each layer: the same gradients within rounding, in less memory and about a
+    third more time. Forward-mode differentiation is not supported then.
     """
 
     config: Config
@@ -109,20 +109,20 @@ class Model:
         """Runs the model: a pure function of its arguments, under jit and grad as well.
 
         Args:
-          params: the nested Hugging Face state dict; its dtype is the dtype computed in, sums apart, which
-            are taken in float32. A leaf may be a `Mixed`, which gives every row of the batch its own delta:
-            `DeltaBank.mixed` makes such trees.
+          params: the nested Hugging Face state dict; its dtype is the compute dtype, except for sums, which
+            are float32. A leaf may be a `Mixed`, which gives every row of the batch its own delta; see
+            `DeltaBank.mixed`.
           input_ids: integers [B, T]; an id outside the vocabulary gives NaN.
-          attention_mask: [B, T], nonzero where a token is no padding; None is all ones.
+          attention_mask: [B, T], zero for padding tokens; None is all ones.
           token_type_ids: integers [B, T], encoders only; None is all zeros.
-          dropout_key: typed key (`jax.random.key`) that switches dropout on; None is evaluation. Decoders
+          dropout_key: typed key (`jax.random.key`) that enables dropout; None is evaluation. Decoders
             have no dropout.
-          observe: called with the name of each linear layer's weight and the layer's input, [B, T, D] or,
-            behind a pooler, [B, D], while the program is traced: the caller makes what it wants of them.
+          observe: called while tracing, with the name of each linear layer's weight and the layer's input,
+            [B, T, D] or, after a pooler, [B, D].
         Returns: `EncoderOutput` or `DecoderOutput`: hidden states [B, T, D] and, with a head, logits:
           [B, labels] of an encoder, [B, T, V] of a decoder.
-        Raises: ValueError if a shape does not fit or the text is longer than the position table;
-          TypeError if `dropout_key` is no typed key.
+        Raises: ValueError if shapes do not match or the text is longer than the position table; TypeError if
+          `dropout_key` is not a typed key.
         """
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
@@ -146,17 +146,17 @@ class Model:
         return self.module(params, observe)(input_ids, mask != 0, types, dropout_key)
 
     def module(self, params: Params, observe: Callable[[str, Array], None] | None = None) -> Any:
-        """The Flax module with these parameters in it; it shares their arrays."""
-        mixed: dict[str, dict[str, Mixed]] = {}  # layer -> parameter -> what it is in every row
+        """The Flax module with these parameters; it shares their arrays."""
+        mixed: dict[str, dict[str, Mixed]] = {}  # layer -> parameter -> its value for every row
         params = _without_mixed(params, "", mixed)
-        # nnx.List counts its layers in ints, a state dict in digits.
+        # nnx.List indexes its layers by int, a state dict by digits.
         module = nnx.merge(self.graphdef, _map_keys(lambda k: int(k) if k.isdigit() else k, params))
         if mixed:
             for path, layer in nnx.iter_modules(module):
                 own = mixed.get(".".join(map(str, path)))
                 if own and isinstance(layer, Linear | Embedding | LayerNorm | RMSNorm):
                     layer.mixed = own.get
-        if self.remat and observe is None:  # what is observed must not stay inside a layer
+        if self.remat and observe is None:  # observed values must not be trapped inside a checkpointed layer
             for _, part in nnx.iter_modules(module):
                 if isinstance(part, Encoder | ModernBertModel | Decoder):
                     part.remat = True
@@ -170,8 +170,8 @@ class Model:
 def read_model_config(hf: Mapping[str, Any], ignore_config_fields: Collection[str] = ()) -> Config:
     """The config that a config.json describes.
 
-    Args: ignore_config_fields: fields that are taken to change nothing, whatever they hold. Unknown ones that
-      might are refused otherwise; those that say where a model comes from are known by their names.
+    Args: ignore_config_fields: fields assumed to change no output, whatever their value. Otherwise unknown
+      fields that might are refused; fields about a model's origin are recognised by name.
     Raises: ValueError for an unsupported family or field, or a value of another type.
     """
     family = hf.get("model_type")
@@ -181,7 +181,7 @@ def read_model_config(hf: Mapping[str, Any], ignore_config_fields: Collection[st
 
 
 def build_model(config: Config, **options: bool) -> tuple[Model, dict[str, tuple[int, ...]]]:
-    """The model of a config and its weights' shapes by name, without making a weight.
+    """The model of a config and its weights' shapes by name, without allocating weights.
 
     Args: options: of the architecture; `pooler=False` for a BERT body without one.
     """
@@ -191,7 +191,7 @@ def build_model(config: Config, **options: bool) -> tuple[Model, dict[str, tuple
 
 
 def init_model(config: Config, key: Array, dtype: Any = jnp.float32) -> tuple[Model, dict[str, Any]]:
-    """A model with fresh weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
+    """A model with newly initialised weights: N(0, initializer_range), zero biases, LayerNorm at identity."""
     weights = _state_dict(nnx.state(new_module(config, key)))
     return build_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), weights)
 
@@ -204,24 +204,24 @@ def classifier_from_pretrained(
     problem_type: str | None = None,
     label_names: Sequence[str] = (),
 ) -> tuple[Model, dict[str, Any]]:
-    """Makes a classifier out of a pretrained model, ready to be fine-tuned.
+    """Builds a classifier from a pretrained model, for fine-tuning.
 
-    The body goes under `bert.` or `roberta.`; the classifier, and a pooler that BERT's needs and does not
-    have, start at N(0, initializer_range) with zero bias. A classifier with `num_labels` labels keeps its
-    head and, where none are given, its labels' names.
+    The body goes under `bert.` or `roberta.`; the classifier, and the pooler if BERT's is missing, are
+    initialised from N(0, initializer_range) with zero bias. A classifier that already has `num_labels` labels
+    keeps its head and, unless others are given, its label names.
 
     Args:
       model, params: from `load_model`; the arrays are shared, not copied.
-      num_labels: columns of `logits`; 1 for regression.
-      key: typed key for the fresh weights.
-      problem_type: transformers' word for the loss, written to the config; None keeps a kept head's.
+      num_labels: number of logits; 1 for regression.
+      key: typed key for the new weights.
+      problem_type: transformers' name of the loss, written to the config; None leaves that of a kept head.
       label_names: of the classes, written to the config.
     Returns: the model, whose `config.to_hf()` transformers reads as BertForSequenceClassification or
       RobertaForSequenceClassification, and its params.
-    Raises: ValueError if `num_labels` or `problem_type` is not possible, or the model is a decoder.
+    Raises: ValueError if `num_labels` or `problem_type` is invalid, or the model is a decoder.
     """
     if not isinstance(model.config, EncoderConfig):
-        raise DarexError(f"a classifier is made of an encoder, this is a {model.config.model_type}.")
+        raise DarexError(f"classifiers are supported for encoders only, not for {model.config.model_type}.")
     headless, family = model.config.headless, model.config.prefix
     config = model.config.as_classifier(num_labels, problem_type, label_names)
     kept = {f"{family}.{name}" if headless else name: x for name, x in flatten_names(params).items()}
@@ -238,7 +238,7 @@ def classifier_from_pretrained(
 
 
 def _fresh(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
-    """The weights of `init_model` under these names; in one jit, so that the others are never made."""
+    """The weights of `init_model` with these names; in one jit, so that the others are never computed."""
 
     def init(key: Array) -> dict[str, Array]:
         weights = flatten_names(_state_dict(nnx.state(new_module(config, key))))
@@ -248,7 +248,7 @@ def _fresh(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str
 
 
 def new_module(config: Config, key: Array, **options: bool) -> nnx.Module:
-    """The Flax module of a config, with fresh weights; `options` as for `build_model`."""
+    """The Flax module of a config, with new weights; `options` as for `build_model`."""
     return MODULES[config.architectures[0]](config, rngs=Keys(key), **options)
 
 
@@ -257,7 +257,7 @@ def _state_dict(state: nnx.State[Any, Any]) -> dict[str, Any]:
 
 
 def _without_mixed(tree: Params, prefix: str, found: dict[str, dict[str, Mixed]]) -> dict[str, Any]:
-    """The tree with the bases of its `Mixed` leaves, which are put into `found`."""
+    """The tree with each `Mixed` leaf replaced by its base; collects the `Mixed` leaves in `found`."""
     plain: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """BERT (Devlin et al., arXiv:1810.04805) as transformers computes it, with or without a classifier.
 
-Its config and its body serve RoBERTa as well, which differs in positions and head: `roberta.py`.
+Its config and body are also used by RoBERTa, which differs in positions and head: `roberta.py`.
 
-Field names are Hugging Face's, so the tree of parameters is the Hugging Face state dict, nested.
+Field names are Hugging Face's, so the parameter tree is the nested Hugging Face state dict.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Lin
 
 Array = jax.Array
 
-# Fields of config.json with one value that this model computes; any other value is refused.
+# Fields of config.json for which this model supports one value only; any other is refused.
 FIXED: dict[str, Any] = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -28,7 +28,7 @@ FIXED: dict[str, Any] = {
     "pruned_heads": {},
 }
 
-# Fields of BERT's that do not change what this model computes, beside those of any family.
+# BERT fields that do not affect this model's outputs, beside those of all families.
 BERT_INERT = frozenset(
     """
     eos_token_id tie_word_embeddings tf_legacy_loss directionality pooler_fc_size pooler_num_attention_heads
@@ -39,9 +39,9 @@ BERT_INERT = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(EncoderConfig):
-    """What config.json of a BERT or RoBERTa says, under config.json's own names.
+    """The config.json of a BERT or RoBERTa, under config.json's own names.
 
-    Two fields may be absent from old files and mean transformers' documented default there:
+    Two fields may be missing in old files and then have transformers' documented defaults:
     `classifier_dropout` (None: `hidden_dropout_prob`) and `pad_token_id` (0, RoBERTa's 1).
     """
 
@@ -61,21 +61,21 @@ class BertConfig(EncoderConfig):
             if rate is not None and not 0 <= rate < 1:
                 wrong.append(f"{name} is {rate}, it must be in [0, 1)")
         if self.prefix == "roberta" and self.pad_token_id is None:
-            wrong.append("pad_token_id is missing: positions are counted from it")
+            wrong.append("pad_token_id is missing: RoBERTa's positions start after it")
         return wrong
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], ignored: Collection[str] = ()) -> "BertConfig":
         """Reads the content of a config.json.
 
-        Args: ignored: fields that are carried along unread, whatever they hold; see `read_fields`.
+        Args: ignored: fields that are kept without being checked; see `read_fields`.
         Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
         """
         return cls(**read_encoder_fields(cls, hf, fixed=FIXED, inert=INERT | BERT_INERT, ignored=ignored))
 
     @property
     def max_length(self) -> int:
-        """How many tokens fit. RoBERTa counts its positions from behind the padding's."""
+        """Longest input in tokens. RoBERTa's positions start after pad_token_id."""
         skipped = 0 if self.prefix == "bert" else (self.pad_token_id or 0) + 1
         return self.max_position_embeddings - skipped
 
@@ -97,7 +97,7 @@ class Embeddings(nnx.Module):
     def __call__(self, input_ids: Array, token_type_ids: Array, key: Array | None) -> Array:
         if self.pad is None:
             positions = jnp.arange(input_ids.shape[1])[None]  # from 0, left padding included
-        else:  # RoBERTa: tokens are counted from behind the padding's own position
+        else:  # RoBERTa: positions start after the padding position
             real = input_ids != self.pad
             positions = jnp.cumsum(real, axis=1) * real + self.pad
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # B T -> B T D
@@ -118,9 +118,9 @@ class SelfAttention(nnx.Module):
             y.reshape(*y.shape[:2], self.heads, -1)  # B T D -> B T N H
             for y in (self.query(x), self.key(x), self.value(x))
         )
-        # Plain einsums: `jax.nn.dot_product_attention` has no dropout on the weights, nor is it faster here.
+        # Plain einsums: `jax.nn.dot_product_attention` has no attention dropout and is not faster here.
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
-        # A finite floor: a sequence of nothing but padding attends evenly instead of giving NaN.
+        # A finite minimum: an all-padding sequence attends uniformly instead of giving NaN.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
         y = jnp.einsum("BNTS,BSNH->BTNH", dropout(weights, self.rate, key), v)
@@ -128,7 +128,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """The end of either half of a layer: project, add what came in, normalise."""
+    """The end of each half of a layer: project, add the residual, normalise."""
 
     def __init__(self, config: BertConfig, in_features: int, *, rngs: Keys):
         self.dense = Linear(in_features, config.hidden_size, stddev=config.initializer_range, rngs=rngs)
@@ -173,7 +173,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    # On the class: it is no part of what the model is, see `Model`.
+    # A class attribute, so that it is not part of the graphdef; see `Model`.
     remat: bool = False
 
     def __init__(self, config: BertConfig, *, rngs: Keys):

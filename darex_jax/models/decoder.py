@@ -1,8 +1,8 @@
 """A causal decoder with rotary positions, grouped-query attention and a gated feed-forward layer.
 
-What Llama (Touvron et al., arXiv:2302.13971 and 2307.09288), Mistral, Qwen2, Qwen3 and Gemma 3 share; the
-family files beside this one say where they differ. Field names are Hugging Face's, so the tree of parameters
-is the Hugging Face state dict, nested; a tied head is absent from it.
+Shared by Llama (Touvron et al., arXiv:2302.13971 and 2307.09288), Mistral, Qwen2, Qwen3 and Gemma 3; their
+differences are in one file per family. Field names are Hugging Face's, so the parameter tree is the nested
+Hugging Face state dict; a tied head is absent from it.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al., arXiv:2104.09864) and how they are stretched, as transformers computes it.
+    """Rotary positions (Su et al., arXiv:2104.09864) and their scaling for long contexts, as in transformers.
 
     kind:
       "default";
@@ -64,10 +64,10 @@ class Rope:
     truncate: bool = True
 
     def frequencies(self, head_dim: int, lengths: Array) -> Array:
-        """Radians a position, float32 [1, head_dim / 2]; of "dynamic" [B, head_dim / 2], by `lengths` [B].
+        """Radians per position, float32 [1, head_dim / 2]; for "dynamic" [B, head_dim / 2], by `lengths` [B].
 
-        A row's frequencies follow from its own length alone. transformers takes the longest of a batch, and
-        where it was given a longer text before, that one's.
+        A row's frequencies depend on its own length only. transformers uses the longest of the batch, or of
+        an earlier longer input.
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         if self.kind == "dynamic":
@@ -85,7 +85,7 @@ class Rope:
         return self.scale * jnp.cos(angles), self.scale * jnp.sin(angles)
 
     def _divided(self, frequencies: np.ndarray) -> np.ndarray | float:
-        """How far each frequency is divided by `factor`, from 0 (not at all) to 1."""
+        """To what degree each frequency is divided by `factor`, from 0 (not at all) to 1."""
         if self.kind == "linear":
             return 1.0
         if self.kind == "llama3":
@@ -98,7 +98,7 @@ class Rope:
         return 0.0
 
     def _blended(self, head_dim: int) -> tuple[float, float]:
-        """YaRN's pairs between which it blends; they turn `beta_fast` and `beta_slow` times, or nearly."""
+        """The pairs between which YaRN blends: those that turn about `beta_fast` and `beta_slow` times."""
 
         def pair(turns: float) -> float:
             wavelength = self.original_max_position_embeddings / turns
@@ -112,7 +112,7 @@ class Rope:
 
     @property
     def scale(self) -> float:
-        """What cosines and sines are multiplied by; 1 for all but YaRN."""
+        """The factor of cosines and sines; 1 for all but YaRN."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -126,7 +126,7 @@ class Rope:
         return of(1.0)
 
 
-# The fields of each kind beside rope_theta: those that it needs, and those that may be left out.
+# The fields of each kind beside rope_theta: required and optional.
 ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -151,7 +151,7 @@ def read_rope(hf: Mapping[str, Any], default_theta: float | None) -> tuple[Rope 
     """The rotary positions of a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5
     (`rope_parameters`) writes them.
 
-    Returns: the positions, or None and what is wrong.
+    Returns: the rotary positions, or None and a list of problems.
     """
     both = {name: hf.get(name) for name in ("rope_scaling", "rope_parameters")}
     if wrong := type_faults(both, dict.fromkeys(both, dict | None)):
@@ -191,12 +191,11 @@ def read_rope(hf: Mapping[str, Any], default_theta: float | None) -> tuple[Rope 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What config.json says, under config.json's own names; `rope` and `windows` are read from several.
+    """The config.json of a decoder, under its own names; `rope` and `windows` combine several fields.
 
-    `windows` holds, per layer, how many positions back attention reaches; None is all of them. `local_rope`
-    are the rotary positions of layers with a window, where they have their own; `query_scale` is what scores
-    are multiplied by, None the root of a head's features.
-    `notes` holds the fields that change no number; they are outside equality and hash.
+    `windows` holds each layer's attention window in positions; None is unlimited. `local_rope` are the rotary
+    positions of windowed layers, if different; `query_scale` is the factor of attention scores, None is
+    head_dim ** -0.5. `notes` holds the fields that change no output; equality and hash ignore them.
     """
 
     COMPUTED: ClassVar[tuple[str, ...]] = ("rope", "local_rope", "query_scale", "windows", "notes")
@@ -240,14 +239,14 @@ class DecoderConfig:
 
     @property
     def normalises_heads(self) -> bool:
-        """Whether queries and keys are normalised in every head."""
+        """Whether queries and keys are normalised per head."""
         return self.model_type in ("qwen3", "gemma3_text")
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
 
     def faults(self) -> list[str]:
-        """What no decoder can have."""
+        """Problems of this config, one message each."""
         wrong = []
         if self.hidden_act not in ACTIVATIONS:
             wrong.append(f"hidden_act is {shown(self.hidden_act)}, supported: {', '.join(ACTIVATIONS)}")
@@ -294,10 +293,10 @@ def read_decoder_config(
     """Reads the content of a config.json.
 
     Args:
-      family: what it is called in errors.
-      architectures: what may stand under `architectures`.
-      fixed, inert, read, ignored: as for `read_fields`; the fields of the rotary positions are known here.
-      default_theta: what a missing `rope_theta` means; None refuses it.
+      family: its name in errors.
+      architectures: valid values of `architectures`.
+      fixed, inert, read, ignored: as for `read_fields`; rotary position fields are handled here.
+      default_theta: value of a missing `rope_theta`; None refuses it.
     Returns: the config, its `windows` empty.
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """
@@ -321,11 +320,11 @@ def read_decoder_config(
 
 
 class Cache(NamedTuple):
-    """The keys and values of the positions so far, and room for more; S slots, the same for every row.
+    """A key-value cache with S slots, filled to the same length in every row.
 
     Attributes:
       keys, values: per layer [B, S, K, H].
-      real: [B, S] bool, True where a slot holds a token that is no padding.
+      real: [B, S] bool, True where a slot holds a token other than padding.
       length: int32 scalar, how many slots are filled.
     """
 
@@ -355,14 +354,14 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Ca
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns each pair (x[i], x[i + H/2]) of [B, T, N, H] by its angle; cos, sin [B, T, H/2], float32."""
+    """Rotates each pair (x[i], x[i + H/2]) of [B, T, N, H] by its angle; cos, sin [B, T, H/2], float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # B T H/2 -> B T 1 H/2
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-Past = tuple[Array, Array, Array]  # a layer's cached keys and values, and where the new ones go
+Past = tuple[Array, Array, Array]  # a layer's cached keys and values, and the index of the new ones
 
 
 class Attention(nnx.Module):
@@ -383,7 +382,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, angles: tuple[Array, Array], mask: Array, past: Past | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the keys and values as well, those of `past` among them."""
+        """Also returns the keys and values, including those of `past`."""
         q, k, v = (
             y.reshape(*y.shape[:2], -1, self.features_per_head)  # B T D -> B T N H
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -400,10 +399,10 @@ class Attention(nnx.Module):
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array, scale: float | None = None) -> Array:
-    """Grouped-query attention by the platform's kernel: q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S].
+    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S].
 
-    Scores are multiplied by `scale`; None is H ** -0.5.
-    cuDNN's on NVIDIA hardware for half precision (it has no other), XLA's everywhere else.
+    Scores are multiplied by `scale`; None is H ** -0.5. The kernel is cuDNN's on NVIDIA hardware for half
+    precision (all it supports) and XLA's elsewhere.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = half and jax.default_backend() == "gpu" and q.shape[1] > 1 and q.shape[-1] in (64, 128)
@@ -443,7 +442,7 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """The body: `LlamaModel`, `Qwen2Model`, ..."""
 
-    remat: bool = False  # on the class: it is no part of what the model is, see `Model`
+    remat: bool = False  # a class attribute: not part of the graphdef, see `Model`
     layer: ClassVar[type[Layer]] = Layer
     embedding: ClassVar[type[Embedding]] = Embedding
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
@@ -461,12 +460,12 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(self, input_ids: Array, real: Array, cache: Cache | None = None) -> DecoderOutput:
-        """The next T positions; `real` [B, T] is True where a token is no padding."""
+        """Runs the next T positions; `real` [B, T] is False for padding."""
         length = input_ids.shape[1]
         start = jnp.int32(0) if cache is None else cache.length
         if cache is not None:
             real = jax.lax.dynamic_update_slice_in_dim(cache.real, real, start, axis=1)
-        # Padding takes no position: rows of a batch may begin late.
+        # Padding does not advance positions: rows may be left-padded.
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)

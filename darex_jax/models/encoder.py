@@ -1,4 +1,4 @@
-"""What encoders share, whatever is inside: their configs, heads' labels, and what they give."""
+"""Shared code of encoders: config fields, classifier labels, outputs."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from darex_jax.models.config import Depth, Number, Size, Token, read_fields, ref
 
 Array = jax.Array
 
-# What may stand under `architectures`, what the family is called, and what its body is in a classifier.
+# Valid `architectures`, family names, and the body's name in a classifier.
 ARCHITECTURES = {
     "bert": ("BertModel", "BertForSequenceClassification"),
     "roberta": ("RobertaModel", "RobertaForSequenceClassification"),
@@ -22,7 +22,7 @@ ARCHITECTURES = {
 NAMES = {"bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-RoBERTa", "modernbert": "ModernBERT"}
 PREFIXES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "modernbert": "model"}
 
-# Read as well: what they may be.
+# Fields read separately, with their types.
 LABEL_FIELDS: dict[str, Any] = {
     "num_labels": Size | None,
     "id2label": dict | None,
@@ -34,13 +34,13 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What config.json of any encoder says, under config.json's own names.
+    """The config.json fields of all encoders, under config.json's own names.
 
-    `notes` holds the fields that change no number; they are outside equality and hash, so two configs that
-    compute the same thing share one compiled program.
+    `notes` holds the fields that change no output; equality and hash ignore them, so that equivalent configs
+    share one compiled program.
     """
 
-    COMPUTED: ClassVar[tuple[str, ...]] = ("num_labels", "notes")  # all others are config.json's own
+    COMPUTED: ClassVar[tuple[str, ...]] = ("num_labels", "notes")  # all others are fields of config.json
 
     model_type: str = "bert"
     architectures: tuple[str, ...]
@@ -59,7 +59,7 @@ class EncoderConfig:
         refuse(NAMES[self.model_type], self.faults())
 
     def faults(self) -> list[str]:
-        """What no encoder can have."""
+        """Problems of this config, one message each."""
         wrong = []
         known = ARCHITECTURES[self.model_type]
         if len(self.architectures) != 1 or self.architectures[0] not in known:
@@ -88,7 +88,7 @@ class EncoderConfig:
 
     @property
     def prefix(self) -> str:
-        """What the body is called in a classifier."""
+        """The body's name in a classifier."""
         return PREFIXES[self.model_type]
 
     @property
@@ -98,19 +98,19 @@ class EncoderConfig:
 
     @property
     def problem_type(self) -> str | None:
-        """The loss: "regression", "single_label_classification", "multi_label_classification", None."""
+        """The loss: "regression", "single_label_classification", "multi_label_classification" or None."""
         return self.notes.get("problem_type")
 
     def as_classifier(
         self, num_labels: int, problem_type: str | None = None, label_names: Sequence[str] = ()
     ) -> Self:
-        """The config of a classifier with this body, labels without a name are LABEL_0 and so on."""
+        """The config of a classifier with this body; unnamed labels are LABEL_0 and so on."""
         if problem_type not in (None, *PROBLEM_TYPES):
             raise DarexError(f"problem_type is {problem_type!r}, supported: {', '.join(PROBLEM_TYPES)}.")
         if num_labels < 1:
             raise DarexError(f"num_labels is {num_labels}, a classifier needs at least 1.")
         if label_names and len(label_names) != num_labels:
-            raise DarexError(f"{len(label_names)} names for {num_labels} labels.")
+            raise DarexError(f"got {len(label_names)} label names for {num_labels} labels.")
         drop = {"id2label", "label2id", "num_labels", "problem_type"}
         notes = {name: value for name, value in self.notes.items() if name not in drop}
         if problem_type is not None:
@@ -122,7 +122,7 @@ class EncoderConfig:
 
     @property
     def max_length(self) -> int:
-        """How many tokens fit."""
+        """Longest input in tokens."""
         return self.max_position_embeddings
 
 
@@ -135,7 +135,7 @@ def read_encoder_fields(
     read: Collection[str] = (),
     ignored: Collection[str],
 ) -> dict[str, Any]:
-    """`read_fields` of an encoder's config, its labels among them: the arguments of `cls`.
+    """`read_fields` of an encoder's config, including labels: the arguments of `cls`.
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """
@@ -173,7 +173,7 @@ def label_notes(names: Sequence[str]) -> dict[str, Any]:
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives.
+    """The outputs of an encoder.
 
     Attributes:
       last_hidden_state: [B, T, D].

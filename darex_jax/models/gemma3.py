@@ -1,8 +1,8 @@
 """Gemma 3's text model (arXiv:2503.19786) as transformers computes it.
 
-Beside Llama: norms whose weights are counted from one, two more of them in a layer, queries and keys
-normalised in every head, embeddings times the root of their size, and layers that look back a window, with
-rotary positions of their own, between those that see everything.
+Differences from Llama: norms scale by 1 + weight, with two more of them per layer; queries and keys are
+normalised per head; embeddings are scaled by the root of their size; local layers with a sliding window and
+their own rotary positions alternate with global ones.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Norm(RMSNorm):
 
 
 class ScaledEmbedding(Embedding):
-    """Rows times the root of their length, which is rounded to the table's dtype."""
+    """Embeddings scaled by the root of their size, which is rounded to the table's dtype."""
 
     def __call__(self, ids: Array) -> Array:
         x = super().__call__(ids)
@@ -104,8 +104,8 @@ def read_gemma3_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> 
     """Reads the content of a config.json, as transformers 4 (`rope_theta`, `rope_local_base_freq`,
     `sliding_window_pattern`) or 5 (`rope_parameters` by kind of layer, `layer_types`) writes it.
 
-    Absent fields are transformers' defaults: tied embeddings, a window of 4,096 in all but every sixth layer,
-    rotary positions of 10,000 there and of 1,000,000 elsewhere, queries divided by the root of 256.
+    Missing fields have transformers' defaults: tied embeddings, a window of 4,096 in all but every sixth
+    layer, rope_theta 10,000 there and 1,000,000 elsewhere, queries divided by the root of 256.
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """

@@ -1,4 +1,4 @@
-"""Generation: a prefill, then one compiled loop over a cache of a fixed shape."""
+"""Text generation: a prefill, then one compiled decode loop with a fixed-size cache."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,13 +17,13 @@ Sampling = tuple[Array, Array] | None  # (key, temperature); None is greedy
 
 
 class DecodeState(NamedTuple):
-    """Where a generation stands.
+    """The state of a generation.
 
     Attributes:
       cache: of everything before `token`.
-      token: int32 [B], the last token given out, not yet fed to the model.
-      given: int32 scalar, how many tokens were given out.
-      done: bool [B], True where a row has ended; it gives out padding from now on.
+      token: int32 [B], the last generated token, not yet fed to the model.
+      given: int32 scalar, number of generated tokens.
+      done: bool [B], True where a row has ended; it then generates padding.
     """
 
     cache: Cache
@@ -48,13 +48,13 @@ def generate(
     Args:
       model, params: a causal language model from `load_model`.
       input_ids, attention_mask: [B, T], prompts padded on the left; every row has a token.
-      max_new_tokens: how many tokens at most, at least 1.
-      eos_token_id: a row ends with this token, or the first of several; None never ends early.
-      key: typed key, needed and used above temperature 0; a row's token i follows from it, i and the row.
-      temperature: 0 takes the likeliest token (the first of equals); else the logits are divided by it.
-    Returns: int32 [B, max_new_tokens]; after its end a row is filled with the config's pad_token_id, where
-      there is none with the end token.
-    Raises: ValueError for a model without a head over the vocabulary, or arguments that do not fit.
+      max_new_tokens: maximum number of generated tokens, at least 1.
+      eos_token_id: a row ends at this token, or at the first of several; None never ends early.
+      key: typed key, used above temperature 0 only; token i of a row depends on it, i and the row.
+      temperature: 0 is greedy decoding (ties give the first token); otherwise the logits are divided by it.
+    Returns: int32 [B, max_new_tokens]; after its end a row is filled with the config's pad_token_id, or with
+      the end token if there is none.
+    Raises: ValueError for a model without a language-model head, or invalid arguments.
     """
     if max_new_tokens < 1:
         raise DarexError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
@@ -86,15 +86,17 @@ def prefill(
     stops: Array,
     sampling: Sampling = None,
 ) -> DecodeState:
-    """Reads the prompts and chooses the first new token, the state's `token`.
+    """Runs the prompts and chooses the first new token, the state's `token`.
 
     Args:
-      slots: of the cache: prompt and new tokens together.
+      slots: size of the cache: prompt plus new tokens.
       stops: int32 [E], tokens that end a row; may be empty.
-    Raises: ValueError if the model cannot generate, or prompts and slots do not fit.
+    Raises: ValueError if the model cannot generate, or the prompts do not fit in the slots.
     """
     if not (isinstance(model.config, DecoderConfig) and model.config.architectures[0].endswith("CausalLM")):
-        raise DarexError(f"{model.config.architectures[0]} has no head over the vocabulary to generate with.")
+        raise DarexError(
+            f"{model.config.architectures[0]} has no language-model head, so it cannot generate."
+        )
     shape = jnp.shape(input_ids)
     if len(shape) != 2 or jnp.shape(attention_mask) != shape or not 0 < shape[1] < slots:
         raise DarexError(
@@ -136,9 +138,9 @@ def decode(
     pad: ArrayLike,
     sampling: Sampling = None,
 ) -> tuple[Array, DecodeState]:
-    """The next `steps` tokens [B, steps] and the state after them; it ends early once every row is done.
+    """The next `steps` tokens [B, steps] and the state after them; stops early once every row is done.
 
-    The state is given away: its buffers become the new state's.
+    The state is donated: its buffers are reused for the new state.
     """
     module: CausalLM = model.module(params)
     rows = state.token.shape[0]
@@ -164,9 +166,9 @@ def decode(
 def _feed(
     module: CausalLM, state: DecodeState, tokens: Array, real: Array, stops: Array, sampling: Sampling
 ) -> DecodeState:
-    """Feeds tokens [B, T] and chooses the next: logits are computed for the last position alone."""
+    """Feeds tokens [B, T] and chooses the next one; logits are computed for the last position only."""
     out = module.model(tokens, real, state.cache)
-    assert out.cache is not None  # one was given
+    assert out.cache is not None  # the input had a cache
     logits = module.logits(out.last_hidden_state[:, -1]).astype(jnp.float32)  # B D -> B V
     if sampling is None:
         token = jnp.argmax(logits, axis=-1)
@@ -190,17 +192,17 @@ def sampling_of(key: Array | None, temperature: float) -> Sampling:
 
 
 def end_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a row, however many were named."""
+    """The end tokens as a tuple."""
     return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
 
 
 def stop_tokens(eos_token_id: int | Sequence[int] | None) -> Array:
-    """The same as int32 [E], for `prefill` and `decode`."""
+    """The end tokens as int32 [E], for `prefill` and `decode`."""
     return jnp.asarray(end_tokens(eos_token_id), jnp.int32)
 
 
 def padding_token(model: Model, eos_token_id: int | Sequence[int] | None) -> int:
-    """What a row is filled with after its end."""
+    """The token that fills a row after its end."""
     if model.config.pad_token_id is not None:
         return model.config.pad_token_id
     return next(iter(end_tokens(eos_token_id)), 0)

@@ -1,7 +1,8 @@
 """Layers shared by the model families: Hugging Face's field names, Hugging Face's `[out, in]` weights.
 
-Arrays are written in einsum letters: B batch, T and S positions (query, key), D features in, O features out,
-N heads, H features per head. Ranks are matched by hand, so `jax_numpy_rank_promotion="raise"` is fine.
+Shapes are written in einsum letters: B batch, T and S positions (query, key), D features in, O features out,
+N heads, H features per head. Ranks are matched explicitly, so the code runs under
+`jax_numpy_rank_promotion="raise"`.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from flax import nnx
 from darex_jax.parts.mixed import Mixed
 
 Array = jax.Array
-OfRows = Callable[[str], Mixed | None]  # a layer's parameter -> what it is where each row has its own delta
+OfRows = Callable[[str], Mixed | None]  # a layer's parameter -> its per-row deltas, if any
 
 # config.json's `hidden_act`; transformers' "gelu" is the exact one.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def project(x: Array, weight: Array, mixed: Mixed | None = None) -> Array:
     """`x @ weight.T` over the last axis, [..., D] and [O, D] -> [..., O]; sums in float32 at least.
 
-    Args: mixed: the weight where each row of x has a delta of its own, whose product is added.
+    Args: mixed: per-row deltas of the weight, whose products are added.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.einsum("...D,OD->...O", x, weight, preferred_element_type=wide)
@@ -41,8 +42,8 @@ def project(x: Array, weight: Array, mixed: Mixed | None = None) -> Array:
 class Keys:
     """A stream of keys: the i-th call gives `fold_in(key, i)`.
 
-    What `nnx.Rngs` gives too; but its counter is an array, and counting it while a program is traced takes
-    time with the square of the number of layers.
+    Like `nnx.Rngs`, whose counter is an array: incrementing that while tracing takes time quadratic in the
+    number of layers.
     """
 
     def __init__(self, key: Array):
@@ -61,11 +62,11 @@ class Linear(nnx.Module):
     `scale * x @ lora_A.weight.T @ lora_B.weight.T`.
     """
 
-    # On the class, so that a layer without an adapter is described by its weights alone.
+    # Class attributes, so that a layer without an adapter has no other graph nodes than its weights.
     lora_A: "Linear | None" = None
     lora_B: "Linear | None" = None
     scale: float = 1.0
-    observe: Callable[[Array], None] | None = None  # is shown every input, see `Model.module`
+    observe: Callable[[Array], None] | None = None  # called with each input, see `Model.module`
     mixed: OfRows | None = None  # see `Model.module`
 
     def __init__(self, in_features: int, out_features: int, *, stddev: float, bias: bool = True, rngs: Keys):
@@ -99,7 +100,7 @@ class Embedding(nnx.Module):
         self.padding_idx = padding_idx
 
     def __call__(self, ids: Array) -> Array:
-        ids = jnp.where(ids < 0, self.weight.shape[0], ids)  # a negative index would count from the end
+        ids = jnp.where(ids < 0, self.weight.shape[0], ids)  # negative indices would wrap around
         x = jnp.take(self.weight[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
         if self.mixed is not None and (weight := self.mixed("weight")) is not None:
             x = x + weight.rows(ids).astype(x.dtype)
@@ -119,7 +120,7 @@ class RMSNorm(nnx.Module):
     """
 
     mixed: OfRows | None = None  # see `Model.module`
-    offset: ClassVar[float] = 0.0  # what weights are counted from; not 0, they are multiplied in float32
+    offset: ClassVar[float] = 0.0  # added to the weight; if not 0, the product is in float32
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.full(features, 1.0 - self.offset))
@@ -135,7 +136,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis with `weight` and, if it has one, `bias` [D].
+    """Layer normalisation over the last axis with `weight` and optionally `bias` [D].
 
     Statistics are float32 at least.
     """
@@ -158,7 +159,7 @@ class LayerNorm(nnx.Module):
 
 
 def _vector(layer: Any, name: str, ndim: int) -> Array:
-    """A layer's vector [D]; where each row of a batch has its own delta, [B, 1, ..., D] of `ndim` axes."""
+    """A layer's vector [D]; with per-row deltas [B, 1, ..., D] with `ndim` axes."""
     vector: Array = getattr(layer, name)[...]
     mixed = None if layer.mixed is None else layer.mixed(name)
     if mixed is None:
@@ -168,16 +169,16 @@ def _vector(layer: Any, name: str, ndim: int) -> Array:
 
 
 def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
-    """`layer(x, *args)`, of which the backward pass keeps the arguments alone and computes the rest again.
+    """`layer(x, *args)`; only the arguments are saved for the backward pass, which recomputes the rest.
 
-    What `jax.checkpoint` does, whose barrier against merging the second computation with the first XLA takes
-    away on CPUs. Here the second waits for the gradient that comes in, so that no compiler can merge the two.
+    Like `jax.checkpoint`, whose barrier against common subexpression elimination XLA removes on CPUs. Here
+    the recomputation depends on the incoming gradient, so that no compiler can merge it with the first.
 
-    Args: x: of the shape of the result, or of the first array in it.
+    Args: x: has the shape of the result, or of its first array.
     """
     graphdef, weights = nnx.split(layer)
     leaves, structure = jax.tree.flatten(args)
-    # Keys go in as numbers: that the same is drawn from one key twice is what is meant here.
+    # Keys are passed as raw data: reusing them in the recomputation is intended.
     impls = [
         jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
         for leaf in leaves
@@ -195,7 +196,7 @@ def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
 
     def backward(kept: tuple[nnx.State[Any, Any], Array, list[Array]], gradient: Any) -> Any:
         weights, x, numbers = kept
-        later = x + 0 * jax.tree.leaves(gradient)[0]  # the same, unless a gradient is not finite
+        later = x + 0 * jax.tree.leaves(gradient)[0]  # equal to x, unless a gradient is not finite
         return jax.vjp(run, weights, later, numbers)[1](gradient)
 
     again = jax.custom_vjp(run)
@@ -204,12 +205,12 @@ def remat(layer: nnx.Module, x: Array, *args: Any) -> Any:
 
 
 def split_key(key: Array | None, count: int) -> list[Array | None]:
-    """`count` independent keys; all None where there is no key."""
+    """`count` independent keys; all None if `key` is None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes entries of `x` with probability `rate`, divides the rest by `1 - rate`; no key, no dropout."""
+    """Zeroes entries of `x` with probability `rate`, divides the rest by `1 - rate`; identity without key."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)

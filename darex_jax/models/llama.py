@@ -16,7 +16,7 @@ FIXED: dict[str, Any] = {
 
 
 def read_llama_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> DecoderConfig:
-    """Reads the content of a config.json. A missing `rope_theta` is Llama 2's 10,000, as in transformers.
+    """Reads a config.json. A missing `rope_theta` is Llama 2's 10,000, as in transformers.
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """

@@ -1,8 +1,8 @@
 """Low-rank adapters on a model's linear layers (LoRA; Hu et al., arXiv:2106.09685).
 
-There are two trees: the base's `params`, which stay as they are, and the `adapter` of `core/lora.py`. A model
-with adapters runs on the union of the two: `model(combine(params, adapter), ...)`. What is differentiated is
-the caller's choice, `jax.grad` with respect to the adapter alone as a rule.
+There are two trees: the base's `params`, which are not changed, and the `adapter` of `core/lora.py`. A model
+with adapters is called with their union: `model(combine(params, adapter), ...)`. The caller chooses what to
+differentiate, usually the adapter alone.
 """
 
 import dataclasses
@@ -23,23 +23,24 @@ Array = jax.Array
 
 
 def add_adapters(model: Model, config: LoraConfig, key: Array) -> tuple[Model, dict[str, Any]]:
-    """A model with fresh adapters, which change nothing yet: A is random, B zero.
+    """A model with new adapters that leave its outputs unchanged: A is random, B zero.
 
-    No weight of the base is made or looked at. Adapters that the model has already are replaced.
+    No base weights are needed. Existing adapters of the model are replaced.
 
     Args:
       model: BERT, RoBERTa, Llama or Qwen2, with or without a head.
       key: typed key; a layer's A depends on it and on the layer's name alone.
-    Returns: the model, and the adapter: float32, A [r, D] uniform within +-1/sqrt(D), as PEFT has it
-      (He et al., arXiv:1502.01852, with a slope of sqrt(5)), and B [O, r] zero.
-    Raises: ValueError if the config matches no linear layer of the model; TypeError for another kind of key.
+    Returns: the model, and the adapter: float32, A [r, D] uniform within +-1/sqrt(D), as in PEFT (He et al.,
+      arXiv:1502.01852, with a slope of sqrt(5)), and B [O, r] zero.
+    Raises: ValueError if the config matches no linear layer of the model; TypeError for a key of another
+      type.
     """
     shapes = {name: layer.weight.shape for name, layer in _linears(_shapes_only(model)).items()}
     layers = sorted(name for name in shapes if config.matches(name))
     if not layers:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
-        raise DarexError(f"{config.targets!r} matches no linear layer of this model; it has {known}.")
-    # By the layer's name, not the leaf's: `prune` draws the mask of A from the leaf's under the same key.
+        raise DarexError(f"{config.targets!r} matches no linear layer of this model, which has {known}.")
+    # By the layer's name: `prune` uses the leaf's name for the mask of A under the same key.
     keys = leaf_keys(key, layers)
     named = {}
     for name in layers:
@@ -54,10 +55,10 @@ def add_adapters(model: Model, config: LoraConfig, key: Array) -> tuple[Model, d
 
 
 def attach_adapters(model: Model, adapter: PyTree, scales: float | Mapping[str, float]) -> Model:
-    """The model that runs with this adapter, and only with one of its names and ranks.
+    """The model for adapters with these names and ranks.
 
     Args: adapter, scales: as for `adapter_delta`; the scales become part of the model.
-    Raises: ValueError that names every layer which the model lacks or whose shape is another.
+    Raises: ValueError that names every layer which the model lacks or whose shape differs.
     """
     factors = adapter_factors(adapter)
     by_layer = scales_by_layer(scales, factors)
@@ -70,7 +71,7 @@ def attach_adapters(model: Model, adapter: PyTree, scales: float | Mapping[str, 
         if name in linears and linears[name].weight.shape != (b.shape[0], a.shape[1])
     ]
     if wrong:
-        raise DarexError(f"the adapter does not fit the model: {'; '.join(wrong)}.")
+        raise DarexError(f"the adapter does not match the model: {'; '.join(wrong)}.")
     for name, (a, b) in factors.items():
         layer = linears[name]
         layer.lora_A, layer.lora_B = (_shapes_of_linear(x.shape) for x in (a, b))
@@ -79,7 +80,7 @@ def attach_adapters(model: Model, adapter: PyTree, scales: float | Mapping[str, 
 
 
 def _shapes_only(model: Model) -> nnx.Module:
-    """The model's module without its adapters, shapes in place of weights."""
+    """The model's module without its adapters, with abstract weights."""
     return nnx.eval_shape(lambda: new_module(model.config, jax.random.key(0), **dict(model.options)))
 
 
@@ -90,6 +91,6 @@ def _shapes_of_linear(shape: tuple[int, int]) -> Linear:
 
 
 def _linears(module: nnx.Module) -> dict[str, Linear]:
-    """The linear layers by their names, Hugging Face's."""
+    """The linear layers by Hugging Face name."""
     layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
     return {name: layer for name, layer in layers.items() if isinstance(layer, Linear)}

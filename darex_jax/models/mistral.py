@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al., arXiv:2310.06825) as transformers computes it: Llama that looks back so far only."""
+"""Mistral (Jiang et al., arXiv:2310.06825) as in transformers: Llama with sliding-window attention."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -18,7 +18,7 @@ FIXED: dict[str, Any] = {
 
 
 def read_mistral_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> DecoderConfig:
-    """Reads the content of a config.json. A missing `sliding_window` is 4,096 positions, null is all of them.
+    """Reads a config.json. A missing `sliding_window` is 4,096 positions, null is unlimited.
 
     Raises: ValueError that names every field which is missing, unknown or has an unsupported value.
     """

@@ -1,8 +1,7 @@
 """ModernBERT (Warner et al., arXiv:2412.13663) as transformers computes it, with or without a classifier.
 
-Beside BERT: norms before each half of a layer and without biases, rotary positions, one projection for
-queries, keys and values, gated feed-forward layers, and layers that see a window to both sides between those
-that see all.
+Differences from BERT: pre-norm without biases, rotary positions, a fused projection for queries, keys and
+values, gated feed-forward layers, and local attention layers with a two-sided window between global ones.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,7 +33,7 @@ Array = jax.Array
 FIXED: dict[str, Any] = {
     "norm_bias": False,
     "attention_dropout": 0.0,
-    "position_embedding_type": "absolute",  # noted in old files, of no meaning
+    "position_embedding_type": "absolute",  # in old files, without effect
     "is_decoder": False,
     "is_encoder_decoder": False,
 }
@@ -56,11 +55,10 @@ POOLINGS = ("cls", "mean")
 
 @dataclass(frozen=True, kw_only=True)
 class ModernBertConfig(EncoderConfig):
-    """What config.json of a ModernBERT says, under config.json's own names.
+    """The config.json of a ModernBERT, under config.json's own names.
 
-    `local_attention` is the width of a window, both sides together. Read from several fields: `rope` and
-    `local_rope`, the rotary positions of layers that see all and of those with a window, and `local`, which
-    layers these are.
+    `local_attention` is the width of a window, both sides together. Derived from several fields: `rope` and
+    `local_rope`, the rotary positions of global and local layers, and `local`, which layers are local.
     """
 
     COMPUTED: ClassVar[tuple[str, ...]] = ("num_labels", "notes", "rope", "local_rope", "local")
@@ -94,7 +92,7 @@ class ModernBertConfig(EncoderConfig):
             if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}, it must be in [0, 1)")
         if self.hidden_size // self.num_attention_heads % 2:
-            wrong.append("a head has an odd number of features, rotary positions need an even one")
+            wrong.append("the head size is odd, rotary positions need an even one")
         return wrong
 
     @classmethod
@@ -156,7 +154,7 @@ class Attention(nnx.Module):
         qkv = self.Wqkv(x).reshape(rows, length, 3, self.heads, -1)  # B T 3D -> B T 3 N H
         q, k, v = rotate(qkv[:, :, 0], *turns), rotate(qkv[:, :, 1], *turns), qkv[:, :, 2]
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
-        # A finite floor: a sequence of nothing but padding attends evenly instead of giving NaN.
+        # A finite minimum: an all-padding sequence attends uniformly instead of giving NaN.
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
         return self.Wo(jnp.einsum("BNTS,BSNH->BTNH", weights, v).reshape(rows, length, size))
@@ -193,7 +191,7 @@ class Layer(nnx.Module):
 class ModernBertModel(nnx.Module):
     """The body."""
 
-    remat: bool = False  # on the class: it is no part of what the model is, see `Model`
+    remat: bool = False  # a class attribute: not part of the graphdef, see `Model`
 
     def __init__(self, config: ModernBertConfig, *, rngs: Keys):
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -205,7 +203,7 @@ class ModernBertModel(nnx.Module):
     def __call__(
         self, input_ids: Array, mask: Array, token_type_ids: Array, key: Array | None = None
     ) -> EncoderOutput:
-        """There are no token types: they are not looked at."""
+        """`token_type_ids` are ignored: the model has none."""
         config, length = self.config, input_ids.shape[1]
         embeddings_key, *keys = split_key(key, 1 + len(self.layers))
         positions = jnp.arange(length)

@@ -19,12 +19,12 @@ ARCHITECTURES = {"Qwen2Model": Decoder, "Qwen2ForCausalLM": CausalLM}
 
 FIXED: dict[str, Any] = {
     "attention_dropout": 0.0,
-    "attention_bias": False,  # not a field of Qwen2's: its projections have the biases they have
+    "attention_bias": False,  # not a Qwen2 field: its biases are fixed
     "mlp_bias": False,
     "is_encoder_decoder": False,
     "use_mrope": False,
 }
-WINDOW_FIELDS: dict[str, Any] = {  # what they may be, where windows are used
+WINDOW_FIELDS: dict[str, Any] = {  # their types, if windows are used
     "use_sliding_window": bool | None,
     "sliding_window": Size | None,
     "max_window_layers": Count,
@@ -50,11 +50,10 @@ def read_qwen2_config(hf: Mapping[str, Any], ignored: Collection[str] = ()) -> D
 
 
 def read_windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """How far back each of so many layers attends; () where every layer sees everything.
+    """The attention window of each of `layers` layers; () if no layer has one.
 
-    Only with `use_sliding_window` do windows count; then `layer_types` says which layers have one, or, where
-    it is absent, all from `max_window_layers` on. Absent fields are 4,096 positions and layer 28, as in
-    transformers.
+    Windows apply only with `use_sliding_window`, to the layers that `layer_types` lists or, if it is missing,
+    to all from `max_window_layers` on. Missing fields are 4,096 positions and layer 28, as in transformers.
 
     Raises: ValueError for values of another type, or layers of an unknown one.
     """

@@ -1,5 +1,5 @@
-"""Qwen3, dense (Yang et al., arXiv:2505.09388) as transformers computes it: Qwen2 without biases, its queries
-and keys normalised in every head.
+"""Qwen3, dense (Yang et al., arXiv:2505.09388) as transformers computes it: Qwen2 without biases, with
+per-head normalisation of queries and keys.
 """
 
 import dataclasses

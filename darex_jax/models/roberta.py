@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al., arXiv:1907.11692) as transformers computes it: BERT with positions counted from
-behind the padding's, and a classification head of its own.
+"""RoBERTa (Liu et al., arXiv:1907.11692) as transformers computes it: BERT with positions that start
+after the padding's, and another classification head.
 """
 
 import jax
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class ClassificationHead(nnx.Module):
-    """A dense layer and a projection on the first token; no pooler comes before it."""
+    """A dense layer and a projection of the first token, without a pooler."""
 
     def __init__(self, config: BertConfig, *, rngs: Keys):
         size, stddev = config.hidden_size, config.initializer_range
