@@ -17,10 +17,12 @@ SHOWN = 4  # comparisons of a claim that are written out
 def findings(plan: Plan, rows: Sequence[Row]) -> list[Finding]:
     """What became of each claim.
 
-    A claim has one of three forms. It compares two ways, or two optimizers for one way (`better`, `than`, with `way`), on every
-    fine-tune at the columns `at`: the larger mean, or the larger of another `value`. It asks what share of
-    the metric a `way` `keeps`. It asks whether a `value` of a `way` is at `least` so much. It held if it does
-    everywhere, held partly if in half of all cases or more.
+    A claim has one of three forms, each for every fine-tune and every column of `at`:
+      better, than: two ways, or with `way` two optimizers: the first has the larger mean (or `value`).
+      keeps, way: the way keeps this share of the fine-tuned metric; keeps_gain: of the gain over the base or
+        the best constant answer.
+      least, value, way: a value of the way is at least this.
+    It held if it does everywhere, held partly if in half of all cases or more.
     """
     return [_finding(plan, claim, rows) for claim in plan.claims]
 
@@ -31,7 +33,7 @@ def _finding(plan: Plan, claim: Mapping[str, Any], rows: Sequence[Row]) -> Findi
         return Finding(claim["claim"], "not testable here", why, source)
     among = claim.get("optimizers")
     rows = [row for row in rows if among is None or split_name(row["fine_tune"])[1] in among]
-    if "keeps" in claim:
+    if "keeps" in claim or "keeps_gain" in claim:
         compared = _kept(claim, rows)
     else:
         compared = _at_least(claim, rows) if "least" in claim else _compared(claim, rows)
@@ -69,14 +71,17 @@ def _compared(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[bool,
 
 
 def _kept(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[bool, str]]:
-    whole = {row["fine_tune"]: row["mean"] for row in rows if row["way"] == FINE_TUNED and "mean" in row}
+    whole = {row["fine_tune"]: row for row in rows if row["way"] == FINE_TUNED and "mean" in row}
+    gain = "keeps_gain" in claim
     found = []
     for row in rows:
         if row["way"] == claim["way"] and row["at"] in claim["at"] and "mean" in row:
-            share = row["mean"] / whole[row["fine_tune"]]
+            head = whole[row["fine_tune"]]
+            floor = max(head.get("constant") or 0.0, head.get("no_delta") or 0.0) if gain else 0.0
+            share = (row["mean"] - floor) / (head["mean"] - floor)
             training, optimizer, seed = split_name(row["fine_tune"])
             told = f"{_case(f'{training}, {optimizer}', seed, row['at'])}: {share:.1%}"
-            found.append((share >= claim["keeps"], told))
+            found.append((share >= claim["keeps_gain" if gain else "keeps"], told))
     return found
 
 

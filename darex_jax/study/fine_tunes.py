@@ -21,7 +21,7 @@ from darex_jax.tasks.word_problems import word_problem_tokenizer
 from darex_jax.training.loop import Recipe
 
 RECIPE = {each.name for each in dataclasses.fields(Recipe)}
-MODEL = {"package", "config", "train"}
+MODEL = {"package", "config", "train", "optimizer"}
 PACKAGES = ("minilm",)
 
 
@@ -40,14 +40,16 @@ class Place(NamedTuple):
 def base_of(fine_tune: FineTune, place: Place) -> Path:
     """The directory of the pretrained model.
 
-    `package`: that of an installed package; `config`: random weights of this config, from key 0; else
+    `train`: a fine-tuned model, which is trained first; `package`: that of an installed package; `config`: random weights of this config, from key 0; else
     `models`/NAME. Raises: DarexError saying where it is looked for.
     """
     source = fine_tune.source
     if unknown := sorted(source.keys() - MODEL):
         raise DarexError(
-            f"model {fine_tune.model}: unknown {', '.join(unknown)}; it may have package, config."
+            f"model {fine_tune.model}: unknown {', '.join(unknown)}; it may have package, config, train."
         )
+    if fine_tune.start is not None:
+        return obtain(fine_tune.start, place)[1]
     if source.get("package") in PACKAGES:
         return demo_weights()
     found = None if place.models is None else place.models / fine_tune.model

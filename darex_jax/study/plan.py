@@ -23,18 +23,9 @@ SETTINGS = {
     "train", "optimizers", "seeds", "ways", "drop_rates", "bytes", "masks", "test_examples", "sets",
 }  # fmt: skip
 CLAIM = {
-    "claim",
-    "source",
-    "better",
-    "than",
-    "at",
-    "keeps",
-    "way",
-    "optimizers",
-    "value",
-    "least",
+    "claim", "source", "better", "than", "at", "keeps", "keeps_gain", "way", "optimizers", "value", "least",
     "untestable",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,8 @@ class FineTune:
 
     Attributes:
       training, optimizer: their names in `fine_tunes.toml`; seed: of the training.
-      model: name of the pretrained model; source: its table in `fine_tunes.toml`.
+      model: name of the pretrained model; source: its table in `fine_tunes.toml`; start: the fine-tuned model
+        that it is, if it is one.
       task: what it is trained on; options: the other arguments of `train_run`, the recipe's among them.
     """
 
@@ -54,6 +46,7 @@ class FineTune:
     source: Mapping[str, Any]
     task: str
     options: Mapping[str, Any]
+    start: FineTune | None = None
 
     @property
     def name(self) -> str:
@@ -156,7 +149,10 @@ def read_fine_tunes(folder: Path, scale: str) -> Any:
             raise FileError(
                 f"{path}: {scale}.train.{training} needs a task, and a model of [{scale}.models]."
             )
-        return FineTune(training, optimizer, seed, model, own["models"][model], task, options)
+        source = own["models"][model]
+        begun = source.get("train")
+        start = None if begun is None else declared(study, begun, source.get("optimizer", "adamw"), 0)
+        return FineTune(training, optimizer, seed, model, source, task, options, start)
 
     return declared
 

@@ -68,12 +68,15 @@ def cells(plan: Plan, group: Group, only: str | None = None) -> list[Cell]:
 
 def made(plan: Plan, group: Group, way: str, at: float | None) -> str:
     """The digest of all that a row is declared by."""
-    trained = [
-        {"model": e.model, "task": e.task, "seed": e.seed, "options": dict(e.options)}
-        for e in group.fine_tunes
-    ]
+    trained = [_declared(each) for each in group.fine_tunes]
     options = {name: value for name, value in plan.ways.get(way, {}).items() if name != "at"}
     return digest_of([plan.measure, plan.axis, trained, options, at, plan.masks, plan.test_examples])
+
+
+def _declared(fine_tune: FineTune) -> dict[str, Any]:
+    begun = {} if fine_tune.start is None else {"start": _declared(fine_tune.start)}
+    told = {"model": fine_tune.model, "task": fine_tune.task, "seed": fine_tune.seed}
+    return told | {"options": dict(fine_tune.options)} | begun
 
 
 def missing_cells(plan: Plan, rows: Sequence[Row], only: str | None = None) -> list[tuple[Group, list[Cell]]]:
