@@ -126,9 +126,9 @@ def _draw_lines(svg: Element, figure: Figure, width: int) -> float:
     everything += [value for _, value in figure.levels]
     y = _axis(everything, figure.log_y, height - bottom, top, 5 if wide else 4, 0.06)
     left = 10 + LETTER * max((len(number_text(tick)) for tick in y.ticks), default=1)
-    x_values = sorted({v for s in figure.series for v in s.x})
+    x_values = sorted({v for s in figure.series for v in s.x if _drawable(v, figure.log_x)})
     x = _axis(x_values, figure.log_x, left + 10, width - right - 10, 7 if wide else 4, 0.0)
-    if len(x_values) <= FEW and _far_enough([x.at(v) for v in x_values if v > 0 or not figure.log_x]):
+    if len(x_values) <= FEW and _far_enough([x.at(v) for v in x_values]):
         x = x._replace(ticks=x_values)
     elif all(float(v).is_integer() for v in x_values):
         x = x._replace(ticks=[tick for tick in x.ticks if float(tick).is_integer()])
@@ -194,7 +194,7 @@ def _draw_bars(svg: Element, figure: Figure, width: int) -> float:
     wide, many = width == WIDE, len(figure.series) > 1
     thick, gap = (13.0, 9.0) if not many else (11.0, 12.0)
     longest = max(map(len, figure.labels))
-    most = int(0.36 * width / LETTER) if wide else int(width / LETTER)
+    most = int(0.4 * width / LETTER) if wide else int(width / LETTER)
     left = min(longest, most) * LETTER + 12 if wide else 0.0
     head = 0.0 if wide else 17.0
     cells = {(n, int(x)): i for n, s in enumerate(figure.series) for i, x in enumerate(s.x)}

@@ -55,7 +55,6 @@ class Leaf:
       base, delta, true, lost: sums of squares: of the base's entries, of the restored delta's, of the
         fine-tuned model's delta and of what is between these two; the last two None without that model.
       ranks: stable ranks |D|_F^2 / |D|_2^2 of the restored delta's matrices.
-      sides: their smaller sides.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Leaf:
     true: float | None = None
     lost: float | None = None
     ranks: tuple[float, ...] = ()
-    sides: tuple[int, ...] = ()
     count: int = 1
 
     @property
@@ -264,7 +262,7 @@ def _leaves(
         yield Leaf(
             name=name, layer=int(number.group()) if number else None, matrix=len(shape) > 1,
             entries=start, nonzero=nonzero, **stored[name]._asdict(), **squares,
-            ranks=(squares["delta"] / norm**2,) if has_rank else (), sides=(min(shape),) if has_rank else (),
+            ranks=(squares["delta"] / norm**2,) if has_rank else (),
         )  # fmt: skip
 
 
@@ -355,8 +353,7 @@ def _together(leaves: Sequence[Leaf], name: str) -> Leaf:
     return Leaf(
         name=name, layer=leaves[0].layer, matrix=leaves[0].matrix, form=forms,
         q=tuple(sorted({q for leaf in leaves for q in leaf.q})),
-        ranks=tuple(r for leaf in leaves for r in leaf.ranks),
-        sides=tuple(s for leaf in leaves for s in leaf.sides), **sums, **more,
+        ranks=tuple(r for leaf in leaves for r in leaf.ranks), **sums, **more,
     )  # fmt: skip
 
 
@@ -451,12 +448,12 @@ def _layers_section(leaves: Sequence[Leaf], has_fine: bool) -> Section:
         figure("Size of the delta", "restored delta / base, %", lambda leaf: 100 * leaf.relative,
                "Root mean square of the restored delta's entries against the base's."),
         figure("Error of the delta", "error", lambda leaf: leaf.error,
-               "|delta - restored delta|² / |delta|²: 0 is all of it, 1 as bad as leaving it out."),
+               "|delta - restored delta|² / |delta|²: nothing is lost at 0; 1 is as far off as no delta."),
         figure("Numbers stored", "numbers for 100 entries",
                lambda leaf: 100 * leaf.numbers / max(1, leaf.entries)),
         figure("Stable rank", "|D|² / largest singular value²", lambda leaf: leaf.rank,
                "Of the restored delta D: about how many directions it moves the weights in."),
-        figure("Bytes", unit, lambda leaf: leaf.size / scale),
+        figure("Bytes", f"size, {unit}", lambda leaf: leaf.size / scale),
     ]  # fmt: skip
     text = (
         "Each line is one matrix of a layer, from the first layer to the last."
@@ -477,7 +474,7 @@ def _parameters_section(leaves: Sequence[Leaf], whole: Mapping[str, int], has_fi
         "entries",
         "stored as",
         "numbers per 100",
-        "entries that change",
+        "entries changed",
         "bytes",
         "delta / base",
     ]
@@ -485,11 +482,12 @@ def _parameters_section(leaves: Sequence[Leaf], whole: Mapping[str, int], has_fi
     several = len(kinds) < len(leaves)
     tables = []
     if several:
-        rows = [[leaf.name, f"{leaf.count}", *_row(leaf, has_fine)] for leaf in kinds]
+        kinds.sort(key=lambda leaf: -leaf.size)
+        rows = [[leaf.name + f" ({leaf.count})" * (leaf.count > 1), *_row(leaf, has_fine)] for leaf in kinds]
         tables.append(
             Table(
-                "Parameters of all layers together", [heads[0], "how many", *heads[1:]], rows,
-                note="Stable ranks are medians, of the smaller side of the matrices.",
+                "Parameters of all layers together", heads, rows,
+                note="In parentheses how many there are. Stable ranks are medians.",
             )
         )  # fmt: skip
     every = [[leaf.name, *_row(leaf, has_fine), _q_text(leaf.q)] for leaf in leaves]
@@ -501,16 +499,15 @@ def _parameters_section(leaves: Sequence[Leaf], whole: Mapping[str, int], has_fi
 
 
 def _row(leaf: Leaf, has_fine: bool) -> list[str]:
-    rank = f"{number_text(leaf.rank)} of {np.median(leaf.sides):.0f}" if leaf.ranks else "-"
     return [
         f"{leaf.entries:,}",
         _forms(leaf.form),
         f"{100 * leaf.numbers / max(1, leaf.entries):.4g}",
-        f"{leaf.nonzero / max(1, leaf.entries):.4g}" if leaf.nonzero < leaf.entries else "all",
+        _percent(leaf.nonzero / max(1, leaf.entries)),
         f"{leaf.size:,.0f}",
-        f"{leaf.relative:.3%}" if math.isfinite(leaf.relative) else "-",
+        _percent(leaf.relative) if math.isfinite(leaf.relative) else "-",
         *([number_text(leaf.error)] if has_fine else []),
-        rank,
+        number_text(leaf.rank) if leaf.ranks else "-",
     ]
 
 
@@ -584,7 +581,10 @@ def _evaluate(
 
     changed = opening["allow_changed_files"]
     with companions(base, delta, allow_changed_files=changed) as folder:
-        material = read_material(folder, source, held_out=True)
+        try:
+            material = read_material(folder, source, held_out=True)
+        except DarexError as error:  # which names the folder that stands for the restored model
+            raise DarexError(str(error).replace(str(folder), f"the model of {delta}")) from error
         task, batches = material.task, material.batches()
         count, labels, where = len(material.encoded), None, f"{material.source}, held out"
         if task is not None:
@@ -675,14 +675,14 @@ def _summary(facts: Mapping[str, Any], restored: int, total: Leaf, scores: Score
     said.append(
         f"{facts['method']} stores {total.numbers:,} numbers for {total.entries:,} entries in "
         f"{total.count:,} parameters, {100 * total.numbers / max(1, total.entries):.3g} for a hundred; "
-        f"{total.nonzero / max(1, total.entries):.3g} of the entries change."
+        f"{_percent(total.nonzero / max(1, total.entries))} of the entries change."
     )
     if math.isfinite(total.error):
-        left = f"{total.error:.1%}" if total.error < 2 else f"{total.error:,.3g} times"
-        said.append(f"Between it and the real delta lies {left} of the real delta's square.")
+        error = _percent(total.error) + " of" if total.error < 2 else f"{total.error:,.3g} times"
+        said.append(f"The square of its distance from the real delta is {error} that delta's own.")
     if math.isfinite(total.relative):
         rank = f"; its matrices have a stable rank of {total.rank:.3g} (median)" if total.ranks else ""
-        said.append(f"The restored delta has {total.relative:.2%} of the base's norm{rank}.")
+        said.append(f"The restored delta has {_percent(total.relative)} of the base's norm{rank}.")
     return said
 
 
@@ -705,7 +705,10 @@ def _score_sentence(scores: Scores) -> str:
 def _page_facts(
     facts: Mapping[str, Any], base: str | os.PathLike[str], fine: str | os.PathLike[str] | None
 ) -> list[tuple[str, str]]:
-    told = [f"{name} {value}" for name, value in facts["made_with"].items()]
+    told = [
+        f"{name.replace('_', ' ')} {f'{value:.6g}' if isinstance(value, float) else value}"
+        for name, value in facts["made_with"].items()
+    ]
     rows = [
         ("method", ", ".join([facts["method"], *told])),
         ("base", os.fspath(base)),
@@ -720,6 +723,10 @@ def _page_facts(
     rows += [(f"read with {name}", value) for name, value in versions().items()]
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return [*rows, ("read on", machine)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _unit(size: float) -> tuple[str, float]:
