@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test docs test-oldest test-gpu lint clean
+.PHONY: demo test docs check-report test-oldest test-gpu lint clean
 
 demo: .venv/demo
 	$(BIN)/darex demo
@@ -14,6 +14,10 @@ test: .venv/test lint
 # The pages of docs/ and the reference of the public names, into build/site.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Pages of `darex report` in Chromium, with axe-core from npm; skipped where there is none.
+check-report: .venv/test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser.py
 
 # The quick tests with the oldest packages that pyproject.toml takes.
 test-oldest: $(OLDEST)/ready
