@@ -15,9 +15,14 @@ test: .venv/test lint
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Pages of `darex report` in Chromium, with axe-core from npm; skipped where there is none.
-check-report: .venv/test
+# Pages of `darex report` in a browser: three widths, light and dark, paper, axe-core's rules of accessibility.
+check-report:
+ifeq ($(and $(shell command -v chromium),$(shell command -v chromedriver),$(shell command -v npm)),)
+	@echo "check-report is skipped: it takes chromium, chromedriver and npm (Debian: chromium, chromium-driver, npm)"
+else
+	$(MAKE) .venv/test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser.py
+endif
 
 # The quick tests with the oldest packages that pyproject.toml takes.
 test-oldest: $(OLDEST)/ready
