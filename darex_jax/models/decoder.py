@@ -361,6 +361,27 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned.astype(x.dtype)
 
 
+def contexts(
+    config: DecoderConfig, windows: Collection[int | None], real: Array, positions: Array, slots: Array
+) -> dict[int | None, tuple[tuple[Array, Array], Array]]:
+    """What attention needs beside the hidden states, by window: the rotary angles and the mask [B, T, S].
+
+    Args: real: [B, S] bool; positions: [B, T] of the queries; slots: [T] of the S that the queries are in.
+    """
+    features = config.features_per_head
+    turns = local = config.rope.turns(features, positions)
+    if config.local_rope is not None:
+        local = config.local_rope.turns(features, positions)
+    distance = slots[:, None] - jnp.arange(real.shape[1])[None]  # T S
+    return {
+        window: (
+            turns if window is None else local,
+            real[:, None] & ((distance >= 0) & (distance < (window or 2**31 - 1)))[None],
+        )
+        for window in windows
+    }
+
+
 Past = tuple[Array, Array, Array]  # a layer's cached keys and values, and the index of the new ones
 
 
@@ -469,22 +490,13 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
-        features = self.config.features_per_head
-        turns = local = self.config.rope.turns(features, positions)
-        if self.config.local_rope is not None:
-            local = self.config.local_rope.turns(features, positions)
-        query_slots = start + jnp.arange(length)[:, None]
-        distance = query_slots - jnp.arange(real.shape[1])[None]  # T S
-        masks = {
-            window: real[:, None] & ((distance >= 0) & (distance < (window or 2**31 - 1)))[None]
-            for window in {self.config.window(i) for i in range(len(self.layers))}
-        }
+        windows = {self.config.window(i) for i in range(len(self.layers))}
+        around = contexts(self.config, windows, real, positions, start + jnp.arange(length))
         x = self.embed_tokens(input_ids)  # B T -> B T D
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], start)
-            window = self.config.window(i)
-            rest = (turns if window is None else local, masks[window], past)
+            rest = (*around[self.config.window(i)], past)
             x, (k, v) = remat(layer, x, *rest) if self.remat else layer(x, *rest)
             keys.append(k)
             values.append(v)
