@@ -440,7 +440,7 @@ def test_outputs_replace_regular_files_alone(tmp_path, odd):
     os.rename(tmp_path / "q.png", tmp_path / "odd")
     apply = ("apply", base, tmp_path / "d", tmp_path / "odd")
     assert "already exists" in darex(*apply, code=1).stderr
-    assert "is no model directory and is not replaced" in darex(*apply, "--overwrite", code=1).stderr
+    assert "is not a model directory and is not replaced" in darex(*apply, "--overwrite", code=1).stderr
     for write in (lambda path: only_one(path, ""), atomic_file):
         with pytest.raises(FileError, match=f"is {kind}"), write(tmp_path / "odd"):
             pass

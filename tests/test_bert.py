@@ -444,8 +444,8 @@ def test_load_lists_everything_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} does not fit its config.json (BertForSequenceClassification): "
-        "bert.extra.weight is left over; bert.pooler.dense.bias is missing; "
+        f"{tmp_path} does not match its config.json (BertForSequenceClassification): "
+        "bert.extra.weight is unexpected; bert.pooler.dense.bias is missing; "
         "bert.pooler.dense.weight is int8, not floating; "
         "classifier.bias has shape [2], expected [3]."
     )

@@ -264,7 +264,7 @@ def test_a_sweep_over_values_and_masks_compiles_once():
     others = Pair(model, fine, start, delta, 0.8, (9,)).models
     find_q(goal, others, [0.3], q_of=lambda q: dict.fromkeys(flatten_names(delta), q))
     assert len(found.curve) > 6 and (_pruned_leaf._cache_size(), _logits._cache_size()) == before
-    with pytest.raises(ValueError, match=r"there is no q for bert\.embeddings"):
+    with pytest.raises(ValueError, match=r"q has no entry for bert\.embeddings"):
         models[0]({"bert.pooler.dense.bias": 0.5})
 
 

@@ -571,11 +571,11 @@ def test_a_config_that_claims_more_than_its_weights(tmp_path):
             {"num_hidden_layers": 1_000_000},
             "num_hidden_layers is 1000000, expected an integer from 1 to",
         ),
-        ({"num_hidden_layers": 9_999}, "has num_hidden_layers 9999, its weights are of 3 layers"),
+        ({"num_hidden_layers": 9_999}, "has num_hidden_layers 9999, its weights have 3 layers"),
         ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight has shape \[97, 32\], expected \[2147483647, 32\]"),
         ({"hidden_size": 2**31 - 4, "intermediate_size": 2**31 - 1, "head_dim": 2}, "has shape"),
         ({"num_attention_heads": 2**30, "head_dim": 8}, "num_attention_heads is 1073741824, with 8 features"),
-        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is left over"),
+        ({"num_hidden_layers": 2}, r"model.layers.2.input_layernorm.weight is unexpected"),
     ):
         dx.save_params(tmp_path, params, LLAMA | changes, overwrite=True)
         with pytest.raises(ValueError, match=text):
@@ -625,7 +625,7 @@ def test_what_old_files_store_besides(tmp_path):
     assert flatten_names(loaded).keys() == flatten_names(params).keys()
     dx.save_params(tmp_path / "n", unflatten_names(named | {"lm_head.weight": table + 1}), hf)
     with pytest.raises(
-        ValueError, match=r"lm_head.weight is not model.embed_tokens.weight, though config.json"
+        ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight, although config.json"
     ):
         dx.load_model(tmp_path / "n")
 

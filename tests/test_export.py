@@ -101,7 +101,7 @@ def test_peft_computes_a_decoder_with_a_tied_head(tmp_path, folders, scope):
 def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
     base, files = encoders
     refused = darex("export", files["dare"], tmp_path / "out", "--to", "peft", "--base", base, code=1).output
-    assert "not of low rank (random)" in refused and "--rank" in refused
+    assert "not low-rank (random)" in refused and "--rank" in refused
     losses = []
     for rank in (2, 8, 32):
         options = ("--to", "peft", "--base", base, "--rank", rank, "--overwrite", "--json")
@@ -115,7 +115,7 @@ def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
         )
         losses.append(report["lost"])
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.2
-    assert "matrices are not of low rank (sign)" in darex(
+    assert "matrices are not low-rank (sign)" in darex(
         "export", files["sign"], tmp_path / "o", "--to", "peft", "--base", base, code=1
     ).output  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
 def test_what_is_missing_is_told(tmp_path, encoders, folders):  # noqa: F811
     base, files = encoders
     out = tmp_path / "out"
-    assert "name the base (--base BASE)" in darex("export", files["svd"], out, "--to", "peft", code=1).output
+    assert "pass the base (--base BASE)" in darex("export", files["svd"], out, "--to", "peft", code=1).output
     assert "a patch takes --base" in darex("export", files["svd"], out, "--to", "patch", code=2).output
     other = folders / "llama" / "base"
     for form in ("peft", "patch"):

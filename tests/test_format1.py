@@ -39,7 +39,7 @@ def test_restores_the_bits_of_its_time(tmp_path, case):
     expected = DIGESTS[case]["parameters"]
     # What a delta of its time lacks: digests of the base's files, where the restored model takes any.
     takes_files = case in ("darex_bfloat16_q_by_name", "extra_rows_and_files")
-    unknown = "does not say what the base's" if takes_files else None
+    unknown = "does not record the base's" if takes_files else None
     with Checkpoint(FOLDER / case / "base") as base, DeltaFile(FOLDER / case / "delta.safetensors") as delta:
         with warned(unknown):
             assert verify_artifact(delta, base)["base"] == "ok"

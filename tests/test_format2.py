@@ -161,7 +161,7 @@ def test_another_base_is_named(tmp_path, pair):
         pytest.raises(FileError) as error,
     ):
         apply_artifact(b, d, tmp_path / "out")
-    assert "'pooler.dense.weight' holds other numbers" in str(error.value)
+    assert "'pooler.dense.weight' has other values" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

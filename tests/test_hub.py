@@ -135,8 +135,8 @@ def test_a_delta_goes_to_the_hub_and_comes_back(tmp_path, hub, delta):
 
 def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
     for message, env in (
-        ("there is no token for the hub", {"HF_TOKEN": ""}),
-        ("403. This token may not write there", {"HF_TOKEN": "bad"}),
+        ("no token for the hub", {"HF_TOKEN": ""}),
+        ("403. This token has no write access to it", {"HF_TOKEN": "bad"}),
         ("HF_HUB_OFFLINE is set", {"HF_HUB_OFFLINE": "1"}),
     ):
         run = called(tmp_path, hub, "push", delta, REPO, **env)
@@ -167,7 +167,7 @@ def test_a_card_says_what_was_done_and_no_more(delta):
     assert "a \\| b # title &lt;script>" in hostile and "\nlicense: mit" not in hostile.split("---")[1]
     several = {"split": "test", "deltas": [{"task": "mrpc", "metric_name": "f1", "metric": 0.5, "n": 3}]}
     assert "| mrpc | test | f1 | 0.5000 | 3 |" in model_card(facts, "darex_jax", measured=[several])
-    with pytest.raises(DarexError, match="no output of darex eval --json"):
+    with pytest.raises(DarexError, match="must be output of darex eval --json"):
         model_card(facts, "darex_jax", measured=[{"some": "json"}])
 
 

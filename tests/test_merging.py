@@ -371,7 +371,7 @@ def test_an_adapter_with_a_head_is_to_be_made_a_model_first(files, tmp_path):
     head = {"classifier": {"weight": jnp.ones((2, shape[0])), "bias": jnp.ones(2)}}
     dx.save_adapter(tmp_path / "adapter", lora, adapter, head)
     run("merge", files / "base", tmp_path / "adapter", tmp_path / "m", "--method", "linear",
-        fails="darex merge-adapter makes of it")  # fmt: skip
+        fails="darex merge-adapter makes from it")  # fmt: skip
 
 
 def test_the_dtype_is_the_widest_or_what_is_asked_for(files, tmp_path):

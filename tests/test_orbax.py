@@ -167,7 +167,7 @@ def test_an_orbax_model_lies_on_a_mesh_and_is_evaluated(tmp_path):
     ]
     assert scores[0] == scores[1]
     branch = darex("eval", f"{tmp_path / 'orbax'}#bert", "--limit", 20, code=1)  # the tokenizer is found
-    assert "does not fit" in branch.output
+    assert "does not match" in branch.output
     mesh = make_mesh(2, 4)
     split = dx.load_params(tmp_path / "orbax", mesh=mesh)
     same(split, dx.load_params(tmp_path / "plain"))
@@ -223,8 +223,8 @@ def test_what_is_damaged_is_said_in_one_line(tmp_path):
     odd = save(tmp_path / "a#b?c%41", {"w": np.ones(3)})
     assert dx.load_params(odd)["w"].shape == (3,)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileError, match=r"holds neither .* nor an orbax checkpoint"):
+    with pytest.raises(FileError, match=r"has neither .* and is not an orbax checkpoint"):
         dx.load_params(tmp_path / "empty")
     dx.save_params(tmp_path / "plain", {"a": jnp.zeros(2)})
-    with pytest.raises(FileError, match=r"is no orbax checkpoint"):
+    with pytest.raises(FileError, match=r"is not an orbax checkpoint"):
         dx.load_params(f"{tmp_path / 'plain'}#params")

@@ -181,7 +181,7 @@ def test_changed_files_of_the_base_are_taken_if_allowed(folder, opened, tmp_path
     for command in (("generate", base, PROMPTS[0], *short), ("eval", base, *problems, *short)):
         assert "--allow-changed-files" in darex(*command, code=1).stderr
         told = darex(*command, "--allow-changed-files").stderr
-        assert told.count("warning:") == 1 and "was not there" in told and "allowed" in told
+        assert told.count("warning:") == 1 and "did not exist" in told and "allowed" in told
 
 
 def test_a_field_of_a_tool_is_no_obstacle(folder, tmp_path):

@@ -1,1 +1,1 @@
-"""Checkpoints and artifacts: what is read from and written to a disk, streamed."""
+"""Streamed reading and writing of checkpoints, artifacts and adapters."""

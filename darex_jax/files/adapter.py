@@ -1,6 +1,6 @@
-"""Low-rank adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`.
+"""Reads and writes LoRA adapters in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`.
 
-Neither PEFT nor any deep-learning library is needed to read or write one. What cannot be honoured is refused.
+Needs neither PEFT nor any deep-learning library. Unsupported adapters are refused.
 """
 
 import json
@@ -20,15 +20,14 @@ from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's wrapping of the model, in front of every tensor's name
-BASE_LAYER = ".base_layer."  # stands in the name of an adapted layer's own weight, where that is stored too
+PREFIX = "base_model.model."  # PEFT's prefix of every tensor name
+BASE_LAYER = ".base_layer."  # in the name of an adapted layer's own weight, if that is stored
 
-# What is read from the config; `bias` and `init_lora_weights` for the values that change nothing here.
+# Fields that are read; of `bias` and `init_lora_weights` only values without effect are supported.
 READ = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights".split()  # noqa: SIM905
 )
-# Fields that change no number: where the adapter comes from, how it was trained, and which layers it was
-# to have; which it has, the tensors say.
+# Fields that change no output: origin, training, and target layers, which follow from the tensors.
 INERT = frozenset(
     """
     auto_mapping base_model_name_or_path revision peft_version task_type inference_mode lora_dropout
@@ -36,23 +35,22 @@ INERT = frozenset(
     loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_core runtime_config
     """.split()  # noqa: SIM905
 )
-# Other ways to begin change the base's weights as well, which are then not the ones at hand.
+# Other initialisations also change the base's weights, so the given base would be wrong.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def load_adapter(path: str | PathLike[str]) -> tuple[LoraConfig, dict[str, Any], dict[str, Any]]:
-    """Reads an adapter that PEFT, or `save_adapter`, wrote; of linear layers, not of embeddings.
+    """Reads an adapter of linear layers (not of embeddings) written by PEFT or `save_adapter`.
 
     Args: path: directory with adapter_config.json and adapter_model.safetensors.
     Returns:
-      its config, whose `targets` are the layers that have an adapter, by their full names;
+      its config, whose `targets` are the full names of the adapted layers;
       the adapter, a nested dict of A [r, D] and B [O, r] in the file's dtypes;
-      what was trained along and takes the place of the base's parameters (PEFT's `modules_to_save`: a
-      classifier, say), a nested dict under the base's names, {} if nothing.
-    Raises: FileError for a missing or damaged file, a config with anything in it that would change a number
-      and is not honoured (DoRA, biases, transposed layers, initialisations that change the base, ...), a
-      tensor that is no factor of a linear layer, has no partner or another rank than the config says. A
-      pickle is never read.
+      fully trained parameters that replace the base's (PEFT's `modules_to_save`, such as a classifier), a
+      nested dict under the base's names, or {}.
+    Raises: FileError for a missing or damaged file, an unsupported config (DoRA, biases, transposed layers,
+      initialisations that change the base, ...), or a tensor that is not a factor of a linear layer, has no
+      partner or another rank than in the config. Pickles are never read.
     """
     path = Path(path)
     stated = read_json(path / CONFIG)
@@ -60,7 +58,7 @@ def load_adapter(path: str | PathLike[str]) -> tuple[LoraConfig, dict[str, Any],
     if not (path / WEIGHTS).exists():
         pickled = (path / "adapter_model.bin").exists()
         hint = " It has adapter_model.bin, a pickle, which is never read: convert it." if pickled else ""
-        raise FileError(f"{path}: holds no {WEIGHTS}.{hint}")
+        raise FileError(f"{path}: has no {WEIGHTS}.{hint}")
     with SafetensorsFile(path / WEIGHTS) as file:
         adapter, dense = _sort_tensors(file)
         try:
@@ -92,18 +90,18 @@ def save_adapter(
     manifest: Mapping[str, Any] | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a directory that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+    """Writes a directory that `PeftModel.from_pretrained` loads, atomically.
 
     Args:
       config, adapter: from `add_adapters`, `load_adapter`; the adapter may be pruned.
-      dense: what was trained along, under the base's names: `{"classifier": params["classifier"]}`.
-      embeddings: of embeddings that are adapted A [r, rows] and B [features, r], by the layer's name.
-      task_type: PEFT's word for the model's class: "SEQ_CLS", "CAUSAL_LM"; None leaves it to the reader.
-      base: where the base lies or what it is called, for the reader's sake.
-      overwrite: replace what `path` holds, all of it.
+      dense: fully trained parameters under the base's names: `{"classifier": params["classifier"]}`.
+      embeddings: A [r, rows] and B [features, r] of adapted embeddings, by layer name.
+      task_type: PEFT's name of the model class: "SEQ_CLS", "CAUSAL_LM"; None leaves it open.
+      base: path or name of the base, for information.
+      overwrite: replace `path` if it exists.
       manifest: of the run that made the adapter; written as darex_manifest.json. card: written as README.md.
-    Raises: ValueError if a layer of the adapter is not the config's, has another rank, or lies in a module
-      that is saved whole; FileError if `path` holds something already and `overwrite` is not given.
+    Raises: ValueError if a layer of the adapter is not in the config's targets, has another rank, or is in a
+      module that is saved whole; FileError if `path` exists and `overwrite` is not set.
     """
     extra, own, whole = check_savable(config, adapter, dense, task_type)
     content = {
@@ -139,22 +137,22 @@ def save_adapter(
 def check_savable(
     config: LoraConfig, adapter: PyTree, dense: PyTree | None, task_type: str | None
 ) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Raises what `save_adapter` raises for an adapter that it cannot save.
+    """Checks that `save_adapter` can save an adapter; raises what it would raise.
 
     Returns: `dense` by name; those of its names that belong to an adapted layer; the modules saved whole.
     """
     extra = flatten_names(dense or {})
     layers = config.scales(adapter)
-    own = {name for name in extra if name.rpartition(".")[0] in layers}  # of a layer that is adapted as well
+    own = {name for name in extra if name.rpartition(".")[0] in layers}  # of a layer that also has an adapter
     whole = sorted({_module_of(name) for name in extra.keys() - own})
-    # Of a classifier, PEFT takes its head to be saved whole.
+    # PEFT assumes that a classifier's head is saved whole.
     closed = [*whole, "classifier", "score"] if task_type == "SEQ_CLS" else whole
     wrong = []
     for layer in layers:
         if not config.matches(layer):
-            wrong.append(f"'{layer}' is none of the config's targets, {config.targets!r}")
+            wrong.append(f"'{layer}' is not among the config's targets, {config.targets!r}")
         wrong += [f"'{layer}' is part of '{m}', which is saved whole" for m in closed if _inside(layer, m)]
-    wrong += [f"'{name}' is a factor and not a parameter of the base" for name in extra if _is_lora(name)]
+    wrong += [f"'{name}' is a LoRA factor, not a parameter of the base" for name in extra if _is_lora(name)]
     if wrong:
         raise DarexError(f"this adapter cannot be saved: {'; '.join(wrong)}.")
     return extra, own, whole
@@ -168,7 +166,7 @@ def _refuse_unsupported(file: Path, stated: Mapping[str, Any]) -> None:
         wrong.append(f"bias is {stated['bias']!r:.80}, supported: 'none'")
     if stated.get("init_lora_weights", True) not in INITIALISATIONS:
         wrong.append(
-            f"init_lora_weights is {stated['init_lora_weights']!r:.80}, which changes the base as well; PEFT "
+            f"init_lora_weights is {stated['init_lora_weights']!r:.80}, which also changes the base; PEFT "
             "converts such an adapter with save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     if not isinstance(stated.get("use_rslora", False), bool):
@@ -178,7 +176,7 @@ def _refuse_unsupported(file: Path, stated: Mapping[str, Any]) -> None:
         for name in ("rank_pattern", "alpha_pattern")
         if not isinstance(stated.get(name) or {}, dict)
     ]
-    # Every other field is a way to compute something else, if it is set.
+    # Every other field changes the computation if it is set.
     wrong += [
         f"{name!r:.80} is {value!r:.80}, which is not supported"
         for name, value in stated.items()
@@ -189,7 +187,7 @@ def _refuse_unsupported(file: Path, stated: Mapping[str, Any]) -> None:
 
 
 def _sort_tensors(file: SafetensorsFile) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The factors, and what takes the place of the base's parameters, under the base's names."""
+    """The factors, and the parameters that replace the base's, under the base's names."""
     adapter, dense, wrong = {}, {}, []
     for stored_name, info in file.tensors.items():
         name = stored_name.removeprefix(PREFIX)
@@ -201,13 +199,13 @@ def _sort_tensors(file: SafetensorsFile) -> tuple[dict[str, StoredTensor], dict[
         elif name.endswith((".lora_A.weight", ".lora_B.weight")):
             adapter[name] = tensor
         elif _is_lora(name):  # an embedding's factors, DoRA's magnitudes, a factor's bias
-            wrong.append(f"'{stored_name}' is no factor of a linear layer, which is not supported")
+            wrong.append(f"'{stored_name}' is not a factor of a linear layer, which is not supported")
         elif (name := name.replace(BASE_LAYER, ".")) in dense:
             wrong.append(f"'{name}' is stored twice")
         else:
             dense[name] = tensor
     if not adapter:
-        wrong.append("it has no factor of a linear layer")
+        wrong.append("it has no factors of linear layers")
     if wrong:
         raise FileError(f"{file.path}: {'; '.join(wrong)}.")
     return adapter, dense
@@ -218,7 +216,7 @@ def _is_lora(name: str) -> bool:
 
 
 def _module_of(name: str) -> str:
-    """The module that is saved whole for a parameter's sake: its layer, or all of a task head."""
+    """The module that is saved whole because of a parameter: its layer, or the entire task head."""
     return name.split(".")[0] if HEAD.search(name) else name.rpartition(".")[0]
 
 

@@ -1,12 +1,12 @@
-"""The delta artifact: one safetensors file that holds a pruned delta.
+"""The delta artifact: a safetensors file with a pruned delta, and its reader.
 
-Tensors of both formats, by the prefix of their names:
-  dense/NAME    a whole parameter as the fine-tune has it (task head; changed parameters out of scope)
-  rows/NAME     the rows NAME has beyond the base's (a larger vocabulary)
+Tensors of both formats, by name prefix:
+  dense/NAME    a whole parameter of the fine-tuned model (task head; changed parameters out of scope)
+  rows/NAME     rows of NAME beyond the base's (a larger vocabulary)
   file/NAME     a companion file (config.json, ...) that differs from the base's, as bytes
-Format 1, DARE and DAREx-q as they come, has a `Recipe` as JSON in the metadata entry `darex`, and
+Format 1, for unquantised DARE and DAREx-q, has a `Recipe` as JSON in the metadata entry `darex`, and
   values/NAME   the survivors of parameter NAME, in index order: delta before rescaling, fine-tune's dtype
-The mask follows from the key, so no place is stored: see `darex_jax.core.mask` for its definition.
+The mask is recomputed from the key, so no indices are stored: see `darex_jax.core.mask` for its definition.
 Format 2, a sum of parts for each parameter, has
   parts         blocks of coded parts, see `darex_jax.files.blocks`
   recipe        the `Recipe`: zstandard-compressed JSON
@@ -50,26 +50,26 @@ from darex_jax.parts.values import Values
 
 KINDS = ("values", "dense", "rows", "file")
 PARTS, RECIPE = "parts", "recipe"  # the tensors of format 2
-BLOCKS_HELD = 4  # unpacked ones, of which parameters are being read
-# What a file may claim that is read without its base. The file's own size counts too: of 10,000 entries one
-# survivor of two bytes is as thin as an honest file gets.
+BLOCKS_HELD = 4  # decoded blocks that are cached
+# Limits on the claims of a file that is read without its base. The file's size is a limit as well: genuine
+# files have at least about one two-byte survivor in 10,000 entries.
 ENTRIES_PER_BYTE = 2**13
 MOST_DENSE_ENTRIES = 2**31  # 8 GiB in float32
 MOST_VERIFIED_ENTRIES = 2**36  # some minutes' work
 
 
 class DeltaFile(SafetensorsFile):
-    """An open artifact: the tensors of its file and its `recipe`, both checked against each other.
+    """An open artifact: its tensors and its `recipe`, checked against each other.
 
-    Raises: FileError if the file is damaged, is no artifact, is of a newer format, or contradicts itself.
+    Raises: FileError if the file is damaged, is not an artifact, has a newer format, or is inconsistent.
     """
 
     def __init__(self, path: Any):
         super().__init__(path)
-        self._handed_out: dict[str, str] = {}  # tensor -> BLAKE3 of the bytes that `stream` gave
-        self._blocks: OrderedDict[int, dict[str, Parts]] = OrderedDict()  # those unpacked last
+        self._handed_out: dict[str, str] = {}  # tensor -> BLAKE3 of the bytes that `stream` returned
+        self._blocks: OrderedDict[int, dict[str, Parts]] = OrderedDict()  # most recently decoded
         self._lock = Lock()
-        self.base_digests: dict[str, str] = {}  # of the base's tensors, as far as they have been read
+        self.base_digests: dict[str, str] = {}  # of the base's tensors read so far
         try:
             self.recipe = self._read_recipe()
             self._check_tensors()
@@ -90,7 +90,7 @@ class DeltaFile(SafetensorsFile):
         if version == 2:
             text = self._compressed_recipe()
         if not text.isascii() or blake3.blake3(text.encode()).hexdigest() != self.metadata.get("blake3"):
-            raise FileError(f"{self.path}: damaged (the metadata does not have its digest).")
+            raise FileError(f"{self.path}: damaged (the metadata does not match its digest).")
         table = self._json(text)
         if table.get("format") != version:
             raise FileError(f"{self.path}: damaged metadata (two formats).")
@@ -103,17 +103,17 @@ class DeltaFile(SafetensorsFile):
         try:
             table = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise FileError(f"{self.path}: damaged metadata (it is no JSON).") from error
+            raise FileError(f"{self.path}: damaged metadata (it is not JSON).") from error
         return table if isinstance(table, dict) else {}
 
     def _compressed_recipe(self) -> str:
         info = self.tensors.get(RECIPE)
         if info is None or info.dtype != np.uint8:
-            raise FileError(f"{self.path}: damaged metadata (there is no recipe).")
+            raise FileError(f"{self.path}: damaged metadata (the recipe is missing).")
         try:
             return decompress(self.read(RECIPE).tobytes()).decode()
         except (FileError, UnicodeDecodeError) as error:
-            raise FileError(f"{self.path}: damaged metadata (its compression).") from error
+            raise FileError(f"{self.path}: damaged metadata (it cannot be decompressed).") from error
 
     def _check_tensors(self) -> None:
         stored = {kind: self.names(kind) for kind in KINDS}
@@ -123,17 +123,17 @@ class DeltaFile(SafetensorsFile):
             name = min(unknown or own - self.tensors.keys())
             raise FileError(f"{self.path}: {'unknown' if unknown else 'missing'} tensor '{name}'.")
         if set(stored["values"]) != (set() if own else self.recipe.parameters.keys()):
-            raise FileError(f"{self.path}: the stored values are not those the recipe names.")
+            raise FileError(f"{self.path}: the stored values are not those listed in the recipe.")
         if own:
             claimed, info = sum(block["bytes"] for block in self.recipe.blocks or ()), self.tensors[PARTS]
             if info.dtype != np.uint8 or len(info.shape) != 1 or info.size != claimed:
-                raise FileError(f"{self.path}: the parts are not as long as the recipe says.")
+                raise FileError(f"{self.path}: the parts do not have the length stated in the recipe.")
         for name, entry in self.recipe.parameters.items():
             size = element_count(tuple(entry["shape"]))
             base = self.recipe.base.get(self.base_name(name))
             rows = self.tensors.get(f"rows/{name}")
             if base is None or list(base["shape"]) != list(entry["shape"]):
-                raise FileError(f"{self.path}: parameter '{name}' has no base of its shape.")
+                raise FileError(f"{self.path}: parameter '{name}' has no base parameter of the same shape.")
             dtype = entry.get("dtype", base["dtype"])
             if dtype != base["dtype"] and DTYPES[dtype].kind not in "fV":  # bfloat16 is of kind V
                 raise FileError(
@@ -141,11 +141,11 @@ class DeltaFile(SafetensorsFile):
                 )
             shape = entry["shape"]
             if rows is not None and not (len(rows.shape) == len(shape) == 2 and rows.shape[1] == shape[1]):
-                raise FileError(f"{self.path}: the extra rows of '{name}' do not fit it.")
+                raise FileError(f"{self.path}: the extra rows of '{name}' do not match its shape.")
             if self.recipe.format == 2:
                 continue
-            # Ten standard deviations: no mask is that far off, and a file cannot claim a shape much larger
-            # than its values, which whoever restores it would have to make room for.
+            # Ten standard deviations, more than any mask deviates: a file cannot claim a shape much larger
+            # than its values, for which a reader would have to allocate memory.
             info, expected = self.tensors[f"values/{name}"], size * self.threshold() / 2**32
             if len(info.shape) != 1 or abs(info.size - expected) > 40 + 10 * math.sqrt(expected):
                 raise FileError(
@@ -156,17 +156,17 @@ class DeltaFile(SafetensorsFile):
                 raise FileError(f"{self.path}: the values of '{name}' are {info.dtype}, not floating.")
         named = {*self.recipe.parameters, *stored["dense"], *self.recipe.base_names}
         if len({self.base_name(name) for name in named}) < len(named):
-            raise FileError(f"{self.path}: two parameters are made from one of the base's.")
+            raise FileError(f"{self.path}: two parameters have the same base parameter.")
         if both := self.recipe.parameters.keys() & set(stored["dense"]):
             raise FileError(f"{self.path}: '{min(both)}' is stored twice, pruned and whole.")
         if set(stored["rows"]) - self.recipe.parameters.keys():
-            raise FileError(f"{self.path}: extra rows of a parameter that is not there.")
+            raise FileError(f"{self.path}: extra rows of a parameter that it does not have.")
         for name in stored["file"]:
             if name not in COMPANIONS or self.tensors[f"file/{name}"].dtype != np.uint8:
                 raise FileError(f"{self.path}: '{name}' is not a companion file of a model.")
 
     def names(self, kind: str) -> list[str]:
-        """The parameters (or files) stored in this way."""
+        """The names of the parameters (or files) of this kind."""
         prefix = kind + "/"
         return [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
 
@@ -174,15 +174,15 @@ class DeltaFile(SafetensorsFile):
         return self.recipe.base_names.get(name, name)
 
     def config(self) -> dict[str, Any]:
-        """The fine-tune's config.json; {} where it is the base's."""
+        """The fine-tuned model's config.json; {} if it is the base's."""
         if "config.json" not in self.names("file"):
             return {}
         try:
             content = json.loads(self.read("file/config.json").tobytes())
         except (ValueError, RecursionError) as error:
-            raise FileError(f"{self.path}: damaged (its config.json is no JSON).") from error
+            raise FileError(f"{self.path}: damaged (its config.json is not JSON).") from error
         if not isinstance(content, dict):
-            raise FileError(f"{self.path}: damaged (its config.json is no object).")
+            raise FileError(f"{self.path}: damaged (its config.json is not an object).")
         return content
 
     def read(self, name: str) -> np.ndarray:
@@ -190,9 +190,9 @@ class DeltaFile(SafetensorsFile):
         return self.stream(name)(info.size).reshape(info.shape)
 
     def stream(self, name: str) -> Callable[[int], np.ndarray]:
-        """A tensor once through: each call gives the next so many elements, 1-D and fresh.
+        """Reads a tensor sequentially: each call returns a new 1-D array of the next `count` elements.
 
-        The bytes are digested as they are handed out; `check_data` holds them against the recipe.
+        The bytes are hashed as they are read; `check_data` compares the digests with the recipe.
         """
         info, digest, start = self.tensors[name], blake3.blake3(), 0
 
@@ -211,10 +211,10 @@ class DeltaFile(SafetensorsFile):
         return take
 
     def chunks_of(self, name: str) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
-        """A pruned parameter's delta, for each stretch of `safetensors.CHUNK` entries in turn.
+        """A pruned parameter's delta in chunks of `safetensors.CHUNK` entries.
 
-        Yields: which entries of the stretch may be other than zero, and their numbers, `delta_dtype`.
-        Raises: FileError for what does not fit the parameter, a count that is not the mask's, say.
+        Yields: the indices of entries of the chunk that may be nonzero, and their values, `delta_dtype`.
+        Raises: FileError if the stored data do not match the parameter, e.g. the mask's number of survivors.
         """
         if self.recipe.format == 1:
             yield from self._survivors(name)
@@ -236,11 +236,11 @@ class DeltaFile(SafetensorsFile):
         return flat.reshape(shape)
 
     def delta_dtype(self, name: str) -> Any:
-        """Of a pruned parameter's delta: float64 where format 1 has float64 values, else float32."""
+        """The dtype of a pruned parameter's delta: float64 if format 1 stores float64, else float32."""
         return working_dtype(self.tensors[f"values/{name}"].dtype) if self.recipe.format == 1 else np.float32
 
     def parts(self, name: str) -> Parts:
-        """A pruned parameter's parts, on the host; they count in float32.
+        """A pruned parameter's parts, on the host; their arithmetic is float32.
 
         Raises: FileError for a damaged block.
         """
@@ -262,7 +262,7 @@ class DeltaFile(SafetensorsFile):
         raise KeyError(name)
 
     def _unpacked(self, number: int) -> dict[str, Parts]:
-        """A block out of bytes that have its digest."""
+        """Decodes a block, after checking the digest of its bytes."""
         blocks = self.recipe.blocks or []
         block, start = blocks[number], sum(before["bytes"] for before in blocks[:number])
         data = np.empty(block["bytes"], np.uint8)
@@ -276,11 +276,11 @@ class DeltaFile(SafetensorsFile):
             raise FileError(f"{self.path}: damaged block {number} of its parts ({error!s:.200}).") from error
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileError(
-                f"{self.path}: damaged block {number} of its parts (what it says does not hold together)."
+                f"{self.path}: damaged block {number} of its parts (it is inconsistent)."
             ) from error
 
     def _survivors(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """`chunks_of` of format 1, of which only a stretch is held."""
+        """`chunks_of` for format 1, holding one chunk at a time."""
         entry, stored = self.recipe.parameters[name], self.tensors[f"values/{name}"].size
         leaf_key = numpy_leaf_key(self.recipe.key, name_words(name))
         dtype = self.delta_dtype(name)
@@ -296,14 +296,14 @@ class DeltaFile(SafetensorsFile):
             raise FileError(f"{self.path}: '{name}' has more values than its mask has survivors.")
 
     def check_data(self) -> None:
-        """Reads all tensors. To be called when everything is read that will be used.
+        """Verifies the digest of all tensors. Call it after everything that will be used has been read.
 
-        Raises: FileError if they do not have the digest that the recipe gives them, or if what was read
-          before was something else: the file changed in between.
+        Raises: FileError if the digest is not the recipe's, or if what was read before was different: the
+          file changed in between.
         """
         digest, changed = blake3.blake3(), False
         for name, info in self.tensors.items():
-            if name == RECIPE and self.recipe.format == 2:  # has its own digest, and holds this one
+            if name == RECIPE and self.recipe.format == 2:  # has its own digest, and contains this one
                 continue
             digest.update(tensor_line(name, info.dtype, info.shape))
             own = blake3.blake3() if name in self._handed_out else None
@@ -313,14 +313,14 @@ class DeltaFile(SafetensorsFile):
                     own.update(as_bytes(chunk))
             changed |= own is not None and own.hexdigest() != self._handed_out[name]
         if digest.hexdigest() != self.recipe.data_blake3:
-            raise FileError(f"{self.path}: damaged (the tensors do not have their digest).")
+            raise FileError(f"{self.path}: damaged (the tensors do not match their digest).")
         if changed:
             raise FileError(f"{self.path}: changed while it was read.")
 
     def check_entries(self, max_entries: int | None, default: int) -> None:
-        """To be called before work is done for all entries of the masks, and no base confirms the shapes.
+        """Limits the claimed entries before work on all of them, when no base confirms the shapes.
 
-        Args: max_entries: allowed; None is `default`, and no more than the file's size makes likely.
+        Args: max_entries: the limit; None is `default`, or less in proportion to the file's size.
         Raises: FileError if the recipe claims more.
         """
         claimed = sum(element_count(tuple(entry["shape"])) for entry in self.recipe.parameters.values())
@@ -328,12 +328,12 @@ class DeltaFile(SafetensorsFile):
         most = min(default, ENTRIES_PER_BYTE * size) if max_entries is None else max_entries
         if claimed > most:
             raise FileError(
-                f"{self.path}: claims {claimed:,} entries in a file of {size:,} bytes; without the base only "
-                f"{most:,} are believed. max_entries={claimed} (--max-entries) allows them."
+                f"{self.path}: claims {claimed:,} entries in a file of {size:,} bytes; without the base "
+                f"at most {most:,} are accepted. max_entries={claimed} (--max-entries) allows them."
             )
 
     def threshold(self) -> int:
-        """Of the masks of format 1."""
+        """The threshold of the masks of format 1."""
         assert self.recipe.drop_rate is not None
         return keep_threshold(self.recipe.drop_rate)
 
@@ -343,15 +343,15 @@ def load_delta(
 ) -> dict[str, Any]:
     """The pruned, rescaled delta of an artifact: a nested dict of float32 arrays for `apply_delta`.
 
-    Under JAX's x64 a delta of float64 values is float64.
+    With JAX's x64 enabled, float64 values give a float64 delta.
 
-    Only the pruned parameters; what the artifact keeps whole (a task head, say) is `load_kept`'s. Besides the
-    result one parameter's worth is held.
+    Only the pruned parameters are returned; for those that the artifact keeps whole (a task head) see
+    `load_kept`. Besides the result, memory for one parameter is needed.
 
     Args:
-      parts: leave every parameter a `Parts`, in the size that it has in the file.
-      max_entries: how many the result may have. None: 2**31, and no more than 8,192 for each byte of the
-        file, so that a small file cannot fill the memory.
+      parts: return every parameter as a compact `Parts`.
+      max_entries: most entries of the result. None: 2**31, and at most 8,192 for each byte of the file, so
+        that a small file cannot fill the memory.
     Raises: FileError for a damaged file, one that claims more entries, or one with extra vocabulary rows
       (`darex apply` restores those).
     """
@@ -375,7 +375,7 @@ def load_delta(
 
 
 def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parameters an artifact keeps whole, as the fine-tune has them: a nested dict of NumPy arrays."""
+    """The parameters that an artifact keeps whole: a nested dict of NumPy arrays."""
     from darex_jax.core.tree import unflatten_names
 
     with DeltaFile(path) as file:

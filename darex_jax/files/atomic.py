@@ -1,8 +1,8 @@
-"""Files and directories that appear whole or not at all, whenever the process ends.
+"""Atomic writing of files and directories: complete or not at all, even if the process is killed.
 
-What is under way has a hidden name, `.NAME.RANDOM.partial`, and a lock that its writer holds: the system
-releases it however the writer ends. The next writer of NAME removes what nobody holds. Process ids would not
-do: two containers with one volume have the same ones.
+Unfinished output has a hidden name, `.NAME.RANDOM.partial`, and a lock held by its writer, which the system
+releases however the writer ends. The next writer of NAME removes unlocked leftovers. Process ids would not
+identify the writer: two containers that share a volume may have the same ones.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 
 @contextmanager
 def atomic_file(path: AnyPath) -> Iterator[int]:
-    """A file descriptor to write to; the file appears under `path` whole, or not at all.
+    """A file descriptor to write to; the file is moved to `path` when complete.
 
     Raises: FileError if `path` is a directory, a device or a pipe.
     """
@@ -38,28 +38,28 @@ def atomic_file(path: AnyPath) -> Iterator[int]:
 
 
 def write_whole(path: AnyPath, content: str | bytes) -> None:
-    """Writes a small file, text as UTF-8, by `atomic_file`."""
+    """Writes a small file atomically, text as UTF-8."""
     with atomic_file(path) as file, open(file, "wb", closefd=False) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_directory(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh directory to fill; it appears under `path` whole, or not at all.
+    """A new directory to fill; it is moved to `path` when complete.
 
-    Where something is replaced, a directory is under the name at every moment: the two are exchanged in one
-    step. Where the system cannot do that, a process killed in between leaves the old one set aside, and the
-    next that writes to `path` moves it back.
+    When replacing, old and new are exchanged in one step, so that `path` always exists. If the system cannot
+    do that, a process killed in between leaves the old one under a hidden name, and the next writer of `path`
+    restores it.
 
-    Raises: FileError if `path` holds something already and `overwrite` is not given, or something that
-      is no model: a folder with other folders in it, say, is not for this to delete.
+    Raises: FileError if `path` exists and `overwrite` is not set, or if it is not a model directory (one that
+      contains other folders, for example), which is never deleted.
     """
     path = Path(path).resolve()
     check_replaceable(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, _new_directory) as (folder, _):
         yield folder
-        check_replaceable(path, overwrite)  # it may have come while this was written
+        check_replaceable(path, overwrite)  # it may have been created meanwhile
         if path.exists() and any(path.iterdir()):
             _exchange(folder, path)
         else:
@@ -67,16 +67,16 @@ def atomic_directory(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
-    """Raises what `atomic_directory` raises for a path that it would not write to.
+    """Checks that `atomic_directory` would write to a path; raises what it would raise.
 
-    What a killed process set aside is moved back first.
+    A directory that a killed process left under a hidden name is restored first.
     """
     _clean_up(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         if not overwrite:
-            raise FileError(f"{path}: already exists; choose another place, or pass --overwrite.")
+            raise FileError(f"{path}: already exists; choose another path, or pass --overwrite.")
         if not _is_model_directory(path):
-            raise FileError(f"{path}: is no model directory and is not replaced; choose another place.")
+            raise FileError(f"{path}: is not a model directory and is not replaced; choose another path.")
 
 
 def _is_model_directory(path: Path) -> bool:
@@ -86,15 +86,15 @@ def _is_model_directory(path: Path) -> bool:
 
 
 def is_model(files: set[str], folders: set[str]) -> bool:
-    """Whether a directory with these entries is a model's, and may be replaced by another: safetensors or
-    config.json and nothing but files, or an orbax checkpoint."""
+    """Whether a directory with these entries is a model directory, which may be replaced: safetensors or
+    config.json and only files, or an orbax checkpoint."""
     weights = any(name.endswith(".safetensors") or name == "config.json" for name in files)
     return "_METADATA" in files or (weights and not folders)
 
 
 @contextmanager
 def only_one(lock: Path, message: str) -> Iterator[None]:
-    """Holds a lock on the file `lock`, made if need be and never removed, as long as the block runs.
+    """Holds a lock on the file `lock` while the block runs; the file is created if missing and never removed.
 
     Raises: FileError with the message if another process holds it.
     """
@@ -110,7 +110,7 @@ def only_one(lock: Path, message: str) -> Iterator[None]:
 
 
 def _new_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)  # never through somebody's link
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)  # never follows a link
 
 
 def _new_directory(path: Path) -> int:
@@ -120,9 +120,9 @@ def _new_directory(path: Path) -> int:
 
 @contextmanager
 def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A hidden name beside `path` of something new and locked, and its descriptor; what it names is removed.
+    """Creates and locks a hidden file or folder beside `path`, removed at exit. Yields name and descriptor.
 
-    Args: make: creates it and opens it; FileExistsError if there is something already.
+    Args: make: creates and opens it; FileExistsError if it exists.
     """
     while True:
         temporary = _hidden_name(path, "partial")
@@ -131,11 +131,11 @@ def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, 
         except FileExistsError:
             continue
         try:
-            # Another process may have cleaned up between the two lines above.
+            # Another process may have removed it between the two lines above.
             if _lock(file, where_there_are_none=True) and _names(temporary, file):
                 yield temporary, file
                 return
-        except OSError as error:  # of a write to a descriptor, a full disk say, which names no file
+        except OSError as error:  # a failed write to a descriptor (disk full) names no file
             error.filename = error.filename or str(path)
             raise
         finally:
@@ -148,7 +148,7 @@ def _hidden_name(path: Path, ending: str) -> Path:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Two directories change names."""
+    """Exchanges the names of two directories."""
     if _exchange_at_once(new, old):
         return
     aside = _hidden_name(old, "replaced")
@@ -167,7 +167,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _exchange_at_once(new: Path, old: Path) -> bool:
-    """False if this system, or the file system, cannot."""
+    """Exchanges atomically; False if the system or file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -177,14 +177,14 @@ def _exchange_at_once(new: Path, old: Path) -> bool:
 
 
 def _clean_up(path: Path) -> None:
-    """Ends what killed processes were at: what was set aside is moved back if nothing took its place."""
+    """Cleans up after killed processes: restores a directory that was set aside, removes leftovers."""
     hidden = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.(partial|replaced)")
     if not path.parent.is_dir():
         return
     for stray in [entry for entry in path.parent.iterdir() if hidden.fullmatch(entry.name)]:
         try:
             file = os.open(stray, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except OSError:  # it is gone, or a link, which no writer leaves
+        except OSError:  # it is gone, or a link, which no writer creates
             continue
         try:
             if not (_lock(file, where_there_are_none=False) and _names(stray, file)):
@@ -198,9 +198,9 @@ def _clean_up(path: Path) -> None:
 
 
 def _lock(file: int, where_there_are_none: bool) -> bool:
-    """Takes the lock of an open file, until it is closed; False if another holds it.
+    """Locks an open file until it is closed; False if another process holds the lock.
 
-    Args: where_there_are_none: the answer on a file system without locks.
+    Args: where_there_are_none: the result on a file system without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,7 +212,7 @@ def _lock(file: int, where_there_are_none: bool) -> bool:
 
 
 def _names(path: Path, file: int) -> bool:
-    """Whether the open file is still under that name."""
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file))
     except FileNotFoundError:

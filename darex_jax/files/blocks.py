@@ -1,7 +1,7 @@
-"""Parts as bytes: parameters that follow each other share coded streams, so that small ones cost little.
+"""Encoding of parts: consecutive parameters share coded streams, which keeps the overhead of small ones low.
 
-A block holds whole parameters. Arrays of one kind (the places of sparse parts, their values in bfloat16, ...)
-are put end to end over all parameters of a block and coded as one stream.
+A block holds whole parameters. Arrays of one kind (the indices of sparse parts, their bfloat16 values, ...)
+are concatenated over all parameters of a block and coded as one stream.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from darex_jax.files.safetensors import DTYPE_NAMES
 from darex_jax.parts.random import Random
 from darex_jax.parts.total import PARTS, Part, Parts
 
-BLOCK_NUMBERS = 1 << 20  # stored numbers from which on a new block begins
+BLOCK_NUMBERS = 1 << 20  # stored numbers per block, about
 RISING = ("positions", "columns")
 INTEGERS = ("int8", "int4", "int2", "int1")
 MOST_PARTS = 16  # of one parameter
 
 
 def numbers_in(parts: Parts) -> int:
-    """How many numbers a parameter's parts hold."""
+    """How many numbers a parameter's parts store."""
     return sum(int(x.size) for part in parts.parts for x in part.arrays().values())
 
 
@@ -56,20 +56,20 @@ def pack(block: Mapping[str, Parts]) -> tuple[dict[str, Any], bytes]:
 def unpack(
     entry: Mapping[str, Any], data: bytes, shapes: Mapping[str, tuple[int, ...]], key: tuple[int, int]
 ) -> dict[str, Parts]:
-    """The parameters of a block that `pack` made; entry and data may be anybody's.
+    """Decodes the parameters of a block made by `pack`; entry and data are not trusted.
 
-    Args: shapes: of the parameters, trusted to be of a size that can be held; key: of the masks.
-    Raises: FileError for what does not hold together.
+    Args: shapes: of the parameters, already checked to fit in memory; key: of the masks.
+    Raises: FileError for inconsistent data.
     """
     room = sum(int(np.prod(shapes[name], dtype=np.int64)) + sum(shapes[name]) for name in entry["parameters"])
     arrays, start = {}, 0
     for group, coder, dtype, count, length in entry["streams"]:
         if type(length) is not int or not 0 <= length <= len(data) - start or count > MOST_PARTS * (room + 1):
-            raise FileError("a stream longer than its block, or than its parameters could be")
+            raise FileError("a stream is longer than its block, or than its parameters allow")
         arrays[group] = decode(Stream(coder, dtype, count, data[start : start + length]), _bits(group))
         start += length
     if start != len(data):
-        raise FileError("a block with bytes that belong to nothing")
+        raise FileError("a block has unused bytes")
     used = dict.fromkeys(arrays, 0)
     found = {}
     for name, described in entry["parameters"].items():
@@ -93,7 +93,7 @@ def unpack(
                 raise FileError(f"'{name}': {error}") from error
         found[name] = Parts(tuple(parts), shapes[name])
     if any(used[group] != x.size for group, x in arrays.items()):
-        raise FileError("a stream with numbers that belong to nothing")
+        raise FileError("a stream has unused numbers")
     return found
 
 
@@ -102,6 +102,6 @@ def _group(kind: str, array: str, dtype: str) -> str:
 
 
 def _bits(group: str) -> int | None:
-    """`sparse int4 I8` has 4, floats have None."""
+    """Bits of a group: 4 for `sparse int4 I8`, None for floats."""
     name = group.split(" ")[1].rpartition(".")[2]
     return int(name.removeprefix("int")) if name in INTEGERS else None

@@ -1,4 +1,4 @@
-"""The model card: what the hub, and whoever opens the folder, shows of a delta or a model made with one."""
+"""Model cards (README.md) for deltas, adapters, restored and merged models."""
 
 import json
 import re
@@ -13,7 +13,7 @@ CACHED = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)
 USES = {
     "darex_jax": "A pruned delta. With its base it restores the fine-tuned model:\n\n"
     "    darex apply BASE {file} OUT",
-    "peft": "An adapter for PEFT, made of a pruned delta:\n\n"
+    "peft": "A PEFT adapter made from a pruned delta:\n\n"
     "    peft.PeftModel.from_pretrained(model, DIRECTORY)",
     "transformers": "A model restored from its base and the pruned delta of a fine-tune.",
 }
@@ -27,15 +27,15 @@ def model_card(
     measured: Sequence[Mapping[str, Any]] = (),
     file: str = "delta.safetensors",
 ) -> str:
-    """A card in Markdown with the hub's metadata at its top.
+    """A model card in Markdown with the hub's metadata header.
 
     Args:
       facts: of the delta, from `files.contents.contents`.
       library: "darex_jax" for a delta, "peft" for an adapter, "transformers" for a restored model.
-      base_model: its name on the hub, or what else it is called.
+      base_model: its name on the hub, or another name.
       measured: reports of `darex eval --json`.
-      file: what the delta is called where it lies.
-    Raises: DarexError for a report that is none.
+      file: file name of the delta.
+    Raises: DarexError for an invalid report.
     """
     metadata = {
         **({"base_model": base_model} if base_model else {}),
@@ -48,7 +48,7 @@ def model_card(
         ("method", how),
         (
             "delta",
-            f"{facts['bytes']:,} bytes, {facts['bytes_per_parameter']:.4g} a parameter that was pruned",
+            f"{facts['bytes']:,} bytes, {facts['bytes_per_parameter']:.4g} per pruned parameter",
         ),
         ("numbers stored", f"{facts['survivors']:,} of {facts['entries']:,}"),
         ("digest", facts["digest"]),
@@ -66,7 +66,7 @@ def model_card(
 
 
 def merged_card(method: str, deltas: Sequence[str], options: Mapping[str, Any], *, base_model: str) -> str:
-    """The card of a merged model. Args: deltas: what they are called; options: of `merge`."""
+    """The card of a merged model. Args: deltas: their names; options: of `merge`."""
     metadata = {"base_model": base_model, "library_name": "transformers", "tags": ["delta-pruning", "merge"]}
     stated = {k: v for k, v in options.items() if v is not None and k != "key"}
     weights = stated.pop("weights", None) or [1.0] * len(deltas)
@@ -82,9 +82,9 @@ def merged_card(method: str, deltas: Sequence[str], options: Mapping[str, Any], 
 
 
 def hub_name(path: Path) -> str:
-    """What a base is called: its name on the hub if it lies in the hub's cache, or else its folder's.
+    """The name of a base: its name on the hub if it is in the hub's cache, else its folder's name.
 
-    `_name_or_path` of its config.json is no help: it names what the base itself was trained from.
+    `_name_or_path` in its config.json is not used: it names the model that the base was trained from.
     """
     for folder in path.resolve().parts:
         if found := CACHED.fullmatch(folder):
@@ -100,7 +100,7 @@ def _results(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             for row in rows
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DarexError("a report for the card is no output of darex eval --json.") from error
+        raise DarexError("a report for the card must be output of darex eval --json.") from error
 
 
 def _text(value: Any) -> str:
@@ -108,6 +108,6 @@ def _text(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """As one cell of a table: whatever a file says starts no row, no cell and no tag."""
+    """Escapes a value for one table cell, so that it cannot start a row, cell or tag."""
     line = " ".join(str(value).split())
     return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,6 +1,6 @@
-"""Model directories: safetensors (one file or several with an index) or an orbax checkpoint, and companions.
+"""Model directories: safetensors (single or sharded) or an orbax checkpoint, with config and tokenizer files.
 
-Neither transformers nor any deep-learning library is needed to read or write one.
+Needs neither transformers nor any deep-learning library.
 """
 
 import json
@@ -46,7 +46,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One parameter of a checkpoint: which file holds it, under which name, and where."""
+    """One parameter of a checkpoint: its file, its name there, and its position."""
 
     file: TensorFile
     stored_name: str
@@ -61,33 +61,31 @@ class StoredTensor:
 
     @property
     def floating(self) -> bool:
-        """Whether it holds numbers to subtract. float8, whose scales lie elsewhere, is carried whole."""
+        """Whether deltas can be computed. float8, whose scales are stored separately, is copied unchanged."""
         return self.info.dtype.kind in "fV" and self.info.dtype.itemsize > 1
 
 
 class Checkpoint:
     """A Hugging Face directory (or one safetensors file, or an orbax checkpoint), opened lazily.
 
-    `DIR#PATH` is the branch at PATH of an orbax checkpoint's tree; without it the branch `params` of one that
-    has it, else the whole tree.
+    `DIR#PATH` selects the branch at PATH of an orbax checkpoint's tree; the default is the branch `params` if
+    it exists, else the whole tree.
 
-    `tensors` maps names to where they lie; old names (`LayerNorm.gamma`/`beta`) appear under the new ones.
-    `config` is config.json as a dict, {} where there is none.
-    Raises: FileError if the directory holds neither safetensors nor an orbax checkpoint, or an index that
-      does not fit its files.
+    `tensors` maps names to `StoredTensor`s; old names (`LayerNorm.gamma`/`beta`) are renamed to the new ones.
+    `config` is config.json as a dict, {} if there is none.
+    Raises: FileError if the directory has neither safetensors nor an orbax checkpoint, or an index that does
+      not match its files.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.source = Path(path)  # as it was named, the branch included
+        self.source = Path(path)  # as given, including the branch
         self.path, branch = split_branch(path)
         self.config = read_config(self.path) if self.path.is_dir() else {}
         self.files: dict[str, TensorFile] = {}
         orbax = None if (self.path / SINGLE).exists() else find_orbax(self.path)
         self.is_orbax = orbax is not None
         if branch is not None and orbax is None:
-            raise FileError(
-                f"{self.path}: is no orbax checkpoint; only of one a branch is named (#{branch})."
-            )
+            raise FileError(f"{self.path}: is not an orbax checkpoint; only those have branches (#{branch}).")
         try:
             if orbax is not None:
                 self.files[SINGLE] = OrbaxFile(orbax, branch)
@@ -98,10 +96,10 @@ class Checkpoint:
                 parent = self.path if self.path.is_dir() else self.path.parent
                 self.files[file_name] = SafetensorsFile(parent / file_name)
             self.tensors = self._collect()
-            # Files converted shard by shard lack the copy of a tied head that their index still lists.
+            # Files converted shard by shard may lack a tied head that their index still lists.
             lost = [n for n in listed if modern_name(n) not in self.tensors and not HEAD.search(n)]
             if lost:
-                raise FileError(f"{self.path / INDEX}: lists '{lost[0]}', which is in none of its files.")
+                raise FileError(f"{self.path / INDEX}: lists '{lost[0]}', which is in none of the files.")
         except BaseException:
             self.close()
             raise
@@ -118,12 +116,12 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the floating tensors, by name."""
+        """Shapes of the floating tensors, by name."""
         return {name: tensor.info.shape for name, tensor in self.tensors.items() if tensor.floating}
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
 
     def close(self) -> None:
@@ -138,7 +136,7 @@ class Checkpoint:
 
 
 def split_branch(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """`DIR#PATH` as a path and the branch of a tree; what exists by its whole name has none."""
+    """Splits `DIR#PATH` into a path and a branch; a path that exists as written has no branch."""
     whole = os.fspath(path)
     folder, mark, branch = whole.rpartition("#")
     if not mark or os.path.lexists(whole):
@@ -147,7 +145,7 @@ def split_branch(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
 
 
 def modern_name(name: str) -> str:
-    """`...LayerNorm.gamma` and `.beta`, as old checkpoints have it, are `.weight` and `.bias`."""
+    """Renames `...LayerNorm.gamma` and `.beta` of old checkpoints to `.weight` and `.bias`."""
     return re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name)
 
 
@@ -156,7 +154,7 @@ def _modern(match: re.Match[str]) -> str:
 
 
 def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
-    """The names of the files that hold the weights, and of the tensors that an index, if any, lists."""
+    """The names of the weight files, and of the tensors listed in an index, if any."""
     if not path.is_dir():
         return [path.name], []
     if (path / SINGLE).exists():
@@ -164,7 +162,7 @@ def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
     if not (path / INDEX).exists():
         pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
-        raise FileError(f"{path}: holds neither {SINGLE} nor {INDEX}, nor an orbax checkpoint.{hint}")
+        raise FileError(f"{path}: has neither {SINGLE} nor {INDEX}, and is not an orbax checkpoint.{hint}")
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
@@ -177,7 +175,7 @@ def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: FileError if it cannot be read or is something else."""
+    """Reads a JSON object from a file. Raises: FileError if it cannot be read or is not one."""
     try:
         content = json.loads(read_text(path))
     except FileError:
@@ -190,15 +188,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a Hugging Face directory, {} where there is none."""
+    """config.json of a Hugging Face directory, {} if there is none."""
     file = split_branch(path)[0] / "config.json"
     return read_json(file) if file.exists() else {}
 
 
 def companion_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The configuration and tokenizer files that belong to a model directory, by name.
+    """The configuration and tokenizer files of a model directory, sorted by name.
 
-    Raises: FileError for one that is no regular file.
+    Raises: FileError for one that is not a regular file.
     """
     folder = split_branch(path)[0]
     files = [folder / name for name in COMPANIONS if (folder / name).exists()]
@@ -208,22 +206,22 @@ def companion_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def companion_contents(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """What `companion_files` hold, by name."""
+    """The contents of `companion_files`, by name."""
     return {file.name: read_bytes(file) for file in companion_files(path)}
 
 
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
-    """A Hugging Face directory, or an orbax checkpoint, as a nested dict of arrays.
+    """Loads a Hugging Face directory, or an orbax checkpoint, as a nested dict of arrays.
 
-    One parameter is read at a time, and with a mesh only the parts of it that this process's devices hold.
-    On the host is never a second model: 0.1 GB were measured above 1.9 GB of parameters over 8 devices
+    One parameter is read at a time, and with a mesh only the shards of this process's devices. The host never
+    holds a second copy of the model: 0.1 GB on top of 1.9 GB of parameters over 8 devices were measured
     (benchmarks/load.py).
 
     Args:
       path: directory with safetensors, one such file, or an orbax checkpoint, see `Checkpoint`.
-      dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers stay as they are.
-      mesh: from `make_mesh`: every floating parameter goes straight from the file to where `param_sharding`
-        wants it. All processes of a mesh call this alike. None: the default device.
+      dtype: floating parameters are cast to it; None keeps the checkpoint's. Integers are not cast.
+      mesh: from `make_mesh`: every floating parameter is read directly into its `param_sharding`. All
+        processes of a mesh must call this. None: the default device.
     Raises: FileError for a missing or damaged file.
     """
     with Checkpoint(path) as checkpoint:
@@ -231,11 +229,11 @@ def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = Non
 
 
 def read_params(tensors: Mapping[str, StoredTensor], dtype: Any, mesh: Any) -> dict[str, Any]:
-    """`load_params` of some tensors of an open checkpoint."""
+    """`load_params` for some tensors of an open checkpoint."""
     from darex_jax.core.tree import unflatten_names
 
     def read(name: str, tensor: StoredTensor) -> Any:
-        if not tensor.floating:  # integer buffers stay NumPy's: without x64, jax would narrow them
+        if not tensor.floating:  # integer buffers stay NumPy arrays: without x64, jax would narrow them
             return tensor.read()
         part = partial(tensor.file.read_part, tensor.info)
         return on_devices(name, tensor.info.dtype, tensor.info.shape, part, dtype, mesh)
@@ -251,11 +249,11 @@ def on_devices(
     dtype: Any,
     mesh: Any,
 ) -> Any:
-    """A parameter where it belongs, in the dtype asked for.
+    """Places a parameter on its devices, in the requested dtype.
 
     Args:
-      stored, shape: what there is.
-      part: gives what is under one slice an axis; asked for the parts of this process's devices.
+      stored, shape: its dtype in the file, and its shape.
+      part: reads the shard given by one slice per axis; called for this process's shards.
     """
     import jax
     import jax.numpy as jnp
@@ -271,7 +269,7 @@ def on_devices(
             param_sharding(mesh, name, shape),
             lambda index: part(index or ()).astype(wanted, copy=False),
         )
-    # A call only begins the copy to a device; it is waited for, so that host buffers do not pile up.
+    # Transfers are asynchronous; wait for each, so that host buffers do not pile up.
     return jax.block_until_ready(array)
 
 
@@ -285,17 +283,17 @@ def save_params(
 ) -> None:
     """Writes a Hugging Face directory that `transformers` loads: model.safetensors and config.json.
 
-    Parameters on devices pass through the host one at a time.
+    Parameters are copied to the host one at a time.
 
     Args:
-      path: directory, made if need be; it appears whole or not at all.
-      params: nested dict of arrays, Hugging Face names and layouts; sharded ones over this process's
+      path: directory, written atomically.
+      params: nested dict of arrays, Hugging Face names and layouts; sharded arrays must be on this process's
         devices only.
       config: written as config.json.
-      companions_from: directory whose tokenizer and other companion files are carried along.
-      overwrite: replace what `path` holds, all of it.
+      companions_from: directory whose tokenizer and other companion files are copied.
+      overwrite: replace `path` if it exists.
       manifest: of the run that made the weights; written as darex_manifest.json.
-    Raises: FileError if `path` holds something already and `overwrite` is not given.
+    Raises: FileError if `path` exists and `overwrite` is not set.
     """
     from darex_jax.core.tree import flatten_names
 

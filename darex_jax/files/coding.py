@@ -1,7 +1,7 @@
-"""Arrays as bytes, entropy-coded where that pays, by libraries: pcodec for numbers, zstandard for bytes.
+"""Lossless coding of arrays: pcodec for numbers, zstandard for bytes, raw if that is shorter.
 
-What is read is not believed: how many numbers there are is declared, checked against what they are for, and
-bounds what a coder may produce before it runs.
+Input is not trusted: the declared number of values is checked against its use and limits the output of a
+decoder before it runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, as_bytes
 
 LEVEL = 8  # of pcodec, its default
 ZSTD_LEVEL = 19
-MOST = 64  # bytes that a coded byte may stand for: what a reader makes room for stays in proportion
-SAMPLE = 1 << 16  # bytes that tell whether bytes can be compressed
-FREE = 1 << 12  # bytes that any stream may decode to
+MOST = 64  # largest compression ratio, so that a reader's memory stays in proportion to the file
+SAMPLE = 1 << 16  # bytes that are test-compressed
+FREE = 1 << 12  # bytes that any stream may decode to, whatever its size
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -28,10 +28,10 @@ class Stream(NamedTuple):
     """One array in a file.
 
     Attributes:
-      coder: of `CODERS`.
-      dtype: a safetensors name: F32, BF16, U32, I8, ...
-      size: how many numbers.
-      data: its bytes.
+      coder: a key of `CODERS`.
+      dtype: a safetensors dtype name: F32, BF16, U32, I8, ...
+      size: number of values.
+      data: the coded bytes.
     """
 
     coder: str
@@ -41,7 +41,7 @@ class Stream(NamedTuple):
 
 
 def coder_versions() -> dict[str, str]:
-    """What a file says of its coders."""
+    """The versions of the coders, for a file's metadata."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("pcodec", "zstandard")}
@@ -49,28 +49,28 @@ def coder_versions() -> dict[str, str]:
 
 def compress(data: bytes) -> bytes:
     """One zstandard frame."""
-    import zstandard  # here and below: format 1 needs no coder
+    import zstandard  # imported here and below: format 1 needs no coder
 
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
 
 
 def decompress(data: bytes) -> bytes:
-    """The inverse of `compress`. Raises: FileError for no such frame, or one that claims to be too long."""
+    """The inverse of `compress`. Raises: FileError for an invalid frame, or too long a one."""
     import zstandard
 
     try:
         size = zstandard.get_frame_parameters(data).content_size
         if not _bounded(size, len(data)):
-            raise FileError(f"a frame of {len(data)} bytes that claims {size}")
+            raise FileError(f"a frame of {len(data)} bytes claims to hold {size}")
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:
         raise FileError("a damaged frame") from error
 
 
 def encode(array: np.ndarray, bits: int | None = None) -> Stream:
-    """The shortest of what the coders make of a flat array.
+    """Encodes a flat array with the coder that gives the shortest result.
 
-    Args: bits: of int8 from -(2^(bits-1) - 1) to its opposite, with 1 bit -1 and 1: they can be packed.
+    Args: bits: of int8 values with magnitude up to 2^(bits-1) - 1 (1 bit: -1 and 1), which can be packed.
     """
     array = np.ascontiguousarray(array)
     candidates = {"raw": bytes(as_bytes(array))}
@@ -78,7 +78,7 @@ def encode(array: np.ndarray, bits: int | None = None) -> Stream:
         candidates["packed"] = _pack(array, bits)
     if array.dtype == np.uint8:
         sample = candidates["raw"][:SAMPLE]
-        if len(compress(sample)) < len(sample):  # signs are as good as random, and it takes long to see it
+        if len(compress(sample)) < len(sample):  # signs are practically random, which is slow to find out
             candidates["zstd"] = compress(candidates["raw"])
     elif array.size and bits != 1:
         from pcodec import ChunkConfig, standalone
@@ -91,26 +91,28 @@ def encode(array: np.ndarray, bits: int | None = None) -> Stream:
 
 
 def decode(stream: Stream, bits: int | None = None) -> np.ndarray:
-    """The array of a stream, which may be anybody's; a flat one of its dtype.
+    """Decodes an untrusted stream to a flat array of its dtype.
 
-    Raises: FileError if it is not what it declares.
+    Raises: FileError if it does not match its declaration.
     """
     dtype = DTYPES.get(stream.dtype)
     if dtype is None or stream.coder not in CODERS:
-        raise FileError(f"a stream of unknown dtype or coder ({stream.dtype!r:.40}, {stream.coder!r:.40})")
+        raise FileError(
+            f"a stream has an unknown dtype or coder ({stream.dtype!r:.40}, {stream.coder!r:.40})"
+        )
     if type(stream.size) is not int or stream.size < 0:
-        raise FileError("a stream of no number of values")
+        raise FileError("a stream's number of values is not a valid count")
     nbytes = stream.size * dtype.itemsize
     if stream.coder != "raw" and not _bounded(nbytes, len(stream.data)):
-        raise FileError(f"a stream of {len(stream.data)} bytes that claims {nbytes}")
+        raise FileError(f"a stream of {len(stream.data)} bytes claims to hold {nbytes}")
     try:
         found = CODERS[stream.coder](stream.data, dtype, stream.size, bits)
     except (KeyboardInterrupt, SystemExit, FileError):
         raise
-    except BaseException as error:  # a coder's panic is no Exception
+    except BaseException as error:  # a panic in a coder is not an Exception
         raise FileError(f"a damaged stream ({type(error).__name__})") from error
     if found.size != stream.size or found.dtype != dtype:
-        raise FileError("a stream that ends early")
+        raise FileError("a stream ends early")
     return found
 
 
@@ -120,13 +122,13 @@ def _bounded(decoded: int, coded: int) -> bool:
 
 def _raw(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
     if len(data) != count * dtype.itemsize:
-        raise FileError("a stream that is not as long as it says")
+        raise FileError("a stream does not have its declared length")
     return np.frombuffer(data, dtype)
 
 
 def _zstd(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
     if dtype != np.uint8:
-        raise FileError("compressed bytes that are no bytes")
+        raise FileError("zstandard is used for bytes only")
     return np.frombuffer(decompress(data), np.uint8)
 
 
@@ -136,14 +138,14 @@ def _pco(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarr
         return ((numbers >> np.uint16(1)) | (numbers << np.uint16(15))).view(dtype)
     if dtype == np.int8:
         if numbers.size and not (numbers.min() >= -128 and numbers.max() <= 127):
-            raise FileError("an integer that does not fit")
+            raise FileError("an integer does not fit in 8 bits")
         return numbers.astype(np.int8)
     return numbers
 
 
 def _packed(data: bytes, dtype: np.dtype, count: int, bits: int | None) -> np.ndarray:
     if dtype != np.int8 or bits not in (1, 2, 4) or len(data) != -(-count * bits // 8):
-        raise FileError("packed integers that are not as many as they say")
+        raise FileError("packed integers do not have their declared length")
     flat = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * bits]
     numbers = np.zeros(count, np.int8)
     for i in range(bits):
@@ -166,38 +168,38 @@ def _expand(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
     if count:
         progress = standalone.simple_decompress_into(data, numbers)
         if not progress.finished or progress.n_processed != count:
-            raise FileError("a stream that is not as long as it says")
+            raise FileError("a stream does not have its declared length")
     return numbers
 
 
 def _coded_dtype(dtype: np.dtype) -> np.dtype:
-    """What pcodec sees: it knows neither bfloat16 nor, without being asked, 8 bits."""
+    """The dtype passed to pcodec, which has no bfloat16 and, by default, no 8 bits."""
     return {BFLOAT16: np.dtype(np.uint16), np.dtype(np.int8): np.dtype(np.int16)}.get(dtype, dtype)
 
 
 def _as_coded(array: np.ndarray) -> np.ndarray:
-    if array.dtype == BFLOAT16:  # the sign last, so that exponents lead
+    if array.dtype == BFLOAT16:  # rotated, so that the exponent comes first and the sign last
         word = array.view(np.uint16)
         return (word << np.uint16(1)) | (word >> np.uint16(15))
     return array.astype(_coded_dtype(array.dtype))
 
 
 def to_gaps(positions: np.ndarray) -> np.ndarray:
-    """Strictly rising unsigned integers as what lies between them: their first, then differences less 1."""
+    """Strictly increasing unsigned integers as gaps: the first one, then differences minus 1."""
     gaps = positions.copy()
     gaps[1:] -= positions[:-1] + positions.dtype.type(1)
     return gaps
 
 
 def from_gaps(gaps: np.ndarray) -> np.ndarray:
-    """The inverse of `to_gaps`. Raises: FileError if the positions do not fit their dtype."""
+    """The inverse of `to_gaps`. Raises: FileError if the positions overflow their dtype."""
     if gaps.dtype.kind != "u":
-        raise FileError("positions that are no unsigned integers")
+        raise FileError("positions are not unsigned integers")
     positions = np.cumsum(gaps, dtype=np.uint64) + np.arange(gaps.size, dtype=np.uint64)
     if positions.size and (
         positions[-1] > np.iinfo(gaps.dtype).max or (positions[1:] <= positions[:-1]).any()
     ):
-        raise FileError("positions that do not rise")
+        raise FileError("positions are not increasing")
     return positions.astype(gaps.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What is in an artifact, and where its bytes are."""
+"""Summary of an artifact: its contents and the sizes of its components."""
 
 import os
 from collections import Counter
@@ -9,10 +9,10 @@ from darex_jax.files.safetensors import DTYPES, element_count
 
 
 def contents(file: DeltaFile) -> dict[str, Any]:
-    """What is in an artifact and where its bytes are, ready for JSON; `darex inspect` shows it.
+    """The contents of an artifact and the sizes of its components, JSON-serialisable; see `darex inspect`.
 
-    `survivors` counts the numbers stored, places and scales included, before any entropy coding; bytes are
-    those on disk.
+    `survivors` counts the stored numbers, indices and scales included, before entropy coding; sizes are on
+    disk.
     """
     recipe, size = file.recipe, os.fstat(file._file).st_size
     bytes_of = {

@@ -1,4 +1,4 @@
-"""A delta in the forms that other tools read: a PEFT adapter, or replacement values at flat indices."""
+"""Exports a delta for other tools: as a PEFT adapter, or as replacement values at flat indices."""
 
 import os
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ from darex_jax.parts.low_rank import LowRank
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import reciprocal
 
-TRIED = (8, 32, 128)  # ranks that a refusal says the loss of
-SAMPLED = 8  # matrices that it looks at
+TRIED = (8, 32, 128)  # ranks whose loss an error reports
+SAMPLED = 8  # matrices used for that estimate
 TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM"}
-WHOLE, INDICES, VALUES = "tensors/", "indices/", "values/"  # of a patch, before the parameter's name
+WHOLE, INDICES, VALUES = "tensors/", "indices/", "values/"  # name prefixes in a patch
 
 
 class Exported(NamedTuple):
-    """What an adapter got.
+    """Summary of an exported adapter.
 
     Attributes:
-      ranks: by parameter; exact where no rank was asked for.
-      whole: parameters that are stored as they are: norms, biases, heads.
-      lost: the share of the delta's squares that a smaller rank leaves out.
+      ranks: by parameter; exact if no rank was given.
+      whole: parameters stored whole: norms, biases, heads.
+      lost: the share of the delta's squared norm lost by reducing the rank.
     """
 
     ranks: dict[str, int]
@@ -54,20 +54,20 @@ def export_adapter(
 ) -> Exported:
     """Writes the delta as an adapter directory that `peft.PeftModel.from_pretrained` loads.
 
-    Low ranks and columns become factors, each matrix of its own rank; pruned norms and biases, and what the
-    artifact keeps whole, are saved as they are in the fine-tuned model.
+    Low-rank parts and columns become factors, with one rank per matrix; pruned norms and biases, and
+    parameters that the artifact keeps whole, are saved with their fine-tuned values.
 
     Args:
-      base: where the delta came from; needed for norms and biases, of which PEFT wants the sum.
-      rank: brings every matrix to at most this rank by its singular value decomposition, whatever its parts.
-    Raises: DarexError for parts that are not of low rank, with the loss at some ranks, if no rank is given;
-      for norms or biases without a base; FileError for a damaged file or another base.
+      base: the delta's base; needed for norms and biases, for which PEFT stores base plus delta.
+      rank: reduce every matrix to at most this rank by SVD, whatever its parts.
+    Raises: DarexError for parts that are not low-rank if no rank is given (with the loss at some ranks); for
+      norms or biases without a base; FileError for a damaged file or another base.
     """
     keep_inputs(out, delta, *([] if base is None else [base]))
     if rows := delta.names("rows"):
-        raise FileError(f"{delta.path}: has extra rows for {rows[0]}, which an adapter does not hold.")
+        raise FileError(f"{delta.path}: has extra rows for {rows[0]}, which an adapter cannot store.")
     if rank is not None and rank < 1:
-        raise DarexError(f"a rank is 1 or more, got {rank}.")
+        raise DarexError(f"rank must be at least 1, got {rank}.")
     shapes = {name: entry["shape"] for name, entry in delta.recipe.parameters.items()}
     config = delta.config() or (base.config if base is not None else {})
     architecture = next(iter(config.get("architectures") or [""]))
@@ -83,11 +83,11 @@ def export_adapter(
         if config.get("tie_word_embeddings") and name.endswith("embed_tokens.weight")
     ]
     if tied and "ForCausalLM" in architecture and base is None and tied[0] in matrices:
-        raise DarexError(f"{delta.path}: its head is tied to its embedding: name the base (--base BASE).")
+        raise DarexError(f"{delta.path}: its head is tied to its embedding: pass the base (--base BASE).")
     if vectors and base is None:
         raise DarexError(
-            f"{delta.path}: has {vectors[0]} and {len(vectors) - 1} more norms and biases, of which an "
-            "adapter holds base plus delta: name the base (--base BASE)."
+            f"{delta.path}: has {vectors[0]} and {len(vectors) - 1} more norms and biases, for which an "
+            "adapter stores base plus delta: pass the base (--base BASE)."
         )
     other = [name for name in matrices if not _is_thin(delta.parts(name))]
     if other and rank is None:
@@ -98,7 +98,7 @@ def export_adapter(
         squares, lost = squares + own, lost + left_out
     factors = {name: pair for name, pair in factors.items() if pair[0].shape[1]}
     if not factors:
-        raise DarexError(f"{delta.path}: no matrix of it is changed, there is nothing for an adapter.")
+        raise DarexError(f"{delta.path}: it changes no matrix, so the adapter would be empty.")
     whole = {name: delta.read(f"dense/{name}") for name in delta.names("dense")}
 
     def restored(name: str) -> np.ndarray:
@@ -110,7 +110,7 @@ def export_adapter(
     if base is not None:
         check_base_tensors(base, delta)
         whole |= {name: restored(name) for name in vectors}
-    if tied and "ForCausalLM" in architecture:  # PEFT ties nothing that it adapts: the head is stored, too
+    if tied and "ForCausalLM" in architecture:  # PEFT unties adapted embeddings: the head is stored as well
         whole["lm_head.weight"] = whole[tied[0]] if tied[0] in whole else restored(tied[0])
     delta.check_data()
     layers = {name.removesuffix(".weight"): pair for name, pair in factors.items()}
@@ -146,7 +146,7 @@ def _is_thin(parts: Parts) -> bool:
 def _factors(
     delta: DeltaFile, name: str, rank: int | None
 ) -> tuple[tuple[np.ndarray, np.ndarray], float, float]:
-    """A [out, r] and B [r, in] of a parameter; the sum of its squares, and of those that they leave out."""
+    """A [out, r] and B [r, in] of a parameter; its squared norm, and the part of it that they lose."""
     parts = delta.parts(name)
     out, width = parts.shape
     if _is_thin(parts):
@@ -182,24 +182,24 @@ def _not_low_rank(delta: DeltaFile, other: list[str], matrices: list[str]) -> st
         {part.kind for name in other for part in delta.parts(name).parts} - {"low_rank", "columns"}
     )
     return (
-        f"{delta.path}: {len(other)} of its {len(matrices)} matrices are not of low rank "
+        f"{delta.path}: {len(other)} of its {len(matrices)} matrices are not low-rank "
         f"({', '.join(kinds)}). "
-        f"Brought to rank {', '.join(map(str, TRIED))} they would lose about {losses} of the delta's "
-        "squares: --rank does that; or prune with --method svd or --method distilled."
+        f"At rank {', '.join(map(str, TRIED))} they would lose about {losses} of the delta's "
+        "squared norm: pass --rank to accept that, or prune with --method svd or --method distilled."
     )
 
 
 def export_patch(
     base: Checkpoint, delta: DeltaFile, out: str | os.PathLike[str]
 ) -> Mapping[str, Mapping[str, int]]:
-    """Writes what the fine-tuned model has in the place of the base's numbers, as one safetensors file.
+    """Writes the values of the fine-tuned model that differ from the base's, as one safetensors file.
 
-    Of each parameter that changes, under the name that it has in the base: `indices/NAME`, rising flat
-    indices (uint32, uint64 from 2**32 entries on), and `values/NAME`, the numbers that stand there in the
-    fine-tuned model, in its dtype. What the base does not have in this shape and dtype, or what is smaller
-    that way, is there whole: `tensors/NAME`. Applying it takes no arithmetic: the bits are `darex apply`'s.
+    For each changed parameter, under its base name: `indices/NAME`, increasing flat indices (uint32, uint64
+    from 2**32 entries on), and `values/NAME`, the fine-tuned values there, in their dtype. Parameters that
+    the base lacks in this shape and dtype, or that are smaller that way, are stored whole: `tensors/NAME`.
+    Applying it needs no arithmetic and gives the bits of `darex apply`.
 
-    Returns: by name {"entries", "changed"}.
+    Returns: {"entries", "changed"} by name.
     Raises: FileError for a damaged file or another base.
     """
     keep_inputs(out, base, delta)
@@ -226,5 +226,5 @@ def export_patch(
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """[entries, bytes of one]."""
+    """An array's bytes, [entries, bytes per entry]."""
     return np.frombuffer(as_bytes(np.ascontiguousarray(array)), np.uint8).reshape(-1, array.itemsize)

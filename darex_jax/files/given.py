@@ -1,6 +1,6 @@
-"""One delta of a base, however it is given: an artifact, a fine-tuned directory, an adapter in PEFT's format.
+"""A common interface to deltas given as an artifact, a fine-tuned directory or a PEFT adapter.
 
-Parameters go by the base's names here; a head, which the base has not or has in another shape, by its own.
+Parameters have the base's names; a head that the base lacks or has in another shape keeps its own.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Given:
     """A delta that is read one parameter at a time.
 
     Attributes:
-      path: where it lies.
-      names: of every base parameter that it has in the base's shape, the name in the fine-tuned model.
-      read: a base name and the base's values -> the delta, [shape]; None where nothing changes.
-      dtype: a base name -> the dtype that the fine-tuned model has it in.
+      path: its path.
+      names: base name -> fine-tuned name, for every base parameter that it has in the base's shape.
+      read: (base name, base values) -> the delta, [shape], or None if nothing changes.
+      dtype: base name -> the dtype in the fine-tuned model.
       companions: configuration and tokenizer files of the fine-tuned model, by name; config: its config.json.
-      head: what the base has not, or in another shape, by its own name.
-      see: to be called with every base name and the digest of its bytes, and `finish` once all are read: then
-        it is known that this is the base, and that nothing is damaged. Raises: FileError.
+      head: parameters that the base lacks or has in another shape, by their own names.
+      see: call it with every base name and the digest of its bytes, and `finish` once all are read: they
+        verify the base and the delta. Raises: FileError.
     """
 
     path: Path
@@ -61,10 +61,10 @@ class Given:
 
 @contextmanager
 def open_given(path: Path, base: Checkpoint, *, allow_changed_files: bool = False) -> Iterator[Given]:
-    """Opens what is at `path`.
+    """Opens a delta of any kind.
 
-    Args: allow_changed_files: of an artifact, take the base's files though they have changed.
-    Raises: FileError, in one line, if it is no delta of this base.
+    Args: allow_changed_files: for an artifact, use the base's files even if they have changed.
+    Raises: FileError, in one line, if it is not a delta of this base.
     """
     if path.is_dir() and (path / CONFIG).exists():
         yield _adapter(path, base)
@@ -81,7 +81,7 @@ def open_given(path: Path, base: Checkpoint, *, allow_changed_files: bool = Fals
 def _directory(path: Path, base: Checkpoint, fine: Checkpoint) -> Given:
     match = match_checkpoints(base, fine, lambda name: True)
     if match.faults:
-        raise FileError(f"{path} does not fit {base.path}: {' '.join(match.faults[:3])}")
+        raise FileError(f"{path} does not match {base.path}: {' '.join(match.faults[:3])}")
     for text in match.warnings:
         warnings.warn(f"{path}: {text}", DarexWarning, stacklevel=4)
     if match.extra_rows:
@@ -153,10 +153,10 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
     for name, shape in (shapes | {name: x.shape for name, x in whole.items()}).items():
         stored = base.tensors.get(name)
         if stored is None or stored.info.shape != shape:
-            what = "has not" if stored is None else f"has as {list(stored.info.shape)}"
+            what = "lacks" if stored is None else f"has as {list(stored.info.shape)}"
             raise FileError(
-                f"{path}: brings '{name}' of {list(shape)}, which {base.path} {what}: give the model that "
-                "darex merge-adapter makes of it."
+                f"{path}: has '{name}' of shape {list(shape)}, which {base.path} {what}: pass the model that "
+                "darex merge-adapter makes from it."
             )
 
     def read(name: str, values: np.ndarray) -> np.ndarray | None:
@@ -179,7 +179,7 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
 
 
 def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether it is the stored copy of a head that is tied to the embeddings."""
+    """Whether it is the stored copy of a tied head."""
     return name == TIED and bool(config.get("tie_word_embeddings"))
 
 
@@ -191,5 +191,5 @@ def _moved(fine: np.ndarray, base: np.ndarray) -> np.ndarray | None:
 
 def _larger(path: Path, name: str) -> FileError:
     return FileError(
-        f"{path}: '{name}' has another shape than in the base and is no head: it cannot be merged."
+        f"{path}: '{name}' has another shape than in the base and is not a head, so it cannot be merged."
     )

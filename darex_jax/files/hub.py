@@ -1,4 +1,4 @@
-"""A delta on the Hugging Face hub: one file and its card."""
+"""Uploads and downloads deltas on the Hugging Face hub: one file and its card."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from darex_jax.files.atomic import write_whole
 from darex_jax.files.card import CARD
 from darex_jax.files.paths import read_bytes
 
-FILE = "delta.safetensors"  # what a delta is called in its repository
+FILE = "delta.safetensors"  # file name of a delta in its repository
 
 
 def push_delta(
     path: Path, repo: str, card: str, *, private: bool = False, revision: str | None = None
 ) -> str:
-    """Puts an artifact and its card into a model repository, made where there is none. Returns the address.
+    """Uploads an artifact and its card to a model repository, created if missing. Returns its URL.
 
-    Raises: DarexError where there is no token, no network, no right to write; FileError for a damaged file.
+    Raises: DarexError without a token, network or write permission; FileError for a damaged file.
     """
     import huggingface_hub
 
@@ -26,7 +26,7 @@ def push_delta(
         file.check_data()
     if huggingface_hub.get_token() is None:
         raise DarexError(
-            "there is no token for the hub: make one that may write at "
+            "no token for the hub: create one with write access at "
             "https://huggingface.co/settings/tokens, then `hf auth login`, or set HF_TOKEN."
         )
     api = huggingface_hub.HfApi()
@@ -46,10 +46,10 @@ def push_delta(
 
 
 def pull_delta(repo: str, out: Path, *, revision: str | None = None) -> Path:
-    """Fetches the artifact of a model repository to `out`, a file that appears whole or not at all.
+    """Downloads the artifact of a model repository to the file `out`, atomically.
 
-    Raises: DarexError where there is no such repository or file, no network or no right to read; FileError
-      for what is no sound artifact.
+    Raises: DarexError if the repository or file does not exist, or without network or read permission;
+      FileError for a damaged artifact.
     """
     import huggingface_hub
 
@@ -63,36 +63,36 @@ def pull_delta(repo: str, out: Path, *, revision: str | None = None) -> Path:
 
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
-    """The hub's errors in a line that says what to do."""
+    """Turns the hub's errors into one line that says what to do."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
-        raise DarexError("HF_HUB_OFFLINE is set, and this needs the hub; unset it.") from error
+        raise DarexError("this needs the hub, but HF_HUB_OFFLINE is set: unset it.") from error
     except errors.HFValidationError as error:
-        raise DarexError(f"{repo!r:.80} is no name of a repository: expected OWNER/NAME.") from error
+        raise DarexError(f"{repo!r:.80} is not a repository name: expected OWNER/NAME.") from error
     except errors.GatedRepoError as error:
         raise DarexError(
-            f"{repo} is gated: ask for access on its page, and log in (`hf auth login`)."
+            f"{repo} is gated: request access on its page, and log in (`hf auth login`)."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DarexError(
-            f"{repo} is not on the hub, or this token may not see it (`hf auth login`)."
+            f"{repo} is not on the hub, or this token has no access to it (`hf auth login`)."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise DarexError(f"{repo} has no such revision.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise DarexError(f"{repo} cannot be fetched: there is no connection to the hub.") from error
+        raise DarexError(f"{repo} cannot be downloaded: there is no connection to the hub.") from error
     except errors.EntryNotFoundError as error:
-        raise DarexError(f"{repo} has no {FILE}: it is no repository that `darex push` made.") from error
+        raise DarexError(f"{repo} has no {FILE}: it was not created by `darex push`.") from error
     except errors.HfHubHTTPError as error:
         response = error.response
         status = getattr(response, "status_code", None)
-        hint = " This token may not write there." if status in (401, 403) else ""
-        raise DarexError(f"{repo}: the hub answers {status}.{hint}") from error
+        hint = " This token has no write access to it." if status in (401, 403) else ""
+        raise DarexError(f"{repo}: the hub responded with {status}.{hint}") from error
     except (getattr(errors, "HTTPError", ConnectionError), ConnectionError, TimeoutError) as error:
         raise DarexError(f"{repo}: there is no connection to the hub ({type(error).__name__}).") from error
-    except ValueError as error:  # of the card's metadata
+    except ValueError as error:  # invalid metadata in the card
         lines = str(error).strip().splitlines() or [""]
-        raise DarexError(f"{repo}: the hub does not take this: {lines[0]:.200}") from error
+        raise DarexError(f"{repo}: the hub rejected this: {lines[0]:.200}") from error

@@ -1,4 +1,4 @@
-"""What a run was: enough to repeat it and to see whether the repeat agrees."""
+"""Run manifests: options, digests and versions to reproduce a run and compare the result."""
 
 import os
 import platform
@@ -16,9 +16,9 @@ from darex_jax.files.stream import Progress, tensor_digest
 
 
 def params_digest(params: Any) -> str:
-    """BLAKE3 over the name, dtype, shape and bits of every leaf, by name: a digest of a model.
+    """Digest of a model: BLAKE3 over the name, dtype, shape and bits of every leaf, by name.
 
-    Parameters on devices pass through the host one at a time.
+    Parameters are copied to the host one at a time.
     """
     from darex_jax.core.tree import flatten_names
 
@@ -32,8 +32,7 @@ def params_digest(params: Any) -> str:
 def weights_digest(checkpoint: Checkpoint, progress: Progress = lambda _: None) -> str:
     """BLAKE3 over the name, dtype, shape and digest of every stored tensor, by name.
 
-    The file is read once, on every core, and never held: no array is made of it. How the tensors are spread
-    over files plays no part.
+    The files are read once, on all cores, without loading arrays. Sharding over files does not matter.
     """
     digest = blake3.blake3()
     tensors = sorted(checkpoint.tensors.items())
@@ -50,9 +49,9 @@ def run_manifest(
     """The manifest of a run, ready for JSON.
 
     Args:
-      command: the command's name, `train` say.
-      options: its options as resolved, with the seed that every key follows from.
-      inputs, outputs: digests by what they are of.
+      command: the command's name, such as `train`.
+      options: its resolved options, including the seed of all keys.
+      inputs, outputs: digests by the name of what they belong to.
     """
     import jax
 

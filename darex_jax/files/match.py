@@ -1,4 +1,4 @@
-"""What belongs to what: the parameters of a fine-tuned model held against its base, from headers alone."""
+"""Matches the parameters of a fine-tuned model with its base's, from file headers only."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from darex_jax.core.errors import FileError
 from darex_jax.core.scope import EMBEDDING, HEAD, NUMBER, OPTIONAL, Scope, known_family
 from darex_jax.files.checkpoint import Checkpoint
 
-MOST_PREFIXES = 20  # of names, that are looked at: a model has one, of everything else it has few
+MOST_PREFIXES = 20  # most name prefixes that are tried
 
 
 @dataclass
 class Match:
-    """A fine-tuned model's parameters, by what becomes of them. Names are the fine-tuned model's.
+    """The parameters of a fine-tuned model, by treatment. Names are the fine-tuned model's.
 
     `pruned` and `dense` hold floating parameters in and out of scope; `extra_rows` counts the rows that a
     pruned parameter has beyond its base; `base_names` gives a parameter's name in the base.
@@ -34,18 +34,18 @@ class Match:
         if self.faults:
             more = len(self.faults) - 5
             rest = f" And {more} more; darex check BASE FINE lists them." if more > 0 else ""
-            raise FileError(f"the models do not fit together: {' '.join(self.faults[:5])}{rest}")
+            raise FileError(f"the models do not match: {' '.join(self.faults[:5])}{rest}")
 
 
 def match_checkpoints(
     base: Checkpoint, fine: Checkpoint, scope: Scope, rename: Callable[[str], str] | None = None
 ) -> Match:
-    """Pairs the parameters of two checkpoints by name and shape; reads no weight.
+    """Pairs the parameters of two checkpoints by name and shape, without reading weights.
 
-    A base saved without its head model's prefix (`embeddings...`) matches a fine-tune that has it
-    (`bert.embeddings...`), and the other way round.
+    A base saved without its head model's prefix (`embeddings...`) matches a fine-tuned model that has it
+    (`bert.embeddings...`), and vice versa.
 
-    Args: rename: the base's name of a fine-tuned parameter's; None finds a prefix that only one of them has.
+    Args: rename: fine-tuned name -> base name; None detects a prefix that only one of them has.
     """
     match = Match()
     rename = rename or _base_name(base, fine)
@@ -57,7 +57,7 @@ def match_checkpoints(
             match.base_names[name] = base_name
         if stored is not None and stored.floating != tensor.floating:
             kinds = f"{stored.info.dtype} in the base and {tensor.info.dtype} in the fine-tuned model"
-            match.faults.append(f"'{name}' is {kinds}: floating in one of the two only.")
+            match.faults.append(f"'{name}' is {kinds}: floating in only one of them.")
         elif not tensor.floating:
             match.buffers.append(name)
         elif stored is None:
@@ -73,7 +73,7 @@ def match_checkpoints(
     for base_name, count in paired.items():
         if count > 1:
             twins = sorted(name for name, b in match.base_names.items() if b == base_name)
-            match.faults.append(f"'{base_name}' of the base belongs to '{twins[0]}' and to '{twins[1]}'.")
+            match.faults.append(f"'{base_name}' of the base matches both '{twins[0]}' and '{twins[1]}'.")
     for name, tensor in base.tensors.items():
         if name not in paired:
             match.base_only.append(name)
@@ -86,12 +86,12 @@ def match_checkpoints(
 
 
 def _of_head(name: str, known: bool) -> bool:
-    """Of a family whose heads are not known, anything outside of the numbered blocks may be one."""
+    """Whether a parameter may belong to a head; in unknown families, anything outside of numbered blocks."""
     return bool(HEAD.search(name)) or not (known or NUMBER.search(name))
 
 
 def _may_lack(name: str, known: bool) -> bool:
-    """Whether one of two models may have this parameter and the other not: a head's or a pooler's."""
+    """Whether only one of two models may have this parameter: a head's or a pooler's."""
     return bool(OPTIONAL.search(name)) or _of_head(name, known)
 
 
@@ -105,13 +105,13 @@ def _match_shapes(
             match.extra_rows[name] = fine[0] - base[0]
     elif head:
         match.dense.append(name)
-        del match.base_names[name]  # another head: nothing to subtract
+        del match.base_names[name]  # a different head: no delta
     else:
         match.faults.append(f"'{name}' is {list(base)} in the base and {list(fine)} in the fine-tuned model.")
 
 
 def _base_name(base: Checkpoint, fine: Checkpoint) -> Callable[[str], str]:
-    """The map from a fine-tuned name to the base's: the one prefix that brings most names together."""
+    """The map from fine-tuned to base names, with the prefix that matches most names."""
     renames: list[Callable[[str], str]] = [lambda name: name]
     renames += [partial(_without, prefix) for prefix in _prefixes(fine)]
     renames += [prefix.__add__ for prefix in _prefixes(base)]
@@ -119,7 +119,7 @@ def _base_name(base: Checkpoint, fine: Checkpoint) -> Callable[[str], str]:
 
 
 def _prefixes(checkpoint: Checkpoint) -> list[str]:
-    """What most names begin with, `bert.` say."""
+    """The most common name prefixes, such as `bert.`."""
     first = Counter(f"{name.split('.')[0]}." for name in checkpoint.tensors if "." in name)
     return [prefix for prefix, _ in first.most_common(MOST_PREFIXES)]
 
@@ -135,7 +135,7 @@ def _match_configs(match: Match, base: Checkpoint, fine: Checkpoint) -> None:
             f"the base is a {kinds[0]!s:.80} model and the fine-tuned one a {kinds[1]!s:.80} model."
         )
     if fine.config.get("tie_word_embeddings") and "lm_head.weight" in fine.tensors:
-        match.warnings.append("the head is tied to the embeddings, yet stored: both copies are kept.")
+        match.warnings.append("the head is tied to the embeddings but also stored: both copies are kept.")
     for key in ("hidden_act", "layer_norm_eps", "rms_norm_eps", "rope_theta", "num_attention_heads"):
         values = base.config.get(key), fine.config.get(key)
         if None not in values and values[0] != values[1]:

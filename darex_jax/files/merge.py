@@ -1,4 +1,4 @@
-"""A base and an adapter as one Hugging Face directory: an ordinary fine-tune of the base."""
+"""Merges an adapter into its base: writes an ordinary fine-tuned Hugging Face directory."""
 
 from collections.abc import Collection
 from os import PathLike
@@ -25,7 +25,7 @@ HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and Ro
 
 
 class MergeSummary(NamedTuple):
-    """How many weights got a delta, what was replaced or added whole, and the bytes of all parameters."""
+    """The number of weights with a delta, the parameters replaced or added whole, and the total bytes."""
 
     merged: int
     replaced: list[str]
@@ -42,19 +42,19 @@ def merge_adapter(
 ) -> MergeSummary:
     """Writes `base` with an adapter merged into it: each weight `W + scale * B @ A`, rounded once.
 
-    In float32, and in float64 where the base or the adapter has a float64 tensor, also without JAX's x64. One
-    model is held in memory, and the delta of one weight at a time.
+    In float32, or float64 if the base or the adapter has a float64 tensor, even without JAX's x64. Memory
+    holds one model and the delta of one weight at a time.
 
     Args:
-      base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also fits the
-        body that the classifier was made of: its head is then the adapter's, its labels LABEL_0 and so on.
+      base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also matches the
+        body of the classifier: the head is then the adapter's, with labels LABEL_0 and so on.
       adapter: directory in PEFT's format.
-      out: becomes a Hugging Face directory with the base's dtypes and companion files, whole or not at all.
+      out: the new Hugging Face directory, with the base's dtypes and companion files, written atomically.
       overwrite: replace what `out` holds.
       ignore_config_fields: see `read_model_config`.
-    Raises: ValueError that names every parameter of the adapter which the base lacks or has in another
-      shape, or a weight that would not be finite; FileError for what cannot be read, for an adapter that
-      `load_adapter` refuses, or if `out` is an input or holds something already.
+    Raises: ValueError that names every parameter of the adapter which the base lacks or has in another shape,
+      or a weight that would not be finite; FileError for unreadable files, an adapter that `load_adapter`
+      refuses, or if `out` is an input or already exists.
     """
     loaded = load_adapter(adapter)
     with Checkpoint(base) as checkpoint, SafetensorsFile(Path(adapter) / WEIGHTS) as weights:
@@ -63,7 +63,7 @@ def merge_adapter(
     check_replaceable(Path(out).resolve(), overwrite)
     if not any(info.dtype == np.float64 for info in infos):
         return _merge(base, adapter, loaded, out, overwrite, ignore_config_fields)
-    with jax.enable_x64(True):  # without it JAX reads float64 as float32
+    with jax.enable_x64(True):  # otherwise JAX converts float64 to float32
         return _merge(base, adapter, load_adapter(adapter), out, overwrite, ignore_config_fields)
 
 
@@ -82,12 +82,12 @@ def _merge(
     shapes |= {name: x.shape for name, x in dense.items()}
     wrong = [f"{name} is not in the base" for name in shapes if name not in named]
     wrong += [
-        f"{name} is {list(named[name].shape)} in the base, the adapter's {list(shape)}"
+        f"{name} is {list(named[name].shape)} in the base, {list(shape)} in the adapter"
         for name, shape in shapes.items()
         if name in named and named[name].shape != shape
     ]
     if wrong:
-        raise DarexError(f"{adapter} does not fit {base}: {'; '.join(sorted(wrong))}.")
+        raise DarexError(f"{adapter} does not match {base}: {'; '.join(sorted(wrong))}.")
     named |= {name: x.astype(named[name].dtype) for name, x in dense.items()}
     scales = config.scales(factors_tree)
     for layer, pair in factors.items():
@@ -101,9 +101,9 @@ def _merge(
 
 
 def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The model with a head of the adapter's size, and its parameters by name.
+    """The model with a head of the adapter's size, and its parameters, by name.
 
-    Raises: ValueError if the adapter does not bring all that the base lacks for one.
+    Raises: ValueError if the adapter does not have all that the base lacks for it.
     """
     rows = next((dense[name].shape[0] for name in HEAD_ROWS if name in dense and dense[name].ndim), None)
     config = model.config
@@ -120,6 +120,6 @@ def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> t
     missing = sorted(shapes.keys() - kept - dense.keys())
     if missing:
         raise DarexError(f"a classifier also needs {', '.join(missing)}, which neither base nor adapter has.")
-    # What this makes anew the adapter replaces: the key plays no part.
+    # The adapter replaces the new weights, so the key does not matter.
     model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0))
     return model, flatten_names(params)

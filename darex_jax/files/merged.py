@@ -1,4 +1,4 @@
-"""A base with several deltas merged into it, on disk: heads and one parameter of each in memory at a time."""
+"""Merges several deltas into a base on disk, one parameter at a time; heads are held in memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from darex_jax.merging.merge import merge
 
 
 class Merged(NamedTuple):
-    """What was written: the directories (one, or one for each head), how many parameters a delta changed,
-    and the bytes of the parameters, a shared body once."""
+    """The directories written (one, or one per head), the number of parameters changed by a delta, and the
+    bytes of the parameters, counting a shared body once."""
 
     directories: list[Path]
     changed: int
@@ -48,21 +48,22 @@ def merge_files(
     progress: Progress = lambda _: None,
     **options: Any,
 ) -> Merged:
-    """Writes `base + merge(deltas)` as a Hugging Face directory, or one for each where heads differ.
+    """Writes `base + merge(deltas)` as a Hugging Face directory, or one per delta if heads differ.
 
-    What the base and every delta have in one shape is merged, with the masks of the first delta's names; the
-    rest, a head say, is kept as each fine-tuned model has it. Where that differs `out` has a folder for each
-    delta, called by what its path is called, in which the merged body is the same file where links can be.
+    Parameters that the base and all deltas have in the same shape are merged, with masks by the first delta's
+    names; all others, such as a head, keep their values of each fine-tuned model. If those differ, `out` has
+    one folder per delta, named after its path, and the merged body is hard-linked if the file system supports
+    it.
 
     Args:
       base: Hugging Face directory.
       deltas: artifacts of `darex prune`, fine-tuned directories, adapters in PEFT's format, of this base.
-      method, options: as `merge` takes them.
-      dtype: of all floating parameters; None is for each the widest that a fine-tuned model has it in.
-      allow_changed_files: of artifacts, take the base's files though they have changed.
-      overwrite: replace what `out` holds, where it is one directory.
-    Raises: FileError for what is no delta of this base, or is damaged; ValueError as `merge`, or for a
-      result that is not finite.
+      method, options: as for `merge`.
+      dtype: of all floating parameters; None is the widest of the fine-tuned models' for each.
+      allow_changed_files: for artifacts, use the base's files even if they have changed.
+      overwrite: replace `out` if it is a single model directory.
+    Raises: FileError for a delta of another base, or a damaged one; ValueError as `merge`, or for a result
+      that is not finite.
     """
     wanted = floating_dtype(dtype)
     with ExitStack() as stack:
@@ -72,7 +73,7 @@ def merge_files(
             for path in deltas
         ]
         if not given:
-            raise DarexError("there are no deltas to merge.")
+            raise DarexError("merge needs at least one delta, got none.")
         keep_inputs(out, opened, *(each.path for each in given))
         shared = [
             name
@@ -119,7 +120,7 @@ def merge_files(
 def _head(
     each: Given, base: Checkpoint, shared: Sequence[str], wanted: np.dtype | None
 ) -> dict[str, np.ndarray]:
-    """What a delta has to itself, by its own names, in the dtype asked for."""
+    """A delta's own parameters (not merged), by its own names, in the requested dtype."""
     head = dict(each.head)
     for name in each.names.keys() - set(shared):
         values = base.tensors[name].read()
@@ -139,9 +140,9 @@ def _write_body(
     with_head: bool,
     progress: Progress,
 ) -> tuple[Layout, int]:
-    """Args: renamed: what is written, and under which name.
+    """Args: renamed: base name -> name to write, of the parameters to write.
 
-    Returns: which file holds what; how many parameters changed.
+    Returns: the layout of the files; the number of parameters changed.
     """
     body: Layout = {}
     changed = 0
@@ -172,7 +173,7 @@ def _write_body(
 def _merged(
     name: str, base: Checkpoint, given: Sequence[Given], method: str, options: Mapping[str, Any]
 ) -> tuple[np.ndarray, bool]:
-    """A parameter with the deltas in it, and whether any of them changes it."""
+    """A parameter with the deltas merged into it, and whether any of them changes it."""
     values = base.tensors[name].read()
     digest = blake3.blake3(as_bytes(values)).hexdigest()
     for each in given:
@@ -197,7 +198,7 @@ def _sum(values: np.ndarray, delta: np.ndarray) -> np.ndarray:
 
 
 def _cast(name: str, values: np.ndarray, dtype: np.dtype, moved: bool = False) -> np.ndarray:
-    """Raises: ValueError if a delta, or the cast, made an entry infinite or NaN."""
+    """Casts a parameter. Raises: ValueError if a delta or the cast made an entry infinite or NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
     before = 0 if moved or values.dtype.kind not in "fV" else count_nonfinite(values.reshape(-1))
@@ -213,13 +214,13 @@ def _dtype(name: str, base: Checkpoint, given: Sequence[Given], wanted: np.dtype
 
 
 def _write_rest(folder: Path, each: Given, head: Mapping[str, np.ndarray], body: Layout) -> int:
-    """Head, index and companion files of a directory. Returns: the bytes of the head."""
+    """Writes the head, index and companion files of a directory. Returns: the bytes of the head."""
     for name, content in each.companions.items():
         (folder / name).write_bytes(content)
     layout = dict(body)
     if head:
         file_name = "model-head.safetensors"
-        while file_name in layout:  # of a base that was merged itself
+        while file_name in layout:  # the base itself may be a merged model
             file_name = f"own-{file_name}"
         write_tensors(folder / file_name, dict(head), {"format": "pt"})
         layout[file_name] = {name: (x.dtype, x.shape) for name, x in head.items()}
@@ -229,7 +230,7 @@ def _write_rest(folder: Path, each: Given, head: Mapping[str, np.ndarray], body:
 
 
 def _digest(each: Given, shared: Sequence[str], head: Mapping[str, np.ndarray]) -> str:
-    """Of all that a directory has to itself: the names of its body, and its head."""
+    """Digest of what differs between directories: the names of the body, and the head."""
     digest = blake3.blake3(json.dumps([each.names.get(name) for name in shared]).encode())
     for name, x in head.items():
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
@@ -238,7 +239,7 @@ def _digest(each: Given, shared: Sequence[str], head: Mapping[str, np.ndarray]) 
 
 
 def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """What each delta is called: the last step of its path that is not the same for all."""
+    """A name for each delta: the last path component that is not the same for all."""
     steps = [[Path(p).name if Path(p).is_dir() else Path(p).stem for p in (q, *q.parents)]
              for q in (Path(path).resolve() for path in paths)]  # fmt: skip
     for level in zip(*steps, strict=False):
@@ -250,5 +251,5 @@ def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system does not support links
         shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a model that runs, with or without a delta on top."""
+"""Loads a Hugging Face directory as a model, optionally with a delta."""
 
 import re
 import tempfile
@@ -45,25 +45,25 @@ def load_model(
     allow_changed_files: bool = False,
     ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, dict[str, Any]]:
-    """Reads a Hugging Face directory: the model that config.json names, and its weights.
+    """Loads a Hugging Face directory: the model named in config.json, and its weights.
 
-    Names, shapes and dtypes are checked before a weight is read; the weights are then read as `load_params`
-    reads them, one at a time and, with a mesh, in the parts that this process's devices hold.
+    Names, shapes and dtypes are checked before any weight is read. Weights are read as in `load_params`: one
+    at a time and, with a mesh, only the shards of this process's devices.
 
     Args:
       path: folder with config.json and safetensors.
       dtype: cast the weights to this floating dtype; None keeps the file's.
-      mesh: from `make_mesh`: the weights lie as `param_sharding` says. None: the default device.
-      delta: an artifact of `darex prune` made from `path`: the fine-tuned model that it restores is loaded,
-        bit for bit the one that `darex apply` writes. Every parameter then passes through the host whole.
-      allow_changed_files: with a delta, take the configuration of `path` though it has changed.
+      mesh: from `make_mesh`: the weights get their `param_sharding`. None: the default device.
+      delta: an artifact of `darex prune` made from `path`: loads the restored fine-tuned model, bit for bit
+        as `darex apply` writes it. Every parameter is then copied through the host whole.
+      allow_changed_files: with a delta, use the configuration of `path` even if it has changed.
       ignore_config_fields: see `read_model_config`.
     Returns: the model and its `params`, the nested Hugging Face state dict with `[out, in]` weights.
-      Buffers such as `embeddings.position_ids` are left out, and so is the stored copy of a tied head; a body
-      saved without a pooler has none. Of a BERT or RoBERTa with its masked-language head the body is read.
-    Raises: ValueError if the family, the head or a config field is not supported, or one error that lists
-      every weight that is missing, left over, not floating or of another shape; FileError for a damaged file,
-      or a delta that was made from another base.
+      Buffers such as `embeddings.position_ids` and the stored copy of a tied head are omitted; a body saved
+      without a pooler has none. For a BERT or RoBERTa with a masked-language-model head the body is loaded.
+    Raises: ValueError if the family, the head or a config field is not supported, or one error that lists all
+      weights that are missing, unexpected, not floating or of another shape; FileError for a damaged file, or
+      a delta of another base.
     """
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(path))
@@ -77,7 +77,7 @@ def load_model(
         with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
             config = _read(path, read_config(folder), ignore_config_fields)
         model, names = _fit(path, config, infos)
-        restored = restored_params(checkpoint, file)  # to its end: only then is everything verified
+        restored = restored_params(checkpoint, file)  # consumed completely: only then is everything verified
         named = {
             name: on_devices(name, array.dtype, array.shape, array.__getitem__, dtype, mesh)
             for name, array in restored
@@ -90,12 +90,12 @@ def load_model(
 def companions(
     path: str | PathLike[str], delta: str | PathLike[str] | None, *, allow_changed_files: bool = False
 ) -> Iterator[Path]:
-    """A folder with a model's configuration and tokenizer files.
+    """Yields a folder with a model's configuration and tokenizer files.
 
     Args:
-      delta: an artifact made from `path`: the files are those of the model that it restores, the artifact's
-        own before the base's, in a folder that is gone afterwards.
-      allow_changed_files: take the base's though they have changed since.
+      delta: an artifact made from `path`: the files are those of the restored model, the artifact's own
+        taking precedence over the base's, in a temporary folder.
+      allow_changed_files: use the base's even if they have changed since.
     """
     path = split_branch(path)[0]
     if delta is None:
@@ -117,22 +117,22 @@ def _read(path: Any, hf: Mapping[str, Any], ignored: Collection[str]) -> Config:
 def _fit(
     path: Any, config: Config, infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 ) -> tuple[Model, list[str]]:
-    """The model of a config, and the names of its weights among the tensors (dtype, shape) at hand."""
+    """The model of a config, and the names of its weights among the tensors (dtype, shape)."""
     layers = len({match.group(1) for name in infos if (match := LAYER.search(name))})
-    if config.num_hidden_layers > layers:  # what is not there need not be traced
+    if config.num_hidden_layers > layers:  # fail before tracing layers that do not exist
         raise DarexError(
-            f"{path}: its config.json has num_hidden_layers {config.num_hidden_layers}, its weights are of "
+            f"{path}: its config.json has num_hidden_layers {config.num_hidden_layers}, its weights have "
             f"{layers} layers."
         )
     floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
     if isinstance(config, DecoderConfig):
         unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
         floats -= {*unused, *(["lm_head.weight"] if config.tie_word_embeddings else [])}
-    headless = isinstance(config, BertConfig) and config.headless  # of these a pooler may be missing
+    headless = isinstance(config, BertConfig) and config.headless  # their pooler may be missing
     no_pooler = headless and not any(name.startswith("pooler.") for name in infos)
     model, shapes = build_model(config, **({"pooler": False} if no_pooler else {}))
     wrong = [f"{name} is missing" for name in shapes.keys() - infos.keys()]
-    wrong += [f"{name} is left over" for name in floats - shapes.keys()]
+    wrong += [f"{name} is unexpected" for name in floats - shapes.keys()]
     wrong += [f"{name} is {infos[name][0]}, not floating" for name in shapes.keys() & infos.keys() - floats]
     wrong += [
         f"{name} has shape {list(infos[name][1])}, expected {list(shapes[name])}"
@@ -141,14 +141,14 @@ def _fit(
     ]
     if wrong:
         stated = f"its config.json ({config.architectures[0]})"
-        raise DarexError(f"{path} does not fit {stated}: {'; '.join(sorted(wrong))}.")
+        raise DarexError(f"{path} does not match {stated}: {'; '.join(sorted(wrong))}.")
     return model, list(shapes)
 
 
 def _body_of_masked_lm(
     hf: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, StoredTensor]]:
-    """What is published as pretrained BERT and RoBERTa has its masked-language head: the body is taken."""
+    """Selects the body of a published BERT or RoBERTa, which has a masked-language-model head."""
     stated = hf.get("architectures")
     body = next((body for name, body in BODIES.items() if stated == [name]), None)
     if body is None:
@@ -161,12 +161,12 @@ def _body_of_masked_lm(
 def _without_copies(
     path: Any, config: Config, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """The dtype and shape of every tensor; the stored copy of a tied head must be a copy."""
+    """The dtype and shape of every tensor except a tied head's copy, which is checked to be equal."""
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     if tied and head is not None and table is not None and not _same_numbers(head, table):
         raise DarexError(
-            f"{path}: lm_head.weight is not model.embed_tokens.weight, though config.json ties the two."
+            f"{path}: lm_head.weight differs from model.embed_tokens.weight, although config.json ties them."
         )
     return {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in tensors.items()}
 

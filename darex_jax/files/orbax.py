@@ -1,8 +1,8 @@
-"""Orbax checkpoints: trees of arrays as JAX codebases write them, read and written a piece at a time.
+"""Reads and writes Orbax checkpoints in pieces.
 
-What is stored are zarr arrays, in an OCDBT database or in a folder each, which tensorstore reads; `_METADATA`
-tells where in the tree they belong. A parameter's name is its path in the tree joined by dots, without the
-`.value` that Flax NNX adds; kernels keep their own layout, `[in, out]` as a rule.
+They store zarr arrays, in an OCDBT database or one folder each, which tensorstore reads; `_METADATA` has the
+tree structure. A parameter's name is its path in the tree joined by dots, without the `.value` that Flax NNX
+adds; kernels keep their layout, usually `[in, out]`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from darex_jax.files.safetensors import (
 )
 
 METADATA = "_METADATA"
-ITEMS = ("default", "state", "params", "item", "model")  # what a step's folder may hold
-CACHE = 128 << 20  # bytes of decoded chunks that are kept, so that a chunk is not decoded for each piece
-PARAMS = "params"  # of a train state: what is taken where nothing is said
+ITEMS = ("default", "state", "params", "item", "model")  # possible item names in a step's folder
+CACHE = 128 << 20  # bytes of cached decoded chunks, so that no chunk is decoded twice
+PARAMS = "params"  # default branch of a train state
 
 
 def find_orbax(path: Path) -> Path | None:
-    """The folder of arrays of an orbax checkpoint: `path`, an item in it, or those of its newest step."""
+    """The array folder of an orbax checkpoint: `path`, an item in it, or that of its newest step."""
     if not path.is_dir():
         return None
     steps = sorted((int(entry.name), entry) for entry in path.iterdir() if entry.name.isdigit())
@@ -49,7 +49,7 @@ class OrbaxFile(TensorFile):
 
     Args:
       path: a folder that `find_orbax` found.
-      subtree: the path of what is taken, joined by dots; None is `params` where there is such a branch.
+      subtree: path of the branch to read, joined by dots; None is `params` if that exists.
     Raises: FileError for a damaged checkpoint, or one without this branch.
     """
 
@@ -98,7 +98,8 @@ class OrbaxFile(TensorFile):
             self._arrays.append(found_array)
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """As `SafetensorsFile.chunks`; as many rows are held as a stored chunk has, which is decoded once."""
+        """As `SafetensorsFile.chunks`; reads the rows of one stored chunk at a time, so that it is decoded
+        once."""
         layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
         rows = layout[0] if info.shape else 1
         for first in range(0, info.shape[0] if info.shape else 1, rows):
@@ -107,7 +108,7 @@ class OrbaxFile(TensorFile):
             yield from (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
 
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
-        """As `SafetensorsFile.read_into`: whole rows are read, and what is asked for is taken."""
+        """As `SafetensorsFile.read_into`; reads whole rows and selects the requested entries."""
         if not info.shape:
             out[:] = self._read(info, ())
             return
@@ -117,7 +118,7 @@ class OrbaxFile(TensorFile):
         out[:] = rows[start - first * row :][: len(out)]
 
     def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of an array under one slice an axis, a fresh array."""
+        """A slice of an array, one slice per axis; a new array."""
         return self._read(info, index)
 
     def _read(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
@@ -133,7 +134,7 @@ class OrbaxFile(TensorFile):
 
 
 def _arrays(tree: Mapping[str, Any]) -> list[str]:
-    """What arrays are stored as: their paths in the tree joined by dots. Numbers and texts are left out."""
+    """The stored names of arrays: their tree paths joined by dots. Numbers and strings are skipped."""
     found = []
     for leaf in tree.values():
         if "array" in str(leaf["value_metadata"]["value_type"]).lower():
@@ -145,7 +146,7 @@ def _arrays(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _spec(folder: Path, stored: str, driver: str, database: bool) -> dict[str, Any]:
-    """Where tensorstore finds an array; a chunk that is missing is an error, not zeros."""
+    """The tensorstore spec of an array; a missing chunk is an error, not zeros."""
     if database:
         base = {"driver": "file", "path": f"{folder}/"}
         store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{stored}/"}
@@ -155,9 +156,9 @@ def _spec(folder: Path, stored: str, driver: str, database: bool) -> dict[str, A
 
 
 def write_orbax(folder: Path, weights: list[Path]) -> None:
-    """The tensors of safetensors files as an orbax checkpoint in `folder`, which is there already.
+    """Converts safetensors files to an orbax checkpoint in the existing `folder`.
 
-    The files are mapped, not read: what is in memory at a time is what orbax has under way.
+    The files are memory-mapped: only what orbax is writing is in memory.
     """
     import orbax.checkpoint
 
@@ -167,7 +168,7 @@ def write_orbax(folder: Path, weights: list[Path]) -> None:
     for file in weights:
         with SafetensorsFile(file) as opened:
             if empty := next((name for name, info in opened.tensors.items() if not info.size), None):
-                raise FileError(f"'{empty}' has no entry, and orbax stores no such array: write safetensors.")
+                raise FileError(f"'{empty}' is empty, which orbax cannot store: write safetensors instead.")
             tensors |= {name: _mapped(file, info) for name, info in opened.tensors.items()}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch).resolve() / "checkpoint"

@@ -1,6 +1,6 @@
-"""What may lie under a path that a person names: regular files and directories.
+"""Checks of user-supplied paths: only regular files and directories are accepted.
 
-A pipe would be waited for, a device read without end or replaced by a file: these are refused.
+A pipe could block, a device could be endless or be replaced by a file: these are refused.
 """
 
 import os
@@ -21,12 +21,12 @@ KINDS = {
 
 
 def open_file(path: AnyPath) -> int:
-    """A descriptor of a regular file, to read from.
+    """Opens a regular file for reading; returns its descriptor.
 
-    Raises: FileError if there is none, or something else.
+    Raises: FileError if it does not exist or is not a regular file.
     """
     check_file(path)
-    # What is opened may be another thing by now: no waiting for a pipe's writer, and a second look.
+    # The path may have changed since: open without blocking on a pipe, and check again.
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -40,7 +40,7 @@ def open_file(path: AnyPath) -> int:
 
 
 def check_file(path: AnyPath) -> None:
-    """For a file that another library is going to open. Raises: what `open_file` raises."""
+    """Checks a file that another library will open. Raises: as `open_file`."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a null character
@@ -49,9 +49,9 @@ def check_file(path: AnyPath) -> None:
 
 
 def check_entries(folder: AnyPath) -> None:
-    """For a folder that another library is going to read from.
+    """Checks a folder that another library will read from.
 
-    Raises: FileError if there is something in it that is neither a regular file nor a directory.
+    Raises: FileError if it contains anything but regular files and directories.
     """
     for entry in sorted(Path(folder).iterdir()):
         if entry.exists() and not entry.is_dir():
@@ -59,19 +59,19 @@ def check_entries(folder: AnyPath) -> None:
 
 
 def check_output(path: AnyPath) -> None:
-    """Raises: FileError if there is something under `path` that a file must not replace."""
+    """Raises: FileError if `path` exists and is not a regular file, so that it must not be replaced."""
     if os.path.exists(path):
         check_file(path)
 
 
 def _check_mode(path: AnyPath, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        kind = KINDS.get(stat.S_IFMT(mode), "not a regular file")
         raise FileError(f"{path}: is {kind}; a regular file is needed.")
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """A regular file's content. Raises: FileError if it cannot be read."""
+    """The content of a regular file. Raises: FileError if it cannot be read."""
     with open(open_file(path), "rb") as file:
         try:
             return file.read()
@@ -80,7 +80,7 @@ def read_bytes(path: AnyPath) -> bytes:
 
 
 def read_text(path: AnyPath) -> str:
-    """The same as text. Raises: FileError also if it is not UTF-8, saying in which line."""
+    """The content as text. Raises: FileError if it cannot be read, or is not UTF-8 (with the line)."""
     content = read_bytes(path)
     try:
         return content.decode("utf-8")

@@ -1,8 +1,8 @@
-"""Prune checkpoints without loading them: a chunk of a tensor at a time, on every core.
+"""Prunes checkpoints without loading them: one chunk of a tensor at a time, on all cores.
 
-Both models are read once, but for a changed parameter out of scope, which is read again as it is copied. JAX
-computes the masks of DARE; nothing else of it is used there. Other methods get one parameter's delta at a
-time, or all where they weigh parameters against each other.
+Both models are read once, except that changed parameters out of scope are read again when they are copied.
+JAX is used for DARE's masks only. Other methods get the delta of one parameter at a time, or all deltas if
+they compare parameters with each other.
 """
 
 import os
@@ -53,15 +53,15 @@ READ_BACK = 1 << 22  # bytes
 
 @dataclass(frozen=True)
 class Job:
-    """What is pruned, whatever the method, and where it goes.
+    """The inputs and output of a pruning run, for all methods.
 
     Attributes:
-      base, fine: open, and both are read.
-      out: the artifact, written whole or not at all.
-      scope: which parameters are pruned; scope_text: what the artifact says of it.
-      allow_nonfinite: NaN and infinity are carried along instead of refused.
-      rename: the base's name of a fine-tuned parameter's, see `match_checkpoints`.
-      progress: told of bytes that were read.
+      base, fine: the open checkpoints.
+      out: path of the artifact, written atomically.
+      scope: which parameters are pruned; scope_text: its description in the artifact.
+      allow_nonfinite: keep NaN and infinity instead of refusing them.
+      rename: fine-tuned name -> base name, see `match_checkpoints`.
+      progress: called with the number of bytes read.
     """
 
     base: Checkpoint
@@ -74,7 +74,7 @@ class Job:
     rename: Callable[[str], str] | None = None
 
     def match(self) -> Match:
-        """Pairs the parameters. Raises: FileError if the models do not fit together."""
+        """Pairs the parameters. Raises: FileError if the models do not match."""
         match = match_checkpoints(self.base, self.fine, self.scope, self.rename)
         match.raise_if_faulty()
         return match
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class PruneSummary:
-    """What was written. survivors: of DARE, how many; of a method, the numbers stored."""
+    """Summary of a written artifact. survivors: of DARE; for other methods the stored numbers."""
 
     recipe: Recipe
     match: Match
@@ -93,10 +93,10 @@ class PruneSummary:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was noticed while one tensor of an artifact was made; it comes after the last piece.
+    """Statistics collected while one tensor of an artifact is made; yielded after the last chunk.
 
-    stored: False where the base has the same bits, so that nothing is to be stored.
-    changed: whether the fine-tuned model has other numbers than the base.
+    stored: False if the base has the same bits, so that nothing is stored.
+    changed: whether the values differ from the base's.
     """
 
     inexact: int = 0
@@ -108,7 +108,7 @@ class _Seen:
 
 @dataclass
 class _Written:
-    """What is known of an artifact while it is written."""
+    """The state of an artifact while it is written."""
 
     digests: dict[str, str] = field(default_factory=dict)  # of the base's tensors
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = field(default_factory=dict)
@@ -131,10 +131,10 @@ def prune_checkpoints(
     Args:
       key: the two words of a Threefry key, `jax.random.key_data(key)`; (0, seed) for a seed.
       q: divisor of the survivors, a number or one by name; None is 1 - drop_rate.
-    Raises: FileError if the models do not fit together, are damaged, or hold NaN or infinity (unless
-      allowed); ValueError for a drop_rate or q out of range, or names of q that no parameter has.
-    Warns: DarexWarning where the models differ in a way that is seldom meant, every delta is zero, nothing
-      survives, or a q is below 1 - drop_rate.
+    Raises: FileError if the models do not match, are damaged, or have NaN or infinity (unless allowed);
+      ValueError for a drop_rate or q out of range, or names of q that no parameter has.
+    Warns: DarexWarning if the models differ in an unusual way, every delta is zero, nothing survives, or a q
+      is below 1 - drop_rate.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344.
     """
     keep_inputs(job.out, job.base, job.fine)
@@ -167,9 +167,9 @@ def prune_parts(
     """Any method on two checkpoints: writes the artifact in format 2.
 
     Args:
-      make_parts: deltas by name, float32, to their parts.
-      leafwise: whether it takes one delta at a time; else all are held in memory.
-      made_by: `method`, `key` (random parts are drawn again from it), `budget`, `options` and `evidence` of
+      make_parts: float32 deltas by name -> their parts.
+      leafwise: whether it can be called with one delta at a time; otherwise all are held in memory.
+      made_by: `method`, `key` (from which random masks are recomputed), `budget`, `options` and `evidence` of
         the file's `Recipe`.
     Raises, Warns: as `prune_checkpoints`.
     """
@@ -209,7 +209,7 @@ def prune_parts(
 
     recipe_of, written, size = _write(job, match, PARTS, make, recipe)
     if not written.changed:
-        text = "every delta is zero: in what is pruned the fine-tuned model is the base."
+        text = "every delta is zero: the two models are equal in all pruned parameters."
         warnings.warn(text, DarexWarning, stacklevel=2)
     return _summary(recipe_of, match, written, size)
 
@@ -228,12 +228,12 @@ def _write(
     make_pruned: Callable[[str], Iterator[Piece]],
     make_recipe: Callable[[dict[str, Any], _Written], Recipe],
 ) -> tuple[Recipe, _Written, int]:
-    """Writes an artifact: pruned parameters as `make_pruned` gives them, all else as it has to be kept.
+    """Writes an artifact: pruned parameters from `make_pruned`, all others whole if they changed.
 
-    Returns: its recipe, what was noticed, the file's bytes.
+    Returns: its recipe, statistics, and the file size.
     """
     base, fine, progress = job.base, job.fine, job.progress
-    # Widest dtype first: so every tensor of the file is aligned. Coded parts and files, bytes, are last.
+    # Widest dtype first, so that every tensor is aligned. Coded parts and files (bytes) come last.
     work = [("rows", name) for name in match.extra_rows if name in match.pruned]
     work += [("dense", name) for name in (*match.dense, *match.buffers)]
     work += [(pruned_kind, name) for name in match.pruned] if pruned_kind != PARTS else []
@@ -279,7 +279,7 @@ def _write(
         }  # fmt: skip
         return make_recipe(common, written)
 
-    # How many numbers are stored is known only at the end, but no header is longer than this one.
+    # The number of stored values is known only at the end; this is the longest possible header.
     longest = {
         f"{kind}/{name}": (fine.tensors[name].info.dtype, fine.tensors[name].info.shape)
         for kind, name in work
@@ -297,7 +297,8 @@ def _write(
         parts_start: int | None = None
 
         def stored_from(start: int, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-            """Notes and digests a tensor once it is written: its line, which comes first, tells its size."""
+            """Registers and hashes a tensor after it is written: its line, hashed first, contains its
+            size."""
             written.tensors[name] = (dtype, shape)
             data_digest.update(tensor_line(name, dtype, shape))
             for at in range(start, position, READ_BACK):
@@ -327,8 +328,8 @@ def _write(
                     written.digests[match.base_names[name]] = seen.base_digest
                 if seen.nonfinite and not job.allow_nonfinite:
                     raise FileError(
-                        f"'{name}' holds {seen.nonfinite} NaN or infinite entries in one of the two models; "
-                        "--allow-nonfinite carries them along."
+                        f"'{name}' has {seen.nonfinite} NaN or infinite entries in one of the models; "
+                        "--allow-nonfinite keeps them."
                     )
                 if kind == PARTS:
                     written.survivors += numbers_in(block[name])
@@ -364,14 +365,14 @@ def _write(
 
 
 class _Pair:
-    """A parameter in both models, read once in stretches, and what is noticed on the way."""
+    """Reads a parameter of both models in chunks and collects statistics."""
 
     def __init__(self, base: StoredTensor, fine: StoredTensor, progress: Progress):
         self._base, self._fine, self._progress = base, fine, progress
         self._digest, self._nonfinite, self._changed = blake3.blake3(), 0, False
 
     def stretches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Where a stretch begins, and its entries of the base and of the fine-tune; the arrays are reused."""
+        """`(start, base entries, fine-tuned entries)` per chunk; the arrays are reused."""
         base, fine, size = self._base, self._fine, self._base.info.size
         base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
         fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
@@ -391,7 +392,7 @@ class _Pair:
 
 
 def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Seen]:
-    """`fine - base` of the rows that both have, rounded once to float32, and what was noticed."""
+    """`fine - base` for the rows that both have, rounded once to float32, and statistics."""
     pair, delta = _Pair(base, fine, progress), np.empty(base.info.size, np.float32)
     for start, b, f in pair.stretches():
         with np.errstate(invalid="ignore", over="ignore"):
@@ -402,7 +403,7 @@ def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[
 def _pruned_values(
     leaf_key: np.ndarray, threshold: int, base: StoredTensor, fine: StoredTensor, progress: Progress
 ) -> Iterator[np.ndarray | _Seen]:
-    """The survivors of one parameter, in index order; the base is fingerprinted in the same pass."""
+    """The survivors of one parameter, in index order; hashes the base in the same pass."""
     pair, inexact = _Pair(base, fine, progress), 0
     for start, b, f in pair.stretches():
         kept = np.flatnonzero(stream_mask(leaf_key, start, len(b), threshold))
@@ -410,7 +411,7 @@ def _pruned_values(
         with np.errstate(invalid="ignore", over="ignore"):
             stored = difference(kept_fine, kept_base).astype(fine.info.dtype)
             exact = stored.astype(np.float64), kept_fine.astype(np.float64), kept_base.astype(np.float64)
-            # Both ways round: in one of them alone a small operand can vanish in the rounding.
+            # Checked in both directions: in one alone a small operand can vanish in the rounding.
             inexact += int(
                 np.count_nonzero((exact[0] + exact[2] != exact[1]) | (exact[1] - exact[0] != exact[2]))
             )
@@ -440,7 +441,7 @@ def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Seen]:
 def _dense_values(
     base: StoredTensor | None, fine: StoredTensor, progress: Progress
 ) -> Iterator[np.ndarray | _Seen]:
-    """A parameter out of scope: whole if its bits are not the base's, else not at all."""
+    """A parameter out of scope: whole if its bits differ from the base's, else nothing."""
     nonfinite, digest = 0, blake3.blake3()
     twin = base is not None and (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
     base_chunks = base.chunks() if base is not None and twin else None
@@ -455,7 +456,7 @@ def _dense_values(
             progress(original.nbytes)
     if not same:
         for chunk in fine.chunks():
-            yield chunk.copy()  # the next one is read into the same memory
+            yield chunk.copy()  # the buffer is reused for the next chunk
     base_digest = None
     if base is not None:
         base_digest = digest.hexdigest() if twin else tensor_digest(base, progress)
@@ -463,8 +464,9 @@ def _dense_values(
 
 
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The fine-tune's configuration and tokenizer files that the base does not have alike, and the digests of
-    the others of the base, which the restored model takes over."""
+    """The companion files of the fine-tuned model that differ from the base's, and digests of the base's
+    other
+    ones, which the restored model inherits."""
     ours, theirs = companion_contents(base), companion_contents(fine)
     changed = {name: content for name, content in theirs.items() if ours.get(name) != content}
     taken = {

@@ -1,4 +1,4 @@
-"""What an artifact says of itself: how a delta was made, and what it was made from."""
+"""The recipe of an artifact: how a delta was made, and from which base."""
 
 import json
 import math
@@ -17,33 +17,34 @@ from darex_jax.core.threefry import keep_threshold
 from darex_jax.files.safetensors import DTYPE_NAMES, DTYPES, MAX_NAME
 
 FORMATS = (1, 2)
-CUT = 16  # hexadecimal digits of a fingerprint that format 2 keeps to name what differs
+CUT = 16  # hexadecimal digits per fingerprint in format 2, enough to find the tensor that differs
 METADATA = "darex"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a delta was made: everything but the numbers, as JSON.
+    """How a delta was made: everything but the values, as JSON.
 
-    Of format 1 it is the metadata of the file. Of format 2, where small files count, it is compressed in a
-    tensor of its own and fingerprints are cut to 16 digits beside one whole digest over all of them.
+    In format 1 it is the metadata of the file. In format 2, to keep files small, it is a compressed tensor,
+    and fingerprints are cut to 16 digits beside one full digest over all of them.
 
     key: the two words of the Threefry key (`jax.random.key(seed)` is (0, seed)).
-    drop_rate: of the mask, in format 1; in format 2 every random part has its own.
-    parameters: name -> {"shape": of the base, "dtype": of the restored parameter}, for every pruned one, in
-      format 1 with "q", the divisor of the survivors. Older files have no dtype: it is the base's.
-    base: fingerprint; name -> {"dtype", "shape", "blake3"} of every tensor, by the base's own names.
-    base_names: fine-tuned name -> the base's, where they differ.
-    base_only: tensors of the base that the fine-tune does not have (another head).
-    inexact: how many stored values are not the exact difference, being rounded to the fine-tune's dtype.
-    data_blake3: digest of all tensors in file order: of each its `tensor_line`, then its data.
-    base_files: BLAKE3 of the base's companion files that the restored model takes over, by name. None where
-      nothing is known of them: in older files, and where the base was a tree.
-    Of format 2 alone:
-    budget: what the method might spend, {"drop_rate"} or {"bytes_per_parameter"}; options: what else it was
-      told; evidence: digests of what it knew beside the delta, by what they are of.
+    drop_rate: of the masks in format 1; in format 2 every random part has its own.
+    parameters: name -> {"shape": of the base, "dtype": of the restored parameter} for every pruned parameter,
+      in format 1 with "q", the divisor of the survivors. Without a dtype (older files) it is the base's.
+    base: fingerprint: base name -> {"dtype", "shape", "blake3"} of every tensor.
+    base_names: fine-tuned name -> base name, if they differ.
+    base_only: tensors of the base that the fine-tuned model lacks (another head).
+    inexact: number of stored values that are not exact differences, because they are rounded to the
+      fine-tuned dtype.
+    data_blake3: digest of all tensors in file order: the `tensor_line` of each, then its data.
+    base_files: BLAKE3 of the base's companion files that the restored model inherits, by name. None if
+      unknown: in older files, or if the base was a tree.
+    Format 2 only:
+    budget: the method's budget, {"drop_rate"} or {"bytes_per_parameter"}; options: its other options;
+      evidence: digests of its calibration data, by name.
     blocks: the coded parts, {"bytes", "blake3", "parameters", "streams"} each, see `files.blocks`.
-    base_blake3: over all fingerprints of the base before they were cut, see `fingerprint`.
+    base_blake3: over all full fingerprints of the base, see `fingerprint`.
     """
 
     format: int
@@ -67,9 +68,9 @@ class Recipe:
     base_blake3: str | None = None
 
     def digest(self) -> str:
-        """BLAKE3 of all that a restored model follows from: two artifacts that have one restore one model.
+        """BLAKE3 of everything that determines the restored model: equal digests restore equal models.
 
-        What only tells of the making (versions, counts, the method's name) is no part of it.
+        Provenance (versions, counts, the method's name) is not included.
         """
         aside = ("method", "inexact", "nonfinite", "versions", "budget", "options", "evidence")
         meaning = {k: v for k, v in asdict(self).items() if k not in aside and v is not None}
@@ -80,7 +81,7 @@ class Recipe:
         return canonical_json({k: v for k, v in table.items() if v is not None or k not in FORMAT_2})
 
     def to_metadata(self) -> dict[str, str]:
-        """The metadata of the file: the recipe, or in format 2 where it is; closed by the recipe's digest."""
+        """The metadata of the file: the recipe, or only the format in format 2, and the recipe's digest."""
         text = self.to_json()
         stated = text if self.format == 1 else canonical_json({"format": self.format})
         return {METADATA: stated, "blake3": blake3.blake3(text.encode()).hexdigest()}
@@ -90,7 +91,7 @@ FORMAT_2 = ("budget", "options", "evidence", "blocks", "base_blake3")
 
 
 def fingerprint(base: Mapping[str, Mapping[str, Any]]) -> str:
-    """One digest over the dtype, shape and whole BLAKE3 of every tensor of a base, by name."""
+    """One digest over the dtype, shape and full BLAKE3 of every tensor of a base, by name."""
     digest = blake3.blake3()
     for name, entry in sorted(base.items()):
         digest.update(canonical_json([name, entry["dtype"], entry["shape"], entry["blake3"]]).encode())
@@ -98,7 +99,7 @@ def fingerprint(base: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def tensor_line(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """What goes into the digest of the data before a tensor's bytes, so that no name or shape can change."""
+    """The line hashed before a tensor's bytes, so that names and shapes are covered by the digest."""
     return f"{name} {DTYPE_NAMES[dtype]} {list(shape)}\n".encode()
 
 
@@ -107,12 +108,12 @@ def canonical_json(value: Any) -> str:
 
 
 def recipe_from(table: Any) -> Recipe:
-    """A recipe out of JSON, the type and range of everything looked at: who forges it forges its digest, too.
+    """Parses a recipe from JSON, checking all types and ranges: a digest does not protect against forgery.
 
     Raises: DarexError saying what is wrong.
     """
     if not isinstance(table, dict):
-        raise DarexError("it is no table")
+        raise DarexError("it is not an object")
     first = table.get("format") == 1
     checks: dict[str, Callable[[Any], bool]] = {
         "format": lambda version: type(version) is int and version in FORMATS,
@@ -144,34 +145,34 @@ def recipe_from(table: Any) -> Recipe:
         }
     for name, valid in checks.items():
         if name not in table and name != "base_files":
-            raise DarexError(f"it has no {name}")
+            raise DarexError(f"'{name}' is missing")
         if not valid(table.get(name)):
-            raise DarexError(f"{name} is not what it should be")
+            raise DarexError(f"'{name}' is invalid")
     for name, entry in table["parameters"].items():
         if not (is_name(name) and isinstance(entry, dict)):
-            raise DarexError(f"a parameter {name!r:.60}")
+            raise DarexError(f"invalid parameter {name!r:.60}")
         if not _is_shape(entry.get("shape")):
-            raise DarexError(f"shape of '{name}'")
+            raise DarexError(f"invalid shape of '{name}'")
         if first and not (type(entry.get("q")) in (int, float) and is_q(entry["q"])):
-            raise DarexError(f"q of '{name}'")
+            raise DarexError(f"invalid q of '{name}'")
         if "dtype" in entry and not _is_dtype(entry["dtype"]):
-            raise DarexError(f"dtype of '{name}'")
+            raise DarexError(f"invalid dtype of '{name}'")
     for name, entry in table["base"].items():
         if not (is_name(name) and isinstance(entry, dict)):
-            raise DarexError(f"a tensor {name!r:.60} in the base")
+            raise DarexError(f"invalid tensor {name!r:.60} in the base")
         if not (_is_dtype(entry.get("dtype")) and _is_shape(entry.get("shape"))):
-            raise DarexError(f"dtype or shape of '{name}' in the base")
+            raise DarexError(f"invalid dtype or shape of '{name}' in the base")
         if not _is_digest(entry.get("blake3"), 64 if first else CUT):
-            raise DarexError(f"fingerprint of '{name}'")
+            raise DarexError(f"invalid fingerprint of '{name}'")
     named = [name for block in table.get("blocks") or () for name in block["parameters"]]
     if not first and (len(named) != len(set(named)) or set(named) != table["parameters"].keys()):
-        raise DarexError("the blocks hold other parameters than it names")
+        raise DarexError("its blocks and its list of parameters differ")
     recipe: dict[str, Any] = {
         f.name: table.get(f.name) for f in fields(Recipe) if not first or f.name not in FORMAT_2
     }
     recipe["key"] = tuple(table["key"])
     for part, known in (("parameters", ("shape", "q", "dtype")), ("base", ("dtype", "shape", "blake3"))):
-        # What else stands there was not looked at, and is not carried along.
+        # Other entries were not checked and are dropped.
         recipe[part] = {n: {k: entry[k] for k in known if k in entry} for n, entry in table[part].items()}
     return Recipe(**recipe)
 
@@ -197,7 +198,7 @@ def _is_digest(value: Any, digits: int = 64) -> bool:
 
 
 def _is_block(value: Any) -> bool:
-    """Whether it is one in outline; what its parameters and streams say is looked at as they are unpacked."""
+    """Checks a block's structure; its parameters and streams are checked when they are decoded."""
     if not (
         isinstance(value, dict) and _is_natural(value.get("bytes"), 2**48) and _is_digest(value.get("blake3"))
     ):
@@ -240,7 +241,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def is_q(value: Any) -> bool:
-    """Whether survivors can be divided by it: a number that, like its reciprocal, is a normal float32."""
+    """Whether it is a valid divisor: a positive number that, like its reciprocal, is a normal float32."""
     if isinstance(value, list | tuple):
         return False
     number = np.asarray(value)
@@ -252,8 +253,8 @@ def resolve_q(
 ) -> dict[str, float]:
     """`{name: q}` for every name; None is DARE's 1 - drop_rate.
 
-    Args: unused: names that a q may have, too: of parameters that are not pruned.
-    Raises: ValueError for a q that is missing, fits no name, or is no divisor.
+    Args: unused: further names that q may contain, of parameters that are not pruned.
+    Raises: ValueError for a q that is missing, has an unknown name, or is invalid.
     """
     if q is None:
         q = 1.0 - drop_rate
@@ -261,32 +262,30 @@ def resolve_q(
     missing = [name for name in names if name not in by_name]
     unknown = sorted(by_name.keys() - set(names) - set(unused))
     if missing or unknown:
-        faults = [f"there is no q for '{name}'" for name in missing[:4]]
-        faults += [f"there is no parameter for the q of {name!r:.80}" for name in unknown[:4]]
+        faults = [f"q has no entry for '{name}'" for name in missing[:4]]
+        faults += [f"q has {name!r:.80}, which is not a parameter" for name in unknown[:4]]
         raise DarexError("; ".join(faults) + ".")
     for name in names:
         if not is_q(by_name[name]):
-            raise DarexError(
-                f"q of '{name}' must be a positive number that float32 holds, got {by_name[name]}."
-            )
+            raise DarexError(f"q of '{name}' must be a positive float32 number, got {by_name[name]}.")
     return {name: float(by_name[name]) for name in names}
 
 
 def warn_of_little(
     drop_rate: float, q: Mapping[str, float], *, same: bool, survivors: int, stacklevel: int = 3
 ) -> None:
-    """Warns where an artifact is made as asked and hardly as meant.
+    """Warns about artifacts that are valid but probably not intended.
 
     Args:
-      same: the two models are equal in all that is pruned.
-      survivors: how many there are.
+      same: the models are equal in all pruned parameters.
+      survivors: the number of survivors.
     """
     texts = []
     if same:
         texts.append("every delta is zero: in what is pruned the fine-tuned model is the base.")
     if keep_threshold(drop_rate) == 0:
         texts.append(
-            f"a drop rate of {drop_rate} keeps nothing: 1 - drop rate is less than masks resolve, 2**-33."
+            f"a drop rate of {drop_rate} keeps nothing: 1 - drop rate is below the masks' resolution, 2**-33."
         )
     elif not survivors:
         texts.append(f"nothing survived the drop rate of {drop_rate}; the delta holds no values.")
@@ -294,14 +293,14 @@ def warn_of_little(
     if small:
         texts.append(
             f"q = {q[small[0]]:g} of '{small[0]}' is below 1 - drop rate = {1.0 - drop_rate:g}: survivors "
-            "become larger than DARE's rescaling makes them."
+            "become larger than with DARE's rescaling."
         )
     for text in texts:
         warnings.warn(text, DarexWarning, stacklevel=stacklevel)
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of Python, of what a mask or a value could depend on, and of `more` packages where installed."""
+    """Versions of Python, the packages that masks and values could depend on, and `more` if installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}

@@ -1,6 +1,4 @@
-"""Other stores: what an fsspec URL (`gs://`, `s3://`, ...) names is copied here to be read, and sent there
-once it is written.
-"""
+"""Remote storage: copies from and to fsspec URLs (`gs://`, `s3://`, ...)."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.files.atomic import is_model
 
-LAST = ("config.json", "_METADATA")  # a directory without them is no model: they are sent last
+LAST = ("config.json", "_METADATA")  # uploaded last: a directory without them is not a model
 
 
 def is_url(path: str) -> bool:
@@ -19,55 +17,55 @@ def is_url(path: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Copies a file, or a directory with all that is in it, into `folder`, under its own name.
+    """Downloads a file or directory into `folder`, under its own name.
 
-    Raises: FileError where there is nothing or it cannot be read; DarexError for a store that no installed
-      package knows.
+    Raises: FileError if it does not exist or cannot be read; DarexError for a protocol that no installed
+      package supports.
     """
     store, place = _open(url)
     name = PurePosixPath(place).name or "root"
     try:
         if not store.exists(place):
-            raise FileError(f"{url}: there is nothing.")
+            raise FileError(f"{url}: does not exist.")
         if not store.isdir(place):
             store.get_file(place, str(folder / name))
             return folder / name
         for found in store.find(place):
             relative = PurePosixPath(found).relative_to(place)
             if ".." in relative.parts:
-                raise FileError(f"{url}: holds a file called {str(relative)!r}.")
+                raise FileError(f"{url}: has a file named {str(relative)!r}, which is not a valid name here.")
             target = folder / name / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(found, str(target))
     except FileError:
         raise
-    except Exception as error:  # every store has its own
+    except Exception as error:  # every store has its own exceptions
         raise FileError(f"{url}: cannot be read ({_line(error)}).") from error
     return folder / name
 
 
 def check_target(url: str, read: Iterable[str], *, overwrite: bool) -> None:
-    """Whether a command may write there. Raises: FileError if it would replace what it reads, or a directory
-    that is not to be replaced or is no model's.
+    """Checks that a command may write there. Raises: FileError if it would replace an input, an existing path
+    without `overwrite`, or a directory that is not a model's.
     """
     store, place = _open(url)
     try:
         for other in read:
             source = _open(other)[1]
             if place == source or _inside(place, source) or _inside(source, place):
-                raise FileError(f"{url}: writing this would replace {other}; choose another place.")
+                raise FileError(f"{url}: writing this would replace {other}; choose another path.")
         if not store.isdir(place):
             return
         before = [PurePosixPath(found).relative_to(place) for found in store.find(place)]
     except FileError:
         raise
-    except Exception as error:  # every store has its own
-        raise FileError(f"{url}: cannot be looked at ({_line(error)}).") from error
+    except Exception as error:  # every store has its own exceptions
+        raise FileError(f"{url}: cannot be accessed ({_line(error)}).") from error
     if before and not overwrite:
-        raise FileError(f"{url}: already exists; choose another place, or pass --overwrite.")
+        raise FileError(f"{url}: already exists; choose another path, or pass --overwrite.")
     if before and not is_model({p.parts[0] for p in before if len(p.parts) == 1},
                                {p.parts[0] for p in before if len(p.parts) > 1}):  # fmt: skip
-        raise FileError(f"{url}: is no model directory and is not replaced; choose another place.")
+        raise FileError(f"{url}: is not a model directory and is not replaced; choose another path.")
 
 
 def _inside(place: str, folder: str) -> bool:
@@ -75,11 +73,11 @@ def _inside(place: str, folder: str) -> bool:
 
 
 def send(local: Path, url: str) -> None:
-    """Copies a file or a directory to where a URL says, in the place of what is there: see `check_target`.
+    """Uploads a file or directory to a URL, replacing what is there: see `check_target`.
 
-    A file takes the place of an older one at once where the store puts whole objects (gs, s3) and by renaming
-    elsewhere. A directory of an object store has no such moment: what made it a model, config.json, is taken
-    away first and sent last, so that one that was left half sent is not taken for whole.
+    A file is replaced atomically: object stores (gs, s3) put whole objects, elsewhere it is renamed. A
+    directory in an object store cannot be replaced atomically: its config.json is removed first and uploaded
+    last, so that a partial upload is not mistaken for a model.
 
     Raises: FileError if it cannot be written.
     """
@@ -102,7 +100,7 @@ def send(local: Path, url: str) -> None:
         for old in before - sent:
             if store.exists(old):
                 store.rm_file(old)
-    except Exception as error:  # every store has its own
+    except Exception as error:  # every store has its own exceptions
         raise FileError(f"{url}: cannot be written ({_line(error)}).") from error
 
 
@@ -127,7 +125,7 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise DarexError(f"{url}: {error}") from error
     except ValueError as error:
-        raise DarexError(f"{url}: no store is called so ({_line(error)}).") from error
+        raise DarexError(f"{url}: unknown protocol ({_line(error)}).") from error
     return store, str(place).rstrip("/")
 
 

@@ -1,6 +1,6 @@
-"""Restore a model from its base and an artifact, on disk or in memory, and verify an artifact.
+"""Restores a model from its base and an artifact, on disk or in memory; verifies artifacts.
 
-A chunk of a tensor at a time, on every core; the base's tensors are checked as they pass.
+One chunk of a tensor at a time, on all cores; the base's tensors are verified while they are read.
 """
 
 import json
@@ -58,21 +58,21 @@ def apply_artifact(
     orbax: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> int:
-    """`base + delta` as a complete Hugging Face directory, sharded like the base. Returns the bytes written.
+    """Writes `base + delta` as a complete Hugging Face directory, sharded like the base. Returns the bytes
+    written.
 
-    The directory appears whole or not at all; it is not forced to the disk, since base and delta restore it.
-    What it is made of are the very bytes that have the digests of the recipe.
+    The directory is written atomically, without fsync, since base and delta can restore it. It is made from
+    exactly the bytes that were verified against the recipe's digests.
 
     Args:
-      dtype: of all floating parameters. None: of each the fine-tune's own (the base's for a delta that does
-        not say). Where config.json names a dtype, it names the one that most of what is written has.
-      allow_changed_files: take the base's configuration and tokenizer files though they have changed.
-      orbax: write an orbax checkpoint, beside what else the directory holds; None is as the base is. The
-        disk then holds the weights twice for a while.
-    Raises: FileError if the base is not the one the delta was made from (the first tensor or file that
-      differs is named), or if the artifact is damaged or changes meanwhile; ValueError for a dtype that
-      is none.
-    Warns: DarexWarning if nothing is known of the base's files, or changed ones are allowed.
+      dtype: of all floating parameters. None: that of the fine-tuned model for each (the base's if the delta
+        does not state it). A dtype in config.json becomes that of most written entries.
+      allow_changed_files: use the base's configuration and tokenizer files even if they have changed.
+      orbax: write an orbax checkpoint beside the other files; None is the base's format. This temporarily
+        needs disk space for the weights twice.
+    Raises: FileError if the base is not the delta's (naming the first tensor or file that differs), or if the
+      artifact is damaged or changes meanwhile; ValueError for an invalid dtype.
+    Warns: DarexWarning if the base's files are not recorded, or changed ones are allowed.
     """
     keep_inputs(out, base, delta)
     check_base_tensors(base, delta)
@@ -122,11 +122,11 @@ def apply_artifact(
 def restored_params(
     base: Checkpoint, delta: DeltaFile, dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """`base + delta` in memory, one parameter at a time: the very bits that `apply_artifact` writes.
+    """`base + delta` in memory, one parameter at a time, bit for bit as `apply_artifact` writes it.
 
-    Yields: (name, array), a fresh array each, in the base's layouts.
-    Raises: FileError as `apply_artifact`; what was yielded before is then not to be used. Companion files are
-      not looked at: see `check_companions`.
+    Yields: (name, array), new arrays in the base's layouts.
+    Raises: FileError as `apply_artifact`; arrays yielded before must then not be used. Companion files are
+      not checked: see `check_companions`.
     """
     check_base_tensors(base, delta)
     layout = restored_layout(base, delta, dtype)
@@ -144,12 +144,12 @@ def restored_params(
 
 
 def restored_tensor(name: str, base: Checkpoint, delta: DeltaFile, dtype: np.dtype) -> np.ndarray:
-    """One parameter of the restored model, flat. Raises: FileError if the base's is another."""
+    """One parameter of the restored model, flat. Raises: FileError if the base's differs."""
     return np.concatenate(list(_restored_chunks(name, base, delta, dtype, lambda _: None)))
 
 
 def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> Layout:
-    """`{file: {name: (dtype, shape)}}` of the restored model, every file as the base has it.
+    """`{file: {name: (dtype, shape)}}` of the restored model, with the base's files.
 
     Args: dtype: of all floating parameters, as for `apply_artifact`.
     """
@@ -195,18 +195,18 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 
 
 def floating_dtype(dtype: Any) -> np.dtype | None:
-    """What was asked for, or None. Raises: ValueError for what parameters are not stored in."""
+    """The requested dtype, or None. Raises: ValueError if parameters cannot be stored in it."""
     wanted = None if dtype is None else np.dtype(dtype)
     if wanted is not None and (wanted not in DTYPE_NAMES or wanted.kind not in "fV"):
-        raise DarexError(f"parameters are restored in a floating dtype, not in {wanted}.")
+        raise DarexError(f"dtype must be floating, got {wanted}.")
     return wanted
 
 
 def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> None:
-    """Whether the companion files that a restored model takes from the base are those of the delta's making.
+    """Checks that the companion files inherited from the base are those that the delta was made with.
 
-    Raises: FileError naming the first one that is not, unless that is allowed.
-    Warns: DarexWarning where the delta does not say, or where it is allowed.
+    Raises: FileError naming the first one that differs, unless that is allowed.
+    Warns: DarexWarning if the delta does not record them, or differences are allowed.
     """
     _taken(base, delta, allow_changed_files)
 
@@ -214,29 +214,29 @@ def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool 
 def restore_companions(
     base: Path, delta: DeltaFile, folder: Path, *, allow_changed_files: bool = False
 ) -> None:
-    """Writes the restored model's companion files: the base's, checked, and over them the delta's own.
+    """Writes the restored model's companion files: the base's, checked, overridden by the delta's own.
 
-    Raises: as `check_companions`. The delta's own are sound only once `delta.check_data` has been called.
+    Raises: as `check_companions`. The delta's own are verified by `delta.check_data` only.
     """
     for name, content in read_companions(base, delta, allow_changed_files=allow_changed_files).items():
         (folder / name).write_bytes(content)
 
 
 def read_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> dict[str, bytes]:
-    """`restore_companions` in memory: contents by the file's name."""
+    """`restore_companions` in memory: contents by file name."""
     own = {name: delta.read(f"file/{name}").tobytes() for name in delta.names("file")}
     return _taken(base, delta, allow_changed_files) | own
 
 
 def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
-    """What the restored model takes from the base, by the file's name; checked as `check_companions` says."""
+    """The files inherited from the base, by name; checked as in `check_companions`."""
     own, stated = set(delta.names("file")), delta.recipe.base_files
     found = {file.name: read_bytes(file) for file in companion_files(base) if file.name not in own}
     if stated is None:
         if found:
             text = (
-                f"{delta.path}: does not say what the base's {', '.join(found)} held when it was made; "
-                f"{'they are' if len(found) > 1 else 'it is'} taken as found."
+                f"{delta.path}: does not record the base's {', '.join(found)}; "
+                f"{'they are' if len(found) > 1 else 'it is'} used without a check."
             )
             warnings.warn(text, DarexWarning, stacklevel=4)
         return found
@@ -245,12 +245,12 @@ def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str,
         if name in own or digest == stated.get(name):
             continue
         if name not in found:
-            what = "is missing; it was there"
+            what = "is missing; it existed"
         else:
-            what = "held something else" if name in stated else "was not there"
-        fault = f"{base / name}, which the restored model takes over, {what} when {delta.path} was made"
+            what = "was different" if name in stated else "did not exist"
+        fault = f"{base / name}, which the restored model inherits, {what} when {delta.path} was made"
         if not allow_changed_files:
-            raise FileError(f"{fault}; --allow-changed-files (allow_changed_files=True) carries on.")
+            raise FileError(f"{fault}; --allow-changed-files (allow_changed_files=True) ignores that.")
         warnings.warn(f"{fault}: allowed.", DarexWarning, stacklevel=4)
     return found
 
@@ -261,7 +261,7 @@ def layout_bytes(layout: Layout) -> int:
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """What lies where; not beside one file of the usual name, which is found without."""
+    """Writes the index of a sharded model; a single file with the usual name needs none."""
     if layout.keys() == {SINGLE}:
         return
     weight_map = {name: file_name for file_name, tensors in layout.items() for name in tensors}
@@ -270,10 +270,10 @@ def write_index(folder: Path, layout: Layout) -> None:
 
 
 def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout, source: Path) -> None:
-    """Where config.json names a dtype, it is to be the one that most floating entries have.
+    """Updates a dtype in config.json to that of most floating entries.
 
-    Args: folder: of the model that is written; config: its config.json as it stands; layout: its tensors;
-      source: whose config.json it is.
+    Args: folder: of the model that is written; config: its current config.json; layout: its tensors; source:
+      the model that config.json came from, for errors.
     Raises: FileError for a config that is nested too deeply.
     """
     entries: Counter[str] = Counter()
@@ -285,7 +285,7 @@ def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout, source: 
     if count and stale:
         try:
             text = json.dumps({**config, **dict.fromkeys(stale, name)}, indent=2)
-        except RecursionError as error:  # what is just not too deep for the reader is for the writer
+        except RecursionError as error:  # the writer recurses deeper than the reader
             raise FileError(f"{source}: its config.json is nested too deeply.") from error
         (folder / "config.json").write_text(text + "\n")
 
@@ -298,13 +298,13 @@ def verify_artifact(
     allow_changed_files: bool = False,
     max_entries: int | None = None,
 ) -> dict[str, Any]:
-    """Digests, the mask again from its key, and with `base` its fingerprint.
+    """Verifies digests, recomputes the masks from the key, and with `base` checks its fingerprint.
 
     Args:
-      allow_changed_files: of the base, as for `apply_artifact`.
-      max_entries: of all masks, where there is no base whose shapes they must have. None: 2**36, and no more
-        than 8,192 for each byte of the file, so that a small file cannot keep this busy for days.
-    Returns: what was checked. Raises: FileError naming the first thing that is wrong.
+      allow_changed_files: as for `apply_artifact`.
+      max_entries: most entries of all masks if there is no base to confirm the shapes. None: 2**36, and at
+        most 8,192 for each byte of the file, so that a small file cannot take days to verify.
+    Returns: the checks and their results. Raises: FileError naming the first problem.
     Warns: as `check_companions`.
     """
     if base is None:
@@ -326,14 +326,14 @@ def verify_artifact(
     return {
         "digest": "ok",
         "mask": f"ok, {len(delta.recipe.parameters)} parameters, {entries} entries",
-        "base": "ok" if base is not None else "not checked (give --base)",
+        "base": "ok" if base is not None else "not checked (pass --base)",
     }
 
 
 def _restored_chunks(
     name: str, base: Checkpoint, delta: DeltaFile, dtype: np.dtype, progress: Progress
 ) -> Iterator[np.ndarray]:
-    """One parameter of the restored model in pieces; the base's tensor is checked on the way."""
+    """One parameter of the restored model in chunks; verifies the base's tensor while reading it."""
     base_name = delta.base_name(name)
     stored = base.tensors.get(base_name)
     if stored is not None and base_name in delta.recipe.base:
@@ -363,7 +363,7 @@ def _hashed_chunks(stored: StoredTensor, digest: Any, progress: Progress) -> Ite
 def _summed_chunks(
     name: str, chunks: Iterator[np.ndarray], delta: DeltaFile, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """base + values / q, chunk by chunk: the same arithmetic as `prune` then `apply_delta`."""
+    """base + values / q in chunks: the same arithmetic as `prune` followed by `apply_delta`."""
     for chunk, (kept, pruned) in zip(chunks, delta.chunks_of(name), strict=True):
         kept_base = chunk[kept]
         with np.errstate(invalid="ignore", over="ignore"):
@@ -379,7 +379,7 @@ def _summed_chunks(
 
 
 def _cast(name: str, chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Raises: FileError if a finite number becomes infinite."""
+    """Casts a chunk. Raises: FileError if a finite number becomes infinite."""
     if chunk.dtype == dtype:
         return chunk
     with np.errstate(invalid="ignore", over="ignore"):
@@ -391,18 +391,18 @@ def _cast(name: str, chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _does_not_fit(name: str, dtype: np.dtype, when: str) -> FileError:
     return FileError(
-        f"'{name}' does not fit {dtype} once {when}; apply with a wider --dtype, or prune with a larger --q."
+        f"'{name}' overflows {dtype} when {when}; apply with a wider --dtype, or prune with a larger --q."
     )
 
 
 def _unused(base: Checkpoint, delta: DeltaFile, layout: Layout) -> list[str]:
-    """The base's tensors that no restored parameter is made from."""
+    """The base's tensors that are not used for any restored parameter."""
     used = {delta.base_name(name) for tensors in layout.values() for name in tensors}
     return [name for name in base.tensors if name not in used]
 
 
 def check_base_tensors(base: Checkpoint, delta: DeltaFile) -> None:
-    """The cheap part of the fingerprint, before any weight is read."""
+    """Checks the names, shapes and dtypes of the fingerprint, before any weight is read."""
     for name, entry in delta.recipe.base.items():
         stored = base.tensors.get(name)
         if stored is None:
@@ -421,17 +421,17 @@ def check_base_tensors(base: Checkpoint, delta: DeltaFile) -> None:
 
 
 def check_digest(delta: DeltaFile, base_name: str, digest: str) -> None:
-    """Raises: FileError if a tensor of the base has not the digest that the delta's recipe states."""
+    """Raises: FileError if the digest of a base tensor differs from the recipe's."""
     stated = delta.recipe.base[base_name]["blake3"]
     delta.base_digests[base_name] = digest
     if stated != digest[: len(stated)]:
         raise FileError(
-            f"this is not the base that {delta.path} was made from: '{base_name}' holds other numbers."
+            f"this is not the base that {delta.path} was made from: '{base_name}' has other values."
         )
 
 
 def check_fingerprint(base: Checkpoint, delta: DeltaFile) -> None:
-    """The whole of it, where the recipe has only the beginnings of the tensors' digests."""
+    """Checks the full fingerprint, since format 2 stores tensors' digests cut."""
     whole = {n: entry | {"blake3": delta.base_digests[n]} for n, entry in delta.recipe.base.items()}
     if delta.recipe.base_blake3 not in (None, fingerprint(whole)):
-        raise FileError(f"{base.path} is not the base of {delta.path}: its fingerprint is another.")
+        raise FileError(f"{base.path} is not the base of {delta.path}: its fingerprint differs.")

@@ -1,7 +1,7 @@
-"""safetensors files read and written in pieces: only a chunk of a tensor is ever in memory.
+"""Reads and writes safetensors files in chunks, without holding whole tensors in memory.
 
-The format is the one of the `safetensors` library, which reads what this writes and the other way round.
-A header is not believed: every claim in it is checked against the file before a byte is allocated.
+The format is compatible with the `safetensors` library in both directions. Headers are not trusted: every
+claim is checked against the file before memory is allocated.
 """
 
 import json
@@ -40,14 +40,14 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 1 << 20  # elements of a tensor that are held at a time
+CHUNK = 1 << 20  # elements of a tensor per chunk
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
-MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are walked recursively
+MAX_NAME = 500  # characters; every dot is a level of nesting, and PyTrees are traversed recursively
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` counts from the start of the file, in bytes."""
+    """The position of a tensor: `offset` is in bytes from the start of the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -70,9 +70,9 @@ def element_count(shape: tuple[int, ...]) -> int:
 
 
 class TensorFile(ABC):
-    """Tensors by name that are read in pieces.
+    """A file of named tensors that can be read in chunks.
 
-    Attributes: path: where they lie; tensors: what each is; metadata: texts that are stored beside them.
+    Attributes: path: of the file; tensors: their infos by name; metadata: stored strings.
     """
 
     path: Path
@@ -85,16 +85,16 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor under one slice an axis, a fresh array; no other byte is read.
+        """A slice of a tensor, one slice per axis, as a new array; no other byte is read.
 
-        Args: index: as NumPy takes it, with steps of 1.
+        Args: index: NumPy slices with step 1.
         """
 
     @abstractmethod
     def close(self) -> None: ...
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """A tensor's elements in pieces of at most `CHUNK`, 1-D; the array is reused."""
+        """A tensor's elements in 1-D chunks of at most `CHUNK`; the array is reused."""
         buffer = np.empty(min(info.size, CHUNK), info.dtype)
         for start in range(0, info.size, CHUNK):
             chunk = buffer[: min(CHUNK, info.size - start)]
@@ -102,7 +102,7 @@ class TensorFile(ABC):
             yield chunk
 
     def read(self, name: str) -> np.ndarray:
-        """One whole tensor, a fresh array."""
+        """One whole tensor, a new array."""
         info = self.tensors[name]
         out = np.empty(info.size, info.dtype)
         self.read_into(info, 0, out)
@@ -116,9 +116,9 @@ class TensorFile(ABC):
 
 
 class SafetensorsFile(TensorFile):
-    """One open safetensors file: `tensors` by name, `metadata`, and reads of any stretch of a tensor.
+    """One open safetensors file: `tensors` by name, `metadata`, and reads of any range of a tensor.
 
-    Raises: FileError if the file is damaged, truncated, or its header does not hold together.
+    Raises: FileError if the file is damaged, truncated, or its header is inconsistent.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -145,7 +145,7 @@ class SafetensorsFile(TensorFile):
     def read_part(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(length)[part] for length, part in zip(info.shape, index, strict=True)]
         shape = tuple(len(r) for r in ranges)
-        # Behind the last axis that is cut, and so in each of these runs, the file is contiguous.
+        # Each of these runs is contiguous in the file: they start after the last sliced axis.
         cut = max((axis for axis in range(len(shape)) if shape[axis] < info.shape[axis]), default=0)
         out = np.empty(shape, info.dtype)
         runs = out.reshape(element_count(shape[:cut]), element_count(shape[cut:]))
@@ -171,9 +171,9 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
     except DarexError as error:
         raise FileError(f"{path}: damaged header ({error}).") from error
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: damaged header (it is no JSON).") from error
+        raise FileError(f"{path}: damaged header (it is not JSON).") from error
     if not isinstance(header, dict):
-        raise FileError(f"{path}: damaged header (it is not a table of tensors).")
+        raise FileError(f"{path}: damaged header (it is not an object).")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: damaged header (__metadata__ is not text).")
@@ -185,7 +185,7 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
         end += info.nbytes
     if end != file_size:
         kind = "cut off" if end > file_size else "longer than its header says"
-        raise FileError(f"{path}: the file is {kind}: {file_size} bytes where {end} are declared.")
+        raise FileError(f"{path}: the file is {kind}: {file_size} bytes, {end} declared.")
     return tensors, metadata
 
 
@@ -202,34 +202,35 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
     if len(name) > MAX_NAME or not name.isprintable():
-        raise FileError(f"{path}: damaged header (a tensor is called {name[:80]!a}).")
+        raise FileError(f"{path}: damaged header (invalid tensor name {name[:80]!a}).")
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
-        raise FileError(f"{path}: damaged header (entry of tensor '{name}').")
+        raise FileError(f"{path}: damaged header (invalid entry of tensor '{name}').")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and len(shape) <= 32 and all(map(natural, shape))):
-        raise FileError(f"{path}: damaged header (shape of tensor '{name}').")
+        raise FileError(f"{path}: damaged header (invalid shape of tensor '{name}').")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(natural, offsets))):
-        raise FileError(f"{path}: damaged header (offsets of tensor '{name}').")
+        raise FileError(f"{path}: damaged header (invalid offsets of tensor '{name}').")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise FileError(f"{path}: tensor '{name}' has the unsupported dtype {entry['dtype']!r}.")
     info = TensorInfo(DTYPES[entry["dtype"]], tuple(shape), data_start + offsets[0])
-    if math.prod(filter(None, shape)) * info.dtype.itemsize >= 2**63:  # an empty tensor may lie like this
-        raise FileError(f"{path}: damaged header (shape of tensor '{name}').")
+    # Without the zeros: an empty tensor may have large axes as well.
+    if math.prod(filter(None, shape)) * info.dtype.itemsize >= 2**63:
+        raise FileError(f"{path}: damaged header (invalid shape of tensor '{name}').")
     if info.nbytes != offsets[1] - offsets[0]:
-        raise FileError(f"{path}: damaged header (tensor '{name}' does not have the size of its shape).")
+        raise FileError(f"{path}: damaged header (the size of tensor '{name}' does not match its shape).")
     return info
 
 
 def encode_header(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str], length: int = 0
 ) -> bytes:
-    """The first bytes of a file whose tensors follow in this order.
+    """The header of a file with these tensors in this order.
 
-    Args: length: pad to so many bytes in all.
-    Raises: ValueError for a tensor with the one name that the format keeps for itself.
+    Args: length: pad to this many bytes in all.
+    Raises: ValueError for a tensor with the format's reserved name.
     """
     if "__metadata__" in tensors:
-        raise DarexError("'__metadata__' is not a name that a tensor can have in a safetensors file.")
+        raise DarexError("'__metadata__' is a reserved name in safetensors files; rename the tensor.")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -251,7 +252,7 @@ def as_bytes(array: np.ndarray) -> memoryview:
 
 
 def write_at(file: int, data: bytes | memoryview | np.ndarray, position: int) -> int:
-    """Writes all of `data` at `position`; returns the position behind it."""
+    """Writes all of `data` at `position`; returns the position after it."""
     view = as_bytes(data) if isinstance(data, np.ndarray) else memoryview(data)
     while len(view):
         count = os.pwrite(file, view, position)
@@ -262,7 +263,7 @@ def write_at(file: int, data: bytes | memoryview | np.ndarray, position: int) ->
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named arrays, NumPy's or JAX's, atomically; on the host is one of them at a time.
+    """Writes named NumPy or JAX arrays atomically, copying one at a time to the host.
 
     The widest dtypes come first, so that every tensor is aligned.
     """
@@ -270,11 +271,11 @@ def write_tensors(
     header = encode_header({n: (a.dtype, a.shape) for n, a in ordered.items()}, metadata or {})
     with atomic_file(path) as file:
         position = write_at(file, header, 0)
-        for array in ordered.values():  # no name holds the host's copy while the next one is made
+        for array in ordered.values():  # no variable keeps the host copy alive while the next one is made
             position = write_at(file, on_host(array), position)
 
 
 def on_host(array: Any) -> np.ndarray:
-    """An array, NumPy's or JAX's, as a contiguous one of NumPy's that nothing else holds on to."""
-    # A sharded JAX array keeps the host copy it is asked for; its own copy takes that along when it goes.
+    """A NumPy or JAX array as a contiguous NumPy array without other references."""
+    # A sharded JAX array caches its host copy; a temporary copy of the array frees the cache with it.
     return np.ascontiguousarray(array if isinstance(array, np.ndarray) else np.asarray(array.copy()))

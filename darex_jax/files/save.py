@@ -1,4 +1,4 @@
-"""A delta in memory as an artifact of format 1."""
+"""Writes a delta in memory as an artifact of format 1."""
 
 import os
 from typing import Any
@@ -23,15 +23,15 @@ def save_delta(
     *,
     base: Any,
 ) -> Recipe:
-    """Prunes a delta and writes the artifact, whole or not at all; `darex apply` and `load_delta` read it.
+    """Prunes a delta and writes the artifact atomically, for `darex apply` and `load_delta`.
 
     Args:
       key: scalar typed Threefry key.
-      delta: tree of floating arrays, not yet pruned; values are stored in its leaves' dtypes.
+      delta: tree of floating arrays, before pruning; values are stored in its leaves' dtypes.
       drop_rate, q: as in `prune`; q a number, or one per leaf as a tree or a dict by name.
-      base: the tree the delta belongs to, fingerprinted; the names and shapes of `delta`, and maybe more.
-        The restored parameters have its dtypes, as after `apply_delta`.
-    Raises: ValueError for arguments out of range, or a delta or a q that do not fit.
+      base: the tree that the delta belongs to, fingerprinted; it has all names of `delta` with the same
+        shapes. The restored parameters have its dtypes, as after `apply_delta`.
+    Raises: ValueError for arguments out of range, or a delta or a q that does not match.
     """
     import jax
 
@@ -44,12 +44,12 @@ def save_delta(
     bases = {name: np.asarray(leaf) for name, leaf in flatten_names(base).items()}
     for name, leaf in bases.items():
         if not is_name(f"values/{name}"):
-            raise DarexError(f"{name[:80]!a} is not a name that a parameter can have in a file.")
+            raise DarexError(f"{name[:80]!a} is not a valid parameter name in a file.")
         if leaf.dtype not in DTYPE_NAMES:
-            raise DarexError(f"'{name}' of the base is {leaf.dtype}, which an artifact cannot hold.")
+            raise DarexError(f"'{name}' of the base is {leaf.dtype}, which an artifact cannot store.")
     for name, leaf in deltas.items():
         if name not in bases or bases[name].shape != leaf.shape:
-            raise DarexError(f"'{name}' of the delta has no base of its shape {list(leaf.shape)}.")
+            raise DarexError(f"'{name}' of the delta has no base parameter of shape {list(leaf.shape)}.")
         if leaf.dtype not in DTYPE_NAMES or leaf.dtype.kind not in "fV":  # bfloat16 is of kind V
             raise DarexError(
                 f"'{name}' of the delta holds {leaf.dtype}: only floating parameters are pruned."
@@ -63,7 +63,7 @@ def save_delta(
         kept = survivor_indices(leaf_key, deltas[name].size, threshold)
         tensors[f"values/{name}"] = deltas[name].reshape(-1)[kept]
     digest = blake3.blake3()
-    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # the order in the file
+    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):  # file order
         digest.update(tensor_line(name, tensors[name].dtype, tensors[name].shape))
         digest.update(as_bytes(tensors[name]))
     recipe = Recipe(

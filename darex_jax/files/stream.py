@@ -1,4 +1,4 @@
-"""What pruning and restoring share: work on every core in order, a chunk of a tensor at a time."""
+"""Streaming helpers of pruning and restoring: ordered parallel work on chunks of tensors."""
 
 import os
 from collections import deque
@@ -18,8 +18,8 @@ from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint, StoredTensor
 from darex_jax.files.safetensors import SafetensorsFile, as_bytes
 
-Progress = Callable[[int], None]  # called with the number of bytes that are done
-WAITING = 32  # results, chunks of tensors say, that wait for their turn: 128 MB of float32
+Progress = Callable[[int], None]  # called with the number of bytes processed
+WAITING = 32  # buffered results per item; as chunks of tensors 128 MB of float32
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -29,7 +29,7 @@ def keep_inputs(
 ) -> None:
     """Raises: FileError if writing `out` would replace an input, or a file of one."""
     target = Path(out).resolve()
-    beside = Path(out).parent.resolve() / Path(out).name  # what is replaced, if `out` is a link
+    beside = Path(out).parent.resolve() / Path(out).name  # the link itself is replaced, if `out` is one
     for read in inputs:
         path = read if isinstance(read, Path) else read.path
         source = path.resolve()
@@ -37,7 +37,7 @@ def keep_inputs(
         is_input = target == source or target in source.parents
         is_part = beside.parent == source and (beside.suffix != ".safetensors" or beside.name in weights)
         if is_input or (is_part and beside.exists()):
-            raise FileError(f"{out}: writing this would replace {path}; choose another place.")
+            raise FileError(f"{out}: writing this would replace {path}; choose another path.")
 
 
 def tensor_digest(tensor: StoredTensor, progress: Progress) -> str:
@@ -51,7 +51,7 @@ def tensor_digest(tensor: StoredTensor, progress: Progress) -> str:
 
 def count_nonfinite(values: np.ndarray) -> int:
     """How many entries of a 1-D float array are NaN or infinite."""
-    if values.dtype.itemsize == 2:  # by their bits: NumPy has no fast path for half precision
+    if values.dtype.itemsize == 2:  # by bits: NumPy has no fast path for half precision
         exponent = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
         return int(np.count_nonzero((values.view(np.uint16) & exponent) == exponent))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -61,7 +61,7 @@ def count_nonfinite(values: np.ndarray) -> int:
 
 
 def difference(fine: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """`fine - base`, float32, or float64 where one of them is."""
+    """`fine - base`, float32, or float64 if either is."""
     dtype = working_dtype(fine.dtype, base.dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         return fine.astype(dtype) - base.astype(dtype)
@@ -70,13 +70,13 @@ def difference(fine: np.ndarray, base: np.ndarray) -> np.ndarray:
 def in_order(
     pool: ThreadPoolExecutor, make: Callable[[Item], Iterator[Result]], items: Iterable[Item]
 ) -> Generator[tuple[Item, Iterator[Result]]]:
-    """Runs one generator an item on the pool and hands on what they make in the order of the items.
+    """Runs one generator per item on the pool and yields their results in the order of the items.
 
-    Results that wait for their turn are few, however many an item has: whoever is too far ahead waits. Take
-    all of an item's results before the next item, and close this iterator before the pool, which else waits
-    for those who wait.
+    The number of buffered results is bounded: generators that are too far ahead block. Consume all results of
+    an item before the next item, and close this iterator before the pool, which would otherwise wait for
+    blocked generators.
 
-    Args: make: `item` -> what is made of it; no result may be None.
+    Args: make: item -> generator of results, which may not be None.
     """
     ahead = 2 * (os.cpu_count() or 1)
     room = max(1, WAITING // ahead)
@@ -101,7 +101,7 @@ def in_order(
     def take(future: Future[None], results: Queue[Result | None]) -> Iterator[Result]:
         while (result := results.get()) is not None:
             yield result
-        future.result()  # raises what the generator raised
+        future.result()  # re-raises the generator's exception
 
     waiting: deque[tuple[Item, Future[None], Queue[Result | None]]] = deque()
     try:
@@ -122,7 +122,7 @@ def in_order(
 
 
 def run_all(pool: ThreadPoolExecutor, function: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Runs a function on every item. When this ends, even by what one of them raised, no thread works."""
+    """Runs a function on every item; no thread is still working when this returns or raises."""
     futures = [pool.submit(function, item) for item in items]
     try:
         for future in futures:
