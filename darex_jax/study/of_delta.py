@@ -689,16 +689,12 @@ def _summary(facts: Mapping[str, Any], restored: int, total: Leaf, scores: Score
 def _score_sentence(scores: Scores) -> str:
     index, name = (0, scores.metric) if scores.metric else (1, scores.agreement)
     numbers = {k: v[index] for k, v in scores.of.items()}
-    words = f"On {scores.source}, the restored model has {numbers['restored']:.3f} {name}"
-    others = [
-        f"{k} {numbers[k]:.3f}"
-        for k in ("fine-tuned", "base alone")
-        if math.isfinite(numbers.get(k, math.nan))
-    ]
-    words += f" ({', '.join(others)})" if others else ""
+    order = ("restored", "fine-tuned", "base alone")
+    told = [f"{numbers[k]:.3f} {k}" for k in order if math.isfinite(numbers.get(k, math.nan))]
+    words = f"{name[:1].upper()}{name[1:]} on {scores.source}: {', '.join(told)}"
     agrees = scores.of["restored"][1]
     if index == 0 and math.isfinite(agrees):
-        words += f"; {scores.agreement} with the fine-tuned model: {agrees:.3f}"
+        words += f"; {scores.agreement} with the fine-tuned model {agrees:.3f}"
     return words + "."
 
 
