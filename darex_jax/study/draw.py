@@ -11,8 +11,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from darex_jax.study.shown import Figure, Series
 
 WIDE, NARROW = 540, 330  # user units; a page shows the second where there is no room for the first
-COLOURS = 8  # classes s0, s1, ... of series; marks change, too, so that no series is told by colour alone
-MARKS = (
+COLOURS = 8  # classes s0, s1, ... of series
+MARKS = (  # one fewer than colours: 56 series have a pair of their own
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
     "M-3.6,-3.6h7.2v7.2h-7.2z",
     "M0,-5L4.6,3.4H-4.6z",
@@ -20,7 +20,6 @@ MARKS = (
     "M0,5L4.6,-3.4H-4.6z",
     "M-1.4,-4.6h2.8v3.2h3.2v2.8h-3.2v3.2h-2.8v-3.2h-3.2v-2.8h3.2z",
     "M-5,-2h10v4h-10z",
-    "M-2,-5h4v10h-4z",
 )
 LETTER = 6.9  # about the width of one, at 12.5 units
 FEW = 8  # x values that are all named on the axis
@@ -105,7 +104,7 @@ def _axis(values: Sequence[float], log: bool, start: float, stop: float, ticks: 
         marks = [d * 10.0**k for k in decades for d in digits if k % every == 0]
         where = [v for v in marks if a <= math.log10(v) <= b]
         return _Axis(lambda v: start + (math.log10(v) - a) / (b - a) * (stop - start), where)
-    if pad and 0 <= low <= 0.5 * high:
+    if pad and 0 <= low <= 0.25 * high:
         low = 0.0
     if high - low < 1e-12 * max(abs(high), abs(low), 1e-30):
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
@@ -149,7 +148,9 @@ def _draw_lines(svg: Element, figure: Figure, width: int) -> float:
         _add(svg, "text", number_text(tick), x=x.at(tick), y=height - bottom + 19, class_="tick middle")
     _add(svg, "line", x1=left, x2=width - right, y1=height - bottom, y2=height - bottom, class_="base")
     _add(svg, "text", figure.x_label, x=(left + width - right) / 2, y=height - 6, class_="axis middle")
-    _draw_levels(svg, figure, y, left, width - right)
+    for _, value in figure.levels:
+        if _drawable(value, figure.log_y):
+            _add(svg, "line", x1=left, x2=width - right, y1=y.at(value), y2=y.at(value), class_="level")
     for number, series in enumerate(figure.series):
         group = _add(svg, "g", class_=f"series {_colour(number)}", data_series=number)
         points = [
@@ -173,17 +174,17 @@ def _draw_lines(svg: Element, figure: Figure, width: int) -> float:
             name = f"{series.name}: " if series.name else ""
             where = f"{figure.x_label} {number_text(series.x[i])}"
             _add(hit, "title", f"{name}{_value_text(series, i)} ({where})")
+    _name_levels(svg, figure, y, width - right)
     return height
 
 
-def _draw_levels(svg: Element, figure: Figure, y: _Axis, left: float, right: float) -> None:
-    """Lines across, each with its name over it, or under it where another name is in the way."""
+def _name_levels(svg: Element, figure: Figure, y: _Axis, right: float) -> None:
+    """The name of each line across over its end, higher where another name is in the way."""
     before = math.inf
     for name, value in sorted(figure.levels, key=lambda level: level[1]):
         if not _drawable(value, figure.log_y):
             continue
         place = y.at(value)
-        _add(svg, "line", x1=left, x2=right, y1=place, y2=place, class_="level")
         text = place - 5 if before - (place - 5) >= 13 else before - 13
         _add(svg, "text", f"{name} {number_text(value)}", x=right, y=text, class_="note end")
         before = text

@@ -33,7 +33,7 @@
   const number = (text) => parseFloat(text.replace(/[,\s]/g, "").replace(/^1\//, ""));
   for (const head of document.querySelectorAll(".tabled thead th")) { // sorted by a column
     const body = head.closest("table").tBodies[0];
-    if (body.rows.length < 4) continue;
+    if (body.rows.length < 4 || head.querySelector(".hidden")) continue;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);

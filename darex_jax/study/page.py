@@ -15,8 +15,11 @@ from darex_jax.study.shown import Figure, Finding, Page, Section, Table
 
 MARKS = {"held": "✓", "held partly": "◐", "not seen": "✕", "not testable here": "○"}
 LONG = 24  # rows from which on a table is folded
-NUMBER = re.compile(r"[-+]?(?:1/)?\d[\d.,]*(?:\D10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+|e[-+]?\d+)?\s?(?:[%x]|[kMG]?B|m?s)?")
+NUMBER = re.compile(
+    r"[-+]?(?:1/)?\d[\d.,]*(?:\D10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+|e[-+]?\d+)?\s?(?:[%x]|[kMG]?B|m?s)?(?: \([\d.]+\))?"
+)
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"https://[^\s<>\"']+")
 
 
@@ -31,7 +34,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
 def html_of(page: Page) -> str:
     """A page as HTML. Its texts may be anybody's: all are escaped, none can bring in markup or a script."""
     from jinja2 import Environment
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     def shown(value: Any) -> Any:
         return _printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -42,6 +45,9 @@ def html_of(page: Page) -> str:
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, finalize=shown)
+    environment.filters["prose"] = lambda text: Markup(
+        CODE.sub(r"<code>\1</code>", str(escape(_printable(text))))
+    )
     return environment.from_string(template).render(
         page=page,
         sections=[_section(section, Markup) for section in page.sections],
