@@ -398,16 +398,16 @@ def test_what_is_wrong_is_explained():
     transform = dx.adamr(1e-3)
     params = random_tree(0)
     state = transform.init(params)
-    with pytest.raises(ValueError, match=r"given no pretrained: call update\(grads, state, params, pret"):
+    with pytest.raises(ValueError, match=r"needs pretrained: call update\(grads, state, params, pret"):
         transform.update(params, state, params)
-    with pytest.raises(ValueError, match="given no params"):
+    with pytest.raises(ValueError, match="needs params"):
         transform.update(params, state, pretrained=params)
     with pytest.raises(
-        ValueError, match="no parameter has a pretrained value: the parameters are called body"
+        ValueError, match="no parameter has a pretrained value: the parameters are named body"
     ):
         transform.update(params, state, params, pretrained={"bert": params})
     other = params | {"head": {"weight": jnp.zeros((2, 7))}}
-    with pytest.raises(ValueError, match=r"'head.weight' is \(3, 7\), its pretrained value \(2, 7\); leave"):
+    with pytest.raises(ValueError, match=r"'head.weight' is \(3, 7\), its pretrained value \(2, 7\); remove"):
         transform.update(params, state, params, pretrained=other)
     with pytest.raises(ValueError, match="norm is 'l2' or 'l1', got 'l3'"):
         dx.adamr(1e-3, norm="l3")

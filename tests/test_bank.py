@@ -170,7 +170,7 @@ def test_on_a_mesh_it_is_the_same(encoders):
 def test_what_does_not_go_together_is_refused(tmp_path, encoders, folders):
     base, files = encoders
     bank = filled(base, {"svd": files["svd"]})
-    with pytest.raises(DarexError, match="no delta 'other' in the bank; there are: svd"):
+    with pytest.raises(DarexError, match="no delta 'other' in the bank, which has: svd"):
         bank.activate("other")
     with pytest.raises(DarexError, match="no delta 'other'"):
         bank.mixed(["svd", "other"])
@@ -180,7 +180,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, encoders, folders):
     name = "encoder.layer.0.output.dense.weight"
     flat = flatten_names(params)
     changed = jax.tree.map(lambda x: x + 1 if x is flat[name] else x, params)
-    with pytest.raises(DarexError, match=r"another base; '.*layer\.0\.output\.dense\.weight' is not"):
+    with pytest.raises(DarexError, match=r"another base: '.*layer\.0\.output\.dense\.weight' differs"):
         dx.DeltaBank(model, changed).add("svd", files["svd"])
     wider = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     with pytest.raises(DarexError, match="another base"):
@@ -219,7 +219,7 @@ def test_a_decoder_with_another_vocabulary_is_refused(tmp_path, folders):
             for n, x in flatten_names(params).items()}  # fmt: skip
     dx.save_params(tmp_path / "fine", unflatten_names(more), config.to_hf())
     delta = pruned(folders / "llama" / "base", tmp_path / "fine", tmp_path / "d", "-p", "0.5")
-    with pytest.raises(DarexError, match=r"which the base has as .* and no bank takes that"):
+    with pytest.raises(DarexError, match=r"which the base has as .* which a bank does not support"):
         filled(folders / "llama" / "base", {"d": delta})
 
 
@@ -367,9 +367,9 @@ def test_generate_takes_several_deltas(stored, folders):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--task", "opinions", "--task", "opinions"], "several --task go with as many --delta"),
+    (["--task", "opinions", "--task", "opinions"], "several --task need as many --delta"),
     (["--delta", "bert-magnitude", "--delta", "bert-magnitude"], "a delta is named twice"),
-    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype goes with"),
+    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype supports only one"),
     (["--delta", "bert-magnitude", "--delta", "bert-structured", *["--task", "x"] * 3], "3 tasks for 2"),
     (["--delta", "bert-magnitude", "--delta", "llama-structured"], "this one has no 'model.layers"),
 ])  # fmt: skip

@@ -136,7 +136,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(bert, whole, tmp_path):
     before = read_metrics(metrics)
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert f"going on with the run in {tmp_path / 'killed.run'}" in done.stderr
+    assert f"resuming the run in {tmp_path / 'killed.run'}" in done.stderr
     assert weights(tmp_path / "killed") == weights(out)
     after = read_metrics(metrics)
     assert [x["step"] for x in after] == list(range(12)) and len(before) < 12
@@ -145,7 +145,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(bert, whole, tmp_path):
         got, want = ({k: v for k, v in x.items() if k != "examples_per_second"} for x in (got, want))
         assert got == want
     again = CliRunner().invoke(main, list(map(str, line[3:])))
-    assert again.exit_code == 1 and "already exists; choose another place" in again.stderr
+    assert again.exit_code == 1 and "already exists; choose another path" in again.stderr
 
 
 class Stop(Exception):
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over(bert, whole, tmp_path, damage):
     damage(newest(tmp_path / "out"))
     said = []
     train_run(bert, tmp_path / "out", RECIPE, **SHORT, say=said.append)
-    assert any("9 is damaged and set aside, the one before is taken" in line for line in said)
+    assert any("9 is damaged and set aside; the one before is used" in line for line in said)
     assert weights(tmp_path / "out") == weights(whole[0])
 
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch,
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         with pytest.raises(
-            FileError, match=r"c: the checkpoint after step 2 cannot be written .File too large.. Make room"
+            FileError, match=r"c: the checkpoint after step 2 cannot be written .File too large.. Free disk"
         ) as e:
             checkpoints.save(2, state, 0.6)
     finally:
@@ -309,7 +309,7 @@ def test_a_full_disk_is_called_that_whatever_orbax_says(tmp_path, monkeypatch):
 def test_two_trainings_do_not_share_an_out(bert, tmp_path):
     with only_one(tmp_path / "out.run" / "lock", ""):
         with pytest.raises(
-            FileError, match=r"another training writes .*out; wait for it, or choose another OUT"
+            FileError, match=r"another training is writing .*out; wait for it, or choose another OUT"
         ):
             train_run(bert, tmp_path / "out", RECIPE, **SHORT)
         assert [p.name for p in (tmp_path / "out.run").iterdir()] == ["lock"]
@@ -389,12 +389,12 @@ def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
     assert done.exit_code == 1 and "NOT the same bits" in done.output and "0.0.0 then" in done.output
     other.write_text(json.dumps(manifest | {"command": "eval"}))
     done = CliRunner().invoke(main, ["repeat", str(other)])
-    assert done.exit_code == 1 and "is of 'eval'; what can be repeated is 'train'" in done.output
+    assert done.exit_code == 1 and "is of 'eval'; only 'train' can be repeated" in done.output
     del manifest["options"]["clip_norm"]
     other.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="is of another version, which differs in clip_norm"):
+    with pytest.raises(ValueError, match="is of another version, with different options: clip_norm"):
         repeat_run(other)
-    with pytest.raises(ValueError, match="is not of a finished run, it lacks outputs"):
+    with pytest.raises(ValueError, match="is not of a finished run: it lacks outputs"):
         repeat_run(out.with_name("whole.run") / "manifest.json")
 
 
@@ -416,7 +416,7 @@ def test_a_config_gives_the_options_and_the_command_line_the_last_word(bert, who
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("learning_rte = 1e-4\n")
     done = CliRunner().invoke(main, ["train", str(bert), str(tmp_path / "x"), "--config", str(wrong)])
-    assert done.exit_code == 2 and "has learning_rte; the names are" in done.output
+    assert done.exit_code == 2 and "has unknown learning_rte; the options are" in done.output
     wrong.write_text("learning_rate = \n")
     done = CliRunner().invoke(main, ["train", str(bert), str(tmp_path / "x"), "--config", str(wrong)])
     assert done.exit_code == 2 and "is not TOML" in done.output
@@ -461,11 +461,11 @@ def test_a_decoder_learns_to_answer_problems(llama, tmp_path, lora_rank):
 def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
     with pytest.raises(ValueError, match="unknown task 'nli'; the tasks are opinions, cola"):
         train_run(bert, tmp_path / "out", RECIPE, task="nli")
-    with pytest.raises(ValueError, match="mesh is DATAxMODEL, 4x2 say, got '8'"):
+    with pytest.raises(ValueError, match="mesh must be DATAxMODEL, such as 4x2, got '8'"):
         train_run(bert, tmp_path / "out", RECIPE, mesh="8")
-    with pytest.raises(ValueError, match="mesh 3x1: a part of 8 examples does not divide into 3"):
+    with pytest.raises(ValueError, match="mesh 3x1: 8 examples per micro-batch are not divisible by 3"):
         train_run(bert, tmp_path / "out", RECIPE, mesh="3x1")
-    with pytest.raises(ValueError, match=r"word-problems is for decoders, .* is a bert"):
+    with pytest.raises(ValueError, match=r"word-problems is for decoders, but .* is a bert"):
         train_run(bert, tmp_path / "out", RECIPE, task="word-problems")
     with pytest.raises(ValueError, match="is inside the base"):
         train_run(bert, bert / "out", RECIPE)
@@ -473,7 +473,7 @@ def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
         train_run(bert, tmp_path / "out", RECIPE, lora_rank=2, lora_targets=("classifier", "query"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="already exists; choose another place"):
+    with pytest.raises(ValueError, match="already exists; choose another path"):
         train_run(bert, tmp_path / "full", RECIPE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
@@ -482,7 +482,7 @@ def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
 def test_recipes_out_of_range_are_refused(name):
     others = {"learning_rate": 1e-3, **({} if name in ("steps", "epochs") else {"steps": 1})}
     for value in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"{name} is a positive number, got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
             Recipe(**(others | {name: value}))
 
 

@@ -107,7 +107,7 @@ def test_regression_learns_a_score(tiny):
     recipe = Recipe(learning_rate=3e-3, steps=150, batch_size=16)
     _, history = fine_tune(model, params, scores, recipe, key=jax.random.key(0))
     assert np.mean([r.loss for r in history[-5:]]) < 0.5 * np.mean([r.loss for r in history[:5]])
-    with pytest.raises(ValueError, match="labels that are scores need a model with 1 output, this one has 2"):
+    with pytest.raises(ValueError, match="need a model with 1 output, this one has 2"):
         fine_tune(*tiny, scores, Recipe(learning_rate=1e-3, steps=1), key=jax.random.key(0))
 
 
@@ -200,9 +200,9 @@ def test_divergence_and_wrong_arguments_are_explained(tiny):
     ):
         train((model, unflatten_names(leaves)))
     for wrong in ({"steps": None}, {"epochs": 1.0}):
-        with pytest.raises(ValueError, match="give steps or epochs, one of the two"):
+        with pytest.raises(ValueError, match="give either steps or epochs"):
             train(tiny, **wrong)
-    with pytest.raises(ValueError, match="batch_size is a positive number, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         train(tiny, batch_size=0)
     with pytest.raises(ValueError, match="there are no examples to train on"):
         Recipe(learning_rate=1e-3, steps=1).total_steps(0)
@@ -218,7 +218,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(tiny):
     for a, b in zip(one, four, strict=True):
         assert (a.loss, a.gradient_norm) == pytest.approx((b.loss, b.gradient_norm), rel=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), whole, parts)
-    with pytest.raises(ValueError, match="a batch of 16 does not divide into accumulate = 3 parts"):
+    with pytest.raises(ValueError, match="batch_size 16 is not divisible by accumulate = 3"):
         train(tiny, accumulate=3)
 
 

@@ -1,1 +1,1 @@
-"""Many deltas on one base, in memory: switched, or side by side in one batch."""
+"""Serving many deltas of one base: switching between them, or mixing them in one batch."""

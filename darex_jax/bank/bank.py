@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Held:
-    """A delta in the bank: its model, and by the model's names shapes, what is pruned and what is kept."""
+    """A delta in the bank: its model, and by parameter name the shapes, pruned parts and kept arrays."""
 
     model: Model
     shapes: dict[str, Shape]
@@ -43,7 +43,7 @@ class _Held:
 
 
 class DeltaBank:
-    """One base in memory and many deltas on it, each in the size of its parts.
+    """One base in memory and many deltas of it, stored as compact parts.
 
         bank = DeltaBank(*load_model("base"))
         bank.add("sst2", "sst2.safetensors")
@@ -52,31 +52,33 @@ class DeltaBank:
         params = bank.mixed(["sst2", "mrpc", None])  # a delta for each row; None is the base alone
         logits = bank.model(params, input_ids).logits
 
-    The base's arrays are never changed. Sums are float32's, rounded to the base's dtype: of a float32 base
-    entries of low ranks and of signs may differ in their last bits from what `darex apply` writes; those of
-    sparse parts are the same bits.
+    The base's arrays are never changed. Sums are float32, rounded to the base's dtype: for a float32 base,
+    low-rank and sign parts may differ in the last bits from what `darex apply` writes; sparse parts give the
+    same bits.
     """
 
     def __init__(self, model: Model, base: Params):
-        """Args: model, base: from `load_model`, in the dtypes of their files or wider; sharded or not."""
+        """Args: model, base: from `load_model`, in the files' dtypes or wider; sharded or not."""
         self._base_model = model
         self._base: dict[str, Array] = {name: jnp.asarray(x) for name, x in flatten_names(base).items()}
         self._digests: dict[tuple[str, str], str] = {}
         self._held: dict[str, _Held] = {}
-        self._stacks: dict[str, Stack] | None = None  # made when first needed after a change
-        self._params: dict[str, Array] = {}  # the base by the names of a fine-tune, filled up with zeros
-        self._heads: set[str] = set()  # of these names, what no delta on the base's own is: each brings all
+        self._stacks: dict[str, Stack] | None = None  # built lazily after each change
+        self._params: dict[str, Array] = {}  # the base by fine-tuned names, padded with zeros
+        self._heads: set[str] = set()  # names that every delta stores whole
         self._working: dict[str, Array] | None = None
         self._active = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the deltas, in the order in which they were added."""
+        """The names of the deltas, in the order in which they were added."""
         return tuple(self._held)
 
     def nbytes(self, name: str) -> int:
-        """The bytes of a delta as it was read: parts, places of random masks, what it keeps whole. What runs
-        beside them is in float32, filled up to the largest in the bank."""
+        """The bytes of a delta as read: parts, indices of random masks, parameters kept whole.
+
+        The stacked copies for `mixed` are extra: float32, padded to the largest in the bank.
+        """
         held = self._found(name)
         leaves = [*jax.tree.leaves(held.parts), *held.kept.values()]
         return sum(np.asarray(leaf).nbytes for leaf in leaves)
@@ -91,10 +93,10 @@ class DeltaBank:
     ) -> None:
         """Reads an artifact made from this base.
 
-        Args: name: what it is called here; one of that name is replaced. max_entries: as for `load_delta`;
+        Args: name: its name in the bank; an existing one is replaced. max_entries: as for `load_delta`;
           ignore_config_fields: as for `load_model`.
-        Raises: FileError for a damaged file, another base, or one in a narrower dtype than the delta is
-          restored in; ValueError for a model that does not go with the others in the bank.
+        Raises: FileError for a damaged file, another base, or a base in a narrower dtype than the restored
+          one; ValueError for a model that is incompatible with the others in the bank.
         """
         with DeltaFile(path) as file:
             if file.names("rows"):
@@ -119,15 +121,17 @@ class DeltaBank:
         self._changed()
 
     def remove(self, name: str) -> None:
-        """Forgets a delta. Raises: ValueError for a name that is not here."""
+        """Removes a delta. Raises: ValueError for an unknown name."""
         self._found(name)
         del self._held[name]
         self._changed()
 
     @property
     def model(self) -> Model:
-        """The model that runs `mixed`'s trees. Its head is as large as the largest, rounded up; a row's
-        logits beyond its own labels are -inf."""
+        """The model for `mixed`, whose head has the size of the largest, rounded up.
+
+        A row's logits beyond its own labels are -inf.
+        """
         models = [held.model for held in self._held.values()] or [self._base_model]
         config = models[0].config
         if not isinstance(config, EncoderConfig) or config.headless:
@@ -139,17 +143,17 @@ class DeltaBank:
         return build_model(widest, **dict(models[0].options))[0]
 
     def model_of(self, name: str) -> Model:
-        """The model that runs `activate(name)`."""
+        """The model for `activate(name)`."""
         return self._found(name).model
 
     def activate(self, name: str | None) -> dict[str, Any]:
-        """The parameters of the base with a delta in; None: of the base alone.
+        """The parameters of the base plus a delta; None is the base alone.
 
-        Only what the delta before and this one change is written, into buffers that the bank keeps: the
-        parameters that the last call gave are void then, copy what shall stay.
+        Only parameters that the previous delta or this one changes are written, into the bank's own buffers:
+        the parameters returned by the previous call become invalid, so copy those that you keep.
 
-        Returns: a nested dict of the names and shapes of `model_of(name)`.
-        Raises: ValueError for a name that is not here.
+        Returns: a nested dict with the names and shapes of `model_of(name)`.
+        Raises: ValueError for an unknown name.
         """
         held, number = (None, 0) if name is None else (self._found(name), 1 + self.names.index(name))
         stacks = {n: s for n, s in self._all_stacks().items() if n not in self._heads}
@@ -164,15 +168,14 @@ class DeltaBank:
         return unflatten_names({**self._params, **self._working, **heads})
 
     def mixed(self, names: Sequence[str | None]) -> dict[str, Any]:
-        """Parameters for `model` on a batch whose row i belongs to the delta names[i]; None is the base.
+        """Parameters for `model` on a batch whose row i uses the delta names[i]; None is the base.
 
-        Every matrix product is the base's for all rows and, added to it, that of each row's own parts; no
-        part of low rank, of columns or of signs is made dense. What is compiled depends on how many rows
-        there are, not on their deltas; another delta compiles nothing while its parts fit the rounded sizes
-        of those that are there.
+        Every matrix product is the base's for all rows plus each row's own parts; low-rank, column and sign
+        parts are not made dense. Compilation depends on the number of rows, not on their deltas; adding a
+        delta recompiles only if its parts exceed the padded sizes.
 
-        Returns: a nested dict whose leaves are arrays where no delta in the bank has anything, else `Mixed`.
-        Raises: ValueError for a name that is not here.
+        Returns: a nested dict whose leaves are arrays if no delta in the bank changes them, else `Mixed`.
+        Raises: ValueError for an unknown name.
         """
         number: dict[str | None, int] = {None: 0}
         number |= {name: i + 1 for i, name in enumerate(self.names)}
@@ -186,17 +189,17 @@ class DeltaBank:
         }
         return unflatten_names(leaves)
 
-    # What is looked at before a delta is taken.
+    # Checks of an added delta.
 
     def _model_of(self, file: DeltaFile, ignored: Collection[str]) -> tuple[Model, dict[str, Shape]]:
         config = read_model_config(file.config() or self._base_model.config.to_hf(), ignored)
-        headless = isinstance(config, BertConfig) and config.headless  # of these a pooler may be missing
+        headless = isinstance(config, BertConfig) and config.headless  # their pooler may be missing
         stored = {*self._base, *file.names("dense")}
         no_pooler = headless and not any(OPTIONAL.search(name) for name in stored)
         return build_model(config, **({"pooler": False} if no_pooler else {}))
 
     def _base_name(self, name: str) -> str:
-        """What a parameter is called in the base that was loaded, which may be its body, or have a head."""
+        """A parameter's name in the loaded base, which may be the body only, or have a head."""
         for prefix in (f"{self._base_model.config.model_type}.", "model."):
             for other in (name, name.removeprefix(prefix), prefix + name):
                 if other in self._base:
@@ -204,7 +207,7 @@ class DeltaBank:
         return name
 
     def _check_base(self, file: DeltaFile) -> None:
-        """Whether the tensors that the delta was made from are those of this base, as far as it has them."""
+        """Checks that the delta's base tensors are those of this base, as far as they are loaded."""
         for stated, entry in file.recipe.base.items():
             name = self._base_name(stated)
             if name not in self._base:
@@ -214,14 +217,14 @@ class DeltaBank:
                 array = np.ascontiguousarray(np.asarray(leaf).astype(DTYPES[entry["dtype"]]))
                 self._digests[key] = blake3.blake3(as_bytes(array)).hexdigest()
             if list(leaf.shape) != entry["shape"] or not self._digests[key].startswith(entry["blake3"]):
-                raise DarexError(f"was made from another base; '{stated}' is not this one's.")
+                raise DarexError(f"was made from another base: '{stated}' differs.")
 
     def _check_names(self, file: DeltaFile, shapes: Mapping[str, Shape]) -> None:
-        """Whether what is pruned is the model's, and the base's under the name that is looked for."""
+        """Checks that the pruned parameters exist in the model and in the base."""
         for own, entry in file.recipe.parameters.items():
             name = self._base_name(own)
             if own not in shapes or name not in self._base:
-                raise DarexError(f"was made from another base; this one has no '{own}'.")
+                raise DarexError(f"was made from another base: this one has no '{own}'.")
             if name != self._base_name(file.base_name(own)):
                 raise DarexError(f"'{own}' was made from '{file.base_name(own)}', not from '{name}'.")
             leaf = self._base[name]
@@ -243,21 +246,21 @@ class DeltaBank:
             leaf = self._base.get(self._base_name(own))
             brought = kept[own].shape if own in kept else parts[own].shape if own in parts else None
             if brought is not None and brought != shape:
-                raise FileError(f"{path}: does not fit its config: '{own}' has the shape {list(brought)}.")
+                raise FileError(f"{path}: does not match its config: '{own}' has the shape {list(brought)}.")
             if leaf is not None and leaf.shape == shape:
                 continue
             if own not in kept:
-                raise FileError(f"{path}: does not fit this base and its config: '{own}' is in neither.")
+                raise FileError(f"{path}: does not match this base and its config: '{own}' is in neither.")
             if not (_is_classifier(own) or OPTIONAL.search(own)):
-                there = "has not" if leaf is None else f"has as {list(leaf.shape)}"
-                raise _unfit(path, f"brings '{own}' as {list(shape)}, which the base {there}")
+                there = "lacks" if leaf is None else f"has as {list(leaf.shape)}"
+                raise _unfit(path, f"has '{own}' of shape {list(shape)}, which the base {there}")
 
-    # What is run.
+    # Building parameters.
 
     def _found(self, name: Any) -> _Held:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
-            raise DarexError(f"there is no delta '{name}' in the bank; there are: {known}.")
+            raise DarexError(f"there is no delta '{name}' in the bank, which has: {known}.")
         return self._held[name]
 
     def _changed(self) -> None:
@@ -291,7 +294,7 @@ class DeltaBank:
         return _dense(own - np.asarray(self._params[name]).astype(np.float32))
 
     def _head(self, held: _Held | None, name: str, shape: Shape) -> Parts | None:
-        """A whole head, filled up to the largest; None is the base, which may have none."""
+        """A whole head, padded to the largest; None is the base, which may have none."""
         if held is None and self._base_name(name) not in self._base:
             return None
         own = self._whole(held, name).astype(np.float32)
@@ -300,7 +303,7 @@ class DeltaBank:
         return _dense(filled)
 
     def _whole(self, held: _Held | None, name: str) -> np.ndarray:
-        """A parameter as a fine-tuned model, or the base, has it."""
+        """A parameter of a fine-tuned model, or of the base."""
         if held is not None and name in held.kept:
             return held.kept[name]
         leaf = self._base[self._base_name(name)]
@@ -309,7 +312,7 @@ class DeltaBank:
         return np.asarray(leaf)
 
     def _everywhere(self, array: Any) -> Array:
-        """On every device of the base."""
+        """Replicates an array over the base's devices."""
         sharding = next(iter(self._base.values())).sharding
         if isinstance(sharding, NamedSharding):
             return jax.device_put(array, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -325,11 +328,11 @@ def _is_classifier(name: str) -> bool:
 
 
 def _unfit(path: Any, what: str) -> FileError:
-    return FileError(f"{path}: {what}, and no bank takes that; restore the model with darex apply.")
+    return FileError(f"{path}: {what}, which a bank does not support; restore the model with darex apply.")
 
 
 def _differing(one: Model, other: Model) -> list[str]:
-    """The fields of the config in which two models of a bank differ; labels may."""
+    """The config fields in which two models of a bank differ, except labels."""
     if type(one.config) is not type(other.config):
         return ["model_type"]
     pairs = [(f.name, getattr(one.config, f.name), getattr(other.config, f.name))
@@ -341,7 +344,7 @@ def _differing(one: Model, other: Model) -> list[str]:
 def _switched(
     working: dict[str, Array], base: Mapping[str, Array], stacks: Mapping[str, Stack], before: Any, now: Any
 ) -> dict[str, Array]:
-    """`working` with one delta taken out and another put in."""
+    """`working` with one delta replaced by another."""
 
     def switch(leaf: Array, base: Array, stack: Stack) -> Array:
         if len(stack.parts) != 1 or not isinstance(stack.parts[0], Sparse):

@@ -1,1 +1,1 @@
-"""Fine-tuning."""
+"""Fine-tuning and distillation: losses, optimizers and the training loop."""

@@ -1,4 +1,4 @@
-"""AdamR: Adam whose decay pulls towards the pretrained weights, so that deltas stay small."""
+"""AdamR: Adam with weight decay towards the pretrained weights, which keeps deltas small."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Norm = Literal["l2", "l1"]
 
 
 class ScaleByAdamRState(NamedTuple):
-    """Adam's state and one number more.
+    """Adam's state and the mean of its second moment.
 
     Attributes:
       count: int32 scalar, steps taken; it saturates.
-      mu, nu: first and second moments, trees like the parameters: float32, of float64 parameters float64.
+      mu, nu: first and second moments, trees like the parameters: float32 (float64 for float64 parameters).
       nu_mean: scalar of that dtype, the mean of all entries of `nu`.
       nu_max: with amsgrad the running maximum of `nu`, else None.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # optax's name for it; a tuple has a method count
+    count: jax.Array  # type: ignore[assignment]  # optax's name; conflicts with tuple.count
     mu: PyTree
     nu: PyTree
     nu_mean: jax.Array
@@ -49,27 +49,27 @@ def adamr(
 
     Args:
       learning_rate: a number or an optax schedule.
-      b1, b2, eps: Adam's.
-      weight_decay: strength of the pull; 0 is `optax.adam`, to the bit.
+      b1, b2, eps: as for Adam.
+      weight_decay: strength of the pull; 0 is `optax.adam`, bit for bit.
       norm: "l2" pulls each entry in proportion to its delta, "l1" by the same amount whatever its delta;
-        "l1" goes with importance-based pruning.
+        use "l1" with importance-based pruning.
       amsgrad: divide by the running maximum of the second moment (before the bias correction, as PyTorch).
       mask: which parameters are pulled: a tree of booleans like the parameters or a prefix of it, or a
-        function from parameters to one. None: all that have a pretrained value.
-    Returns: a transformation whose `update` takes, beyond gradients, state and parameters:
-      pretrained: the pretrained values by name, a tree like the parameters; it may lack some, which are
-        then not pulled (a fresh head), or have others beside. Any floating dtype, any sharding; never copied.
-      gradient_norm: the global norm of the gradients it is given, where it is known: whoever clips has it,
-        and a pass over the gradients is spared.
-      Moments are float32 (of float64 parameters float64), and so is the arithmetic; updates are rounded
-      once, to the parameter's dtype. A bfloat16 parameter loses updates below its 2**-9th part when they are
-      added, a float16 one those below its 2**-12th: keep float32 parameters for the optimizer and cast a copy
-      for the model, as `docs/adamr.md` shows.
-    Raises: ValueError for another norm; from `update`, without `params` or `pretrained`, or where these have
-      another shape or no name in common. Within `optax.partition` or `optax.masked` a group of parameters
-      without pretrained values is left unpulled.
-    Source: DAREx, arXiv:2410.09344, Algorithm 1, with the decay of arXiv:2011.11152. Unlike the authors' code
-      the mean of the second moment is carried as one number, and the pretrained weights are not copied.
+        function from parameters to such a tree. None: all that have a pretrained value.
+    Returns: a transformation whose `update` accepts, beside gradients, state and parameters:
+      pretrained: the pretrained values by name, a tree like the parameters; parameters that are missing (a
+        new head) are not pulled, additional ones are ignored. Any floating dtype, any sharding; never copied.
+      gradient_norm: the global norm of the gradients, if already known (from clipping), which saves a pass
+        over the gradients.
+      Moments and arithmetic are float32 (float64 for float64 parameters); updates are rounded once, to the
+      parameter's dtype. A bfloat16 parameter loses updates smaller than 2**-9 of its value, a float16 one
+      those below 2**-12: keep float32 parameters for the optimizer and cast a copy for the model, see
+      `docs/adamr.md`.
+    Raises: ValueError for an unknown norm; from `update`, without `params` or `pretrained`, or if their
+      shapes differ or they have no name in common. Within `optax.partition` or `optax.masked` a group of
+      parameters without pretrained values is not pulled.
+    Source: DAREx, arXiv:2410.09344, Algorithm 1, with the decay of arXiv:2011.11152. Unlike the authors'
+      code, the mean of the second moment is tracked as one number, and the pretrained weights are not copied.
     """
     inner = optax.chain(
         scale_by_adamr(b1, b2, eps, weight_decay, norm, amsgrad, mask),
@@ -94,9 +94,9 @@ def scale_by_adamr(
     amsgrad: bool = False,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adamr` without the learning rate: Adam's direction plus the pull, to be subtracted.
+    """`adamr` without the learning rate: Adam's direction plus the pull, not negated.
 
-    Unlike `adamr`'s its updates have the dtypes of the moments.
+    Unlike those of `adamr`, its updates have the dtypes of the moments.
     """
     if norm not in ("l2", "l1"):
         raise DarexError(f"norm is 'l2' or 'l1', got {norm!r}.")
@@ -134,7 +134,7 @@ def scale_by_adamr(
             return direction, ScaleByAdamRState(count, mu, nu, state.nu_mean, nu_max)
 
         # nu decays linearly, so its mean follows from the mean square of the gradients, without another pass.
-        # The barrier hides from the compiler that nu squares the gradients too: it would store the squares.
+        # The barrier keeps the compiler from sharing the squared gradients with nu, which would store them.
         if gradient_norm is None:
             square = optax.tree.norm(jax.lax.optimization_barrier(grads), squared=True)
         else:
@@ -148,7 +148,7 @@ def scale_by_adamr(
         if params is None or pretrained is None:
             missing = "params" if params is None else "pretrained"
             raise DarexError(
-                f"adamr pulls towards the pretrained weights and was given no {missing}: "
+                f"adamr pulls towards the pretrained weights and needs {missing}: "
                 "call update(grads, state, params, pretrained=...)."
             )
         references = _references(params, pretrained, mask)
@@ -180,14 +180,14 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
     if named and not known and not _elsewhere(params, values):
         given = list(values)[:2]
         raise DarexError(
-            "no parameter has a pretrained value: the parameters are called "
+            "no parameter has a pretrained value: the parameters are named "
             f"{', '.join(list(named)[:2])}, ..., the pretrained ones {', '.join(given)}, ..."
         )
     for name, leaf in known.items():
         if jnp.shape(leaf) != jnp.shape(named[name]):
             raise DarexError(
                 f"'{name}' is {jnp.shape(named[name])}, its pretrained value {jnp.shape(leaf)}; "
-                "leave it out of `pretrained` if it is not to be pulled."
+                "remove it from `pretrained` if it should not be pulled."
             )
     if mask is None:
         return known
@@ -197,7 +197,7 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
 
 
 def _elsewhere(params: PyTree, values: dict[str, Any]) -> bool:
-    """Whether pretrained values belong to parameters that optax hides from this transformation."""
+    """Whether pretrained values belong to parameters that optax masks out for this transformation."""
     masked = jax.tree.map(
         lambda leaf: isinstance(leaf, optax.MaskedNode),
         params,

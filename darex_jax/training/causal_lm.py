@@ -1,4 +1,4 @@
-"""Training of a causal language model to answer prompts, from pretrained weights or from nothing."""
+"""Training and scoring of causal language models on prompts with answers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def train_answers(
     key: jax.Array,
     **loop: Any,
 ) -> tuple[Params, list[StepRecord]]:
-    """Trains to continue prompts with their answers; the prompts themselves are not learned.
+    """Trains to continue prompts with their answers; the loss excludes the prompts.
 
     The same arguments give the same bits on the same platform.
 
     Args:
-      model: `model(params, input_ids, attention_mask)` has `.logits` [B, T, V], as of `load_model`.
-      params: its nested state dict, or with `frozen` the part to train; left as it is.
-      key: scalar key; the order of the examples follows from it.
+      model: `model(params, input_ids, attention_mask)` has `.logits` [B, T, V], as from `load_model`.
+      params: its nested state dict, or with `frozen` the part to train; not modified.
+      key: scalar key; it determines the order of the examples.
       loop: passed on to `darex_jax.training.loop.train`: frozen, pretrained, mesh, checkpoints, validate,
         measure, best, on_step.
     Returns, Raises: as `train`.
@@ -57,7 +57,7 @@ def train_answers(
 def answer_loss(
     model: Callable[..., Any], params: Params, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each answer's tokens, given all tokens before.
+    """Cross-entropy of the answers' tokens, each given all tokens before it.
 
     Args: batch: from `answer_batches`; dropout_key: not used, decoders have no dropout.
     Returns: the sum over the batch in float32, and the number of tokens.
@@ -69,9 +69,9 @@ def answer_loss(
 def _token_losses(
     model: Callable[..., Any], params: Params, batch: Batch
 ) -> tuple[jax.Array, NDArray[Any], jax.Array]:
-    """Of each token but the first, [B, T - 1]: loss, 1 if it is an answer's, whether it is ranked first.
+    """For each token but the first, [B, T - 1]: loss, 1 if it is in an answer, whether it is ranked first.
 
-    A token whose loss is not finite is not ranked: the argmax of NaN would be some token.
+    A token with a non-finite loss does not count as ranked first: the argmax of NaN would be arbitrary.
     """
 
     def of(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,18 +79,18 @@ def _token_losses(
         return losses, (logits.argmax(-1) == target) & jnp.isfinite(losses)
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    targets = jnp.roll(jnp.asarray(batch["input_ids"]), -1, axis=1)  # the last position's is none
+    targets = jnp.roll(jnp.asarray(batch["input_ids"]), -1, axis=1)  # the last position has none
     losses, first = of_logits(of, model, params, inputs, targets)
     return losses[:, :-1], batch["loss_mask"][:, 1:], first[:, :-1]
 
 
 class AnswerScores(NamedTuple):
-    """How well answers are known, each token given all tokens before it.
+    """Scores of the correct answers, each token given all tokens before it.
 
     Attributes:
       loss: mean cross-entropy of the answers' tokens.
       tokens: share of them that the model ranks first.
-      answers: share of the answers all of whose tokens it ranks first: greedy decoding writes just these.
+      answers: share of the answers whose tokens are all ranked first, i.e. that greedy decoding generates.
     """
 
     loss: float
@@ -99,7 +99,7 @@ class AnswerScores(NamedTuple):
 
 
 def answer_scores(model: Callable[..., Any], params: Params, batches: Sequence[Batch]) -> AnswerScores:
-    """Args: batches: from `answer_batches`; rows that fill up a batch do not count."""
+    """Args: batches: from `answer_batches`; padding rows do not count."""
     sums = [_answer_sums(model, params, batch) for batch in batches]
     loss, right, tokens, whole, answers = np.sum(np.asarray(sums, np.float64), axis=0)
     return AnswerScores(float(loss / tokens), float(right / tokens), float(whole / answers))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training under way: the newest few and the best, each whole or not there at all."""
+"""Checkpoints of a training run: the newest few and the best, written atomically."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ State = Any  # a PyTree of arrays
 
 
 class Checkpoints:
-    """A folder of checkpoints, written by orbax: `STEP/` is a state, `STEP.json` a note of it.
+    """A folder of checkpoints, written by orbax: `STEP/` is a state, `STEP.json` its metadata.
 
-    The note has a digest of the files, so that damage is known, and the validation metric. It is
-    written last, and a checkpoint without one does not count: a killed process leaves none half written.
+    The metadata has a digest of the files, to detect damage, and the validation metric. It is written last,
+    and a checkpoint without it is ignored, so that a killed process leaves no partial one.
 
     Args:
-      folder: made at the first save.
-      every: steps between two.
-      keep: how many of the newest are kept; the best by validation metric is kept beside them.
-      warn: told of a damaged checkpoint.
+      folder: created at the first save.
+      every: steps between checkpoints.
+      keep: number of newest ones to keep; the best by validation metric is kept as well.
+      warn: called for a damaged checkpoint.
     Raises: ValueError for numbers out of range.
     """
 
@@ -47,16 +47,18 @@ class Checkpoints:
         self.folder, self.every, self.keep, self._warn = folder.resolve(), every, keep, warn
 
     def steps(self) -> list[int]:
-        """After how many steps there is a checkpoint, the newest last."""
+        """The steps of all checkpoints, the newest last."""
         return sorted(int(note.stem) for note in self.folder.glob("*.json") if note.stem.isdigit())
 
     def save(self, step: int, state: State, validation: float | None = None) -> None:
-        """Writes the state after `step` steps; what is neither among the newest nor the best goes.
+        """Writes the state after `step` steps; removes checkpoints that are neither among the newest nor
+        best.
 
-        Raises: FileError if it cannot be written, because the disk is full say; the others are as they were.
+        Raises: FileError if it cannot be written, e.g. because the disk is full; the other checkpoints are
+          kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_unfinished()  # of a process that was killed
+        self._remove_unfinished()  # left by a killed process
         try:
             with _orbax() as checkpointer:
                 checkpointer.save(self.folder / str(step), state, force=True)
@@ -64,8 +66,8 @@ class Checkpoints:
             fault = self._why_not_written(error, state)
             self._remove_unfinished()
             raise FileError(
-                f"{self.folder}: the checkpoint after step {step} cannot be written ({fault}). Make room, "
-                "and the same command goes on from the one before."
+                f"{self.folder}: the checkpoint after step {step} cannot be written ({fault}). Free disk "
+                "space and run the same command again: it resumes from the one before."
             ) from error
         note = json.dumps({"digest": _digest(self.folder / str(step)), "validation": validation})
         write_whole(self.folder / f"{step}.json", note)
@@ -79,7 +81,8 @@ class Checkpoints:
             shutil.rmtree(rest, ignore_errors=True)
 
     def _why_not_written(self, error: Exception, state: State) -> str:
-        """Orbax tells of a full disk in many ways, "Event loop is closed" among them."""
+        """The reason of a failed save. Orbax reports a full disk in many ways, e.g. "Event loop is
+        closed"."""
         free = shutil.disk_usage(self.folder).free
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         stated = re.search(r"os_error_code='(\d+)'", str(error))
@@ -89,16 +92,16 @@ class Checkpoints:
         return os.strerror(number) if number else str(error).partition("\n")[0][:160]
 
     def restore(self, like: State) -> tuple[int, State] | None:
-        """After how many steps the newest sound checkpoint was taken, and its state; None if there is none.
+        """The step and state of the newest undamaged checkpoint; None if there is none.
 
-        A damaged one is set aside with a warning: the training comes by it again.
+        A damaged one is set aside with a warning, and recomputed by the training.
 
         Args: like: a state of the same structure, shapes, dtypes and shardings.
         """
         return self._first_sound(self.steps()[::-1], like)
 
     def best(self, like: State) -> tuple[int, State] | None:
-        """The same of the best by validation metric; of equals the newest."""
+        """The step and state of the best checkpoint by validation metric; ties give the newest."""
         return self._first_sound(self._by_validation(), like)
 
     def _by_validation(self) -> list[int]:
@@ -114,7 +117,7 @@ class Checkpoints:
             except (ValueError, OSError, LookupError) as error:
                 fault = str(error).partition("\n")[0][:160] or type(error).__name__
             self._warn(
-                f"{self.folder / str(step)} is damaged and set aside, the one before is taken ({fault})"
+                f"{self.folder / str(step)} is damaged and set aside; the one before is used ({fault})"
             )
             for name in (str(step), f"{step}.json"):
                 if (self.folder / name).exists():
@@ -125,9 +128,9 @@ class Checkpoints:
     def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
-        # Before orbax sees it: its background threads go on complaining of damage after it has given up.
+        # Checked before orbax opens it, whose background threads keep logging errors after a failure.
         if _digest(self.folder / str(step)) != _read_note(self.folder / f"{step}.json").get("digest"):
-            raise DarexError("its content does not have the digest it was written with")
+            raise DarexError("its content does not match its digest")
         with _orbax() as checkpointer:
             return checkpointer.restore(
                 self.folder / str(step), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -136,24 +139,27 @@ class Checkpoints:
 
 @contextmanager
 def own_place(folder: Path | None, made_from: Any, what: str) -> Iterator[Path | None]:
-    """The subfolder of what is trained from `made_from`, of others' no beginning; this process's alone.
+    """The checkpoint subfolder for a training defined by `made_from`, locked for this process.
 
-    Args: made_from: JSON; what: it is called, if another process is at it. None has no place.
-    Raises: FileError if another process trains there.
+    Args: folder: None gives None; made_from: JSON; what: name of the training in errors.
+    Raises: FileError if another process is using it.
     """
     if folder is None:
         yield None
         return
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     place = folder / digest[:16]
-    busy = f"the same {what} is under way with its checkpoints in {place}; wait for it, or choose another."
+    busy = (
+        f"the same {what} is already running with its checkpoints in {place}; "
+        "wait for it, or choose another folder."
+    )
     with only_one(place / "lock", busy):
         yield place
 
 
 @contextmanager
 def _orbax() -> Iterator[Any]:
-    """Orbax's checkpointer, whose work is done when this ends."""
+    """Orbax's checkpointer; waits for its background work at exit."""
     import orbax.checkpoint as ocp
 
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
@@ -163,10 +169,10 @@ def _orbax() -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is logged: orbax tells of every file that it writes.
+    """Disables logging: orbax logs every file that it writes.
 
-    After a failure that stays so: orbax closes its event loop at the first write that fails, and complains of
-    the others whenever they end.
+    After a failure logging stays disabled: orbax closes its event loop at the first failed write, and reports
+    errors of the others later.
     """
     loud = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loud]

@@ -1,7 +1,7 @@
-"""Distilled parts: a fixed support whose values are trained towards the fine-tuned model's answers.
+"""Distillation of parts: trains their values to reproduce the fine-tuned model's outputs.
 
-No label is looked at. What is trained is every number that a delta's parts store, whatever their kind:
-survivors of a random mask, largest entries, columns, factors, vectors. Places, keys and shapes stay.
+No labels are used. All numbers stored in a delta's parts are trained, whatever their kind: survivors of a
+random mask, largest entries, columns, factors, vectors. Indices, keys and shapes are fixed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import optax
 
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
-from darex_jax.models import DecoderConfig, Model
+from darex_jax.models import DecoderConfig
+from darex_jax.models import Model as WholeModel
+from darex_jax.models.layerwise import LayerModel
 from darex_jax.models.logits import of_logits
 from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
@@ -31,18 +33,19 @@ from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.loop import warmup_linear
 
+Model = WholeModel | LayerModel
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Delta = dict[str, Parts]
-MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of survivors, that a training may begin with
-ROUNDING = 1 / 3  # the share of the steps that goes through the rounding
-# Adam's rates there: of an integer, and of a scale in terms of itself.
+MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # candidate initial factors of the survivors
+ROUNDING = 1 / 3  # share of steps with quantisation-aware training
+# Adam's learning rates there: of integers, and of scales relative to themselves.
 INTEGER_RATE, SCALE_RATE = np.float32(0.03), np.float32(0.01)
-STEPS, LOOKS = 600, 8  # of a training, and how often it looks at the held-out text
+STEPS, LOOKS = 600, 8  # default steps, and number of evaluations on held-out text
 
 
 class Look(NamedTuple):
-    """What held-out text says: the loss, and the share of predictions that are the fine-tuned model's (with
-    one output, the correlation of the scores; NaN without a head); after how many steps."""
+    """An evaluation on held-out text: number of steps, loss, and the share of predictions that equal the
+    fine-tuned model's (with one output, the correlation of the scores; NaN without a head)."""
 
     step: int
     loss: float
@@ -50,8 +53,8 @@ class Look(NamedTuple):
 
 
 class Distilled(NamedTuple):
-    """Parts with trained values as a file stores them; the multiple of the survivors that training began
-    with; and this call's looks at the held-out text, the first before training, the last at the result."""
+    """Parts with trained values as stored in a file; the initial factor of the survivors; and this call's
+    evaluations on held-out text, the first before training, the last of the result."""
 
     parts: Delta
     multiple: float
@@ -72,34 +75,34 @@ def distill(
     checkpoints: Path | None = None,
     on_look: Callable[[Look], None] = lambda look: None,
 ) -> Distilled:
-    """Trains the values of `parts` so that `start + parts` answers as `fine` does.
+    """Trains the values of `parts` so that the outputs of `start + parts` match those of `fine`.
 
-    Adam, a linear warm-up and decay. With `bits` the last third of the steps goes through the rounding:
-    forwards values are integers times a scale, backwards numbers. Of the looks at the held-out text, the
-    start's among them, the best is returned.
+    Adam with linear warm-up and decay. With `bits` the last third of the steps is quantisation-aware, with
+    straight-through gradients. Returns the best of all evaluations on held-out text, including the initial
+    one.
 
     Args:
-      fine, start: the fine-tuned model's parameters, and the same with the base's values where there are
+      fine, start: the fine-tuned model's parameters, and the same with the base's values for parameters with
         parts.
-      parts: raw floats, by dotted name. Divisors are multiplied in (q is 1 afterwards); sparse and random
-        ones begin at the multiple of their values that the held-out text likes best, which may be none.
-      batches: of an epoch, counted from 0; held_out: other texts, which decide.
-      learning_rate: for a dense delta; it is divided by each part's density, for factors by its root.
-      bits: 8, 4, 2 or 1 a value; None rounds to bfloat16 at the end.
-      checkpoints: a folder for this training alone, where it goes on after a stop to the same values.
-      on_look: called with every look.
-    Raises: DarexError for parts without floats to train, no text, or a classifier of many labels at once;
+      parts: with float values, by dotted name. Divisors are multiplied in (q is 1 afterwards); sparse and
+        random ones start at the multiple of their values, possibly 0, with the lowest loss on held-out text.
+      batches: of an epoch, counted from 0; held_out: other texts, used to select the result.
+      learning_rate: for a dense delta; it is divided by each part's density, for factors by the root of it.
+      bits: 8, 4, 2 or 1 per value; None casts to bfloat16 at the end.
+      checkpoints: a folder for this training only, from which it resumes bit for bit.
+      on_look: called with every evaluation.
+    Raises: DarexError for parts without float values, no text, or a multi-label classifier;
       FloatingPointError once the loss is not finite.
-    Source: values of a random mask's survivors, arXiv:2510.14444; gradients through rounding,
+    Source: trained survivors of a random mask, arXiv:2510.14444; straight-through gradients,
       arXiv:1308.3432, with scales as in arXiv:1902.08153.
     """
     if not parts or not held_out or steps < 3:
-        raise DarexError("distilling takes a part at least, held-out text, and three steps.")
+        raise DarexError("distillation needs at least one part, held-out text, and three steps.")
     trainable = _split(dict(parts))[0]
     if not trainable or any(values.bits is not None for values in trainable):
-        raise DarexError("distilling takes parts of floats; bits are its own argument.")
+        raise DarexError("distillation needs parts with float values; pass `bits` to quantise the result.")
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
-        raise DarexError("distilling takes classes or a score, not several labels at once.")
+        raise DarexError("distillation does not support multi-label classification.")
     pair = _Pair(model, fine, start)
     placed = {name: each.map(_placed) for name, each in parts.items()}
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
@@ -137,10 +140,10 @@ class _Pair(NamedTuple):
 
 
 def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
-    """How near a model is to the fine-tuned one: loss and agreement over texts, a decoder's over tokens."""
-    seen = [_compared(model, fine, params, batch) for batch in held_out]
-    total, rows = np.sum([np.asarray(s[0], np.float64) for s in seen], axis=0)
-    a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in seen]) for i in (1, 2, 3))
+    """Loss and agreement with the fine-tuned model, over texts or, for decoders, over tokens."""
+    compared = [_compared(model, fine, params, batch) for batch in held_out]
+    total, rows = np.sum([np.asarray(s[0], np.float64) for s in compared], axis=0)
+    a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in compared]) for i in (1, 2, 3))
     a, b = a[real > 0], b[real > 0]
     if not len(b):
         agreement = math.nan
@@ -173,7 +176,7 @@ def _train(
     tell: Callable[[Look], None],
     begun: float,
 ) -> Delta:
-    """Steps [first, stop) on the values of `delta`, whose own loss is `begun`; those of the best look."""
+    """Runs steps [first, stop) from `delta`, whose loss is `begun`; returns the best values evaluated."""
     first, stop = span
     schedule, every = warmup_linear(1.0, stop - first), max(1, (stop - first) // LOOKS)
     trained, fixed = _split(delta)
@@ -191,7 +194,9 @@ def _train(
         )
         if (number + 1) % every == 0 or number + 1 == stop - first:
             if not math.isfinite(float(loss)):
-                raise FloatingPointError(f"distilling diverged: the loss is {float(loss)}; try a lower rate.")
+                raise FloatingPointError(
+                    f"distillation diverged: the loss is {float(loss)}; try a lower rate."
+                )
             look = _look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
             tell(look)
             if look.loss < best[0]:
@@ -232,14 +237,14 @@ def _step(
 def _compared(
     model: Model, fine: Params, params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The summed loss and what it is summed over; both models' predictions, and which of them count.
+    """The summed loss and its count; both models' predictions, and which of them count.
 
-    Encoders: the divergence of the classes (the squared difference of a single score), and the squared error
-    of the last hidden states in terms of their square. Decoders: the divergence of the next token.
+    Encoders: the KL divergence of the classes (squared difference for a single score), plus the relative
+      squared error of the last hidden states. Decoders: the KL divergence of the next token.
     """
     inputs = model_inputs(batch)
     rows, real = real_parts(batch)
-    wanted = model(fine, **inputs)
+    wanted: Any = model(fine, **inputs)
     if isinstance(model.config, DecoderConfig):
         head = model.module(fine)
 
@@ -249,7 +254,7 @@ def _compared(
 
         divergence, theirs, ours = of_logits(of, model, params, inputs, wanted.last_hidden_state)
         return (jnp.stack([jnp.sum(divergence * real), jnp.sum(real)]), theirs, ours, real)
-    out = model(params, **inputs)
+    out: Any = model(params, **inputs)
     a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (wanted, out))
     change = jnp.sum(jnp.square(a - b), (1, 2)) / jnp.maximum(jnp.sum(jnp.square(a), (1, 2)), 1e-12)
     if out.logits is None:
@@ -271,12 +276,12 @@ def _divergence(theirs: jax.Array, ours: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(known) * (known - guessed), axis=-1)
 
 
-# A delta is trained as the list of its `Values`: their numbers, and with bits the logarithms of their scales.
+# A delta is trained as the list of its `Values`: their numbers, and with bits the logarithms of the scales.
 Trained = list[Values]
 
 
 def _split(delta: Delta) -> tuple[Trained, Any]:
-    """The values of all parts, in the order of the tree, and the tree with None in their places."""
+    """The values of all parts, in tree order, and the tree with None in their places."""
     structure: Any
     leaves, structure = jax.tree.flatten(delta, is_leaf=_is_values)
     fixed = structure.unflatten([None if _is_values(leaf) else leaf for leaf in leaves])
@@ -284,7 +289,7 @@ def _split(delta: Delta) -> tuple[Trained, Any]:
 
 
 def _joined(trained: Trained, fixed: Any) -> Delta:
-    """The inverse of `_split`; values with bits are read through the rounding."""
+    """The inverse of `_split`; values with bits are rounded with a straight-through gradient."""
     remaining = iter(trained)
     return jax.tree.map(
         lambda leaf: _through(next(remaining)) if leaf is None else leaf, fixed, is_leaf=lambda x: x is None
@@ -296,7 +301,7 @@ def _is_values(node: Any) -> bool:
 
 
 def _through(values: Values) -> Values:
-    """Integers forwards, for the gradient the numbers themselves, as far as the integers reach."""
+    """Rounds to integers with a straight-through gradient, clipped to the integer range."""
     if values.bits is None:
         return values
     most = largest_integer(values.bits)
@@ -307,7 +312,7 @@ def _through(values: Values) -> Values:
 
 
 def _placed(part: Any) -> Part:
-    """A part in a form to train: float32, the divisor multiplied in, places of a random one written out."""
+    """A part in trainable form: float32, divisor multiplied in, random masks as indices."""
     if isinstance(part, Random):
         part = part.located()
     numbers = {name: jnp.asarray(v.numbers, jnp.float32) for name, v in values_of(part).items()}
@@ -319,7 +324,7 @@ def _placed(part: Any) -> Part:
 
 
 def _unplaced(parts: Parts, original: Parts) -> Parts:
-    """Random parts in the places of those whose places `_placed` wrote out."""
+    """Undoes `_placed` for random parts: back to masks without indices."""
     before = iter(original.parts)
 
     def of(part: Any) -> Part:
@@ -330,7 +335,7 @@ def _unplaced(parts: Parts, original: Parts) -> Parts:
 
 
 def _times(delta: Delta, multiple: float) -> Delta:
-    """Sparse parts times a number."""
+    """Multiplies sparse parts by a number."""
 
     def of(part: Any) -> Part:
         if part.kind != "sparse":
@@ -341,14 +346,14 @@ def _times(delta: Delta, multiple: float) -> Delta:
 
 
 def _rates(learning_rate: float, part: Any) -> Part:
-    """What Adam moves a value by: a dense delta's rate divided by the density, of factors by its root."""
+    """Learning rates: a dense delta's rate divided by the density, for factors by its root."""
     density = max(1, sum(map(len, values_of(part).values()))) / max(1, math.prod(part.shape))
     rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
     return replace(part, **{name: Values(np.float32(rate)) for name in values_of(part)})
 
 
 def _in_bits(parts: Parts, bits: int) -> Parts:
-    """Values as numbers in terms of their scales, and the logarithms of the scales."""
+    """Values as numbers relative to their scales, and the logarithms of the scales."""
 
     def of(values: Values, fitted: Values) -> Values:
         scales = jnp.maximum(jnp.asarray(fitted.scales), 1e-12)
@@ -365,7 +370,7 @@ def _in_bits(parts: Parts, bits: int) -> Parts:
 
 
 def _stored(parts: Parts) -> Parts:
-    """Values as a file stores them: bfloat16, or integers with scales in bfloat16. `_joined` came before."""
+    """Values (from `_joined`) as stored in a file: bfloat16, or integers with bfloat16 scales."""
 
     def of(values: Any) -> Any:
         if not _is_values(values):

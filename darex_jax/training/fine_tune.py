@@ -1,4 +1,4 @@
-"""Fine-tuning of a sequence classifier or regressor."""
+"""Fine-tuning of sequence classifiers and regressors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 
 
 def classifier_for(task: Task, model: Model, params: Params, key: jax.Array) -> tuple[Model, dict[str, Any]]:
-    """`classifier_from_pretrained` with the outputs, the loss and the classes' names that a task has."""
+    """`classifier_from_pretrained` with a task's outputs, loss and class names."""
     problem = "regression" if task.kind == "regression" else "single_label_classification"
     return classifier_from_pretrained(model, params, task.num_labels, key, problem, task.label_names)
 
@@ -31,7 +31,7 @@ def example_losses(logits: jax.Array, labels: jax.Array | NDArray[Any]) -> jax.A
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if logits.shape[-1] != 1:
         raise DarexError(
-            f"labels that are scores need a model with 1 output, this one has {logits.shape[-1]}."
+            f"float labels (scores) need a model with 1 output, this one has {logits.shape[-1]}."
         )
     return jnp.square(logits[..., 0] - labels)
 
@@ -48,10 +48,10 @@ def fine_tune(
     """Fine-tunes on `examples`; the same arguments give the same bits on the same platform.
 
     Args:
-      model: a classifier as `load_model` or `classifier_from_pretrained` returns it.
-      params: its nested state dict, or with `frozen` the part to train; left as it is.
+      model: a classifier from `load_model` or `classifier_from_pretrained`.
+      params: its nested state dict, or with `frozen` the part to train; not modified.
       examples: integer labels train with cross-entropy, float labels (one output) with squared error.
-      key: scalar key; order of the examples and dropout follow from it.
+      key: scalar key; it determines the order of the examples and dropout.
       loop: passed on to `darex_jax.training.loop.train`: frozen, pretrained, mesh, checkpoints, validate,
         measure, best, on_step.
     Returns, Raises: as `train`.
@@ -75,7 +75,8 @@ def fine_tune(
 def summed_loss(
     model: Callable[..., Any], params: Params, batch: Batch, dropout_key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of `example_losses` over the batch's real rows in float32, and their number."""
+    """The sum of `example_losses` over the batch's rows without padding rows, in float32, and their
+    number."""
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
     logits = model(params, *inputs, dropout_key=dropout_key).logits.astype(jnp.float32)
     return jnp.sum(example_losses(logits, batch["labels"]) * batch["weight"]), jnp.sum(batch["weight"])

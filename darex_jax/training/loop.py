@@ -1,4 +1,4 @@
-"""The training loop: AdamW or AdamR on any loss of a batch, stopped and gone on without a trace."""
+"""The training loop: AdamW or AdamR on any batch loss, resumable bit for bit."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 Model = Callable[..., Any]
 # (model, params, batch, dropout key) -> the sum over the batch's examples or tokens, and their number.
 Loss = Callable[[Model, Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
-MEASURE_EVERY = 10  # steps between two looks at the delta's size
+MEASURE_EVERY = 10  # steps between measurements of the delta's size
 CHOICES = {"optimizer": ("adamw", "adamr"), "norm": ("l2", "l1"), "dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained.
+    """Hyperparameters of a training.
 
     Attributes:
       learning_rate: the peak of a linear warm-up over `warmup_ratio` of the steps and a linear decay to 0.
-      steps, epochs: how long; exactly one of the two.
-      batch_size: examples a step, taken in `accumulate` parts one after the other.
-      optimizer: "adamw", whose `weight_decay` pulls matrices towards 0; or "adamr", whose pulls what has a
-        pretrained value towards it, by the `norm` "l2" or "l1".
+      steps, epochs: length; exactly one of the two is set.
+      batch_size: examples per step, processed in `accumulate` micro-batches.
+      optimizer: "adamw", whose `weight_decay` pulls matrices towards 0; or "adamr", whose `weight_decay`
+        pulls parameters with a pretrained value towards it, by the `norm` "l2" or "l1".
       clip_norm: gradients are scaled down to at most this global norm.
-      dtype: what the model computes in; parameters and optimizer are float32.
-      dropout: as the model's config has it, or none.
-      remat: compute each layer's inside again in the backward pass, see `Model`: less memory, more time.
+      dtype: compute dtype of the model; parameters and optimizer are float32.
+      dropout: whether to use the dropout of the model's config.
+      remat: recompute the inside of each layer in the backward pass, see `Model`: less memory, more time.
     Raises: ValueError for anything out of range.
     """
 
@@ -64,25 +64,25 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise DarexError("give steps or epochs, one of the two.")
+            raise DarexError("give either steps or epochs.")
         for name in ("learning_rate", "steps", "epochs", "batch_size", "accumulate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise DarexError(f"{name} is a positive number, got {value}.")
+                raise DarexError(f"{name} must be positive, got {value}.")
         if self.batch_size % self.accumulate:
             raise DarexError(
-                f"a batch of {self.batch_size} does not divide into accumulate = {self.accumulate} parts."
+                f"batch_size {self.batch_size} is not divisible by accumulate = {self.accumulate}."
             )
         if not 0.0 <= self.warmup_ratio < 1.0:
-            raise DarexError(f"warmup_ratio is a share of the steps in [0, 1), got {self.warmup_ratio}.")
+            raise DarexError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise DarexError(f"weight_decay is a finite number of at least 0, got {self.weight_decay}.")
+            raise DarexError(f"weight_decay must be finite and non-negative, got {self.weight_decay}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise DarexError(f"{name} is {' or '.join(choices)}, got {getattr(self, name)!r}.")
 
     def total_steps(self, examples: int) -> int:
-        """How many steps a training on so many examples takes. Raises: ValueError if there are none."""
+        """The number of steps of a training on `examples` examples. Raises: ValueError if there are none."""
         if not examples:
             raise DarexError("there are no examples to train on.")
         if self.steps is not None:
@@ -94,10 +94,10 @@ class StepRecord(NamedTuple):
     """One step, counted from 0.
 
     Attributes:
-      loss, gradient_norm: of the parameters it started from, before clipping.
-      delta_rms, delta_max: root mean square and largest magnitude of the delta after the step, over all that
-        has a pretrained value; measured every `MEASURE_EVERY` steps and at the last, else None.
-      validation: the validation metric after the step, where it was taken.
+      loss, gradient_norm: at the step's initial parameters, before clipping.
+      delta_rms, delta_max: root mean square and largest magnitude of the delta after the step, over all
+        parameters with a pretrained value; measured every `MEASURE_EVERY` steps and at the last, else None.
+      validation: the validation metric after the step, if it was computed.
     """
 
     step: int
@@ -112,9 +112,9 @@ class StepRecord(NamedTuple):
 def warmup_linear(learning_rate: float, steps: int, warmup_ratio: float = 0.1) -> Callable[[int], float]:
     """Linear warm-up over the first `warmup_ratio` of `steps`, then linear decay to 0 after the last step.
 
-    A number of the host's: one of the device would be waited for behind all steps under way.
+    Computed on the host: reading a device value would wait for all queued steps.
 
-    Returns: step -> learning rate, a float32's value; the peak is at step `int(warmup_ratio * steps)`, and no
+    Returns: step -> learning rate, a float32 value; the peak is at step `int(warmup_ratio * steps)`, and no
       step has rate 0.
     """
     if steps < 1 or not 0.0 <= warmup_ratio < 1.0:
@@ -153,26 +153,26 @@ def train(
 ) -> tuple[Params, list[StepRecord]]:
     """Minimises a loss over `params`; the same arguments give the same bits on the same platform.
 
-    With `checkpoints` the state is saved every so many steps, and where some was saved already the training
-    goes on from there: the result has the bits of one that was never interrupted.
+    With `checkpoints` the state is saved periodically, and training resumes from the newest checkpoint: the
+    result is bit for bit that of an uninterrupted training.
 
     Args:
-      loss: a pure function; with the model it decides which program is compiled, so pass the same function
-        every time, no fresh lambda.
-      params: what is trained; left as it is (training works on a float32 copy, which lies as it does).
-      batches: the batches of an epoch, counted from 0, with as few different shapes as can be.
-      steps: how many; the recipe's `total_steps`.
-      dropout_key: scalar key; each step's key for the loss follows from it. None gives the loss None.
-      frozen: parameters that the model has beside `params` and that are not trained.
-      pretrained: the pretrained values, by name, of what has some: what AdamR pulls towards and the delta is
-        measured from; None is `params`, whole. Read, never copied.
-      mesh: from `make_mesh`: each batch's rows are split over it, and `params` lie on it as `param_sharding`
-        says; `frozen` and `pretrained` are put on it by the caller.
+      loss: a pure function; it is a static argument of the compiled step, so pass the same function every
+        time, not a new lambda.
+      params: trained parameters; not modified (training uses a float32 copy with the same sharding).
+      batches: epoch number, from 0 -> its batches, with as few different shapes as possible.
+      steps: number of steps, from the recipe's `total_steps`.
+      dropout_key: scalar key, folded with the step for the loss; None passes None to the loss.
+      frozen: further parameters of the model, which are not trained.
+      pretrained: pretrained values by name, possibly of some parameters only: AdamR pulls towards them and
+        the delta is relative to them; None is `params`. Never copied.
+      mesh: from `make_mesh`: each batch's rows are split over it, and `params` get their `param_sharding`;
+        the caller shards `frozen` and `pretrained`.
       validate: params -> a metric, larger is better; called at every checkpoint and at the end.
       measure: params -> the delta's root mean square and largest magnitude; None is `delta_size` from
         `pretrained`.
       best: return the checkpoint with the best validation metric instead of the last step's parameters.
-      on_step: called with every step's record, in order; after a resumption from the step it goes on with.
+      on_step: called with every step's record, in order; after resuming, from the first new step on.
     Returns: the float32 parameters, and the records of the steps done in this call.
     Raises: ValueError for arguments out of range; FloatingPointError once a loss or gradient is not finite.
     """
@@ -181,10 +181,10 @@ def train(
     schedule = warmup_linear(recipe.learning_rate, steps, recipe.warmup_ratio)
     pretrained = params if pretrained is None else pretrained
     measure = partial(delta_size, pretrained=pretrained) if measure is None else measure
-    # A copy, because `_update` donates its arguments and the caller's tree has to survive.
+    # A copy, because `_update` donates its arguments and must not invalidate the caller's tree.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     state = _optimizer(recipe.optimizer, recipe.norm, 0.0, 0.0).init(params)
-    if mesh is not None:  # moments end in the names of their parameters and lie as these do
+    if mesh is not None:  # moments have their parameters' names as suffixes, and the same shardings
         params, state = (jax.device_put(tree, param_shardings(mesh, tree)) for tree in (params, state))
     history: list[StepRecord] = []
     first = 0
@@ -205,7 +205,7 @@ def train(
         if on_step is not None:
             on_step(record)
 
-    # One step is under way while the numbers of the one before are read: a device never waits for the host.
+    # One step runs while the results of the one before are read, so that devices never wait for the host.
     waiting: tuple[int, float, tuple[Any, ...]] | None = None
     stream = islice(chain.from_iterable(map(batches, count())), first, steps)
     for step, batch in zip(range(first, steps), stream, strict=False):
@@ -248,7 +248,7 @@ def delta_size(params: Params, pretrained: Params) -> tuple[jax.Array, jax.Array
     ]
     if not deltas:
         return jnp.float32(0), jnp.float32(0)
-    size = float(sum(leaf.size for leaf in deltas))  # a model may have more entries than an int32
+    size = float(sum(leaf.size for leaf in deltas))  # may exceed int32
     rms = jnp.sqrt(optax.tree.norm(deltas, squared=True) / size)
     return rms, jnp.stack([jnp.abs(leaf).max() for leaf in deltas]).max()
 
@@ -269,9 +269,9 @@ def _update(
     key: jax.Array | None,
     numbers: tuple[float, float, float],
 ) -> tuple[Params, Any, jax.Array, jax.Array]:
-    """One step: new params and state, the loss and the gradients' norm. Compiled once per model and shape.
+    """One step: new params and state, loss and gradient norm. Compiled once per model and shape.
 
-    The numbers (learning rate, decay, clip) are traced: another recipe needs no other program.
+    Hyperparameters (learning rate, decay, clip) are traced, so that other values do not recompile.
     """
     learning_rate, weight_decay, clip_norm = numbers
 
@@ -283,7 +283,7 @@ def _update(
     if accumulate == 1:
         (total, weight), grads = differentiate(params, batch, key)
     else:
-        # Part i has every accumulate-th row from i: each device of a mesh has its share of every part.
+        # Micro-batch i has every accumulate-th row from i, so that each device has its share of every one.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = None if key is None else jax.random.split(key, accumulate)
 

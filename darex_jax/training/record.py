@@ -1,4 +1,4 @@
-"""A training's numbers as JSON lines, step by step as they come, and as a picture."""
+"""Training metrics as a JSON lines file, and as a plot."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from darex_jax.training.loop import StepRecord
 
 @contextmanager
 def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRecord], dict[str, Any]]]:
-    """A function that appends a step's record to `path`, one JSON object a line, and returns what it wrote.
+    """Yields a function that appends a step's record to `path` as a JSON line, and returns what it wrote.
 
-    To a record's fields it adds `examples_per_second`, over the time since the record before. What is not
-    measured is left out. A training that goes on from step n keeps what the file says of the steps before n.
+    It adds `examples_per_second`, measured since the previous record, and omits fields that are None. A
+    training resumed from step n keeps the lines of the steps before n.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clock: float | None = None
@@ -33,7 +33,7 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
         if clock is not None:
             line["examples_per_second"] = round(examples_a_step / max(now - clock, 1e-9), 2)
         clock = now
-        if file is None:  # the first record of this call says where the training goes on
+        if file is None:  # the first record of this call is the step to resume from
             before = [line for line in read_metrics(path) if line["step"] < record.step]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in before))
             file = path.open("ab", buffering=0)
@@ -53,7 +53,7 @@ def metrics_file(path: Path, examples_a_step: int) -> Iterator[Callable[[StepRec
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none if it does not exist, and without a last one that was broken off."""
+    """The lines of a metrics file, without an incomplete last one; [] if it does not exist."""
     lines: list[dict[str, Any]] = []
     for text in read_text(path).splitlines() if path.exists() else []:
         try:
