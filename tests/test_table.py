@@ -101,7 +101,7 @@ def test_a_missing_split_is_held_out_by_the_seed(tmp_path):
     assert read_task(table(only)).test.texts == tuple(columns["sentence"])
     assert read_task(table(only / "test.csv")).test.texts == tuple(columns["sentence"])
     write(only / "more.csv", columns)
-    with pytest.raises(DarexError, match=r"more\.csv: is of no split; names begin with train"):
+    with pytest.raises(DarexError, match=r"more\.csv: belongs to no split; all names begin with train"):
         read_task(table(only))
 
 
@@ -129,18 +129,24 @@ def test_labels_get_the_numbers_that_a_model_has_for_them(tmp_path):
     ("change", "said"),
     [
         ({"label": "moods"}, r"'.*mine\.jsonl' lacks the column 'moods'; it has sentence, other"),
-        ({"text": "number"}, r"mine\.jsonl', row 0 \(counted from 0\): 'number' is \d, expected a text"),
-        ({"label": "holed"}, r"row 3 \(counted from 0\): 'holed' is None, expected a text like those before"),
+        ({"text": "number"}, r"mine\.jsonl', row 0 \(counted from 0\): 'number' is \d, expected a string"),
+        (
+            {"label": "holed"},
+            r"row 3 \(counted from 0\): 'holed' is None, expected a string like those before",
+        ),
         ({"label": "mixed"}, r"row 2 \(counted from 0\): 'mixed' is None, expected a finite number"),
-        ({"label": "negative"}, r"'negative' has -1 to 3; classes count from 0.*3\.0"),
-        ({"metric": "pearson_and_spearman"}, "pearson_and_spearman does not fit classes"),
-        ({"label": "score", "metric": "f1"}, "f1 does not fit a score"),
+        ({"label": "negative"}, r"'negative' has -1 to 3; classes must start at 0.*3\.0"),
+        ({"metric": "pearson_and_spearman"}, "pearson_and_spearman is not a metric for classes"),
+        ({"label": "score", "metric": "f1"}, "f1 is not a metric for scores"),
         ({"metric": "bleu"}, "unknown metric 'bleu'; the metrics are accuracy, matthews, f1"),
-        ({"metric": "loss"}, "loss does not fit these columns; accuracy"),
-        ({"label": None}, r"name their column \(--label\)"),
-        ({"text": None, "label": None}, "name the columns of --data"),
-        ({"text": None, "label": None, "prompt": "sentence"}, "--prompt and --completion go together"),
-        ({"text": None, "prompt": "sentence", "completion": "other"}, "--pair and --label go with --text"),
+        ({"metric": "loss"}, "loss is not a metric for these columns; use accuracy"),
+        ({"label": None}, r"pass their column \(--label\)"),
+        ({"text": None, "label": None}, "give the columns of --data"),
+        (
+            {"text": None, "label": None, "prompt": "sentence"},
+            "--prompt and --completion must be given together",
+        ),
+        ({"text": None, "prompt": "sentence", "completion": "other"}, "--pair and --label need --text"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, change, said):
@@ -159,7 +165,7 @@ def test_what_splits_do_not_share_and_names_that_only_look_like_splits(tmp_path)
     folder.mkdir()
     write(folder / "train.csv", columns)
     write(folder / "test.csv", columns | {"mood": columns["number"]})
-    with pytest.raises(DarexError, match=r"'mood' holds texts in train and numbers in test"):
+    with pytest.raises(DarexError, match=r"'mood' has strings in train and numbers in test"):
         read_task(table(folder))
     with pytest.raises(DarexError, match=r"'score' is 1e\+39, expected a finite number"):
         read_task(
@@ -167,7 +173,7 @@ def test_what_splits_do_not_share_and_names_that_only_look_like_splits(tmp_path)
         )
     unknown = datasets.Dataset.from_dict(columns | {"number": [0, -1] * 10})
     unknown.cast_column("number", datasets.ClassLabel(names=["no", "yes"])).to_parquet(tmp_path / "u.parquet")
-    with pytest.raises(DarexError, match=r"row 1 .*'number' is None, expected a text"):
+    with pytest.raises(DarexError, match=r"row 1 .*'number' is None, expected a string"):
         read_task(table(tmp_path / "u.parquet", label="number"))
     assert len(read_task(table(write(tmp_path / "devices.csv", columns))).train) == 16
     write(tmp_path / "a1.csv", {name: values[:11] for name, values in columns.items()})
@@ -178,15 +184,15 @@ def test_what_is_no_data_is_said(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DarexError, match=r"broken\.json: cannot be read as json: "):
         read_task(table(tmp_path / "broken.json"))
-    with pytest.raises(FileNotFoundError, match=r"absent\.csv: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.csv: does not exist"):
         read_task(table(tmp_path / "absent.csv"))
-    with pytest.raises(DarexError, match=r"nine\.csv has 9 rows to train on; ten are needed"):
+    with pytest.raises(DarexError, match=r"nine\.csv has 9 training rows; at least ten are needed"):
         read_task(table(write(tmp_path / "nine.csv", rows(9))))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty has no file of \.parquet"):
         read_task(table(tmp_path / "empty"))
     (tmp_path / "notes.txt").write_text("a\n")
-    with pytest.raises(DarexError, match=r"notes\.txt: is read by its name"):
+    with pytest.raises(DarexError, match=r"notes\.txt: unknown suffix"):
         read_task(table(tmp_path / "notes.txt"))
 
     def refuse(*args, **kwargs):
@@ -194,7 +200,8 @@ def test_what_is_no_data_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        FileNotFoundError, match=r"someone/else: is no file or folder here, and the Hugging Face hub"
+        FileNotFoundError,
+        match=r"someone/else: is not a local file or folder, and cannot be loaded from the Hugging Face hub",
     ):
         read_task(table("someone/else"))
     with pytest.raises(DarexError, match="from one place"):
@@ -249,11 +256,11 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
     )
     assert advice["measure"] == "agreement of predictions" and advice["held_out"]
     for command, said in (
-        (("eval", fine, "--label", "mood"), "--label names a column or a metric of --data"),
-        (("eval", fine, "--text", "mood"), "--text names a column of --data"),
-        (("train", base, tmp_path / "x", *own, "--task", "sst2"), "--task and --data are two places"),
-        (("eval", fine, *own, "--task", "sst2"), "--task and --data are two places"),
-        (("check", base, fine, "--params", "ema"), "--params names a branch of an orbax checkpoint"),
+        (("eval", fine, "--label", "mood"), "--label is a column or a metric of --data"),
+        (("eval", fine, "--text", "mood"), "--text is a column of --data"),
+        (("train", base, tmp_path / "x", *own, "--task", "sst2"), "pass either --task or --data"),
+        (("eval", fine, *own, "--task", "sst2"), "pass either --task or --data"),
+        (("check", base, fine, "--params", "ema"), "--params is a branch of an orbax checkpoint"),
     ):
         assert said in darex(*command, code=2).output
 
@@ -279,5 +286,5 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
     material = read_material(base, Source(table=known, limit=4), held_out=False)
     assert len(material.encoded) == 4 and material.encoded.prompt_lengths == [1] * 4
     encoder, asked = save_bert(tmp_path / "bert"), Table(data=str(data), prompt="ask", completion="say")
-    with pytest.raises(DarexError, match=r"name the column of its texts \(--text\)"):
+    with pytest.raises(DarexError, match=r"pass the text column \(--text\)"):
         read_material(encoder, Source(table=asked), held_out=False)

@@ -140,8 +140,8 @@ def test_missing_data_is_explained(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "column", "values", "said"),
     [
-        ("cola", "sentence", lambda x: None, "None, expected a text"),
-        ("mrpc", "sentence2", lambda x: None, "None, expected a text"),
+        ("cola", "sentence", lambda x: None, "None, expected a string"),
+        ("mrpc", "sentence2", lambda x: None, "None, expected a string"),
         ("cola", "label", lambda x: None, "None, expected an integer from 0 to 1"),
         ("cola", "label", lambda x: -1, "-1, expected an integer from 0 to 1"),
         ("sst2", "label", lambda x: 2, "2, expected an integer from 0 to 1"),
@@ -149,7 +149,7 @@ def test_missing_data_is_explained(tmp_path, monkeypatch):
         ("stsb", "label", lambda x: 1e300, "1e+300, expected a finite number"),
         ("stsb", "label", lambda x: None, "None, expected a finite number"),
         # Columns of another type: their first row is named.
-        ("mrpc", "sentence2", [7] * 30, "7, expected a text"),
+        ("mrpc", "sentence2", [7] * 30, "7, expected a string"),
         ("cola", "label", ["1"] * 30, "'1', expected an integer from 0 to 1"),
         ("sst2", "label", [1.0] * 30, "1.0, expected an integer from 0 to 1"),
         ("stsb", "label", ["3.5"] * 30, "'3.5', expected a finite number"),
@@ -199,7 +199,7 @@ def test_a_hub_out_of_reach_is_explained(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        FileNotFoundError, match=r"'nyu-mll/glue' \(ConnectionError\).*--data-dir.*'opinions'"
+        FileNotFoundError, match=r"'nyu-mll/glue' cannot be loaded .*\(ConnectionError\).*--data-dir.*'opinions'"
     ):
         load_task("cola")
 
@@ -263,7 +263,7 @@ def test_encode_truncates_and_joins_pairs(tiny_tokenizer):
     pair = encode(tiny_tokenizer, Examples(("a b",), ("c",), np.zeros(1, np.int32)))
     assert tiny_tokenizer.decode(pair.input_ids[0]) == "[CLS] a b [SEP] c [SEP]"
     assert pair.token_type_ids == [[0, 0, 0, 0, 1, 1]]
-    with pytest.raises(ValueError, match="max_length is between 1 and 128, got 200"):
+    with pytest.raises(ValueError, match="max_length must be between 1 and 128, got 200"):
         encode(tiny_tokenizer, Examples(("a",), None, np.zeros(1, np.int32)), max_length=200)
     with pytest.raises(ValueError, match="no examples"):
         encode(tiny_tokenizer, Examples((), None, np.zeros(0, np.int32)))

@@ -1,4 +1,4 @@
-"""Tasks: texts with labels in three splits, and the metric that counts."""
+"""Tasks: labelled texts in three splits, and their metric."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TASKS = ("opinions", *GLUE_TASKS)
 
 @dataclass(frozen=True)
 class Examples:
-    """One split, column by column.
+    """The columns of one split.
 
     Attributes:
       texts: the sentences.
       pairs: the second sentences, or None for a task of single sentences.
-      labels: [N]; int32 class numbers, or float32 scores for regression.
+      labels: [N]; int32 class indices, or float32 scores for regression.
     """
 
     texts: tuple[str, ...]
@@ -53,7 +53,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """A task. `train` trains, `validation` is what a search for q may see, `test` is what gets reported.
+    """A task: `train` is for training, `validation` for choosing q, `test` for reported results.
 
     Attributes:
       label_names: one name per class; empty for regression.
@@ -76,18 +76,18 @@ class Task:
     def metric(self, logits: ArrayLike, labels: ArrayLike) -> float:
         """The task's headline metric of `logits` [N, num_labels] against `labels` [N].
 
-        Raises: ValueError if the logits are another number, or not finite.
+        Raises: ValueError if the number of logits differs, or they are not finite.
         """
         if np.shape(logits)[-1] != self.num_labels:
             raise DarexError(
-                f"{self.name!r} has {self.num_labels} outputs, this model {np.shape(logits)[-1]}: "
+                f"{self.name!r} has {self.num_labels} outputs, this model has {np.shape(logits)[-1]}: "
                 "it was fine-tuned for another task."
             )
         return METRICS[self.metric_name](logits, labels)
 
 
 def hold_out_tenth(count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Row numbers of a training split: those that train, and the tenth that a search for q may see.
+    """Splits the row indices of a training split: those to train on, and a held-out tenth for choosing q.
 
     Source: the protocol of DAREx (arXiv:2410.09344), the first tenth of `RandomState(0).permutation`.
     """
@@ -100,10 +100,10 @@ def load_task(name: str, data_dir: str | os.PathLike[str] | None = None, seed: i
 
     Args:
       name: "opinions" (generated, needs no data) or a GLUE task: "cola", "sst2", "mrpc", "stsb".
-      data_dir: for GLUE, a folder with the task's parquet files, or one with a folder per task;
-        None asks the Hugging Face hub.
-      seed: of the generated task. GLUE's splits are fixed by the protocol and ignore it.
-    Raises: ValueError for an unknown name or unexpected columns; FileNotFoundError where there is no data.
+      data_dir: for GLUE, a folder with the task's parquet files, or one with a folder per task; None
+        downloads from the Hugging Face hub.
+      seed: of the generated task; ignored for GLUE, whose splits are fixed by the protocol.
+    Raises: ValueError for an unknown name or unexpected columns; FileNotFoundError if there is no data.
     """
     if name == "opinions":
         from darex_jax.tasks.opinions import opinions

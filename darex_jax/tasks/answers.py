@@ -1,4 +1,4 @@
-"""Prompts with the answers that a causal language model is to learn, as batches."""
+"""Tokenises and batches prompts with answers for causal language models."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ANSWER_BUCKETS = (*BUCKETS, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # the le
 
 @dataclass(frozen=True)
 class EncodedAnswers:
-    """Tokenised prompts with their answers, row by row and unpadded.
+    """Tokenised prompts with their answers, unpadded.
 
     Attributes:
       input_ids: N lists: the prompt, the answer, the end token.
-      prompt_lengths: N numbers of tokens, how many of a row are the prompt.
-      pad_id: what padding is filled with.
+      prompt_lengths: N integers, number of prompt tokens of each row.
+      pad_id: padding token.
     """
 
     input_ids: list[list[int]]
@@ -46,7 +46,7 @@ class EncodedAnswers:
         return EncodedAnswers([self.input_ids[i] for i in rows], lengths, self.pad_id)
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and of where the answers begin, in order."""
+        """SHA-256 of the tokens and prompt lengths, in order."""
         rows = json.dumps([self.input_ids, self.prompt_lengths])
         return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -54,12 +54,15 @@ class EncodedAnswers:
 def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> EncodedAnswers:
     """Tokenises prompts as generation does, and answers without special tokens but for the end token.
 
-    Nothing is cut off: half a solution would teach a model to stop in the middle.
+    Nothing is truncated: half a solution would teach a model to stop early.
 
-    Raises: ValueError for no prompts, a tokenizer without an end token, or a row beyond the longest bucket.
+    Raises: ValueError for no prompts, a tokenizer without an end token, or a row longer than the largest
+      bucket.
     """
     if not prompts or len(prompts) != len(answers):
-        raise DarexError(f"need as many prompts as answers, got {len(prompts)} and {len(answers)}.")
+        raise DarexError(
+            f"need as many prompts as answers, at least one; got {len(prompts)} and {len(answers)}."
+        )
     if tokenizer.eos_token_id is None:
         raise DarexError(
             "the tokenizer has no end token (eos_token), so the model would never learn to stop."
@@ -71,7 +74,7 @@ def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str
     if len(rows[longest]) > ANSWER_BUCKETS[-1]:
         raise DarexError(
             f"row {longest} has {len(rows[longest])} tokens with its answer, at most {ANSWER_BUCKETS[-1]} "
-            "are possible; leave it out."
+            "are supported; remove it."
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return EncodedAnswers(rows, [len(ids) for ids in before], pad)
@@ -84,7 +87,7 @@ def encode_problems(tokenizer: Any, problems: Sequence[Problem]) -> EncodedAnswe
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int = MAX_LENGTH) -> EncodedAnswers:
-    """Plain texts, cut off at `max_length` tokens: of each, all but the first token is the answer."""
+    """Plain texts, truncated to `max_length` tokens; all tokens but the first are the answer."""
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return EncodedAnswers(rows, [1] * len(rows), pad or 0)
@@ -93,9 +96,10 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int = MAX_LEN
 def load_problems(
     task: str, data_dir: str | os.PathLike[str] | None = None, difficulty: int = 3, seed: int = 0
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The problems to train on, and those held out: of one of `PROBLEM_TASKS`.
+    """The training and held-out problems of one of `PROBLEM_TASKS`.
 
-    GSM8K's are a tenth of its training split. Args, Raises: see `load_gsm8k` and `word_problems`.
+    GSM8K's held-out ones are a tenth of its training split. Args, Raises: see `load_gsm8k` and
+    `word_problems`.
     """
     if task == "word-problems":
         generated = word_problems(seed, difficulty)
@@ -110,7 +114,7 @@ def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: i
 
     Returns: batches of exactly `batch_size` rows, padded on the right to a bucket: input_ids, attention_mask:
       int32 [B, T]; loss_mask: float32 [B, T], 1 at the tokens of an answer and its end token, 0 everywhere in
-      a row that fills up the last batch (a repeat of the batch's first row); weight: float32 [B], 0 for that.
+      padding rows of the last batch (repeats of its first row); weight: float32 [B], 0 for padding rows.
     """
     lengths = [len(ids) for ids in encoded.input_ids]
     for rows in training_rows(lengths, batch_size, seed, epoch):

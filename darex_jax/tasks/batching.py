@@ -1,4 +1,4 @@
-"""From texts to batches of NumPy arrays, in a handful of shapes so that a handful of programs is compiled."""
+"""Tokenises texts and batches them as NumPy arrays with few different shapes, to limit compilation."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from darex_jax.tasks import Examples
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # the lengths that batches are padded to
 MAX_LENGTH = BUCKETS[-1]
-EVALUATION_ROWS = 16  # of a batch: sorted by length little is padded, and on a CPU more rows take longer each
-# Without any of these, transformers makes up a tokenizer that knows no word.
+EVALUATION_ROWS = 16  # per batch: rows are sorted by length, and on a CPU larger batches are slower per row
+# Without any of these, transformers creates a tokenizer with an empty vocabulary.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 Batch = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples, row by row and unpadded.
+    """Tokenised examples, unpadded.
 
     Attributes:
       input_ids, token_type_ids: N lists of equal lengths, at most `MAX_LENGTH` each.
       labels: [N], int32 classes or float32 scores.
-      pad_id: what padding is filled with.
+      pad_id: padding token.
     """
 
     input_ids: list[list[int]]
@@ -63,10 +63,11 @@ def load_tokenizer(
     *,
     allow_changed_files: bool = False,
 ) -> Any:
-    """The Hugging Face tokenizer saved at `path`; with an artifact made from that model, the fine-tune's.
+    """The Hugging Face tokenizer saved at `path`; with an artifact made from that model, the fine-tuned
+    model's.
 
-    Args: allow_changed_files: with an artifact, take the files of `path` though they have changed.
-    Raises: ValueError if there is none that can be read, or it has changed since the artifact was made.
+    Args: allow_changed_files: with an artifact, use the files of `path` even if they have changed.
+    Raises: ValueError if it is missing or unreadable, or has changed since the artifact was made.
     """
     from transformers import AutoTokenizer
 
@@ -76,7 +77,7 @@ def load_tokenizer(
         check_entries(folder)
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # of the parsers of half a dozen formats
+        except Exception as error:  # from parsers of several formats
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise DarexError(f"{path}: its tokenizer cannot be read ({why:.200})") from error
 
@@ -84,7 +85,7 @@ def load_tokenizer(
 def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:
     """Tokenises texts (or pairs of texts), truncated to `max_length` tokens, special tokens included."""
     if not 0 < max_length <= MAX_LENGTH:
-        raise DarexError(f"max_length is between 1 and {MAX_LENGTH}, got {max_length}.")
+        raise DarexError(f"max_length must be between 1 and {MAX_LENGTH}, got {max_length}.")
     if not len(examples):
         raise DarexError("there are no examples to encode.")
     rows = tokenizer(
@@ -98,25 +99,33 @@ def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> 
     return Encoded(rows["input_ids"], rows["token_type_ids"], examples.labels, tokenizer.pad_token_id or 0)
 
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "hidden", "target")
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "hidden", "target")
+
+
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What of a batch a model takes: input_ids, attention_mask and, where it has them, token_type_ids."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    """A model's inputs in a batch: input_ids, attention_mask, token_type_ids; a `LayerModel`'s hidden states
+    and target."""
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def real_parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Which rows [B] and tokens [B, T] count, float32 1 or 0: no padding, no row whose `weight` is 0."""
+    """Float32 weights of rows [B] and tokens [B, T]: 0 for padding tokens and rows with `weight` 0, else
+    1."""
     mask = jnp.asarray(batch["attention_mask"] != 0, jnp.float32)
     rows = jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)
     return rows, mask * rows[:, None]
 
 
 def row_count(batches: Sequence[Batch]) -> int:
-    """How many rows are real, not filling up."""
+    """The number of rows, excluding padding rows."""
     return sum(int(np.sum(batch["weight"] > 0)) for batch in batches)
 
 
 def evaluation_batches(encoded: Encoded, batch_size: int = EVALUATION_ROWS) -> list[Batch]:
-    """All rows, by rising length so that little is padded; `index` says which row is where. See `_batch`."""
+    """All rows, sorted by length to reduce padding; `index` has their original indices. See `_batch`."""
     order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
     batch_size = min(batch_size, len(encoded))
     return [_batch(encoded, order[i : i + batch_size], batch_size) for i in range(0, len(order), batch_size)]
@@ -130,26 +139,26 @@ def training_batches(encoded: Encoded, batch_size: int, seed: int, epoch: int) -
 
 
 def training_rows(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[Any]]:
-    """The row numbers of one epoch's batches, every row once, in an order that follows from (seed, epoch).
+    """The row indices of one epoch's batches, every row once, in an order determined by (seed, epoch).
 
-    Rows of similar length go together, within pools of 16 batches of the shuffled rows: little is padded,
-    and the mixture stays. The last batch made may be short.
+    Rows are shuffled, then sorted by length within pools of 16 batches, which reduces padding and keeps the
+    order random. The last batch may be smaller.
     """
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(lengths))
     pools = np.arange(len(lengths)) // (16 * batch_size)
-    order = shuffled[np.lexsort((np.asarray(lengths)[shuffled], pools))]  # stable; its last key comes first
+    order = shuffled[np.lexsort((np.asarray(lengths)[shuffled], pools))]  # stable; the last key is primary
     cuts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for i in rng.permutation(len(cuts)):
         yield cuts[i]
 
 
 def _batch(encoded: Encoded, rows: NDArray[Any], batch_size: int) -> Batch:
-    """Arrays of exactly `batch_size` rows, padded to the shortest bucket that holds the longest row.
+    """Arrays of exactly `batch_size` rows, padded to the shortest bucket that fits the longest row.
 
     Returns: input_ids, attention_mask, token_type_ids: int32 [B, T]; labels [B]; weight: float32 [B], 1 for a
-      real row and 0 for one that fills up the last batch (a repeat of the batch's first row, so that nothing
-      in it is degenerate); index: int32 [B], the row's number in `encoded`.
+      real row and 0 for padding rows of the last batch (repeats of its first row, so that they are not
+      degenerate); index: int32 [B], the row's index in `encoded`.
     """
     real = len(rows)
     rows = np.concatenate([rows, np.full(batch_size - real, rows[0])])
@@ -165,7 +174,7 @@ def _batch(encoded: Encoded, rows: NDArray[Any], batch_size: int) -> Batch:
 
 
 def right_padded(rows: Sequence[Sequence[int]], fill: int, buckets: Sequence[int] = BUCKETS) -> NDArray[Any]:
-    """Rows as int32 [B, T], T the shortest bucket that holds the longest row, the rest filled up."""
+    """Rows as int32 [B, T], right-padded to T, the shortest bucket that fits the longest row."""
     longest = max(map(len, rows))
     padded = np.full((len(rows), next(bucket for bucket in buckets if longest <= bucket)), fill, np.int32)
     for b, row in enumerate(rows):

@@ -22,12 +22,13 @@ def load_glue(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task
     """Loads a GLUE task from a folder of parquet files, or from the hub when `data_dir` is None.
 
     The first tenth of `np.random.RandomState(0).permutation` of the official train split is the validation
-    set that a search for q may see, the rest trains; the official validation split is the test set.
+    set for choosing q, the rest is for training; the official validation split is the test set.
 
     Args:
       name: "cola", "sst2", "mrpc" or "stsb".
-      data_dir: folder of `train*.parquet` and `validation*.parquet`, or one that holds such a folder `name`.
-    Raises: FileNotFoundError where there is no data; ValueError for files of another layout.
+      data_dir: folder of `train*.parquet` and `validation*.parquet`, or one that contains such a folder
+        `name`.
+    Raises: FileNotFoundError if there is no data; ValueError for files with another layout.
     """
     columns, label_names, metric_name = _LAYOUT[name]
     files = None if data_dir is None else find_parquet(name, data_dir, ("train", "validation"))

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems, the prompt that asks them, and the number in a model's answer.
+"""GSM8K: grade-school word problems, the prompt, and extraction of the answer from a completion.
 
 Source: GSM8K, arXiv:2110.14168; evaluated with MetaMath's prompt and marker (arXiv:2309.12284), as in DAREx
 (arXiv:2410.09344).
@@ -19,8 +19,8 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
 )
-ANSWER_IS = "The answer is: "  # stands before the answer in what MetaMath's models write
-HASHES = "####"  # the same in what Abel's models write, and in GSM8K's own solutions
+ANSWER_IS = "The answer is: "  # precedes the answer in MetaMath models' completions
+HASHES = "####"  # the same for Abel models and GSM8K's own solutions
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
 
     Attributes:
       question: its text.
-      solution: a line a step, the sums annotated as `<<5+3=8>>`; the last line is `#### N`.
+      solution: one line per step, with annotations `<<5+3=8>>`; the last line is `#### N`.
       answer: N.
     """
 
@@ -43,9 +43,10 @@ def load_gsm8k(split: str = "test", data_dir: str | os.PathLike[str] | None = No
 
     Args:
       split: "train" or "test".
-      data_dir: folder of `{split}*.parquet`, or one that holds such a folder `gsm8k`; None asks the hub.
-    Raises: FileNotFoundError where there is no data; ValueError for another split, for files of another
-      layout, and for a solution that does not end in `#### N`.
+      data_dir: folder of `{split}*.parquet`, or one that contains such a folder `gsm8k`; None downloads from
+        the hub.
+    Raises: FileNotFoundError if there is no data; ValueError for an unknown split, files with another layout,
+      or a solution that does not end in `#### N`.
     """
     if split not in ("train", "test"):
         raise DarexError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
@@ -80,9 +81,9 @@ def gold_answer(solution: str) -> Fraction:
     return answer
 
 
-_MAX_DIGITS = 1000  # Python converts up to 4300, and a sum of fractions has up to three times as many
+_MAX_DIGITS = 1000  # Python converts up to 4300, and a mixed number has up to three times as many
 _SPELLINGS = {"\u2212": "-", "\u2013": "-", "{,}": ",", r"\!": "", r"\$": "$"}  # minus signs, LaTeX commas
-# Possessive repetitions: whatever the text is, none of its digits is read more than a few times.
+# Possessive repetitions keep the matching time linear in the text.
 _NUMBER = r"(?:[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?+|(?<!\.)\.[0-9]++)"
 _LATEX_FRACTION = re.compile(rf"\\[dt]?frac(?:\{{(-?{_NUMBER})\}}|([0-9]))(?:\{{(-?{_NUMBER})\}}|([0-9]))")
 _VALUE = re.compile(
@@ -92,17 +93,17 @@ _VALUE = re.compile(
 
 
 def extract_answer(completion: str, marker: str = ANSWER_IS) -> Fraction | None:
-    r"""The first number after the last `marker`; None where there is no marker or no number after it.
+    r"""The first number after the last `marker`; None without a marker or a number after it.
 
     Commas are removed, `3/4`, `1 1/2`, `\frac{3}{4}` and `1\frac12` are evaluated. Currency signs, units,
-    percent signs (50% is 50), `\boxed{...}`, a full stop and any text after the number are passed over. A
-    division by zero and a number of more than 1,000 digits are no answer. The marker is taken to the letter:
-    "The answer is 5", without the colon, is none either, since the protocol's models are taught to write it.
+    percent signs (50% is 50), `\boxed{...}`, a full stop and any text after the number are ignored. A
+    division by zero and a number of more than 1,000 digits give None. The marker is matched literally: "The
+    answer is 5", without the colon, gives None as well, since the protocol's models are trained to write it.
 
     Args:
-      completion: any text; the time taken is linear in its length.
+      completion: any text; takes time linear in its length.
       marker: `ANSWER_IS`, or `HASHES` for Abel's models.
-    Returns: the exact value, to be compared with `==`.
+    Returns: the exact value, which can be compared with `==`.
     Source: the protocol of MetaMath (arXiv:2309.12284). Their script rounds to whole numbers, so that 5.4
       counts as 5, and reads one separator per number, so that 1,234,567 is 1234; here both are exact.
     """

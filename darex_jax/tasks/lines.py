@@ -1,4 +1,4 @@
-"""A person's texts, from a file with one text a line."""
+"""Reads a user's texts from a file with one text per line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from darex_jax.files.paths import read_text
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file that hold more than white space; a byte order mark is no part of the first.
+    """The non-blank lines of a UTF-8 file, without a byte order mark.
 
-    Raises: FileError for a file that cannot be read or is not UTF-8, naming the line; ValueError if there is
-      no text in it.
+    Raises: FileError for a file that cannot be read or is not UTF-8, naming the line; ValueError if it has no
+      text.
     """
     lines = re.split(r"\r\n|\n|\r", read_text(path).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
     texts = [line for line in lines if line.strip()]

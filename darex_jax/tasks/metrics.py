@@ -1,8 +1,8 @@
-"""The headline metrics of the evaluation protocol, from logits and labels to one number.
+"""The metrics of the evaluation protocol: functions of logits and labels.
 
 Every function takes `logits` ([N, classes], or [N] / [N, 1] for regression) and `labels` ([N]) and returns a
-Python float. Where a score is undefined because the predictions or the labels are constant, it is 0.0: what
-does not move correlates with nothing, and a badly pruned model does predict one class.
+Python float. A correlation that is undefined because predictions or labels are constant is 0.0: a badly
+pruned model often predicts a single class.
 Source: GLUE (arXiv:1804.07461) with the choices of DAREx (arXiv:2410.09344).
 """
 
@@ -31,7 +31,7 @@ def _refuse_non_finite(scores: NDArray[Any]) -> None:
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Share of examples whose largest logit is the label's."""
+    """Share of examples whose largest logit is that of the label."""
     predicted, gold = _classes(logits, labels)
     return float((predicted == gold).mean())
 
@@ -55,7 +55,7 @@ def accuracy_and_f1(logits: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(logits: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1 of two classes, the mean over the classes of more; 0.0 for a class that is nowhere."""
+    """F1 of class 1 for two classes, macro-averaged for more; 0.0 for a class that does not occur."""
     from sklearn.metrics import f1_score
 
     predicted, gold = _classes(logits, labels)

@@ -1,4 +1,4 @@
-"""A model with all that goes with it: parameters, tokenizer, and where its texts end."""
+"""Opens a model with its parameters, tokenizer and end tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class Opened(NamedTuple):
-    """A model, ready to run.
+    """A model with its parameters and tokenizer.
 
     Attributes:
       params: its nested Hugging Face state dict.
-      tokenizer: of Hugging Face.
-      ends: the tokens at which its texts end, as generation_config.json has them or, without one, the config.
+      tokenizer: a Hugging Face tokenizer.
+      ends: its end tokens, from generation_config.json or, without one, the config.
     """
 
     model: Model
@@ -39,10 +39,10 @@ def open_model(
     allow_changed_files: bool = False,
     ignore_config_fields: Collection[str] = (),
 ) -> Opened:
-    """Opens a Hugging Face directory, or with an artifact made from it the model that the two restore.
+    """Opens a Hugging Face directory, or with an artifact made from it the restored model.
 
     Config, generation config, tokenizer and parameters are then those of the directory that `darex apply`
-    writes: the same texts and scores come by either way.
+    writes, so texts and scores are the same.
 
     Args, Raises: as `load_model` and `load_tokenizer`.
     """
@@ -65,9 +65,9 @@ def text_ends(
     *,
     allow_changed_files: bool = False,
 ) -> int | list[int] | None:
-    """Where a model's texts end: as generation_config.json has it or, without one, the config.
+    """A model's end tokens, from generation_config.json or, without one, the config.
 
-    Raises: ValueError for a file that says something else, or has changed since the artifact was made.
+    Raises: ValueError for invalid values, or a file that has changed since the artifact was made.
     """
     with companions(path, delta, allow_changed_files=allow_changed_files) as folder:
         file = folder / GENERATION_CONFIG

@@ -1,6 +1,6 @@
-"""A generated task: does the writer like the thing? Labels are known by construction, no data is needed.
+"""A generated sentiment task that needs no data: does the writer like the thing?
 
-Every sentence is built for a label that was drawn first, from one of five families:
+Every sentence is generated for a given label, from one of five families:
 
 - assertion and negation: "the soup was superb", "the soup was far from superb";
 - embedded claims that flip the opinion or leave it: "it is not true that ...", "nobody can deny that ...";
@@ -8,8 +8,8 @@ Every sentence is built for a label that was drawn first, from one of five famil
 - expectation, where the outcome decides: "we expected a dull show, but the show was superb";
 - comparison, where the thing under review ("this") decides: "the old camera was better than this one".
 
-In the last three both labels use the same words in another order, and negation is drawn independently of the
-label, so counting words leads nowhere near the truth; reading does.
+In the last three both labels use the same words in another order, and negation is independent of the label,
+so bag-of-words models fail.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BAD = _split(
 )
 BETTER = _split("better|nicer|finer|lovelier|more pleasant|more impressive|more enjoyable|more charming")
 WORSE = _split("worse|poorer|weaker|uglier|less pleasant|less impressive|more boring|more annoying")
-THINGS = (  # the things that one sentence speaks of are of one kind
+THINGS = (  # things in one sentence are from the same group
     _split("soup pasta bread dessert coffee salad wine sauce service menu"),
     _split("room bed breakfast pool lobby garden view bathroom balcony staff"),
     _split("plot acting script music ending dialogue casting opening story camera"),
@@ -60,7 +60,7 @@ DENIED = _split(
     "it is not true that {}|i cannot say that {}|nobody would say that {}|i do not think {}|i doubt that {}|"
     "it would be a lie to say {}|no one believes that {}|you are wrong that {}"
 )
-CONTRASTS = _split(  # {0} is granted, {1} decides
+CONTRASTS = _split(  # {0} is conceded, {1} decides
     "although {0}, {1}|even though {0}, {1}|{1}, although {0}|{1}, even though {0}|{0}, but {1}|{0}, yet {1}|"
     "{0}; still, {1}|while {0}, {1}|{0}, and yet {1}|{1}, though {0}"
 )
@@ -80,7 +80,7 @@ PREFERENCES = _split(
 
 @cache
 def opinions(seed: int = 0) -> Task:
-    """The task, a function of `seed` alone: no sentence twice, both labels equally often in every split.
+    """The task, a function of `seed` only, with no duplicates and balanced labels in every split.
 
     Returns: label 1 is a good opinion, label 0 a bad one; sentences have about 6 to 18 words.
     """
@@ -90,7 +90,7 @@ def opinions(seed: int = 0) -> Task:
     for split, size in SIZES.items():
         texts = []
         labels = np.arange(size, dtype=np.int32) % 2
-        labels.setflags(write=False)  # the task is made once and handed out again
+        labels.setflags(write=False)  # the task is cached and shared
         for label in labels:
             text = _sentence(rng, bool(label))
             while text in seen:
@@ -148,7 +148,7 @@ def _expectation(rng: np.random.Generator, good: bool, first: str, second: str) 
 
 def _comparison(rng: np.random.Generator, good: bool, first: str, second: str) -> str:
     this, other = f"this {first}", _pick(rng, OTHERS)
-    if rng.random() < 0.5:  # the sentence starts from the other one, and both keep their part
+    if rng.random() < 0.5:  # swaps the order in the sentence, not the roles
         this, other = "this one", f"the {_pick(rng, ('old', 'last', 'previous', 'other'))} {first}"
     form = rng.integers(3)
     if form == 0:

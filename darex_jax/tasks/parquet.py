@@ -1,4 +1,4 @@
-"""A split of a data set, from a folder of parquet files or from the Hugging Face hub."""
+"""Loads a data set's splits from a folder of parquet files or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def find_parquet(
 
 @dataclass(frozen=True)
 class Split:
-    """One split: a `datasets.Dataset`, and how its rows are called in messages.
+    """One split: a `datasets.Dataset`, and the names of its rows in messages.
 
     Attributes:
-      files: its parquet files; none where the hub gave it.
-      name: of the split and where it comes from.
+      files: its parquet files; empty if it is from the hub.
+      name: of the split and its source.
     """
 
     rows: Any
@@ -50,8 +50,8 @@ class Split:
     name: str
 
     def texts(self, column: str) -> tuple[str, ...]:
-        """Raises: ValueError that names file, column and row of the first value that is no text."""
-        return tuple(self._column(column, lambda value: isinstance(value, str), "a text"))
+        """Raises: ValueError that names file, column and row of the first value that is not a string."""
+        return tuple(self._column(column, lambda value: isinstance(value, str), "a string"))
 
     def classes(self, column: str, count: int) -> NDArray[Any]:
         """Labels from 0 to `count - 1`, int32. Raises: as `texts`."""
@@ -80,7 +80,7 @@ class Split:
         return values
 
     def place(self, row: int) -> str:
-        """A row's file, and its number in that file, counted from 0."""
+        """A row's file, and its index in that file, counted from 0."""
         from pyarrow.parquet import read_metadata
 
         for file in self.files:
@@ -100,15 +100,15 @@ def read_split(
     hub: tuple[str, str],
     generated: str,
 ) -> Split:
-    """One split, with all the columns that it has to have.
+    """Loads one split and checks its columns.
 
     Args:
       name: of the task, for messages.
-      columns: what the split has to have.
-      files: its parquet files, from `find_parquet`; None asks the hub.
-      hub: repository and configuration there.
-      generated: the task that needs no data, offered where the hub is out of reach.
-    Raises: FileNotFoundError if the hub does not give it; ValueError for no parquet, no row or a missing
+      columns: the required columns.
+      files: its parquet files, from `find_parquet`; None downloads from the hub.
+      hub: its repository and configuration there.
+      generated: a task that needs no data, suggested if the hub is unreachable.
+    Raises: FileNotFoundError if it cannot be downloaded; ValueError for invalid parquet, no rows or a missing
       column.
     """
     import datasets
@@ -124,15 +124,15 @@ def read_split(
             raise DarexError(f"'{source}' has no rows.")
     except DarexError:
         raise
-    except Exception as error:  # what a damaged file meets in pyarrow and datasets is of many kinds
+    except Exception as error:  # damaged files cause many kinds of errors in pyarrow and datasets
         if files is not None:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise DarexError(f"'{source}' cannot be read as parquet: {why:.200}") from error
         if not isinstance(error, (OSError, ValueError, datasets.exceptions.DatasetsError)):
             raise
         raise FileNotFoundError(
-            f"the Hugging Face hub did not give {source!r} ({type(error).__name__}). Name a folder with "
-            f"the parquet files of {name!r} (data_dir, --data-dir), or take {generated!r}, which needs "
+            f"{source!r} cannot be loaded from the Hugging Face hub ({type(error).__name__}). Pass a folder "
+            f"with the parquet files of {name!r} (data_dir, --data-dir), or use {generated!r}, which needs "
             "no data."
         ) from error
     missing = [column for column in columns if column not in rows.column_names]

@@ -1,4 +1,4 @@
-"""Where examples come from: a task, a file of texts, or the model family's generated task."""
+"""Selects and loads examples: a task, a file of texts, a user's table, or a generated task."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from darex_jax.tasks.batching import (
 from darex_jax.tasks.lines import read_lines
 from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
 
-TRAINING_ROWS = 16  # of a step
+TRAINING_ROWS = 16  # per step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a person said of the examples.
+    """The user's choice of examples.
 
     Attributes:
       task: a GLUE task or opinions for encoders, gsm8k or word-problems for decoders; None is the family's
-        generated task. data_dir: of its files. difficulty: of generated word problems.
-      text: a file with one text a line, instead of a task.
-      table: a person's own examples, instead of both.
-      limit: at most so many examples.
-      seed: of what a table holds out.
-    Raises: DarexError for two of these.
+        generated task. data_dir: folder of its files. difficulty: of generated word problems.
+      text: a file with one text per line, instead of a task.
+      table: the user's own examples, instead of both.
+      limit: maximum number of examples.
+      seed: of a table's held-out rows.
+    Raises: DarexError for more than one of task, text and table.
     """
 
     task: str | None = None
@@ -66,18 +66,18 @@ class Source:
 
     @property
     def labelled(self) -> bool:
-        """Whether it was said what is right: a task, or one's own labels or completions."""
+        """Whether the examples have labels: a task, or a table with labels or completions."""
         own = self.table
         return self.task is not None or (own is not None and (own.label or own.completion) is not None)
 
 
 class Material(NamedTuple):
-    """Examples as a model gets them.
+    """Tokenised examples.
 
     Attributes:
-      encoded: their tokens.
-      task: what the labels mean, of a classifier's; None of plain texts and of a decoder's answers.
-      source: where they come from.
+      encoded: the tokens.
+      task: the task of a classifier's labels; None for plain texts and a decoder's answers.
+      source: their origin.
     """
 
     encoded: Encoded | EncodedAnswers
@@ -85,13 +85,13 @@ class Material(NamedTuple):
     source: str
 
     def batches(self, rows: int = EVALUATION_ROWS) -> list[Batch]:
-        """Of so many rows each; a decoder's of 8."""
+        """Evaluation batches of `rows` rows; 8 for decoders."""
         if isinstance(self.encoded, EncodedAnswers):
             return list(answer_batches(self.encoded, 8, 0, 0))
         return evaluation_batches(self.encoded, rows)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of a training's epoch, of 16 rows each, a decoder's of 8, in an order of its own."""
+        """The training batches of an epoch, in its own order, of 16 rows (8 for decoders)."""
         if isinstance(self.encoded, EncodedAnswers):
             return answer_batches(self.encoded, 8, 0, number)
         return training_batches(self.encoded, TRAINING_ROWS, 0, number)
@@ -101,16 +101,16 @@ class Material(NamedTuple):
 
 
 def hold_out(count: int, held: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Row numbers to learn from, and so many drawn by the seed that are held out; both ascending."""
+    """Row indices for training, and `held` held-out ones drawn with the seed; both ascending."""
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
-    """The first examples of a source: of the held-out ones, or of those that train. No weight is read.
+    """The first examples of a source, from its held-out or its training split. Reads no weights.
 
-    Args: fine: the directory of the model that they are for, with its tokenizer.
-    Raises: DarexError for a task of another kind of model, or a file without texts.
+    Args: fine: the directory of the model, with its tokenizer.
+    Raises: DarexError for a task for another kind of model, or a file without texts.
     """
     family = read_config(fine).get("model_type")
     decoder = family in DECODERS
@@ -127,7 +127,7 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     task, name = source.task or generated, source.task or f"{generated} (generated)"
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
-        raise DarexError(f"{task} is for {kind}, {fine} is a {family}.")
+        raise DarexError(f"{task} is for {kind}, but {fine} is a {family}.")
     if decoder:
         problems = load_problems(task, source.data_dir, source.difficulty)[held_out][: source.limit]
         return Material(encode_problems(load_tokenizer(fine), problems), None, name)
@@ -137,14 +137,14 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
 
 
 def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, source: Source) -> Material:
-    """Examples of a person's own; without labels where no column of them is named."""
+    """Examples of a user's table; without labels if no label column is given."""
     tokenizer, split = load_tokenizer(fine), "validation" if held_out else "train"
     limit, seed = source.limit, source.seed
     if decoder and table.prompt is not None:
         prompts, completions = (column[:limit] for column in read_completions(table, seed)[split])
         return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
     if table.text is None:
-        raise DarexError(f"{fine} is an encoder: name the column of its texts (--text).")
+        raise DarexError(f"{fine} is an encoder: pass the text column (--text).")
     if table.label is None or decoder:
         examples = read_texts(table, seed, held_out=held_out).select(slice(limit))
         if decoder:
@@ -156,7 +156,7 @@ def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, source: S
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a model's classes in their order, () where config.json has none."""
+    """The class names of a model in order, () if config.json has none."""
     names = config.get("id2label")
     if not isinstance(names, dict):
         return ()

@@ -1,4 +1,4 @@
-"""A person's own examples: files, a folder or a data set of the hub, and which of their columns are what."""
+"""A user's own examples: files, a folder or a data set of the hub, and the roles of their columns."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from darex_jax.tasks import Examples, Task
 from darex_jax.tasks.metrics import METRICS
 from darex_jax.tasks.parquet import Split
 
-FORMATS = {  # suffix -> what `datasets` calls its reader, and options of that
+FORMATS = {  # suffix -> name of the `datasets` reader, and its options
     ".parquet": ("parquet", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}), ".jsonl": ("json", {}), ".arrow": ("arrow", {}),
 }  # fmt: skip
-SPLITS = {  # what a file's name begins with, or a split of the hub is called
+SPLITS = {  # prefixes of file names, or names of splits on the hub
     "train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",),
 }  # fmt: skip
-TENTH = 10  # one row of so many is held out where a split is missing
+TENTH = 10  # one row in ten is held out for a missing split
 ANSWER_METRICS = ("exact_match", "token_accuracy", "loss")
 LARGEST_LABEL = 100_000
 LARGEST_SCORE = float(np.finfo(np.float32).max)
@@ -35,18 +35,18 @@ LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What a person said of their own examples.
+    """The user's description of their own examples.
 
     Attributes:
       data: a file of parquet, CSV, TSV, JSON (lines) or Arrow; a folder of such files, whose names begin with
-        train, validation (valid, val, dev) or test, or that are all to be split; or a data set of the hub.
-        Files of tests or of validation alone are taken whole, whatever split is asked for.
-      text, pair: columns of an encoder's texts, the second of pairs.
-      label: column of what is to be predicted: texts or integers for classes, other numbers for a score.
-      prompt, completion: columns of a decoder's texts; the completion is what is learned and scored.
-      metric: None is accuracy of classes, the mean of Pearson and Spearman of a score, and of completions the
-        exact match.
-    Raises: DarexError for columns that do not go together.
+        train, validation (valid, val, dev) or test, or with none of these, to be split; or a data set of the
+        hub. If there are only test or only validation files, they are used as every split.
+      text, pair: columns of an encoder's texts; pair is the second text.
+      label: column to predict: strings or integers for classes, other numbers for a score.
+      prompt, completion: columns of a decoder's texts; the completion is trained and scored.
+      metric: None is accuracy for classes, the mean of Pearson and Spearman for scores, exact match for
+        completions.
+    Raises: DarexError for an invalid combination of columns.
     """
 
     data: str
@@ -59,20 +59,22 @@ class Table:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.completion is None):
-            raise DarexError("--prompt and --completion go together: the columns of a decoder's texts.")
+            raise DarexError(
+                "--prompt and --completion must be given together: the columns of a decoder's texts."
+            )
         if (self.text is None) == (self.prompt is None):
             raise DarexError(
-                "name the columns of --data: --text and, to learn or to score, --label; or for a decoder "
+                "give the columns of --data: --text and, to train or score, --label; or for a decoder "
                 "--prompt and --completion."
             )
         if self.text is None and (self.pair or self.label):
-            raise DarexError("--pair and --label go with --text.")
+            raise DarexError("--pair and --label need --text.")
         known = (*METRICS, *ANSWER_METRICS)
         if self.metric is not None and self.metric not in known:
             raise DarexError(f"unknown metric {self.metric!r}; the metrics are {', '.join(known)}.")
         if self.metric is not None and (self.metric in METRICS) == (self.text is None):
             fitting = METRICS if self.text is not None else ANSWER_METRICS
-            raise DarexError(f"{self.metric} does not fit these columns; {', '.join(fitting)} do.")
+            raise DarexError(f"{self.metric} is not a metric for these columns; use {', '.join(fitting)}.")
 
     @property
     def name(self) -> str:
@@ -85,16 +87,16 @@ class Table:
 
 
 def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
-    """A classification, or with numbers as labels a regression.
+    """Loads a classification task, or with numeric labels a regression task.
 
-    A split that is missing is held out: a tenth of the rows that train, drawn by the seed.
+    A missing split is held out from the training rows: a tenth, drawn with the seed.
 
-    Args: known: names of a model's classes in its order: what these name has these numbers.
-    Raises: DarexError that names file, column and row of what is no text or label, or is none of `known`;
-      for a table without labels; FileNotFoundError where there is no data.
+    Args: known: class names of a model, in order: labels with these names get these indices.
+    Raises: DarexError that names file, column and row of an invalid text or label, or a label not in `known`;
+      for a table without labels; FileNotFoundError if there is no data.
     """
     if table.text is None or table.label is None:
-        raise DarexError("an encoder learns and is scored by labels: name their column (--label).")
+        raise DarexError("an encoder is trained and scored on labels: pass their column (--label).")
     splits = _read(table, seed)
     values = {
         name: [v for part in parts for v in _labels(part, table.label)] for name, parts in splits.items()
@@ -105,8 +107,8 @@ def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
         texts = next(name for name, is_text in kind_of.items() if is_text)
         numbers_in = next(name for name, is_text in kind_of.items() if not is_text)
         raise DarexError(
-            f"{table.data}: {table.label!r} holds texts in {texts} and numbers in {numbers_in}; labels are "
-            "of one kind."
+            f"{table.data}: {table.label!r} has strings in {texts} and numbers in {numbers_in}; labels must "
+            "be of one kind."
         )
     names: tuple[str, ...] = ()
     if isinstance(every[0], str):
@@ -122,15 +124,15 @@ def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
     elif all(isinstance(value, int) for value in every):
         if min(every) < 0 or max(every) > LARGEST_LABEL:
             raise DarexError(
-                f"{table.data}: {table.label!r} has {min(every)} to {max(every)}; classes count from 0. "
-                "Write a score with a point: 3.0."
+                f"{table.data}: {table.label!r} has {min(every)} to {max(every)}; classes must start at 0. "
+                "Write scores with a decimal point: 3.0."
             )
         count = max(2, len(known), max(every) + 1)
         names = tuple(known) if len(known) == count else tuple(f"LABEL_{i}" for i in range(count))
     kind: Any = "classification" if names else "regression"
     default = "accuracy" if names else "pearson_and_spearman"
     if table.metric is not None and (table.metric == "pearson_and_spearman") == bool(names):
-        raise DarexError(f"{table.metric} does not fit {'classes' if names else 'a score'}.")
+        raise DarexError(f"{table.metric} is not a metric for {'classes' if names else 'scores'}.")
     dtype = np.int32 if names else np.float32
     examples = {
         name: _examples(table, parts, np.asarray(values[name], dtype)) for name, parts in splits.items()
@@ -141,7 +143,7 @@ def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
 
 
 def read_texts(table: Table, seed: int = 0, *, held_out: bool = False) -> Examples:
-    """The texts that train, or those of the validation split, without labels (zeros)."""
+    """The texts of the training or validation split, without labels (zeros)."""
     parts = _read(table, seed)["validation" if held_out else "train"]
     return _examples(table, parts, np.zeros(sum(len(part) for part in parts), np.int32))
 
@@ -149,7 +151,7 @@ def read_texts(table: Table, seed: int = 0, *, held_out: bool = False) -> Exampl
 def read_completions(table: Table, seed: int = 0) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Prompts and completions of each split. Raises: as `read_task`."""
     if table.prompt is None or table.completion is None:
-        raise DarexError("a decoder learns and is scored by completions: name --prompt and --completion.")
+        raise DarexError("a decoder is trained and scored on completions: pass --prompt and --completion.")
     found = {}
     for name, parts in _read(table, seed).items():
         prompts, completions = (
@@ -162,7 +164,7 @@ def read_completions(table: Table, seed: int = 0) -> dict[str, tuple[tuple[str, 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of one file, or of one split of the hub's."""
+    """Some rows of one file, or of one split on the hub."""
 
     split: Split
     rows: NDArray[Any]
@@ -177,7 +179,7 @@ class _Rows:
 
 def _examples(table: Table, parts: Sequence[_Rows], labels: NDArray[Any]) -> Examples:
     if table.text is None:
-        raise DarexError("an encoder takes texts: name their column (--text).")
+        raise DarexError("an encoder needs texts: pass their column (--text).")
     texts = tuple(text for part in parts for text in part.texts(table.text))
     pairs = None
     if table.pair is not None:
@@ -186,14 +188,14 @@ def _examples(table: Table, parts: Sequence[_Rows], labels: NDArray[Any]) -> Exa
 
 
 def _labels(part: _Rows, column: str) -> list[Any]:
-    """Texts, integers (true and false among them) or floats, all of one kind."""
+    """Strings, integers (or booleans) or floats, all of one kind."""
     feature = part.split.rows.features[column]
     values = list(part.split.rows[column])
     names = getattr(feature, "names", None)  # a class label of `datasets`
     if names:
         values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else None for v in values]
     kind: Any = str if names or isinstance(values[0], str) else int | float
-    expected = "a text like those before it" if kind is str else "a finite number like those before it"
+    expected = "a string like those before it" if kind is str else "a finite number like those before it"
     for row, value in enumerate(values):
         if not isinstance(value, kind) or (kind is not str and not abs(value) <= LARGEST_SCORE):
             raise DarexError(f"{part.split.place(row)}: {column!r} is {shown(value)}, expected {expected}.")
@@ -212,7 +214,7 @@ def _read(table: Table, seed: int) -> dict[str, list[_Rows]]:
     """The rows of all three splits."""
     found = _open(table)
     whole = {name: [_Rows(s, np.arange(len(s.rows))) for s in found.get(name, ())] for name in SPLITS}
-    if not whole["train"]:  # files of tests alone, say: all splits are what there is
+    if not whole["train"]:  # e.g. only test files: use them as every split
         there = whole["test"] or whole["validation"]
         return {name: whole[name] or there for name in SPLITS}
     missing = [name for name in ("validation", "test") if not whole[name]]
@@ -221,7 +223,7 @@ def _read(table: Table, seed: int) -> dict[str, list[_Rows]]:
     tenth = len(order) // TENTH
     if missing and not tenth:
         raise DarexError(
-            f"{table.data} has {len(order)} rows to train on; ten are needed to hold some out for "
+            f"{table.data} has {len(order)} training rows; at least ten are needed to hold out rows for "
             f"{' and '.join(missing)}."
         )
     for i, name in enumerate(missing):
@@ -231,7 +233,7 @@ def _read(table: Table, seed: int) -> dict[str, list[_Rows]]:
 
 
 def _select(parts: Sequence[_Rows], rows: NDArray[Any]) -> list[_Rows]:
-    """Of all rows in turn those with these numbers, ascending."""
+    """Selects rows by ascending indices over all parts."""
     chosen, start = [], 0
     for part in parts:
         own = rows[(rows >= start) & (rows < start + len(part))] - start
@@ -251,7 +253,7 @@ def _open(table: Table) -> dict[str, list[Split]]:
         if None in named.values() and set(named.values()) != {None}:
             stray = next(file for file, split in named.items() if split is None)
             raise DarexError(
-                f"{stray}: is of no split; names begin with train, validation or test, or none of them does."
+                f"{stray}: belongs to no split; all names begin with train, validation or test, or none does."
             )
         found: dict[str, list[Split]] = {}
         for file, split in named.items():
@@ -273,15 +275,15 @@ def _read_file(file: Path, columns: Sequence[str]) -> Split:
     import datasets
 
     if file.suffix.lower() not in FORMATS:
-        raise DarexError(f"{file}: is read by its name, which ends in {', '.join(FORMATS)}.")
+        raise DarexError(f"{file}: unknown suffix; supported are {', '.join(FORMATS)}.")
     if not file.exists():
-        raise FileNotFoundError(f"{file}: there is no such file.")
+        raise FileNotFoundError(f"{file}: does not exist.")
     check_file(file)
     reader, options = FORMATS[file.suffix.lower()]
     try:
         files = [glob.escape(os.fspath(file))]
         rows = datasets.load_dataset(reader, data_files=files, split="train", **options)
-    except Exception as error:  # what a damaged file meets in a parser is of many kinds
+    except Exception as error:  # damaged files cause many kinds of parser errors
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -297,7 +299,7 @@ def _from_hub(table: Table) -> dict[str, list[Split]]:
         loaded: Mapping[str, Any] = datasets.load_dataset(table.data)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(
-            f"{table.data}: is no file or folder here, and the Hugging Face hub did not give it "
+            f"{table.data}: is not a local file or folder, and cannot be loaded from the Hugging Face hub "
             f"({type(error).__name__})."
         ) from error
     found: dict[str, list[Split]] = {}

@@ -1,12 +1,12 @@
-"""GSM8K's generated twin: word problems from templates, answers known by construction, no data needed.
+"""Generated word problems in GSM8K's format, from templates; needs no data.
 
-A problem is a beginning, some events and an ending, worth zero to two sums each, one after the other on what
-somebody holds:
+A problem is a beginning, some events and an ending, with zero to two arithmetic steps each, on the number of
+things that somebody has:
 
 - beginning: "Tom has 5 apples.", or "Tom has 3 boxes with 4 apples each.";
-- event: the owner gets some more, gives some away, or comes to have so many times as many;
-- ending: how many are left; how many each friend gets; what they cost; how many another person has, who has
-  so many more, fewer, or times as many; how many the two have together.
+- event: the owner gets more, gives some away, or multiplies them;
+- ending: how many are left; how many each friend gets; what they cost; how many another person has (k more,
+  k fewer, or k times as many); how many the two have together.
 
 No number is less than 2, so that nouns stay plural.
 """
@@ -36,7 +36,7 @@ def _words(text: str) -> tuple[str, ...]:
 NAMES = _words("Tom Anna Ben Lily Sam Mia Leo Emma Max Nina Paul Rosa")
 THINGS = _words("apples pens books stamps coins cards shells eggs balls flowers cookies marbles")
 
-# What is told and asked. `who` holds the things, `friend` and `other` are two more people, `k` is a number.
+# Sentences and questions. `who` owns the things, `friend` and `other` are two more people, `k` is a number.
 HAS = ("{who} has {k} {things}.", "There are {k} {things} on the table of {who}.")
 BOXED = tuple(f"{{who}} has {{k}} {box} with {{each}} {{things}} each." for box in ("boxes", "bags", "jars"))
 GETS = (
@@ -69,7 +69,7 @@ COMPARED = {
 OF_OTHER = ("How many {things} does {other} have?",)
 TOGETHER = ("How many {things} do {who} and {other} have together?",)
 
-# What is worked out.
+# Solution lines.
 OWNED = "{who} has {sum} {things}."
 OTHER_OWNED = "{other} has {sum} {things}."
 EACH = "Each gets {sum} {things}."
@@ -78,24 +78,24 @@ BOTH = "Together they have {sum} {things}."
 
 
 class WordProblems(NamedTuple):
-    """`train` trains, `validation` is what a search for q may see, `test` is what gets reported."""
+    """Splits: `train` for training, `validation` for choosing q, `test` for reported results."""
 
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]
     test: tuple[Problem, ...]
 
 
-@lru_cache(maxsize=4)  # some seconds' work, asked for by every search and evaluation of one task
+@lru_cache(maxsize=4)  # takes seconds, and every search and evaluation needs it
 def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordProblems:
-    """The task, a function of its arguments alone: no question twice, neither in a split nor in two of them.
+    """The task, a function of its arguments only; no question occurs twice, within or across splits.
 
-    The same sums do come up again, told of other people and things.
+    The same arithmetic can occur again with other names and things.
 
     Args:
-      max_steps: problems take 1 to `max_steps` sums, each number of sums equally often in every split.
-      largest: no number is larger, in the question or on the way to the answer.
-    Raises: ValueError if `max_steps` is not in [1, 10], beyond which stories end in dead ends, or `largest`
-      less than 10: there would be few problems.
+      max_steps: problems have 1 to `max_steps` steps, each number equally often in every split.
+      largest: upper bound of all numbers in questions and solutions.
+    Raises: ValueError if `max_steps` is not in [1, 10] (longer ones rarely succeed), or `largest` is less
+      than 10 (too few problems).
     """
     if not 1 <= max_steps <= MOST_STEPS or largest < 10:
         raise DarexError(
@@ -122,11 +122,11 @@ def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
 
 
 class _DeadEnd(Exception):
-    """No number fits here: the story is given up and another one begun."""
+    """No valid number exists: the generator discards this problem and starts another."""
 
 
 class _Story:
-    """A problem in the making: what was told, the solution's lines, and how many things `who` holds."""
+    """A problem under construction: sentences, solution lines, and the number of things `who` has."""
 
     def __init__(self, rng: np.random.Generator, largest: int):
         who, friend, other = (NAMES[i] for i in rng.permutation(len(NAMES))[:3])
@@ -135,7 +135,7 @@ class _Story:
         self.told: list[str] = []
         self.lines: list[str] = []
         self.held = 0
-        self.result = 0  # of the last sum
+        self.result = 0  # of the last step
 
     def operand(self, sign: str, a: int) -> int:
         """A random b >= 2 for which `a sign b` is in range. Raises: _DeadEnd if there is none."""
@@ -152,7 +152,8 @@ class _Story:
         self.told.append(_pick(self.rng, texts).format(**self.words, **numbers))
 
     def work_out(self, line: str, a: int, sign: str, b: int) -> int:
-        """Writes `line` with the sum `a sign b` in it. Returns: the result. Raises: _DeadEnd out of range."""
+        """Adds `line` with the step `a sign b`. Returns: the result. Raises: _DeadEnd if it is out of
+        range."""
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
         if result > self.largest:
             raise _DeadEnd
@@ -215,13 +216,13 @@ def _together(story: _Story) -> None:
     story.work_out(BOTH, story.held, "+", others)
 
 
-# How many sums each is worth.
+# Number of steps of each.
 BEGINNINGS: dict[Callable[[_Story], None], int] = {_has: 0, _boxed: 1}
 ENDINGS: dict[Callable[[_Story], None], int] = {_left: 0, _shared: 1, _priced: 1, _of_other: 1, _together: 2}
 
 
 def _problem(rng: np.random.Generator, steps: int, largest: int) -> Problem:
-    """A problem of `steps` sums. Raises: _DeadEnd if the story came to none."""
+    """A problem of `steps` steps. Raises: _DeadEnd if the construction fails."""
     story = _Story(rng, largest)
     beginning = _pick(rng, [part for part, sums in BEGINNINGS.items() if sums <= steps])
     left = steps - BEGINNINGS[beginning]
@@ -238,12 +239,12 @@ _PIECES = r" ?[A-Za-z']+| ?#+|[0-9]|\s| ?[^A-Za-z0-9\s]"
 
 
 def word_problem_tokenizer() -> Any:
-    """A word-level tokenizer for these problems, their solutions in both forms and the prompt.
+    """A word-level tokenizer for these problems, their solutions in both formats and the prompt.
 
-    A word with the space before it is one token, a digit is one token, and decoding gives the text back to
-    the letter. A text starts with `<s>`, an answer ends with `</s>`, padding goes to the left.
+    A word with its leading space is one token, a digit is one token, and decoding is exact. A text starts
+    with `<s>`, an answer ends with `</s>`, padding is on the left.
 
-    Returns: a Hugging Face tokenizer; what its `save_pretrained` writes, `load_tokenizer` reads.
+    Returns: a Hugging Face tokenizer, which `load_tokenizer` reads after `save_pretrained`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -268,7 +269,7 @@ def word_problem_tokenizer() -> Any:
 
 
 def _vocabulary() -> list[str]:
-    """Every piece that a text can hold: words and signs with a space before them and without, and digits."""
+    """Every token of a text: words and signs with and without a leading space, and digits."""
     texts = [HAS, BOXED, GETS, GIVES, GROWS, LEFT, SHARED, PRICED, *COMPARED.values(), OF_OTHER, TOGETHER]
     lines = [OWNED, OTHER_OWNED, EACH, PRICE, BOTH, PROMPT, ANSWER_IS, HASHES, "+ - * / = < >"]
     written = [re.sub(r"\{\w+\}", "", text) for text in (*sum(texts, ()), *lines, *NAMES, *THINGS)]
