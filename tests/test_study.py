@@ -2,6 +2,9 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -82,10 +85,26 @@ sum = { method = "linear" }
 dare = { method = "dare-ties", drop_rate = 0.5, q = "two-point" }
 """
 
+RIVALS = """
+title = "Rivals"
+measure = "methods"
+[small]
+train = ["one"]
+bytes = [0.34, 0.24]
+test_examples = 16
+[small.ways]
+LoRA = { method = "labels", support = "lora", at = [0.34, 0.05] }
+"LoRA, 4 bits" = { method = "labels", support = "lora", bits = 4, at = [0.34] }
+random = { method = "labels", support = "random" }
+"""
+
 
 @pytest.fixture
 def studies(tmp_path):
-    files = {"fine_tunes": FINE_TUNES, "tiny": METHODS, "q": Q, "deltas": DELTAS, "merged": MERGING}
+    files = {
+        "fine_tunes": FINE_TUNES, "tiny": METHODS, "q": Q, "deltas": DELTAS, "merged": MERGING,
+        "rivals": RIVALS,
+    }  # fmt: skip
     for name, text in files.items():
         (tmp_path / f"{name}.toml").write_text(text)
     return tmp_path
@@ -176,6 +195,41 @@ def test_every_measure(studies, place):
         plan = read_plan(studies, name, "small")
         text = markdown(section(plan, read_rows(plan.file), "darex experiment"))
         assert text.count("\n| ") >= len(plan.ways)
+
+
+def test_rivals_are_trained_with_labels(studies, place, monkeypatch):
+    """LoRA once for all bits, a subspace for every size; files have the bytes that they may have."""
+    from darex_jax.study.measures import labels
+
+    trained = []
+    once = labels._Start._trained
+    monkeypatch.setattr(labels._Start, "_trained", lambda *given: trained.append(1) or once(*given))
+    _, lora, none, rounded, *random = run_study(read_plan(studies, "rivals", "small"), place)
+    assert len(trained) == 3 and [row["at"] for row in random] == [0.34, 0.24]
+    assert "bytes, " in none["why"] and "are allowed" in none["why"] and "mean" not in none
+    assert rounded["file_bytes"] < lora["file_bytes"] and 0 <= lora["agreement"] <= 1
+    sizes = [found["file_bytes"] / found["at"] for found in random]
+    assert max(sizes) < 1.25 * min(sizes) and lora["file_bytes"] / lora["at"] < max(sizes)
+    (studies / "rivals.toml").write_text(RIVALS.replace('"lora", at', '"lore", at'))
+    with pytest.raises(DarexError, match=r'labels has support = "lora" or "random"'):
+        run_study(read_plan(studies, "rivals", "small"), place)
+
+
+def test_scattered_values_train_as_a_dense_delta_at_their_places():
+    from darex_jax.study.measures.labels import Scattered
+
+    def model(params, x):
+        return x @ params["layer"]["weight"].T
+
+    weight, x = jnp.arange(6.0).reshape(2, 3), jnp.ones((1, 3))
+    scattered = Scattered(model, {"layer.weight": np.array([1, 5], np.uint32)}, rate=10.0)
+
+    def total(values):
+        return scattered({"layer": {"weight": weight}, "values": {"layer": {"weight": values}}}, x).sum()
+
+    values = jnp.array([0.5, -0.25])
+    assert float(total(values)) == pytest.approx(float(weight.sum()) + 10 * 0.25)
+    np.testing.assert_allclose(jax.grad(total)(values), [10.0, 10.0])
 
 
 def test_tables_figures_and_the_page(studies, place, tmp_path):

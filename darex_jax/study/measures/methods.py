@@ -22,8 +22,9 @@ from darex_jax.files.prune import Job
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import gather
-from darex_jax.runs.prune import prune_by, pruned_entries
+from darex_jax.runs.prune import TooSmall, prune_by, pruned_entries
 from darex_jax.study.fine_tunes import Place, obtain
+from darex_jax.study.measures.labels import rivals
 from darex_jax.study.measures.tested import open_tested
 from darex_jax.study.plan import FineTune, Plan
 from darex_jax.tasks.source import Source
@@ -35,7 +36,8 @@ TEXTS, STEPS = 10_000, 300  # at most so many training texts, and steps of 16, f
 def begin(
     plan: Plan, fine_tunes: Sequence[FineTune], place: Place
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`.
+    """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`; or
+    the method `labels` and the options of `rivals`.
 
     Returns: values of the row "fine-tuned"; a function from way, options and column to a row's values.
     """
@@ -43,6 +45,7 @@ def begin(
     base, fine = obtain(fine_tune, place)
     tested = open_tested(fine_tune, fine, place, plan.test_examples)
     source = Source(task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune))
+    rival = rivals(fine_tune, base, fine, place)
     known: dict[tuple[str, ...], Any] = {}
 
     def evidence(method: str, support: str | None) -> Any:
@@ -55,12 +58,20 @@ def begin(
     def measured(way: str, told: Mapping[str, Any], at: float) -> dict[str, Any]:
         options = dict(told)
         name, objective = options.pop("method"), options.pop("q", None)
-        method, q = METHODS[name], None
         with ExitStack() as stack:
             b, f = (stack.enter_context(Checkpoint(path)) for path in (base, fine))
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             path = Path(folder) / "delta.safetensors"
             job = Job(b, f, path, choose_scope(f.config.get("model_type"), shapes=f.shapes))
+            if name == "labels":
+                allowed = round(at * pruned_entries(job)) if plan.axis == "bytes" else None
+                try:
+                    written = rival(options, allowed, path)
+                except TooSmall as error:
+                    return {"why": str(error)}
+                seen = [tested.values(*load_model(base, delta=path))]
+                return {**spread(seen), "q": None, "file_bytes": written.file_bytes}
+            method, q = METHODS[name], None
             choose = (
                 partial(_q, base, fine, replace(source, limit=CALIBRATION), objective) if objective else None
             )
