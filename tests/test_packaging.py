@@ -22,7 +22,7 @@ from tests.test_structure import LAYERS
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Of other folders of the checkout, which are no part of the package.
-OTHERS = ("tests/conftest.py", "tests/test_packaging.py", "experiments/merging.py", "benchmarks/mask.py")
+OTHERS = ("tests/conftest.py", "tests/test_packaging.py", "experiments/smollm2.py", "benchmarks/mask.py")
 
 
 def run(*command, **options):

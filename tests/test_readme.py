@@ -22,6 +22,8 @@ from darex_jax.core.lora import LoraConfig
 from darex_jax.core.tree import flatten_names
 from darex_jax.models import init_model, read_model_config
 from darex_jax.models.lora import add_adapters
+from darex_jax.study.rows import read_rows
+from darex_jax.study.tables import cell_text
 from tests.test_resume import BERT, save_bert, save_llama
 
 ROOT = Path(__file__).parent.parent
@@ -265,16 +267,14 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_the_figures_of_the_readme_are_those_of_the_table():
-    """Of `experiments/results/methods.md`, at 0.005 bytes a parameter."""
-    table = (ROOT / "experiments/results/methods.md").read_text()
+    """Of the rows of the studies methods and frontier, at 0.005 bytes a parameter."""
+    folder = ROOT / "experiments/results/small"
+    rows = [row for study in ("methods", "frontier") for row in read_rows(folder / f"{study}.jsonl")]
     shown = re.findall(r"^\| ([^|:]+?)[:,]? ?(?:4-bit[^|]*|91 MB)? \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
                        (ROOT / "README.md").read_text(), re.M)[2:]  # fmt: skip
     assert [method for method, *_ in shown] == ["fine-tuned", "DARE", "DAREx-q", "SVD, 4 bits", "distilled"]
     for column, task in enumerate(("sst2", "mrpc", "stsb"), 1):
-        section = table.split(f"## {task}, adamw: ")[1].split("\n## ")[0]
-        heads, *rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\|.*$", section, re.M)]
-        at = heads.index("0.005")
-        cells = {row[0]: row[at].split(" (")[0].strip("*") for row in rows if len(row) > at}
-        cells["fine-tuned"] = section.splitlines()[0].rpartition(" ")[2]
+        own = [row for row in rows if row["fine_tune"] == f"{task}/adamw/0" and row["at"] in (None, 0.005)]
+        cells = {row["way"]: cell_text([row], brackets=False) for row in own}
         for row in shown:
             assert row[column] == cells[row[0]], (task, row[0])

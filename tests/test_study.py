@@ -1,6 +1,8 @@
 """Declared studies: rows that resume, fine-tunes that are trained once, tables, claims, and the command."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +246,7 @@ def test_tables_figures_and_the_page(studies, place, tmp_path):
     written = write_section(section(plan, rows, "darex experiment tiny"), tmp_path / "out")
     assert [path.suffix for path in written] == [".md", ".png", ".svg"]
     assert written[1].read_bytes()[:4] == b"\x89PNG" and b"<svg" in written[2].read_bytes()[:600]
+    assert written[2].read_text().count('id="LineCollection') == 2  # the deviations of both ways are drawn
     page = results_page(studies / "results")
     assert page.sections[0].findings[0].claim == "SVD beats DARE" and page.facts
     with pytest.raises(DarexError, match="has no rows of a study"):
@@ -343,8 +346,6 @@ def test_one_process_runs_a_study(studies, place):
 
 def test_every_declared_study_reads():
     """The studies of this repository, at each scale they have; what small rows there are belong to them."""
-    from pathlib import Path
-
     folder = Path(__file__).parent.parent / "experiments"
     for path in folder.glob("*.toml"):
         if path.stem == "fine_tunes":
@@ -356,6 +357,16 @@ def test_every_declared_study_reads():
                 known = {cell for group in groups(plan) for cell in running.cells(plan, group)}
                 for found in read_rows(plan.file):
                     assert found["way"] == "fine-tuned" or cell_of(found) in known, (path, cell_of(found))
+
+
+def test_the_study_that_the_page_declares_reads(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "study.md").read_text()
+    fine_tunes, mine = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "fine_tunes.toml").write_text(fine_tunes)
+    (tmp_path / "mine.toml").write_text(mine)
+    plan = read_plan(tmp_path, "mine", "small")
+    assert len(groups(plan)) == 4 and sum(len(lacks) for _, lacks in missing_cells(plan, [])) == 24
+    assert findings(plan, [])[0].verdict == "not testable here"
 
 
 @pytest.mark.parametrize("memory", ["enough", "none"])

@@ -40,8 +40,10 @@ class Place(NamedTuple):
 def base_of(fine_tune: FineTune, place: Place) -> Path:
     """The directory of the pretrained model.
 
-    `train`: a fine-tuned model, which is trained first; `package`: that of an installed package; `config`: random weights of this config, from key 0; else
-    `models`/NAME. Raises: DarexError saying where it is looked for.
+    `train`: a fine-tuned model, which is trained first; `package`: that of an installed package; `config`:
+    random weights of this config, from key 0; else `models`/NAME.
+
+    Raises: DarexError saying where it is looked for.
     """
     source = fine_tune.source
     if unknown := sorted(source.keys() - MODEL):

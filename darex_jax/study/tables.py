@@ -111,7 +111,7 @@ def cell_text(rows: Sequence[Row], brackets: bool = True) -> str:
     means = [row["mean"] for row in good]
     if len(good) > 1:
         text = f"{np.mean(means):.3f} ± {np.std(means, ddof=1):.3f}"
-    elif isinstance(good[0].get("metrics"), list) and len(good[0]["metrics"]) > 1:
+    elif good[0].get("std") or len(good[0].get("metrics") or ()) > 1:
         text = f"{means[0]:.3f} ± {good[0]['std']:.3f}"
     else:
         text = f"{means[0]:.3f}"

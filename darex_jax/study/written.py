@@ -85,7 +85,7 @@ def draw(figures: Sequence[Figure], paths: Sequence[Path]) -> None:
     FigureCanvasAgg(picture)
     names = list(dict.fromkeys(series.name for figure in figures for series in figure.series))
     lines: dict[str, Any] = {}
-    grid = picture.subplots(down, across, squeeze=False).flat
+    grid = list(picture.subplots(down, across, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
     for axes, figure in zip(grid, figures, strict=False):
