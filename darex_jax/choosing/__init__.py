@@ -1,1 +1,1 @@
-"""Choosing q for a fine-tuned model and its base: a file holds a way, or several that differ in little."""
+"""Choosing q for a fine-tuned model and its base: one file per way, or per group of similar ways."""

@@ -1,4 +1,4 @@
-"""What a person says of how q is chosen, and what is said back where examples do not tell."""
+"""The user's settings for choosing q, and the warning for uninformative examples."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ OnValue = Callable[[float, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a person said of how q is chosen.
+    """The user's settings for choosing q.
 
     Attributes:
-      objective: a way of `WAYS`, or "auto": labels where a task is named, else predictions, or for an encoder
-        that predicts no classes two-point (by layer, outputs).
-        labels: the metric on held-out examples (q_v), the only one that looks at labels; it asks for a task.
+      objective: a key of `WAYS`, or "auto": labels if a task is given, else predictions, or two-point (per
+        layer: outputs) for an encoder that predicts no classes.
+        labels: the metric on held-out examples (q_v), the only one that uses labels; needs a task.
         predictions: agreement with the fine-tuned model's own predictions on held-out examples.
-        outputs: the output change (q_e). learned: the same by gradient, of each layer.
+        outputs: the output change (q_e). learned: the same by gradient, per layer.
         closed-form: the least expected squared error of linear layers' outputs. two-point: that of the
-        model's output, from the changes of the base and of DARE.
-      scope: "model", or "layer": Algorithm 3 for what is searched; not for two-point.
-      rule: how Algorithm 3 minimises, see `analytic_q`: "exact" is what it says and moves q to near 1/2,
-        "published" is what the paper's numbers come from.
-      masks: how many, of the seeds from `seed` on; None is what the way's entry in `WAYS` says.
-      grid: low, high and step of the authors' walk; None is a wider grid, which is visited whole.
-      statistics: a file for the statistics of the layers' inputs: read where it exists, else written.
-      learning_rate: with learned, see `learn_q`.
-      checkpoints: a folder where learning goes on after a stop; each of several has its place in it.
-      one_copy: hold one copy of the model and the survivors, see `OneCopy`; for one q, of ways that do not
-        look at the whole delta. The same q, in a third of the memory.
+        model's outputs, from the changes of the base and of DARE.
+      scope: "model", or "layer" (for searches: Algorithm 3); not for two-point.
+      rule: how Algorithm 3 minimises, see `analytic_q`: "exact" is the algorithm as stated, which moves q to
+        near 1/2, "published" reproduces the code behind the paper's numbers.
+      masks: number of masks, with seeds from `seed` on; None is the default in `WAYS`.
+      grid: low, high and step of the authors' walk; None is a wider grid, visited completely.
+      statistics: a file for the statistics of the layers' inputs: read if it exists, else written.
+      learning_rate: for learned, see `learn_q`.
+      checkpoints: a folder from which learning resumes; each training has its own subfolder.
+      one_copy: hold one copy of the model and the survivors, see `OneCopy`; for scope "model" and ways that
+        do not need the whole delta. The same q, in a third of the memory.
       include, exclude: patterns of the parameters that are pruned, see `choose_scope`.
-      ignore_config_fields: of the fine-tuned model's, see `read_model_config`.
+      ignore_config_fields: for the fine-tuned model, see `read_model_config`.
     """
 
     objective: str = "auto"
@@ -54,6 +54,6 @@ class Choice:
     seed: int = 0
 
 
-def untold(why: str, kept: str = "q stays at DARE's 1 - drop rate") -> str:
-    """The warning where examples do not tell one q from another."""
+def uninformative(why: str, kept: str = "q stays at DARE's 1 - drop rate") -> str:
+    """The warning if the examples do not distinguish values of q."""
     return f"{why}: these examples do not tell one q from another, and {kept}"

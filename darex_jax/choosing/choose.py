@@ -1,4 +1,4 @@
-"""Choosing q for a fine-tuned model and its base: what `darex find-q` and `darex prune --q auto` do."""
+"""Chooses q for a fine-tuned model and its base: `darex find-q` and `darex prune --q auto`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from darex_jax.models import EncoderConfig, read_model_config
 from darex_jax.q.search import check_bounds
 from darex_jax.tasks.source import Source, read_material
 
-RECORDED = (  # of what a person said: what the manifest keeps
+RECORDED = (  # settings that the manifest records
     "drop_rate", "objective", "scope", "rule", "task", "data_dir", "difficulty", "text", "table", "limit",
     "masks",
     "grid", "learning_rate", "include", "exclude", "seed",
@@ -35,18 +35,18 @@ def choose_q(
     source: Source,
     on_value: OnValue = lambda point, value: None,
 ) -> dict[str, Any]:
-    """Chooses q, one for the model or one for each linear layer; the same arguments give the same q.
+    """Chooses one q for the model or one per linear layer; the same arguments give the same q.
 
     Args:
       base, fine: Hugging Face directories.
-      choice: the way, and what else is to be said of it.
-      source: where the examples come from; where it says no limit, that of the way.
-      on_value: called with every (q or eta, value); while learning with every (epoch, held-out change).
-    Returns: what the q file holds, ready for strict JSON: q, value, objective, scope, curve (of q, of eta
-      with rule, or of epochs; None for a value that is not finite), plateau, what it cost (evaluations of so
-      many examples, labels looked at), manifest. Where there is a `warning`, the examples tell nothing, and q
-      is 1 - p, DARE's (the smallest visited with finite outputs, where some were not).
-    Raises: ValueError for what does not fit; FileError for a damaged file.
+      choice: the way and its settings.
+      source: of the examples; without a limit, the way's default.
+      on_value: called with every (q or eta, value); for learned, with every (epoch, held-out change).
+    Returns: the content of the q file, valid JSON: q, value, objective, scope, curve (over q, eta with rule,
+      or epochs; None for values that are not finite), plateau, cost (evaluations, examples, labels used),
+      manifest. With a `warning` the examples are uninformative, and q is DARE's 1 - p (or the smallest
+      visited with finite outputs).
+    Raises: ValueError for invalid arguments; FileError for a damaged file.
     """
     if choice.objective == "auto":
         labelled, ignored = source.labelled, choice.ignore_config_fields
@@ -56,9 +56,9 @@ def choose_q(
     way = WAYS[choice.objective]
     scope = choose_scope(read_config(fine).get("model_type"), choice.include, choice.exclude)
     source = replace(source, limit=way.limit if source.limit is None else source.limit)
-    material = read_material(fine, source, held_out=way.held_out)  # before a weight is read
+    material = read_material(fine, source, held_out=way.held_out)  # before reading weights
     if way.learns and len(material.encoded) < 2:
-        raise DarexError(f"{choice.objective} takes two examples or more: to learn from, and to be held out.")
+        raise DarexError(f"{choice.objective} needs at least two examples, to train and to hold out.")
     seeds = [choice.seed + i for i in range((choice.masks or way.masks) if way.masks else 0)]
     open_it = open_one_copy if choice.one_copy else open_pair
     pair = open_it(base, fine, drop_rate, seeds, scope, choice.ignore_config_fields)
@@ -71,13 +71,13 @@ def choose_q(
     }  # fmt: skip
     found = way.find(pair, material, choice, inputs, on_value)
     table = source.table and vars(source.table)
-    said = vars(choice) | vars(source) | {"drop_rate": drop_rate, "table": table}
-    manifest = run_manifest("find-q", {name: said[name] for name in RECORDED}, inputs, {})
+    settings = vars(choice) | vars(source) | {"drop_rate": drop_rate, "table": table}
+    manifest = run_manifest("find-q", {name: settings[name] for name in RECORDED}, inputs, {})
     return _strict(head | found | {"manifest": manifest})
 
 
 def without_labels(fine: Path, scope: str, ignore_config_fields: Collection[str] = ()) -> str:
-    """The objective for a model whose task is not known."""
+    """The default objective without a task."""
     hf = read_config(fine)
     if hf.get("model_type") in DECODERS:
         return "predictions"
@@ -91,34 +91,36 @@ def without_labels(fine: Path, scope: str, ignore_config_fields: Collection[str]
 def _check(choice: Choice, source: Source, drop_rate: float) -> None:
     name = choice.objective
     if name not in WAYS or choice.scope not in SCOPES:
-        raise DarexError(f"objective is one of {', '.join(WAYS)}, scope {' or '.join(SCOPES)}.")
+        raise DarexError(f"objective must be one of {', '.join(WAYS)}, scope {' or '.join(SCOPES)}.")
     way = WAYS[name]
     if not 0.0 < drop_rate < 1.0:
-        raise DarexError(f"at a drop rate of {drop_rate} there is no q to choose.")
+        raise DarexError(f"choosing q needs a drop rate between 0 and 1, got {drop_rate}.")
     if choice.scope not in way.scopes:
         own = way.scopes[0]
-        raise DarexError(f"{name} finds {SCOPES[own]}; say --scope {own}.")
+        raise DarexError(f"{name} finds {SCOPES[own]}; pass --scope {own}.")
     if way.labels and source.text is not None:
         raise DarexError("texts have no labels; choose another objective, or a task.")
     if way.labels and not source.labelled:
         raise DarexError(
-            f"{name} are those of the model's own task: name it (--task, or --data with --label), or choose "
+            f"{name} needs the model's task: pass --task, or --data with --label, or choose "
             "another objective."
         )
     if choice.one_copy and (way.whole_delta or choice.scope == "layer"):
-        told = ", ".join(other for other, way in WAYS.items() if not way.whole_delta)
-        raise DarexError(f"one copy of the model holds no delta; it goes with one q by {told}.")
+        supported = ", ".join(other for other, way in WAYS.items() if not way.whole_delta)
+        raise DarexError(
+            f"one copy of the model holds no delta; it supports one q for the model by {supported}."
+        )
     if way.one_mask and choice.masks not in (None, 1):
-        raise DarexError(f"{name} takes one mask.")
+        raise DarexError(f"{name} uses one mask; leave out --masks.")
     if choice.grid is not None:
         check_bounds(*choice.grid)
         if not way.searches:
             searched = ", ".join(other for other, way in WAYS.items() if way.searches)
-            raise DarexError(f"{name} searches no grid; a grid is for {searched}.")
+            raise DarexError(f"{name} does not search a grid; {searched} do.")
 
 
 def _strict(value: Any) -> Any:
-    """The same with None for every number that JSON does not have."""
+    """Replaces numbers that JSON does not support by None."""
     if isinstance(value, Mapping):
         return {name: _strict(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

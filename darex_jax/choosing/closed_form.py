@@ -1,4 +1,4 @@
-"""The way without a mask: q in closed form from the inputs of linear layers."""
+"""q in closed form from the inputs of linear layers, without masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from darex_jax.choosing.choice import Choice, OnValue, untold
+from darex_jax.choosing.choice import Choice, OnValue, uninformative
 from darex_jax.choosing.pair import Pair
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import squared_influences
@@ -24,7 +24,7 @@ def by_closed_form(
     form = closed_form(squared_influences(pair.model, pair.params, pair.delta, batches), pair.drop_rate)
     found: dict[str, Any] = {"layers": form.layers, "evaluations": 1, "examples": row_count(batches)}
     if not 1.0 - pair.drop_rate < form.q < math.inf:
-        warning = untold("the delta changes no layer's output")
+        warning = uninformative("the delta changes no layer's output")
         return found | {"q": pair.dare(choice.scope), "warning": warning}
     by_layer = choice.scope == "layer"
     return found | {"q": spread_q(form.layers, flatten_names(pair.delta)) if by_layer else form.q}

@@ -1,4 +1,4 @@
-"""The way that learns: gradient descent on the output change, in one coefficient a layer and nothing else."""
+"""Learns q by gradient descent on the output change, with one coefficient per layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from darex_jax.choosing.choice import LEARNING_RATE, Choice, OnValue, untold
+from darex_jax.choosing.choice import LEARNING_RATE, Choice, OnValue, uninformative
 from darex_jax.choosing.pair import Pair, Params
 from darex_jax.choosing.table import CALIBRATION_SIZE
 from darex_jax.core.delta import apply_delta, prune, rescale
@@ -33,9 +33,9 @@ from darex_jax.training.checkpoints import Checkpoints, own_place
 def by_gradient(
     pair: Pair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
-    """The least output change on held-out examples while it is learned from the others.
+    """Minimises the output change; the epoch with the least change on held-out examples is used.
 
-    Of the pair's one mask, which is applied in the delta's own place: the pair is used up.
+    Uses the pair's single mask and overwrites its delta: the pair must not be used afterwards.
     """
     (seed,) = pair.seeds
     order, quarter = hold_out_quarter(len(material.encoded), seed)
@@ -56,8 +56,8 @@ def by_gradient(
         )
         learned = learn_q(pair, masked, layers, rest, held_out, how)
     epochs = len(learned.history) - 1
-    # The held-out examples once at the start; an epoch sends the others through forwards and backwards, which
-    # counts as two more, and the held-out ones once.
+    # The held-out examples once at the start; per epoch the others forwards and backwards (which counts as
+    # two more), and the held-out ones once.
     passes = len(quarter) + epochs * (3 * len(order) + len(quarter))
     found = {
         "q": learned.q, "value": learned.change, "value_name": "held-out output change",
@@ -65,24 +65,24 @@ def by_gradient(
         "evaluations": round(passes / len(material.encoded), 2), "examples": len(material.encoded),
     }  # fmt: skip
     if learned.change == learned.history[0][1]:
-        found["warning"] = untold("no epoch was better than the first q")
+        found["warning"] = uninformative("no epoch was better than the first q")
     return found
 
 
 def hold_out_quarter(count: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Row numbers to learn from, and the quarter (at least one) that decides when to stop; both ascending."""
+    """Row indices for training, and a held-out quarter (at least one) for early stopping; both ascending."""
     return hold_out(count, max(1, count // 4), seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """How long and how fast, see `learn_q`.
+    """Hyperparameters of `learn_q`.
 
     Attributes:
-      learning_rate: AdamW's at the start, which is by how much the first step changes every q: the authors'
-        1e-2 brings it to eleven times DARE's at 0.999.
-      patience: epochs without a better held-out change.
-      on_epoch: called after every epoch with its number from 1, the mean change and the held-out change.
+      learning_rate: AdamW's initial rate, by which the first step changes every q: the authors' 1e-2 makes it
+        eleven times DARE's at 0.999.
+      patience: epochs without improvement of the held-out change.
+      on_epoch: called after every epoch (from 1) with its number, the mean change and the held-out change.
     """
 
     epochs: int = 20
@@ -93,13 +93,13 @@ class Learning:
 
 
 class LearnedQ(NamedTuple):
-    """What training found.
+    """The result of training.
 
     Attributes:
-      q: one for every name of the masked delta, of the epoch with the least held-out change.
+      q: one per name of the masked delta, from the epoch with the least held-out change.
       change: that held-out change.
-      history: epoch by epoch, the mean change in training and the held-out change after it. The first entry
-        is the start, its training change the held-out one.
+      history: per epoch, the mean change in training and the held-out change after it. The first entry is the
+        initial state, with the held-out change for both.
     """
 
     q: dict[str, float]
@@ -115,24 +115,24 @@ def learn_q(
     held_out: Sequence[Batch],
     how: Learning,
 ) -> LearnedQ:
-    """Trains q_l = (1 - p) + |coefficient_l| of every linear layer, from DARE's q on.
+    """Trains q_l = (1 - p) + |coefficient_l| of every linear layer, starting at DARE's q.
 
     AdamW with a cosine schedule; the loss is the output change (`darex_jax.evaluation.outputs`): of an
-    encoder's hidden states, or of a decoder's logits at the fine-tuned model's five likeliest tokens. It ends
-    after `patience` epochs without a better held-out change. Nothing in it is random; with `checkpoints` a
-    training that was stopped goes on, to the same bits.
+    encoder's hidden states, or of a decoder's logits at the fine-tuned model's five likeliest tokens. It
+    stops after `patience` epochs without improvement of the held-out change. It is deterministic; with
+    `checkpoints` it resumes bit for bit.
 
     Args:
-      pair: of which neither the delta nor the seeds are looked at.
+      pair: its delta and seeds are not used.
       masked: its delta with the dropped entries at zero, not rescaled: `prune(key, delta, drop_rate, 1.0)`.
-      layers: the weights that have a coefficient each; their biases follow them, all else has the mean q.
-      batches, held_out: what is trained on, a step a batch, and what decides when to stop.
-    Raises: ValueError for no layer or no batch, or if the outputs are not finite at DARE's q, where learning
-      begins; FloatingPointError once the change is not finite.
+      layers: weights with one coefficient each, shared with their biases; all others have the mean q.
+      batches, held_out: for training, one step per batch, and for early stopping.
+    Raises: ValueError for no layer or no batch, or if the outputs are not finite at DARE's q, the initial
+      one; FloatingPointError once the change is not finite.
     Source: the authors' code for DAREx, arXiv:2410.09344.
     """
     if not layers or not batches or not held_out:
-        raise DarexError("learning q takes at least one layer, one batch and one held-out batch.")
+        raise DarexError("learning q needs at least one layer, one batch and one held-out batch.")
     names = tuple(flatten_names(masked))
     number = {part: i for i, layer in enumerate(layers) for part in (layer, bias_of(layer))}
     layout = tuple(number.get(name, -1) for name in names)
@@ -150,7 +150,7 @@ def learn_q(
     history = np.full((epochs + 1, 2), np.nan)
     history[0] = change(coefficients)
     if not np.isfinite(history[0, 0]):
-        raise DarexError("outputs are not finite at DARE's q, where learning begins: choose a searched one.")
+        raise DarexError("outputs are not finite at DARE's q, the initial one: choose a searching objective.")
     state = (jnp.int32(0), coefficients, _optimizer(0.0).init(coefficients), coefficients, history)
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         state = found[1]
@@ -179,8 +179,8 @@ def learn_q(
 
 
 class _Fixed(NamedTuple):
-    """What a compiled step is for. layout: of every name of the delta the number of its coefficient, or -1
-    for the mean of all."""
+    """Static arguments of a compiled step. layout: for every name of the delta the index of its coefficient,
+    or -1 for the mean of all."""
 
     model: Model
     layout: tuple[int, ...]
@@ -193,7 +193,7 @@ def _rescaled(start: Params, masked: Params, q: dict[str, jax.Array]) -> Params:
 
 
 def _cosine(learning_rate: float, step: int, steps: int) -> float:
-    """optax's `cosine_decay_schedule` on the host: a device would do it behind the steps that are queued."""
+    """optax's `cosine_decay_schedule` on the host: a device value would wait for all queued steps."""
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
@@ -202,7 +202,7 @@ def _optimizer(learning_rate: Any) -> optax.GradientTransformation:
 
 
 def _q_by_name(fixed: _Fixed, coefficients: jax.Array) -> list[jax.Array]:
-    # Not `jnp.abs`, whose gradient at 0, where all begin, is 0.
+    # Not `jnp.abs`, whose gradient at 0, the initial value, is 0.
     q = fixed.density + jnp.where(coefficients < 0, -coefficients, coefficients)
     return [q[i] if i >= 0 else jnp.mean(q) for i in fixed.layout]
 

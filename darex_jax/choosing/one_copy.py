@@ -1,7 +1,8 @@
-"""A pair in the memory of one model: survivors are written into the base, then taken out for the next mask's.
+"""Choosing q in the memory of one model: survivors are added to the base in place, and removed again.
 
-A `Pair` holds the delta of every parameter in float32 and a model for each q. Here are one working copy and
-the survivors of each mask, 10 bytes each with a bfloat16 base: at 0.99 at most 0.15 bytes a parameter.
+A `Pair` holds the delta of every parameter in float32 and a model for each q. A `OneCopy` holds one working
+copy and the survivors of each mask, 10 bytes each with a bfloat16 base: at 0.99 at most 0.15 bytes per
+parameter.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from darex_jax.parts.mixed import rounded_up
 
 
 class _Survivors(NamedTuple):
-    """Of one mask and parameter: places [S], deltas in float32 [S], the base's values there [S].
+    """Survivors of one mask in one parameter: indices [S], float32 deltas [S], base values there [S].
 
-    S is rounded up, so that few programs are compiled; what was added lies behind the parameter's end.
+    S is rounded up, so that few programs are compiled; padding indices are out of range.
     """
 
     places: jax.Array
@@ -42,10 +43,10 @@ class _Survivors(NamedTuple):
 
 @dataclass
 class OneCopy:
-    """What `Pair` is to the ways that choose one q for the model, in the memory of one model.
+    """A replacement of `Pair` for ways that choose one q for the model, in the memory of one model.
 
-    First the fine-tuned `params` are there. `start` and `models` put the base in their place, one parameter
-    at a time, and `params` is gone. What they give shares its memory: each model made voids the one before.
+    It first holds the fine-tuned `params`. `start` and `models` replace them by the base, one parameter at a
+    time, and invalidate `params`. Their results share memory: each model invalidates the previous one.
 
     Attributes: model, drop_rate, seeds: as of a `Pair`.
     """
@@ -54,10 +55,10 @@ class OneCopy:
     drop_rate: float
     seeds: Sequence[int]
     _base: Path
-    _in_scope: Mapping[str, str]  # the names in the base of what is pruned
+    _in_scope: Mapping[str, str]  # fine-tuned name -> base name of pruned parameters
     _leaves: dict[str, jax.Array]
-    _masks: list[dict[str, _Survivors]] = field(default_factory=list)  # empty while the fine-tune is here
-    _written: int | None = None  # the mask whose survivors are in the working copy
+    _masks: list[dict[str, _Survivors]] = field(default_factory=list)  # empty while params are fine-tuned
+    _written: int | None = None  # index of the mask applied to the working copy
 
     @property
     def density(self) -> float:
@@ -70,25 +71,25 @@ class OneCopy:
 
     @property
     def params(self) -> Params:
-        """The fine-tuned model's parameters, until the base's take their place."""
+        """The fine-tuned model's parameters, until the base's replace them."""
         if self._masks:
-            raise RuntimeError("the base has taken the place of the fine-tuned parameters")
+            raise RuntimeError("the fine-tuned parameters have been replaced by the base's")
         return unflatten_names(self._leaves)
 
     @property
     def start(self) -> Params:
-        """The base, and what it lacks from the fine-tune."""
+        """The base's parameters, completed by those that only the fine-tuned model has."""
         self._take_out()
         return unflatten_names(self._leaves)
 
     @property
     def models(self) -> list[PrunedModel]:
-        """For each mask the params of the pruned model as a function of q: the numbers of `Pair.models`."""
+        """As `Pair.models`: for each mask the params of the pruned model as a function of q."""
         return [partial(self._put_in, mask) for mask in range(len(self.seeds))]
 
     def _put_in(self, mask: int, q: Q) -> Params:
         if isinstance(q, Mapping):
-            raise DarexError("one copy of the model takes one q for all layers.")
+            raise DarexError("one copy of the model supports only one q for all layers.")
         if self._written != mask:
             self._take_out()
         for name, own in self._masks[mask].items():
@@ -105,7 +106,7 @@ class OneCopy:
         self._written = None
 
     def _become_base(self) -> None:
-        """Puts the base in the fine-tune's place; of the delta the survivors of each mask stay."""
+        """Replaces the fine-tuned parameters by the base's, keeping the survivors of each mask."""
         masks: list[dict[str, _Survivors]] = [{} for _ in self.seeds]
         keys = [
             dict(zip(self._in_scope, np.asarray(jax.random.key_data(stacked)), strict=True))
@@ -134,9 +135,9 @@ def open_one_copy(
     scope: Scope | None = None,
     ignore_config_fields: Collection[str] = (),
 ) -> OneCopy:
-    """Reads the fine-tune of a pair, the base when it is first asked for.
+    """Reads the fine-tuned model of a pair; the base is read when first used.
 
-    Raises: ValueError if the two do not fit together.
+    Raises: ValueError if the two do not match.
     """
     model, params, in_scope = load_fine(base, fine, scope, ignore_config_fields)
     return OneCopy(model, drop_rate, seeds, Path(base), in_scope, flatten_names(params))
@@ -145,7 +146,7 @@ def open_one_copy(
 def _survivors(places: np.ndarray, delta: np.ndarray, base: np.ndarray) -> _Survivors:
     count = rounded_up(len(places))
     if base.size + count > 2**32:
-        raise DarexError("a parameter of more than 2**32 entries has no place in one copy of the model.")
+        raise DarexError("one copy of the model does not support parameters of more than 2**32 entries.")
     filled = np.zeros((2, count), np.float32)
     filled[0, : len(places)], filled[1, : len(places)] = delta.reshape(-1)[places], base.reshape(-1)[places]
     behind = np.arange(base.size, base.size + count - len(places))

@@ -1,6 +1,6 @@
-"""A fine-tuned model and its base, and the pruned models between them, each a function of q.
+"""A fine-tuned model, its base, and pruned models as functions of q.
 
-q is an argument of compiled functions here: a sweep over values and masks compiles nothing anew.
+q is a traced argument: a sweep over values and masks does not recompile.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MASK_SEEDS = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Pair:
-    """What q is chosen for: a model between its base and its fine-tune, pruned at one rate with some masks.
+    """A base and its fine-tuned model, pruned at one rate with several masks, for choosing q.
 
     Attributes:
       model, params: the fine-tuned model.
-      start, delta: what pruning begins from, and what of it: see `split_in_scope`.
+      start, delta: the base parameters and the delta, see `split_in_scope`.
       drop_rate: p, in (0, 1).
       seeds: of the masks, `jax.random.key(seed)` each.
     """
@@ -84,11 +84,11 @@ def load_pair(
     scope: Scope | None = None,
     ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, Params, Params]:
-    """A fine-tuned model and what pruning needs of its base, in the dtypes of `load_fine` and `base_leaf`.
+    """Loads a fine-tuned model and the base's parameters in scope; dtypes as in `load_fine`, `base_leaf`.
 
     Returns: the fine-tuned model and its params; the base's values of the parameters in scope, a nested dict
       with the fine-tuned names.
-    Raises: ValueError if the two do not fit together.
+    Raises: ValueError if the two do not match.
     """
     model, params, in_scope = load_fine(base, fine, scope, ignore_config_fields)
     loaded = flatten_names(params)
@@ -103,13 +103,13 @@ def load_fine(
     scope: Scope | None = None,
     ignore_config_fields: Collection[str] = (),
 ) -> tuple[Model, Params, dict[str, str]]:
-    """The fine-tuned model of a pair, once the two are known to fit together.
+    """Loads the fine-tuned model of a pair, after checking that the two match.
 
-    In the dtypes of its file, but float16 as float32: a small q leaves float16's range, and XLA's CPU backend
-    does not run all of a float16 model.
+    Dtypes are those of its file, but float16 is loaded as float32: a small q overflows float16, and XLA's CPU
+    backend does not support all of a float16 model.
 
-    Returns: the model; its params; of those in scope, the names that they have in the base.
-    Raises: ValueError if the two do not fit together.
+    Returns: the model; its params; fine-tuned name -> base name of those in scope.
+    Raises: ValueError if the two do not match.
     """
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         match = match_checkpoints(b, f, scope or choose_scope(f.config.get("model_type"), shapes=f.shapes))
@@ -117,35 +117,35 @@ def load_fine(
         extra = [name for name in match.pruned if name in match.extra_rows]
         if extra:
             raise DarexError(
-                f"rows of a larger vocabulary ({', '.join(extra)}) have no base to run the model from here: "
-                "leave these parameters out with --exclude."
+                f"rows of a larger vocabulary ({', '.join(extra)}) have no base, so the model cannot be run: "
+                "exclude these parameters with --exclude."
             )
         half = any(tensor.info.dtype == np.float16 for tensor in f.tensors.values())
         model, params = load_model(
             fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
         )
-        loaded = flatten_names(params)  # without what no model computes with, old Llamas' inv_freq say
+        loaded = flatten_names(params)  # without unused tensors, such as old Llamas' inv_freq
         in_scope = {name: match.base_names[name] for name in match.pruned if name in loaded}
         if not in_scope and match.pruned:
             raise DarexError(
-                f"{fine}: the model that is run has no '{match.pruned[0]}' nor anything else that is pruned; "
-                "a pretraining head can be left out by saving the body alone."
+                f"{fine}: the model has no '{match.pruned[0]}' or any other pruned parameter; "
+                "to leave out a pretraining head, save the body alone."
             )
     return model, params, in_scope
 
 
 def base_leaf(base: Checkpoint, name: str, fine_dtype: Any) -> jax.Array:
-    """A parameter of the base, widened where its fine-tune is wider."""
+    """A parameter of the base, in the wider dtype of the two models."""
     leaf = base.tensors[name].read()
     return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, fine_dtype))
 
 
 def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
-    """The point a search starts from, and the delta that is pruned.
+    """The starting parameters of a search, and the delta to prune.
 
     Args: fine: all parameters; base: those in scope, the same names.
-    Returns: `fine` with the base's values where the base has any (a fresh head stays fine-tuned); the float32
-      delta of the parameters in scope.
+    Returns: `fine` with the base's values for parameters that it has (a new head stays fine-tuned); the
+      float32 delta of the parameters in scope.
     """
     fine_named = flatten_names(fine)
     in_scope = unflatten_names({name: fine_named[name] for name in flatten_names(base)})
@@ -153,6 +153,6 @@ def split_in_scope(fine: Params, base: Params) -> tuple[Params, Params]:
 
 
 def scored(score: Callable[[Params], float], models: Sequence[PrunedModel], q: Q) -> dict[str, Any]:
-    """What `score` says of the models pruned with each mask: `scores`, their `mean`, their sample `std`."""
+    """The scores of the models pruned with each mask: `scores`, their `mean`, their sample `std`."""
     scores = [score(model(q)) for model in models]
     return {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)), "scores": scores}

@@ -1,4 +1,4 @@
-"""The ways that search, by labels, the model's predictions or its outputs: one q, or Algorithm 3's eta."""
+"""Searches for q, or for Algorithm 3's eta, by labels, the model's predictions or its outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from darex_jax.choosing.choice import Choice, OnValue, untold
+from darex_jax.choosing.choice import Choice, OnValue, uninformative
 from darex_jax.choosing.one_copy import AnyPair
 from darex_jax.choosing.pair import Pair, Params, PrunedModel, Q
 from darex_jax.core.tree import flatten_names
@@ -31,13 +31,13 @@ from darex_jax.q.search import SearchResult, authors_walk, geometric_grid, searc
 from darex_jax.tasks.batching import Batch
 from darex_jax.tasks.source import Material
 
-ETAS = (2**-5, 2**5)  # of Algorithm 3: what its search begins and ends with
+ETAS = (2**-5, 2**5)  # bounds of the search over Algorithm 3's eta
 
 
 def by_labels(
     pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
-    """The metric on labelled examples, of a decoder the share of right tokens in known answers: q_v."""
+    """The metric on labelled examples, or for decoders the share of correct answer tokens: q_v."""
     batches, task = material.batches(), material.task
     if task is None:
         goal = answer_objective(pair.model, batches)
@@ -72,11 +72,11 @@ def _best(
     inputs: Mapping[str, str],
     on_value: OnValue,
 ) -> dict[str, Any]:
-    """What a search found; where it found nothing, DARE's q, unless outputs were not finite somewhere."""
+    """The result of a search; DARE's q if it was uninformative, unless some outputs were not finite."""
     layers = choice.scope == "layer"
     q_of: Callable[[float], Q] = same
     if layers:
-        assert isinstance(pair, Pair), "one q a layer looks at the whole delta"
+        assert isinstance(pair, Pair), "one q per layer needs the whole delta"
         made_from = {"model": inputs["fine_weights"], "data": inputs["data"]}
         seen = _statistics(pair, batches, choice, made_from)
         q_of = layer_rule(seen, pair.delta, pair.drop_rate, choice.rule)
@@ -84,7 +84,7 @@ def _best(
     found: dict[str, Any] = {"examples": goal.examples, "labels": goal.labels}
     dare = pair.dare(choice.scope)
     if goal.blind is not None:
-        return found | {"q": dare, "warning": untold(goal.blind), "evaluations": 0} | rule
+        return found | {"q": dare, "warning": uninformative(goal.blind), "evaluations": 0} | rule
     points = eta_grid() if layers else q_grid(pair.drop_rate)
     search = search_q if choice.grid is None else authors_walk
     result = find_q(goal, pair.models, choice.grid or points, q_of=q_of, search=search, on_value=on_value)
@@ -93,12 +93,12 @@ def _best(
         "plateau": list(result.plateau), "curve": [list(point) for point in result.curve],
     }  # fmt: skip
     if result.flat and all(math.isfinite(value) for _, value in result.curve):
-        found |= {"q": dare, "warning": untold(f"the {goal.name} is the same at every point")}
+        found |= {"q": dare, "warning": uninformative(f"the {goal.name} is the same at every point")}
     else:
         found |= {"eta": result.q} if layers else {}
         if result.flat:
             kept = "the smallest with finite outputs is kept"
-            found["warning"] = untold(f"the {goal.name} is the same wherever it is finite", kept)
+            found["warning"] = uninformative(f"the {goal.name} is the same wherever it is finite", kept)
     return found | {"evaluations": len(result.curve) * len(pair.seeds)} | rule
 
 
@@ -131,11 +131,12 @@ def find_q(
     """A search over one number: q itself, or Algorithm 3's eta.
 
     Args:
-      models: of a `Pair`, one a mask.
-      grid: what `search` takes: a coarse grid, `q_grid(drop_rate)` say, or the bounds of `authors_walk`.
-      q_of: from the number searched to q, one or a dict with one for every name of the delta.
+      models: of a `Pair`, one per mask.
+      grid: the grid argument of `search`: a coarse grid such as `q_grid(drop_rate)`, or the bounds of
+        `authors_walk`.
+      q_of: searched number -> q, a number or a dict with one for every name of the delta.
       search: `search_q` or `authors_walk`.
-      on_value: called with every (number, value) as it is found.
+      on_value: called with every (number, value) when it is computed.
     Source: DAREx, arXiv:2410.09344, Algorithm 2.
     """
 
@@ -149,7 +150,7 @@ def find_q(
 
 
 def q_grid(drop_rate: float) -> list[float]:
-    """The coarse grid for one q: from DARE's 1 - p to 1 in steps of a factor of the square root of 2."""
+    """The coarse grid for q: from DARE's 1 - p to 1 by factors of the square root of 2."""
     return geometric_grid(round(1.0 - drop_rate, 12), 1.0)
 
 
@@ -163,7 +164,7 @@ def layer_rule(
 ) -> Callable[[float], dict[str, float]]:
     """Algorithm 3: from eta to one q for every name in `delta`.
 
-    A layer's q is the mean of its rows'; see `spread_q` for the rest.
+    A layer's q is the mean over its rows; see `spread_q` for other parameters.
 
     Args: statistics: from `input_statistics`.
     """

@@ -1,6 +1,6 @@
-"""All ways to choose q: what the command line, `choose_q` and the pictures read.
+"""Registry of the ways to choose q, for the command line, `choose_q` and the plots.
 
-Importing it is quick: a way's own module, and JAX with it, is imported when it is first used.
+Lazy: a way's module, and JAX with it, is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-CALIBRATION_SIZE = 50  # sentences that output changes are measured on, as the authors take for encoders
-SCOPES = {"model": "one q for the model", "layer": "one q a layer"}
+CALIBRATION_SIZE = 50  # examples for output changes, as the authors use for encoders
+SCOPES = {"model": "one q for the model", "layer": "one q per layer"}
 
 
 class Way(NamedTuple):
@@ -18,16 +18,16 @@ class Way(NamedTuple):
 
     Attributes:
       place: module and function.
-      what: for people, one clause.
-      limit: at most so many examples, where nothing else is said; None takes all.
-      masks: so many, where nothing else is said; 0: it looks at none.
-      one_mask: takes no more than one.
-      held_out: its examples are held-out ones, not those that train.
-      labels: looks at their labels, so that it asks for a task.
-      scopes: those of `SCOPES` that it knows, its own first.
-      searches: walks a grid.
-      whole_delta: looks at it, not at pruned models alone.
-      learns: by gradient, in epochs, from some examples, the others held out.
+      what: a one-clause description for users.
+      limit: default maximum number of examples; None is all.
+      masks: default number of masks; 0 if it uses none.
+      one_mask: supports only one mask.
+      held_out: uses held-out examples instead of training examples.
+      labels: uses labels, so that it needs a task.
+      scopes: the keys of `SCOPES` that it supports, the default first.
+      searches: searches over a grid.
+      whole_delta: needs the whole delta, not only pruned models.
+      learns: trains by gradient, in epochs, on some of the examples; the others are held out.
     """
 
     place: str
@@ -78,7 +78,7 @@ WAYS = {
 
 
 def curve_axis(objective: str, scope: str) -> str:
-    """What a curve of the q file runs over: "epoch", "eta" or "q"."""
+    """The x axis of a curve in the q file: "epoch", "eta" or "q"."""
     if WAYS[objective].learns:
         return "epoch"
     return "eta" if scope == "layer" else "q"

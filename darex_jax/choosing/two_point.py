@@ -1,4 +1,4 @@
-"""The way that solves: the squared output change of the base and of DARE say where it is least."""
+"""Solves for the q of least squared output change, from the changes of the base and of DARE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from darex_jax.choosing.choice import Choice, OnValue, untold
+from darex_jax.choosing.choice import Choice, OnValue, uninformative
 from darex_jax.choosing.one_copy import AnyPair
 from darex_jax.choosing.pair import Params
 from darex_jax.core.errors import DarexError
@@ -17,13 +17,13 @@ from darex_jax.q.closed_form import two_point_q
 from darex_jax.tasks.batching import Batch, row_count
 from darex_jax.tasks.source import Material
 
-WORSE = 1.1  # times the change without a delta: what few texts and masks do not explain
+WORSE = 1.1  # times the change without a delta; more is not explained by few texts and masks
 
 
 def by_two_points(
     pair: AnyPair, material: Material, choice: Choice, inputs: Mapping[str, str], on_value: OnValue
 ) -> dict[str, Any]:
-    """The least squared output change, from two measurements and those that check them."""
+    """The q of least squared output change, from two measurements and checks of the result."""
     batches = material.batches()
     q, visited = two_point(pair, batches, on_value)
     found = {
@@ -31,24 +31,24 @@ def by_two_points(
         "evaluations": 1 + len(pair.seeds) * len(visited[1:]), "examples": row_count(batches),
     }  # fmt: skip
     if len(visited) == 1:
-        found["warning"] = untold("the base gives the fine-tuned model's outputs")
+        found["warning"] = uninformative("the base gives the fine-tuned model's outputs")
     return found
 
 
 def two_point(
     pair: AnyPair, batches: Sequence[Batch], on_value: OnValue = lambda q, change: None
 ) -> tuple[float, list[tuple[float, float]]]:
-    """`two_point_q` from the squared output change of the base and of DARE: no label, no search.
+    """`two_point_q` from the squared output change of the base and of DARE, without labels or search.
 
-    Outputs cannot move without limit, so that DARE's change says too little of a large delta. What comes out
-    is therefore measured, and while it is worse than no delta at all, the next q follows from it: at least
-    twice as large, up to the first that is 1 or more. So it does where outputs are not finite.
+    Since outputs are bounded, DARE's change underestimates the effect of a large delta. The result is
+    therefore evaluated, and while it is worse than no delta, the next q is computed from it: at least twice
+    as large, up to the first one of 1 or more. The same applies while outputs are not finite.
 
-    Args: on_value: called with every q and its change as it is found.
-    Returns: q, the last one visited; the q visited, with their changes over the masks: infinity (no delta),
-      1 - p, ... Where the base gives the fine-tuned model's outputs there is nothing to solve: q is 1 - p.
-    Raises: ValueError if the outputs of base or fine-tuned model are not finite, or at no q those of the
-      pruned model.
+    Args: on_value: called with every q and its change when it is computed.
+    Returns: q, the last one visited; the visited q with their changes over the masks: infinity (no delta), 1
+      - p, ... If the base already gives the fine-tuned model's outputs, q is 1 - p.
+    Raises: ValueError if the outputs of the base or the fine-tuned model are not finite, or those of the
+      pruned model at all visited q.
     """
     reference = reference_outputs(pair.model, pair.params, batches)
 

@@ -53,7 +53,7 @@ def family_scope(model_type: str | None, shapes: Mapping[str, tuple[int, ...]] |
     """The default scope of a model (spec, section 4): True for the parameters that are pruned.
 
     Encoders: everything but the task head. Decoders: `mlp` and `self_attn`. Other families:
-      `repeated_matrices`.
+    `repeated_matrices`.
 
     Args: shapes: of the model's floating parameters by name.
     Raises: ValueError for another family without shapes.

@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, output change, the search for q on real models, the demo."""
+"""Evaluation of models: metrics, output change, calibration statistics, objectives for choosing q."""

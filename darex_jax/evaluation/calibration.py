@@ -1,4 +1,4 @@
-"""What goes into each linear layer, over calibration text: one compiled pass, sharded like the model."""
+"""Statistics of each linear layer's inputs over calibration data, in one compiled pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FORMAT = "darex-statistics-1"
 
 
 class InputStatistics(NamedTuple):
-    """Moments of a linear layer's inputs x [D] over the real tokens; float32.
+    """Moments of a linear layer's inputs x [D] over all tokens but padding; float32.
 
     Attributes:
-      tokens: how many; behind a pooler, how many rows.
+      tokens: their number; after a pooler, the number of rows.
       mean: E[x], [D].
       square: E[x^2], [D]; times `tokens`, the squares of WANDA's norms.
-      second_moment: E[x x^T], [D, D], where it was asked for.
+      second_moment: E[x x^T], [D, D], or None if not requested.
     """
 
     tokens: jax.Array
@@ -42,17 +42,18 @@ def input_statistics(
     batches: Iterable[Batch],
     second_moments: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, InputStatistics]:
-    """The inputs of every linear layer, by the name of its weight.
+    """Input statistics of every linear layer, by weight name.
 
-    Sums are float32, those of a batch added to those before it: over 100 batches of 256 tokens means and
-    squares were within 1e-5 of float64's, relative to the root mean square.
+    Sums are accumulated in float32 over batches: over 100 batches of 256 tokens, means and squares were
+    within 1e-5 of float64, relative to the root mean square.
 
     Args:
       params: sharded or not; the sums follow the activations.
-      batches: with input_ids, attention_mask and what else the model takes; padding, and rows whose `weight`
-        is 0, do not count.
-      second_moments: which weights' D x D matrix is wanted; pass the same function every time.
-    Raises: ValueError if there is no batch.
+      batches: with input_ids, attention_mask and the model's other inputs; padding, and rows whose `weight`
+        is 0, are excluded.
+      second_moments: for which weights to compute the D x D matrix; pass the same function every time (it is
+        a static argument).
+    Raises: ValueError without a batch.
     """
     total = summed(_sums(model, second_moments, params, batch) for batch in batches)
     return {
@@ -64,9 +65,9 @@ def input_statistics(
 def save_statistics(
     path: str | PathLike[str], statistics: Mapping[str, InputStatistics], made_from: Mapping[str, str]
 ) -> None:
-    """Writes statistics as safetensors, whole or not at all: `NAME/mean`, `NAME/square`, ...
+    """Writes statistics as safetensors, atomically: `NAME/mean`, `NAME/square`, ...
 
-    Args: made_from: what they are of, digests of the model and the data say; `load_statistics` compares it.
+    Args: made_from: digests of the model and the data, which `load_statistics` compares.
     """
     tensors = {
         f"{name}/{field}": array
@@ -80,11 +81,11 @@ def save_statistics(
 def load_statistics(path: str | PathLike[str], made_from: Mapping[str, str]) -> dict[str, InputStatistics]:
     """Reads what `save_statistics` wrote.
 
-    Raises: FileError if the file is damaged, no file of statistics, or made from something else.
+    Raises: FileError if the file is damaged, is not a statistics file, or was made from other inputs.
     """
     with SafetensorsFile(path) as file:
         if file.metadata.get("format") != FORMAT:
-            raise FileError(f"{path}: is no file of activation statistics.")
+            raise FileError(f"{path}: is not a file of activation statistics.")
         other = [name for name, digest in made_from.items() if file.metadata.get(name) != digest]
         if other:
             raise FileError(f"{path}: was made from another {' and another '.join(other)}; write a new one.")
@@ -106,11 +107,11 @@ def load_statistics(path: str | PathLike[str], made_from: Mapping[str, str]) -> 
 def squared_influences(
     model: Model, params: Params, delta: Params, batches: Iterable[Batch]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """E[Q] and E[S^2] over real tokens of each row's influences, [O] float32 each, by weight's name.
+    """E[Q] and E[S^2] of each row's influences over all tokens but padding, [O] float32 each, by weight name.
 
-    Q = sum_j (delta_W[i, j] x_j)^2, S = (delta_W x)_i: what `closed_form_q` takes.
+    Q = sum_j (delta_W[i, j] x_j)^2, S = (delta_W x)_i: the inputs of `closed_form_q`.
 
-    Args: delta: nested dict with the deltas of linear layers' weights; others in it are passed over.
+    Args: delta: nested dict with the deltas of linear layers' weights; others are ignored.
     """
     total = summed(_influence_sums(model, params, delta, batch) for batch in batches)
     return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
@@ -119,11 +120,11 @@ def squared_influences(
 def influences_from_moments(
     statistics: Mapping[str, InputStatistics], delta: Params
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What `squared_influences` returns, of any delta, from H = E[x x^T] instead of another pass.
+    """As `squared_influences`, for any delta, from H = E[x x^T] instead of another pass.
 
     Q = sum_j delta_W[i, j]^2 H[j, j] and S^2 = (delta_W H delta_W^T)[i, i].
 
-    Args: statistics: from `input_statistics`; layers without a second moment are passed over.
+    Args: statistics: from `input_statistics`; layers without a second moment are ignored.
     """
     deltas, highest = flatten_names(delta), jax.lax.Precision.HIGHEST
     found = {}
@@ -137,10 +138,10 @@ def influences_from_moments(
 
 
 def summed(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Leaf by leaf over the batches. Raises: DarexError if there is none."""
+    """Sums over the batches, leaf by leaf. Raises: DarexError if there are none."""
     total = reduce(_added, sums, None)
     if total is None:
-        raise DarexError("there is no batch to calibrate on.")
+        raise DarexError("calibration needs at least one batch, got none.")
     return total
 
 
@@ -187,7 +188,7 @@ def _influence_sums(
 
 
 def _real(x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The inputs [N, D] in float32, zero where they are no real token's, and which are: float32 [N]."""
+    """The inputs [N, D] in float32, zero for padding, and their weights (1, padding 0): float32 [N]."""
     rows, tokens = real_parts(batch)
     real = rows if x.ndim == 2 else tokens
     return (x * real[..., None]).astype(jnp.float32).reshape(-1, x.shape[-1]), real.reshape(-1)

@@ -1,4 +1,4 @@
-"""A classifier over batches: its logits, and its metric on a task; and the model that pruning makes.
+"""Classifier logits and task metrics over batches; pruned parameters as a function of q.
 
 Everything is compiled once per model and batch shape; parameters, hence q, are arguments.
 """
@@ -29,12 +29,12 @@ Model = Callable[..., Any]  # pure function of (params, input_ids, attention_mas
 def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     logits = model(params, **batch).logits
     if logits is None:
-        raise DarexError("the model has no classifier; fine-tune it first (darex train).")
+        raise DarexError("the model has no classification head; fine-tune it first (darex train).")
     return logits
 
 
 def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray[Any]:
-    """The logits of every real row, [N, num_labels] float32, in the order of the data set."""
+    """The logits of all rows but padding, [N, num_labels] float32, in the order of the data set."""
     pending = [_logits(model, params, model_inputs(batch)) for batch in batches]
     rows = [batch["index"][batch["weight"] > 0] for batch in batches]
     logits = [np.asarray(x, np.float32)[b["weight"] > 0] for x, b in zip(pending, batches, strict=True)]
@@ -57,11 +57,12 @@ def evaluate(
 def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: float, q: Any) -> Params:
     """`params + prune(key, delta, drop_rate, q)`: the pruned model.
 
-    Leaf by leaf, the mask drawn on the way and nothing kept of it: beside the result, a search over q and
-    masks holds one delta. Key, rate and q are traced: one program a shape is compiled, the model not again.
+    Masks are generated leaf by leaf and not stored: beside the result, a search over q and masks holds one
+    delta. Key, rate and q are traced, so that one program per shape is compiled, and the model is not
+    recompiled.
 
     Args:
-      params: full tree; the base's value where the delta is pruned, the fine-tune's where it is kept (head).
+      params: full tree; the base's values for pruned parameters, the fine-tuned values for others (head).
       delta: tree with a subset of the names of `params`.
       key, drop_rate: as in `darex_jax.prune`.
       q: a number, or a dict with one number per dotted name of `delta`.
@@ -72,11 +73,11 @@ def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: floa
     threshold = traced_threshold(drop_rate)
     words: Any = jax.random.key_data(stacked_leaf_keys(key, deltas))
     if not isinstance(words, jax.core.Tracer):
-        words = np.asarray(words)  # slicing a hundred keys on the device takes longer than the masks
+        words = np.asarray(words)  # slicing hundreds of keys on the device would be slower than the masks
     own_key = dict(zip(deltas, words, strict=True))
     by_name = q if isinstance(q, Mapping) else dict.fromkeys(deltas, q)
     if missing := sorted(deltas.keys() - by_name.keys()):
-        raise DarexError(f"there is no q for {', '.join(missing)}.")
+        raise DarexError(f"q has no entry for {', '.join(missing)}.")
 
     def pruned(name: str, leaf: jax.Array) -> jax.Array:
         if name not in deltas:
@@ -87,7 +88,7 @@ def pruned_params(params: Params, delta: Params, key: jax.Array, drop_rate: floa
 
 
 def _float32(q: Any) -> Any:
-    return q if isinstance(q, jax.Array) else np.float32(q)  # a traced q stays in its program
+    return q if isinstance(q, jax.Array) else np.float32(q)  # may be traced
 
 
 @jax.jit

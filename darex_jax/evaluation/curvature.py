@@ -1,4 +1,4 @@
-"""How much a model's answers turn with each of its parameters: squared gradients over calibration text."""
+"""Diagonal Gauss-Newton curvature per parameter: squared gradients over calibration data."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 def curvature(
     model: Model, params: Params, names: Iterable[str], batches: Iterable[Batch], key: jax.Array
 ) -> dict[str, float]:
-    """By how much the answers move with an entry of each parameter: the mean diagonal of its Gauss-Newton
-    matrix G, summed over the examples.
+    """The mean diagonal of the Gauss-Newton matrix G of each parameter, summed over the examples.
 
-    A small change e of the parameters makes answers diverge by e^T G e / 2 from the model's own. G's diagonal
-    is the expected square of the gradient of log p(y) for answers y that the model itself draws; they are
-    independent, so that the square of a batch's gradient has the examples' sum as its expectation. Of a
-    score, and of hidden states where there is no head, the divergence is half the squared difference.
+    A small change e of the parameters changes the outputs by a divergence of e^T G e / 2. G's diagonal is the
+    expected square of the gradient of log p(y) for labels y sampled from the model; they are independent, so
+    the expected square of a batch's gradient is the sum over its examples. For a score, and for hidden states
+    without a head, the divergence is half the squared difference.
 
     Args:
       names: dotted, of parameters in `params`.
-      batches: a gradient each; padding, and rows whose `weight` is 0, do not count.
-      key: scalar typed key; each batch draws its answers from its own.
+      batches: one gradient each; padding, and rows whose `weight` is 0, are excluded.
+      key: scalar typed key for sampling labels, folded with the batch index.
     Raises: DarexError without a batch.
-    Source: answers drawn from the model, arXiv:1905.12558.
+    Source: labels sampled from the model, arXiv:1905.12558.
     """
     known = flatten_names(params)
     chosen = {name: known[name] for name in sorted(set(names))}
@@ -57,7 +56,7 @@ def _squares(
 
 
 def _drawn(model: Model, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-    """What is differentiated: log p of answers drawn, or a score or states times random signs."""
+    """The differentiated value: log p of sampled labels, or a score or hidden states times random signs."""
     inputs = model_inputs(batch)
     rows, real = real_parts(batch)
     if isinstance(model.config, DecoderConfig):

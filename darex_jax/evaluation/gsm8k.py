@@ -1,4 +1,4 @@
-"""Accuracy on GSM8K or its generated twin; a record of every answer lets an interrupted run go on."""
+"""Accuracy on GSM8K or generated word problems, with a record of every answer for resuming."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ def evaluate_gsm8k(
     marker: str = ANSWER_IS,
     on_batch: Callable[[int, int], None] = lambda answered, correct: None,
 ) -> dict[str, Any]:
-    """Asks every problem zero-shot and compares the answers' numbers with the right ones, exactly.
+    """Generates zero-shot answers to all problems and compares their numbers with the correct ones, exactly.
 
-    `records` is a file of JSON lines. The first holds the settings; each other line one answer: its problem's
-    index, prompt, completion, extracted (the number as text, `7/2` say, or null), gold, correct. A batch's
-    lines are on the disk before the next batch starts. Where the file exists, what it holds is kept, but for
-    a last line broken off in the middle, and only the rest is asked.
+    `records` is a JSON lines file. The first line has the settings; every other line one answer: its
+    problem's index, prompt, completion, extracted (the number as a string such as `7/2`, or null), gold,
+    correct. A batch is written to disk before the next one starts. If the file exists, its complete lines are
+    kept, and only the remaining problems are generated.
 
     Args:
       problems: from `load_gsm8k` or `word_problems`.
-      generate: from prompts to completions, one each, in the same order; decoding is its own affair.
-      settings: what else decides the answers and is the same in every run that may share the file, ready for
-        JSON: digest of the model, decoding. The prompt, the marker and the problems are added to it.
-      batch_size: prompts of one call; neighbours in length go together, the shortest first.
-      marker: what stands before the answer, see `extract_answer`.
-      on_batch: called at the start and after every batch: how many are answered, and how many are correct.
+      generate: prompts -> completions, in the same order.
+      settings: everything else that determines the answers and must agree when resuming, JSON-serialisable:
+        digest of the model, decoding. The prompt, the marker and the problems are added.
+      batch_size: prompts per call, sorted by length, the shortest first.
+      marker: precedes the answer, see `extract_answer`.
+      on_batch: called at the start and after every batch with the numbers of answered and of correct
+        problems.
     Returns: {"metric": share of correct answers, "metric_name": "accuracy", "standard_error": of that share,
       sqrt(metric (1 - metric) / n), "unanswered": answers without a number, "n": number of problems}.
-    Raises: ValueError if the file holds something else or was written with other settings, or another run
-      is writing to it.
+    Raises: ValueError if the file is not a records file or has other settings, or another run is writing to
+      it.
     """
     if batch_size < 1 or not problems:
         raise DarexError(f"need batch_size >= 1 and problems, got {batch_size} and {len(problems)} problems.")
     path = Path(records)
     header = _line({"settings": {**settings, **_protocol(problems, marker)}})
     prompts = [gsm8k_prompt(problem.question) for problem in problems]
-    busy = f"another run writes its answers into {path}; wait for it, or choose another file for these."
+    busy = f"another run is writing its answers to {path}; wait for it, or choose another file."
     with only_one(path, busy), path.open("ab") as file:
         found, size = _read_records(path, header, len(problems))
         left = sorted(set(range(len(problems))) - found.keys(), key=lambda i: (len(prompts[i]), i))
@@ -63,7 +64,9 @@ def evaluate_gsm8k(
             batch = left[start : start + batch_size]
             completions = generate([prompts[i] for i in batch])
             if len(completions) != len(batch):
-                raise DarexError(f"generate gave {len(completions)} completions for {len(batch)} prompts.")
+                raise DarexError(
+                    f"generate returned {len(completions)} completions for {len(batch)} prompts."
+                )
             new = {
                 i: _record(i, problems[i], prompts[i], completion, marker)
                 for i, completion in zip(batch, completions, strict=True)
@@ -100,7 +103,7 @@ def _record(index: int, problem: Problem, prompt: str, completion: str, marker: 
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"  # ASCII: even half a character that a model wrote is kept
+    return json.dumps(value).encode() + b"\n"  # ASCII, so that incomplete characters of a model survive
 
 
 def _write_through(file: Any, content: bytes) -> None:
@@ -114,15 +117,15 @@ def _correct(records: Mapping[int, Mapping[str, Any]]) -> int:
 
 
 def _read_records(path: Path, header: bytes, count: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """What a file holds already.
+    """Reads the records of an existing file.
 
-    Args: header: the first line it should have; count: the number of problems.
-    Returns: the records by index, and the size in bytes up to the end of the last whole line, 0 for a file to
-      begin.
-    Raises: ValueError for other settings, another kind of file or a damaged line.
+    Args: header: the expected first line; count: the number of problems.
+    Returns: the records by index, and the size in bytes up to the end of the last complete line, 0 for a new
+      file.
+    Raises: ValueError for other settings, a file of another kind or a damaged line.
     """
     content = read_bytes(path) if path.exists() else b""
-    if header.startswith(content):  # nothing, or a header broken off in the middle, or nothing but a header
+    if header.startswith(content):  # empty, an incomplete header, or only a header
         return {}, len(content) if content == header else 0
     size = content.rfind(b"\n") + 1
     first, *lines = content[:size].splitlines() or [b""]
@@ -137,7 +140,7 @@ def _read_records(path: Path, header: bytes, count: int) -> tuple[dict[int, dict
         except (ValueError, KeyError, TypeError) as error:
             raise DarexError(f"{path}: line {number} is damaged; delete the line or the file.") from error
         if index not in range(count) or index in records:
-            raise DarexError(f"{path}: line {number} has no business here, its index is {index}.")
+            raise DarexError(f"{path}: line {number}: duplicate or out-of-range index {index}; delete it.")
         records[index] = record
     return records, size
 
@@ -147,10 +150,10 @@ def _check_settings(path: Path, first: bytes, header: bytes) -> None:
     try:
         there = json.loads(first)["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DarexError(f"{path} is no file of GSM8K records; choose another name for them.") from error
+        raise DarexError(f"{path} is not a file of GSM8K records; choose another file.") from error
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             raise DarexError(
                 f"{path} was written with other settings: {name} is {there.get(name)!r} there and "
-                f"{here.get(name)!r} here. Choose another file, or delete this one to begin anew."
+                f"{here.get(name)!r} here. Choose another file, or delete this one to start over."
             )

@@ -1,6 +1,6 @@
-"""What a search for q makes better: a function of the pruned model's parameters, each compiled once.
+"""Objectives that a search for q optimises: functions of the pruned model's parameters, compiled once.
 
-Two of them look at labels (`label_objective`, `answer_objective`), two at inputs alone. Batches come from
+Two of them use labels (`label_objective`, `answer_objective`), two only inputs. Batches come from
 `evaluation_batches` or `answer_batches`.
 """
 
@@ -29,16 +29,16 @@ Params = Any
 
 
 class Objective(NamedTuple):
-    """A number that says how good a pruned model is, and what it costs.
+    """A score of pruned models, and its cost.
 
     Attributes:
-      name: what a table calls it.
-      measure: params -> the number; NaN where an output is not finite.
+      name: its name in tables.
+      measure: params -> the score; NaN if an output is not finite.
       maximise: whether larger is better.
-      over_masks: makes one number of those of several masks.
-      examples: how many go through the model for one `measure`.
-      labels: how many of their labels are looked at.
-      blind: why it cannot tell a good model from one that always says the same, if so.
+      over_masks: combines the scores of several masks into one.
+      examples: number of examples per call of `measure`.
+      labels: number of labels used.
+      blind: why a constant output would get the best score, if it would; else None.
     """
 
     name: str
@@ -65,7 +65,7 @@ def label_objective(model: Model, task: Task, batches: Sequence[Batch]) -> Objec
 
 
 def answer_objective(model: Model, batches: Sequence[Batch]) -> Objective:
-    """A decoder's share of right tokens in known answers: q_v."""
+    """The share of tokens of the correct answers that a decoder ranks first: q_v."""
     rows = row_count(batches)
 
     def right_tokens(params: Params) -> float:
@@ -80,11 +80,11 @@ def answer_objective(model: Model, batches: Sequence[Batch]) -> Objective:
 def prediction_objective(
     model: Model, fine: Params, batches: Sequence[Batch], metric: Callable[..., float] | None = None
 ) -> Objective:
-    """Agreement with the fine-tuned model's own predictions, which stand in for labels.
+    """Agreement with the fine-tuned model's own predictions, used as labels.
 
-    Encoders: `metric` of the logits against the classes (one output: the scores) that the fine-tuned model
-    gives; None is the share of equal classes. Decoders: the share of real tokens after which both rank
-    the same token first.
+    Encoders: `metric` of the logits against the fine-tuned model's classes (with one output: its scores);
+    None is the share of equal classes. Decoders: the share of tokens after which both rank the same token
+    first.
 
     Raises: ValueError for a model without a head, or whose own outputs are not finite.
     """
@@ -109,7 +109,7 @@ def prediction_objective(
         raise _own_outputs_error()
     answers = logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(-1)
     if metric is None and logits.shape[-1] == 1:
-        raise DarexError("a model with one output needs its task's metric to compare scores.")
+        raise DarexError("a model with one output needs its task's metric to compare scores: pass `metric`.")
     compare = metric or (lambda moved, same_as: float(np.mean(moved.argmax(-1) == same_as)))
     return Objective(
         "agreement of predictions",
@@ -122,7 +122,7 @@ def prediction_objective(
 
 
 def output_objective(model: Model, fine: Params, batches: Sequence[Batch]) -> Objective:
-    """The output change of `darex_jax.evaluation.outputs`: q_e. Over masks, the mean without the farthest."""
+    """The output change of `darex_jax.evaluation.outputs`: q_e. Over masks, the mean without the outlier."""
     references = reference_outputs(model, fine, batches)
     return Objective(
         "output change",
@@ -138,7 +138,7 @@ def _if_finite(metric: Callable[..., float], logits: np.ndarray, labels: np.ndar
 
 
 def _all_alike(what: str, values: np.ndarray, examples: int | None = None) -> str | None:
-    """A sentence, where all values are one: whoever always gives that one is never wrong."""
+    """A description if all values are equal, in which case a constant output would be optimal."""
     if values.min() < values.max():
         return None
     return f"{what} {len(values) if examples is None else examples} examples are all the same"
@@ -153,7 +153,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _in_order(batches: Sequence[Batch]) -> np.ndarray:
-    """The labels of every real row, in the order in which `predict` returns logits."""
+    """The labels of all rows but padding, in the order of `predict`'s logits."""
     real = [batch["weight"] > 0 for batch in batches]
     index = np.concatenate([b["index"][r] for b, r in zip(batches, real, strict=True)])
     labels = np.concatenate([b["labels"][r] for b, r in zip(batches, real, strict=True)])
@@ -162,8 +162,8 @@ def _in_order(batches: Sequence[Batch]) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _same_first(model: Model, params: Params, batch: Batch, tokens: jax.Array) -> jax.Array:
-    """The number of real tokens after which `tokens[..., 0]` is ranked first, of real tokens, and of real
-    tokens with finite logits."""
+    """The numbers of tokens after which `tokens[..., 0]` is ranked first, of all tokens, and of tokens with
+    finite logits, all without padding."""
 
     def of(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         return logits.argmax(-1) == tokens[..., 0], jnp.isfinite(logits).all(-1)

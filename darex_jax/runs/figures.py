@@ -1,4 +1,4 @@
-"""Pictures of what q does: the curve that was searched, and every layer's q."""
+"""Plots of choosing q: the searched curve, and every layer's q."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from darex_jax.training.record import save_figure
 
 
 def log_ticks(axes: Any) -> None:
-    """A logarithmic x axis that says 0.01, 0.03, 0.1; matplotlib's own labels collide within a decade."""
+    """A logarithmic x axis with ticks 0.01, 0.03, 0.1; Matplotlib's labels collide within a decade."""
     from matplotlib.ticker import LogLocator
 
     axes.set_xscale("log")
@@ -20,7 +20,7 @@ def log_ticks(axes: Any) -> None:
 
 
 def plot_curve(report: dict[str, Any], path: Path) -> bool:
-    """The curve that was searched, and every layer's q where they differ; False if there is neither."""
+    """Plots the searched curve, and every layer's q if they differ; False if there is neither."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Several deltas on one base: evaluated, or writing, side by side in the same batches."""
+"""Evaluation and generation with several deltas of one base, in shared batches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from darex_jax.tasks import Examples, Task
 from darex_jax.tasks.batching import EVALUATION_ROWS, Encoded, encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.opening import text_ends
 
-CONFIGS = ("config.json", "generation_config.json")  # of a model, and no part of its tokenizer
+CONFIGS = ("config.json", "generation_config.json")  # companion files that do not belong to the tokenizer
 
 
 class Many(NamedTuple):
-    """A bank, and by the names of its deltas their tokenizers and the tokens at which their texts end."""
+    """A bank, and the tokenizers and end tokens of its deltas by name."""
 
     bank: DeltaBank
     tokenizers: dict[str, Any]
@@ -41,19 +41,19 @@ def open_many(
     allow_changed_files: bool = False,
     ignore_config_fields: Collection[str] = (),
 ) -> Many:
-    """A base directory and artifacts made from it. A delta is called as its file without the ending, or by
-    its whole path where two files have one name.
+    """Opens a base directory and artifacts made from it. A delta is named after its file without the suffix,
+    or by its full path if two files have the same name.
 
-    Raises: as `load_model`, `DeltaBank.add` and `load_tokenizer`; ValueError if a file is named twice.
+    Raises: as `load_model`, `DeltaBank.add` and `load_tokenizer`; ValueError if a file is given twice.
     """
     stems = Counter(Path(delta).stem for delta in deltas)
     paths = {Path(d).stem if stems[Path(d).stem] == 1 else os.fspath(d): d for d in deltas}
     if len(paths) < len(deltas):
-        raise DarexError("a delta is named twice.")
+        raise DarexError("a delta is given twice.")
     wide = jnp.float32 if any(map(_restores_float32, paths.values())) else None
     bank = DeltaBank(*load_model(base, wide, ignore_config_fields=ignore_config_fields))
     many = Many(bank, {}, {})
-    loaded: dict[Any, Any] = {}  # by what their files hold: most deltas share one
+    loaded: dict[Any, Any] = {}  # by file content: most deltas share one
     for name, path in paths.items():
         bank.add(name, path, ignore_config_fields=ignore_config_fields)
         config = bank.model_of(name).config
@@ -75,8 +75,7 @@ def _restores_float32(delta: str | os.PathLike[str]) -> bool:
 def predict_many(
     many: Many, examples: Mapping[str, Examples], batch_size: int = EVALUATION_ROWS
 ) -> dict[str, np.ndarray]:
-    """The logits of each delta's model on its own examples, [N, its labels] float32; the rows of all share
-    batches."""
+    """The logits of each delta's model on its own examples, [N, its labels] float32, in shared batches."""
     encoded = {name: encode(many.tokenizers[name], rows) for name, rows in examples.items()}
     owners = np.repeat(list(encoded), [len(rows) for rows in encoded.values()])
     joined = Encoded(
@@ -106,7 +105,7 @@ def evaluate_many(
     for name, task in tasks.items():
         if task.num_labels != _labels(many, name):
             raise DarexError(
-                f"'{name}' has {_labels(many, name)} outputs, {task.name!r} {task.num_labels}: "
+                f"'{name}' has {_labels(many, name)} outputs, {task.name!r} has {task.num_labels}: "
                 "it was fine-tuned for another task."
             )
     logits = predict_many(many, examples, batch_size or EVALUATION_ROWS)
@@ -123,14 +122,14 @@ def evaluate_many(
 def write_many(
     many: Many, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any
 ) -> dict[str, str]:
-    """How each delta's model goes on with one prompt; all in one batch.
+    """The continuation of one prompt by each delta's model, in one batch.
 
     Args: sampling: key and temperature, as for `generate`.
-    Raises: ValueError for models that write no text, or that do not share a tokenizer and end tokens.
+    Raises: ValueError for models that do not generate text, or that do not share a tokenizer and end tokens.
     """
     names = many.bank.names
     if not isinstance(many.bank.model.config, DecoderConfig):
-        raise DarexError(f"a {many.bank.model.config.model_type} model does not write text.")
+        raise DarexError(f"a {many.bank.model.config.model_type} model does not generate text.")
     first = names[0]
     for name in names[1:]:
         if many.tokenizers[name] is not many.tokenizers[first] or many.ends[name] != many.ends[first]:

@@ -1,4 +1,4 @@
-"""Pruning two checkpoints by any method, to a drop rate or to the size of a file."""
+"""Prunes two checkpoints by any method, to a drop rate, a file size or a loss."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer
 
-CLOSE = 0.98  # of the size asked for: near enough
+CLOSE = 0.98  # of the requested size: close enough
 ATTEMPTS = 8
-SIZES, PLACES = (0.0003, 0.03), 15  # bytes a parameter, beside what any file has, that are looked at
-PROBE = 1 / 3  # of a training's steps, to try a size
+SIZES, PLACES = (0.0003, 0.03), 15  # bytes per parameter beside the fixed overhead, and number of sizes tried
+PROBE = 1 / 3  # share of a training's steps for trying a size
 ROUNDING = 1e-9  # 1 - 190 / 200 is above 0.05
 
 
 class TooSmall(DarexError):
-    """A size that no file of a method has."""
+    """The requested size is below the smallest file of a method."""
 
 
 def prune_by(
@@ -44,38 +44,38 @@ def prune_by(
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
     Args:
-      budget: how much may be kept; of an int the whole file has at most so many bytes and, where the method
-        allows it, 98 % of them (96 % where values are trained).
+      budget: a `Budget`, or an int: the maximum size of the whole file in bytes, of which at least 98 % are
+        used if the method allows it (96 % if values are trained).
       seed: of random methods, `jax.random.key(seed)`.
-      gathered: what the method needs to know, and digests of what that comes from, for the file: of `gather`.
+      gathered: the method's evidence and digests of its sources, from `gather`.
       options: of the method: bits, q, ...
-      choose: with a size and dare, gives q for the drop rate that the size comes to.
-    Raises: DarexError for a method that lacks evidence, or a size out of its reach; else as `prune_parts`.
+      choose: for dare with a size, drop rate -> q.
+    Raises: DarexError for missing evidence, or an unreachable size; otherwise as `prune_parts`.
     """
     chosen, (known, digests) = METHODS[method], gathered
     for need in chosen.needs:
         if not getattr(known, need):
-            raise DarexError(f"{method} has to know {need.replace('_', ' ')}: give texts (--text, --task).")
-    told = {name: value for name, value in (options or {}).items() if value is not None}
+            raise DarexError(f"{method} needs {need.replace('_', ' ')}: pass texts (--text, --task).")
+    given = {name: value for name, value in (options or {}).items() if value is not None}
     key = {"key": jax.random.key(seed)} if chosen.random else {}
     trained = {"steps": known.train.steps} if isinstance(known.train, Trainer) else {}
 
     def write(job: Job, budget: Budget, known: Evidence = known) -> PruneSummary:
         spent = {name: value for name, value in vars(budget).items() if value is not None}
         made_by = {
-            "method": method, "key": (0, seed), "budget": spent, "options": told | trained,
+            "method": method, "key": (0, seed), "budget": spent, "options": given | trained,
             "evidence": dict(digests),
         }  # fmt: skip
 
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
-            return chosen.prune(deltas, budget, known, **key, **told)
+            return chosen.prune(deltas, budget, known, **key, **given)
 
         return prune_parts(job, make_parts, leafwise=chosen.leafwise, made_by=made_by)
 
     if isinstance(budget, Budget):
         return write(job, budget)
     entries = pruned_entries(job)
-    # Training is long, and hardly changes the size: sizes are tried without, a little below.
+    # Training is slow and hardly changes the size: sizes are tried without it, with a small margin.
     quick = replace(known, train=None)
     wanted = round(CLOSE * budget) if chosen.trains else budget
 
@@ -85,8 +85,8 @@ def prune_by(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         summary, path = fit_to_size(of_size, wanted, Path(folder))
-        if choose is not None and _drop_rate(summary) > 0:  # else all is kept, and nothing divided
-            told["q"] = choose(_drop_rate(summary))
+        if choose is not None and _drop_rate(summary) > 0:  # otherwise everything is kept
+            given["q"] = choose(_drop_rate(summary))
             summary, path = fit_to_size(of_size, wanted, Path(folder))
         while chosen.trains:
             spent = summary.recipe.budget or {}
@@ -96,7 +96,9 @@ def prune_by(
             over = summary.file_bytes - budget
             room = spent["bytes_per_parameter"] * entries - 1.5 * over - 0.01 * budget
             if room <= 0:
-                raise TooSmall(f"trained, the file has {over:,} bytes more than the {budget:,} asked for.")
+                raise TooSmall(
+                    f"after training, the file is {over:,} bytes larger than the requested {budget:,}."
+                )
             summary = of_size(room, path)
         write_whole(job.out, path.read_bytes())
     return summary
@@ -111,23 +113,24 @@ def prune_within(
     options: Mapping[str, Any] | None = None,
     on_size: Callable[[int, float], None] = lambda size, agreement: None,
 ) -> PruneSummary:
-    """A small artifact that disagrees with the fine-tuned model on so few of the held-out texts.
+    """A small artifact whose disagreement with the fine-tuned model on held-out texts is at most `max_loss`.
 
-    Of a row of sizes the smallest that trainings of a third of the steps find by bisection is trained in
-    full; where that does not do, the next larger one, and so on.
+    The smallest sufficient size is found by bisection over a grid of sizes, with trainings of a third of the
+    steps; it is then trained in full and, if it is not sufficient, the next larger one, and so on.
 
     Args:
       method: one that trains; gathered: with a `Trainer`.
-      max_loss: one minus the agreement, which goes in steps of one text.
+      max_loss: one minus the agreement, whose resolution is one text.
       on_size: called with every size tried and its agreement.
-    Raises: DarexError for another method, a model without predictions, or if no size does.
+    Raises: DarexError for a method without training, a model without predictions, or if no size is
+      sufficient.
     """
     keep_inputs(job.out, job.base, job.fine)
     known, digests = gathered
     if not isinstance(known.train, Trainer):
-        raise DarexError(f"{method} does not train: no loss is measured that could be kept to.")
+        raise DarexError(f"{method} does not train, so its loss is not measured: choose a size instead.")
     if known.train.measure is None:
-        raise DarexError("a model without a head predicts nothing that could be lost: say a size.")
+        raise DarexError("a model without a head has no predictions to compare: choose a size instead.")
     full, quick = known.train, replace(known.train, steps=max(3, round(PROBE * known.train.steps)))
 
     def disagrees(size: int, path: Path, train: Trainer) -> float:
@@ -136,7 +139,7 @@ def prune_within(
             found = prune_by(replace(job, out=path), method, size, gathered=evidence, options=options)
         except TooSmall:
             return 1.0
-        if train.result is None:  # there was room for nothing
+        if train.result is None:  # nothing was kept
             return 1.0
         on_size(found.file_bytes, train.result.agreement)
         written[size] = found
@@ -150,11 +153,11 @@ def prune_within(
         summary = prune_by(replace(job, out=path), method, empty, gathered=nothing, options=options)
         rooms = np.geomspace(SIZES[0], SIZES[1], PLACES) * summary.pruned_size
         sizes = [summary.file_bytes + round(float(room)) for room in rooms]
-        low, high = -1, len(sizes)  # places of a size that does not do, and of one that does
+        low, high = -1, len(sizes)  # indices of an insufficient and a sufficient size
         while high - low > 1:
             middle = (low + high) // 2
-            does = disagrees(sizes[middle], path, quick) <= max_loss + ROUNDING
-            low, high = (low, middle) if does else (middle, high)
+            sufficient = disagrees(sizes[middle], path, quick) <= max_loss + ROUNDING
+            low, high = (low, middle) if sufficient else (middle, high)
         for size in sizes[min(high, len(sizes) - 1) :]:
             if disagrees(size, path, full) <= max_loss + ROUNDING:
                 write_whole(job.out, path.read_bytes())
@@ -166,13 +169,13 @@ def prune_within(
 
 
 def _drop_rate(summary: PruneSummary) -> float:
-    """Of the random survivors in a file."""
+    """The drop rate of the random parts in a file."""
     blocks = summary.recipe.blocks or ()
     return float(next(part["drop_rate"] for b in blocks for p in b["parameters"].values() for part in p))
 
 
 def wanted_bytes(job: Job, size: float | None, bytes_per_parameter: float | None) -> int:
-    """What a file may have: so many times less than the fine-tuned model, or so much for an entry."""
+    """The maximum file size: the fine-tuned model's divided by `size`, or per pruned parameter."""
     if bytes_per_parameter is not None:
         return round(bytes_per_parameter * pruned_entries(job))
     assert size is not None
@@ -180,7 +183,7 @@ def wanted_bytes(job: Job, size: float | None, bytes_per_parameter: float | None
 
 
 def pruned_entries(job: Job) -> int:
-    """How many entries are pruned. Raises: FileError if the models do not fit together."""
+    """The number of pruned entries. Raises: FileError if the models do not match."""
     match = job.match()
     return sum(job.base.tensors[match.base_names[name]].info.size for name in match.pruned)
 
@@ -188,15 +191,15 @@ def pruned_entries(job: Job) -> int:
 def fit_to_size(
     write: Callable[[float, Path], PruneSummary], file_bytes: int, folder: Path
 ) -> tuple[PruneSummary, Path]:
-    """Writes files until one has nearly `file_bytes` and no more: the largest of those that fit.
+    """Writes files until one is just below `file_bytes`; returns the largest that fits.
 
-    Args: write: the bytes that parts may take, before they are coded, and a path -> what was written there.
+    Args: write: (bytes of parts before coding, path) -> summary of the file written.
     Raises: TooSmall if none fits.
     """
     best: tuple[PruneSummary, Path] | None = None
     least: int | None = None
     room = 0.9 * file_bytes
-    low, high = 0.0, float("inf")  # rooms that fitted, and did not
+    low, high = 0.0, float("inf")  # part sizes that fit and that do not
     for attempt in range(ATTEMPTS):
         path = folder / str(attempt)
         summary = write(room, path)
@@ -212,13 +215,13 @@ def fit_to_size(
                 break
         else:
             high = min(high, room)
-        wanted = 0.5 * (1 + CLOSE) * file_bytes - (size - coded)  # all but the parts stays about as it is
-        room = room * wanted / max(coded, 1) if wanted > 0 else room / 4
+        target = 0.5 * (1 + CLOSE) * file_bytes - (size - coded)  # the rest of the file hardly changes
+        room = room * target / max(coded, 1) if target > 0 else room / 4
         if not low < room < high:
             room = (low + high) / 2 if np.isfinite(high) else 2 * low
     if best is None:
         raise TooSmall(
-            f"the file would have {least:,} bytes at least, {file_bytes:,} were asked for: the head, the "
-            "base's fingerprint and the recipe take their part; ask for more, or choose another method."
+            f"the file needs at least {least:,} bytes, {file_bytes:,} were requested: the head, the "
+            "base's fingerprint and the recipe need space too; allow more, or choose another method."
         )
     return best

@@ -1,4 +1,4 @@
-"""Which method for a pair of models: what their delta is like, and what each method loses at a size."""
+"""Recommends a method for a pair of models, by each method's loss at a given file size."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from darex_jax.runs.evidence import Trainer, gather
 from darex_jax.runs.prune import prune_by
 from darex_jax.tasks.source import Source
 
-STEPS = 60  # of the short training that says what a long one can do
-CALIBRATION = 50  # texts that choose q
+STEPS = 60  # of the short trial training
+CALIBRATION = 50  # texts for choosing q
 POWER = 20  # iterations for the largest singular value
-TAIL = 0.01  # of the entries
+TAIL = 0.01  # share of the entries
 TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("dare", {}),
     ("dare", {"bits": 4, "q": "two-point"}),
@@ -39,13 +39,13 @@ TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
 
 
 class Facts(NamedTuple):
-    """What the pruned part of a delta is like.
+    """Properties of the pruned part of a delta.
 
     Attributes:
-      entries: how many.
-      relative: its norm in terms of the base's.
-      stable_rank: of a matrix |D|_F^2 / |D|_2^2, the median; rank: the median of the smaller sides.
-      tail: the share of its square that lies in the largest hundredth of each parameter's entries.
+      entries: their number.
+      relative: its norm relative to the base's.
+      stable_rank: median of |D|_F^2 / |D|_2^2 over matrices; rank: median of their smaller sides.
+      tail: share of its squared norm in the largest 1 % of each parameter's entries.
     """
 
     entries: int
@@ -56,15 +56,15 @@ class Facts(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A method at the size.
+    """A tried method.
 
     Attributes:
-      method, options: as `darex prune` takes them; a q that was chosen as what chose it.
+      method, options: as for `darex prune`; a chosen q is given by its objective.
       file_bytes: of the whole file.
       error: |delta - what is restored|^2 / |delta|^2.
       loss: 1 - agreement with the fine-tuned model on held-out texts; None without texts.
-      steps: of a training; 0 for none.
-      seconds: it took.
+      steps: of training; 0 without.
+      seconds: time taken.
     """
 
     method: str
@@ -78,14 +78,14 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What was seen, and which method is taken.
+    """The measurements and the recommended method.
 
     Attributes:
       facts: of the delta.
-      tried: what has a file of this size; failed: why the others have none, by method.
-      chosen: of `tried`, the least loss, without texts the least error.
-      without_delta: the base's own loss; None without texts.
-      measure: what a loss is one minus of; held_out: so many texts.
+      tried: methods with a file of this size; failed: reasons of the others, by method.
+      chosen: the one of `tried` with the least loss, or without texts the least error.
+      without_delta: the base's loss; None without texts.
+      measure: the agreement that losses are one minus of; held_out: number of texts.
     """
 
     facts: Facts
@@ -106,16 +106,16 @@ def recommend(
     ignore_config_fields: Collection[str] = (),
     on_try: Callable[[str], None] = lambda what: None,
 ) -> Advice:
-    """Tries those of `TRIED` that what is at hand allows, in files of at most `file_bytes` that are not kept.
+    """Tries those of `TRIED` that the inputs allow, in temporary files of at most `file_bytes`.
 
-    The delta is held in memory, and beside it one restored.
+    Memory holds the delta and one restored delta.
 
     Args:
-      job: its `out` is not written.
-      source: of texts, without labels; None where there are none.
-      steps: of the training that is tried.
-      on_try: called with the name of what is measured next.
-    Raises: DarexError if no method has so small a file, or the models do not fit together.
+      job: its `out` is not used.
+      source: of texts, labels are not used; None without texts.
+      steps: of the trial training.
+      on_try: called with the name of the next measurement.
+    Raises: DarexError if no method has so small a file, or the models do not match.
     """
     on_try("the delta")
     deltas, facts = _facts(job)
@@ -138,13 +138,13 @@ def recommend(
             continue
         on_try(method)
         begun = time.monotonic()
-        told = dict(options) | ({"dtype": "bfloat16"} if method == "dare" else {})
-        choose = _two_point(trainer, deltas) if told.pop("q", None) and trainer is not None else None
+        given = dict(options) | ({"dtype": "bfloat16"} if method == "dare" else {})
+        choose = _two_point(trainer, deltas) if given.pop("q", None) and trainer is not None else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "delta"
             try:
                 summary = prune_by(
-                    replace(job, out=path), method, file_bytes, gathered=(evidence, digests), options=told,
+                    replace(job, out=path), method, file_bytes, gathered=(evidence, digests), options=given,
                     choose=choose,
                 )  # fmt: skip
             except (DarexError, FloatingPointError) as refusal:
@@ -182,14 +182,12 @@ def _two_point(trainer: Trainer, deltas: Mapping[str, np.ndarray]) -> Callable[[
 
 
 def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
-    """The delta of what is pruned, float32 by name, and what it is like."""
+    """The pruned delta, float32 by name, and its properties."""
     match = job.match()
     match.raise_if_faulty()
     if match.extra_rows:
         extra = ", ".join(name for name in match.pruned if name in match.extra_rows)
-        raise DarexError(
-            f"rows of a larger vocabulary ({extra}) have no base: leave these out with --exclude."
-        )
+        raise DarexError(f"rows of a larger vocabulary ({extra}) have no base: exclude these with --exclude.")
     deltas, square, whole = {}, 0.0, 0.0
     ranks, sides, tails = [], [], []
     for name in match.pruned:

@@ -1,4 +1,4 @@
-"""A run again, from its manifest: are the digests the same, and if not, what differs?"""
+"""Repeats a run from its manifest and compares digests, inputs and versions."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def repeat_run(
     """Repeats a training.
 
     Args:
-      manifest: darex_manifest.json as `train_run` left it, or its directory.
-      base, data_dir: where these lie now; None is where they lay then.
-      out: where the repeat's result goes; None is a folder that is deleted afterwards.
+      manifest: darex_manifest.json written by `train_run`, or its directory.
+      base, data_dir: their current paths; None is the original ones.
+      out: for the result of the repeat; None is a temporary folder.
       say, on_step: as for `train_run`.
     Returns: {"same": whether all digests agree, "outputs": {name: [digest of the repeat, whether it agrees]},
       "differences": [{"what", "then", "now"}, ...] in inputs, versions and platform}.
-    Raises: FileError for no such file; ValueError for a manifest of another command, or one with options that
-      this version does not have.
+    Raises: FileError if the file does not exist; ValueError for a manifest of another command, or with
+      options that this version does not have.
     """
     file = manifest / MANIFEST if manifest.is_dir() else manifest
     then = read_json(file)
     if then.get("command") != "train":
-        raise DarexError(f"{file}: is of {then.get('command')!r}; what can be repeated is 'train'.")
+        raise DarexError(f"{file}: is of {then.get('command')!r}; only 'train' can be repeated.")
     missing = [part for part in (*PARTS, "outputs", "options") if not isinstance(then.get(part), dict)]
     if missing or not then["outputs"]:
-        raise DarexError(f"{file}: is not of a finished run, it lacks {', '.join(missing or ['outputs'])}.")
+        raise DarexError(f"{file}: is not of a finished run: it lacks {', '.join(missing or ['outputs'])}.")
     options = dict(then["options"])
     recipe_names = {field.name for field in dataclasses.fields(Recipe)}
     columns = {field.name for field in dataclasses.fields(Table)}
-    told = set(inspect.signature(train_run).parameters) - {"out", "recipe", "table", "say", "on_step"}
-    known = recipe_names | columns | told
+    arguments = set(inspect.signature(train_run).parameters) - {"out", "recipe", "table", "say", "on_step"}
+    known = recipe_names | columns | arguments
     if other := sorted(known ^ options.keys()):
-        raise DarexError(f"{file}: is of another version, which differs in {', '.join(other)}.")
+        raise DarexError(f"{file}: is of another version, with different options: {', '.join(other)}.")
     recipe = Recipe(**{name: options.pop(name) for name in recipe_names})
     source, folder = Path(options.pop("base")), options.pop("data_dir")
     own = {name: options.pop(name) for name in columns}

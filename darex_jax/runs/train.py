@@ -1,4 +1,4 @@
-"""A training from a base directory to a fine-tuned one: what `darex train` does."""
+"""Training from a base directory to a fine-tuned one: `darex train`."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ Params = dict[str, Any]
 
 
 class Start(NamedTuple):
-    """What a training begins with.
+    """The initial state of a training.
 
     Attributes:
-      params: what is trained.
-      frozen: the rest of the model's parameters.
-      pretrained: the pretrained value of what has one in `params`; an adapter's is zero.
-      measure: `params` -> the size of the delta, as for `train`; an adapter's is that of what it merges to.
+      params: trained parameters.
+      frozen: all other parameters.
+      pretrained: pretrained values of those in `params` that have one; an adapter's is zero.
+      measure: `params` -> the size of the delta, as for `train`; for an adapter, of its merged delta.
     """
 
     model: Model
@@ -65,14 +65,14 @@ class Start(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What is to be learned, as functions of the parameters that are trained.
+    """The training task, as functions of the trained parameters.
 
     Attributes:
-      train: `fine_tune` or `train_answers` of everything but its loop's arguments.
-      examples: how many there are to train on.
-      digests: of what is trained on and what is held out, as the model gets it.
+      train: `fine_tune` or `train_answers`, of the arguments of the loop.
+      examples: number of training examples.
+      digests: of the tokenised training and held-out examples.
       validate: the metric on held-out examples, larger is better.
-      test: what is reported in the end.
+      test: the final report.
     """
 
     train: Callable[..., Any]
@@ -107,34 +107,34 @@ def train_run(
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[int, dict[str, Any]], None] = lambda steps, line: None,
 ) -> dict[str, Any]:
-    """Trains `base` on a task and writes the result to `out`, with a manifest from which it can be repeated.
+    """Trains `base` on a task and writes the result to `out`, with a manifest to repeat it.
 
-    Beside `out` lies `out.run`: the resolved options (train.toml), every step's numbers (metrics.jsonl,
-    curves.png) and the checkpoints. A run that was interrupted goes on when it is started again with the same
-    arguments, and ends with the same bits.
+    The folder `out.run` has the resolved options (train.toml), every step's metrics (metrics.jsonl,
+    curves.png) and the checkpoints. An interrupted run resumes when it is started again with the same
+    arguments, and gives the same bits.
 
     Args:
       base: a Hugging Face directory; an encoder for the GLUE tasks, a decoder for the problem tasks.
       task: one of `ALL_TASKS`; data_dir, difficulty: see `load_task`, `load_gsm8k`, `word_problems`.
-      table: one's own examples, instead of a task.
-      limit: train on the first so many examples.
-      validation_limit: held-out examples looked at, at every checkpoint.
+      table: the user's own examples, instead of a task.
+      limit: number of training examples to use, the first ones.
+      validation_limit: number of held-out examples evaluated at every checkpoint.
       lora_rank: train low-rank adapters (and a classifier's head) instead of all parameters; `out` is then an
         adapter in PEFT's format. lora_alpha: None is twice the rank. lora_targets, rslora: see `LoraConfig`.
       checkpoint_every: steps; None is a tenth of the run.
-      keep: how many of the newest checkpoints are kept, beside the best.
+      keep: number of newest checkpoints to keep, beside the best.
       best: write the checkpoint with the best validation metric instead of the last step.
-      mesh: "DATAxMODEL", the parts that a batch and the parameters are split into, over all devices.
-      ignore_config_fields: of the base's, see `read_model_config`.
-      say: called with a line for the person who waits.
+      mesh: "DATAxMODEL", numbers of shards of a batch and of the parameters, over all devices.
+      ignore_config_fields: for the base, see `read_model_config`.
+      say: called with progress messages.
       on_step: called with the number of steps and every line of metrics.jsonl.
-    Returns: what there is to report: out, run, task, steps, step_taken, loss, delta_rms, delta_max, digest,
-      metric_name, validation and what the task tests.
-    Raises: ValueError for what does not fit, also for an interrupted run of other arguments or data;
-      FloatingPointError if the training diverges; FileError while another training writes `out`.
+    Returns: a report: out, run, task, steps, step_taken, loss, delta_rms, delta_max, digest,
+      metric_name, validation and the task's test results.
+    Raises: ValueError for invalid arguments, or an interrupted run with other arguments or data;
+      FloatingPointError if the training diverges; FileError if another training is writing `out`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DarexError(f"{out}: already exists; choose another place.")
+        raise DarexError(f"{out}: already exists; choose another path.")
     own: dict[str, Any] = {field.name: None for field in dataclasses.fields(Table)}
     if table is not None:
         own, task = dict(vars(table)), table.name
@@ -144,7 +144,7 @@ def train_run(
         raise DarexError(f"unknown task {task!r}; the tasks are {', '.join(ALL_TASKS)}.")
     base, data_dir = base.resolve(), data_dir and data_dir.resolve()
     if out.resolve().is_relative_to(base):
-        raise DarexError(f"{out} is inside the base {base}; choose another place.")
+        raise DarexError(f"{out} is inside the base {base}; choose another path.")
     options = dataclasses.asdict(recipe) | {
         "base": str(base), "task": None if table else task, **own, "data_dir": data_dir and str(data_dir),
         "difficulty": difficulty,
@@ -163,7 +163,7 @@ def train_run(
     if decoding:
         model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         if not isinstance(model.config, DecoderConfig):
-            raise DarexError(f"{task} is for decoders, {base} is a {model.config.model_type}.")
+            raise DarexError(f"{task} is for decoders, but {base} is a {model.config.model_type}.")
         tokenizer = load_tokenizer(base)
         if table is None:
             problems, held_out = load_problems(task, data_dir, difficulty, seed)
@@ -190,7 +190,7 @@ def train_run(
     }
     run = out.with_name(out.name + ".run")
     checkpoints = Checkpoints(run / "checkpoints", checkpoint_every or max(1, steps // 10), keep, warn=say)
-    with only_one(run / "lock", f"another training writes {out}; wait for it, or choose another OUT."):
+    with only_one(run / "lock", f"another training is writing {out}; wait for it, or choose another OUT."):
         _begin(run, run_manifest("train", options, inputs, {}), bool(checkpoints.steps()), say)
         with metrics_file(run / "metrics.jsonl", recipe.batch_size) as write:
             params, _ = lesson.train(
@@ -234,15 +234,15 @@ def _mesh_of(text: str | None, recipe: Recipe) -> Any:
         return None
     data, _, model = text.partition("x")
     if not (data.isdigit() and model.isdigit()):
-        raise DarexError(f"mesh is DATAxMODEL, 4x2 say, got {text!r}.")
+        raise DarexError(f"mesh must be DATAxMODEL, such as 4x2, got {text!r}.")
     if recipe.batch_size // recipe.accumulate % int(data):
         part = recipe.batch_size // recipe.accumulate
-        raise DarexError(f"mesh {text}: a part of {part} examples does not divide into {data}.")
+        raise DarexError(f"mesh {text}: {part} examples per micro-batch are not divisible by {data}.")
     return make_mesh(int(data), int(model))
 
 
 def _begin(run: Path, manifest: Mapping[str, Any], goes_on: bool, say: Callable[[str], None]) -> None:
-    """Writes what a run is begun with, or where it goes on, holds it against what it was begun with."""
+    """Records the arguments of a new run; when resuming, compares them with the recorded ones."""
     file = run / "manifest.json"
     if not goes_on:
         kept = {name: value for name, value in manifest["options"].items() if value is not None}
@@ -256,19 +256,19 @@ def _begin(run: Path, manifest: Mapping[str, Any], goes_on: bool, say: Callable[
             if there != here:
                 raise DarexError(
                     f"{run} is an interrupted run with another {name} ({there!r} there, {here!r} here). "
-                    "Go on with that one, delete the folder, or choose another OUT."
+                    "Resume that one, delete the folder, or choose another OUT."
                 )
     for part in ("versions", "platform"):
         for name, there in before[part].items():
             if there != manifest[part].get(name):
-                say(f"{name} was {there} when this run began and is {manifest[part].get(name)} now")
-    say(f"going on with the run in {run}")
+                say(f"{name} was {there} when this run started and is {manifest[part].get(name)} now")
+    say(f"resuming the run in {run}")
 
 
 def _start(
     model: Model, params: Params, known: Params, lora: LoraConfig | None, key: jax.Array, mesh: Any
 ) -> Start:
-    """Args: known: the base's parameters; those of `params` are the same arrays, or fresh ones."""
+    """Args: known: the base's parameters; those in `params` are the same arrays, or new ones."""
     old = {id(leaf) for leaf in jax.tree.leaves(known)}
     fresh = {name for name, leaf in flatten_names(params).items() if id(leaf) not in old}
     if mesh is not None:
@@ -292,7 +292,7 @@ def _start(
 
 
 def _split(tree: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
-    """The leaves whose names are chosen, and the others."""
+    """Splits a tree into the leaves with chosen names and the others."""
     named = flatten_names(tree)
     return (
         unflatten_names({name: leaf for name, leaf in named.items() if chosen(name)}),
@@ -309,7 +309,7 @@ def _classifying(
     recipe: Recipe,
     key: jax.Array,
 ) -> Lesson:
-    """A classification, or a regression."""
+    """The training task of a classifier or regressor."""
     model, params, frozen, *_ = start
     tokenizer = load_tokenizer(base)
     train = encode(tokenizer, task.train.select(slice(limit)))
@@ -333,7 +333,7 @@ def _classifying(
 def _answering(
     start: Start, train: EncodedAnswers, others: EncodedAnswers, recipe: Recipe, key: jax.Array
 ) -> Lesson:
-    """A causal language model's answers to prompts."""
+    """The training task of a causal language model."""
     model, params, frozen, *_ = start
     batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 

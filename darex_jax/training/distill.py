@@ -240,7 +240,7 @@ def _compared(
     """The summed loss and its count; both models' predictions, and which of them count.
 
     Encoders: the KL divergence of the classes (squared difference for a single score), plus the relative
-      squared error of the last hidden states. Decoders: the KL divergence of the next token.
+    squared error of the last hidden states. Decoders: the KL divergence of the next token.
     """
     inputs = model_inputs(batch)
     rows, real = real_parts(batch)
