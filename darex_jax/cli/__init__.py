@@ -1,7 +1,7 @@
 """The `darex` command. Each command parses, calls one library function and prints a short summary.
 
-Imports stay inside the commands: `darex --help` must not wait for jax, and the commands on files need
-neither transformers nor, merge-adapter apart, flax.
+Imports are inside the commands: `darex --help` does not import jax, and the commands on files import neither
+transformers nor, except for merge-adapter, flax.
 """
 
 import signal
@@ -18,20 +18,20 @@ from darex_jax.core.errors import DarexError
 
 
 class FriendlyGroup(click.Group):
-    """A person's mistake ends in one line on stderr and exit code 1; Ctrl-C in 130, SIGTERM in 143.
+    """User errors give one line on stderr and exit code 1; Ctrl-C gives 130, SIGTERM 143.
 
-    So does a fault of this library, in a line that says so; `--debug` shows its traceback.
+    A bug of this library gives one line as well, which says so; `--debug` shows its traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with unwinding(), warnings_shown() as ctx.obj:  # a command's context has the list, too
+            with unwinding(), warnings_shown() as ctx.obj:  # the list is also in a command's context
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(128 + signal.SIGINT)
         except click.ClickException as error:
-            vars(error)["message"] = plain(error.message)  # it may quote a q file, say
+            vars(error)["message"] = plain(error.message)  # it may quote a file
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
@@ -42,7 +42,7 @@ class FriendlyGroup(click.Group):
             _show_traceback(ctx)
             lines = str(error).strip().splitlines() or [""]
             raise click.ClickException(
-                f"a fault of darex_jax, not yours: {type(error).__name__}: {plain(lines[0]):.200} "
+                f"this is a bug in darex_jax: {type(error).__name__}: {plain(lines[0]):.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
 
@@ -62,7 +62,7 @@ def _one_message(error: Exception) -> str:
 @click.option("--debug", is_flag=True, expose_value=True, help="Show the traceback of an error.")
 @click.version_option(package_name="darex_jax")
 def main(debug: bool) -> None:
-    """Prune the delta of a fine-tuned model: drop 90-99.9 % of it, rescale what is left, keep the ability."""
+    """Prune the delta of a fine-tuned model: drop 90-99.9 % of it, rescale the rest, keep the accuracy."""
 
 
 for command in (

@@ -1,4 +1,4 @@
-"""The command that chooses q: find-q."""
+"""The command find-q."""
 
 import json
 import shlex
@@ -34,32 +34,32 @@ from darex_jax.cli.stores import HERE, PATH
               help="auto: labels with --task, else predictions, or two-point for an encoder without classes; "
               + "; ".join(f"{name}: {way.what}" for name, way in WAYS.items()) + ".")  # fmt: skip
 @click.option("--scope", default="model", show_default=True, type=click.Choice(["model", "layer"]),
-              help="One q for the model, or one for each linear layer.")  # fmt: skip
+              help="One q for the model, or one per linear layer.")  # fmt: skip
 @click.option("--rule", default="published", show_default=True, type=click.Choice(["published", "exact"]),
               help="With --scope layer: the authors' float16 scan, or Algorithm 3's minimiser, which shrinks "
-              "the delta to nearly nothing.")  # fmt: skip
-@click.option("--task", help="Where the examples come from: opinions (generated), cola, sst2, mrpc, stsb; "
+              "the delta to almost zero.")  # fmt: skip
+@click.option("--task", help="Source of the examples: opinions (generated), cola, sst2, mrpc, stsb; "
               "word-problems (generated), gsm8k. Default: a generated one, without its labels.")  # fmt: skip
 @DATA_DIR
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Most steps of a generated word problem.")  # fmt: skip
+              help="Maximum number of steps of a generated word problem.")  # fmt: skip
 @TEXT
 @own_examples
 @click.option("--out", type=HERE, default="q.json", show_default=True,
-              help="File for darex prune --q; its curve as a picture beside it.")  # fmt: skip
+              help="The q file, for darex prune --q; a plot is written beside it.")  # fmt: skip
 @LIMIT
 @click.option("--masks", type=click.IntRange(1),
-              help="How many masks. Default: labels, predictions and learned 1, else 4.")  # fmt: skip
+              help="Number of masks. Default: 1 for labels, predictions and learned, else 4.")  # fmt: skip
 @click.option("--grid", nargs=3, type=float, metavar="LOW HIGH STEP",
-              help="Search as the authors' code does: in steps, which may end beyond HIGH, until more than "
-              "3 are no better, then in tenths of a step around the best.")  # fmt: skip
-@click.option("--statistics", type=HERE, help="With --scope layer: keep the inputs' statistics in this file.")
+              help="Search like the authors' code: in steps, which may end beyond HIGH, until more than "
+              "3 bring no improvement, then in tenths of a step around the best.")  # fmt: skip
+@click.option("--statistics", type=HERE, help="With --scope layer: file to cache input statistics.")
 @click.option("--learning-rate", default=1e-2, show_default=True, type=click.FloatRange(0, min_open=True),
-              help="With learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
-@click.option("--checkpoints", type=HERE, help="With learned: a folder from which it goes on after a stop.")
+              help="For learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
+@click.option("--checkpoints", type=HERE, help="For learned: folder of checkpoints to resume from.")
 @click.option("--one-copy", is_flag=True,
               help="Hold one copy of the model and the survivors of each mask: a third of the memory, the "
-              "same q. For one q; not with learned and closed-form.")  # fmt: skip
+              "same q. For one q for the model; not for learned and closed-form.")  # fmt: skip
 @INCLUDE
 @EXCLUDE
 @IGNORE
@@ -70,7 +70,7 @@ def find_q(
 ) -> None:
     """Choose the q that survivors are divided by.
 
-    Written to a file that `darex prune --q` takes.
+    Writes it to a file for `darex prune --q`.
     """
     from darex_jax.choosing.choice import Choice
     from darex_jax.choosing.choose import choose_q
@@ -126,7 +126,7 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
         rows.append((searched, f"{report['value']:.5f}"))
         first, last = report.get("plateau", (0, 0))
         if first != last:
-            rows.append(("plateau", f"the same from {first:.6g} to {last:.6g}"))
+            rows.append(("plateau", f"equal values from {first:.6g} to {last:.6g}"))
     if "changes" in report:
         seen = [
             f"{'not finite' if change is None else f'{change:.5g}'} at {q:.4g}"
@@ -139,7 +139,7 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
         if known:
             rows.append(("by layer", q_text(known)))
         if len(known) < len(report["layers"]):
-            rows.append(("no output", f"{len(report['layers']) - len(known)} layers, which tell nothing"))
+            rows.append(("no output", f"{len(report['layers']) - len(known)} layers without any output"))
         if not isinstance(report["q"], dict) and report["q"] > 1:
             rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
     if "warning" in report:

@@ -1,6 +1,6 @@
 """Commands on files: check, apply, inspect, verify, merge-adapter, export.
 
-They do not load transformers, and all but merge-adapter not flax either.
+They do not import transformers, nor, except for merge-adapter, flax.
 """
 
 import json
@@ -53,9 +53,9 @@ def check(
     params: str | None,
     as_json: bool,
 ) -> None:
-    """Say what would be pruned, reading no weight.
+    """Show what would be pruned, without reading weights.
 
-    From names, shapes and configs alone: what is pruned, what is kept as fine-tuned, and every mismatch.
+    From names, shapes and configs only: what is pruned, what is kept fine-tuned, and every mismatch.
     """
     from darex_jax.core.scope import choose_scope, known_family
     from darex_jax.files.checkpoint import Checkpoint
@@ -93,7 +93,7 @@ def check(
             click.echo(f"warning: {plain(line)}")
     if match.faults:
         if not as_json:
-            click.echo("These models do not fit together:", err=True)
+            click.echo("These models do not match:", err=True)
             for line in match.faults:
                 click.echo(f"  {plain(line)}", err=True)
         sys.exit(1)
@@ -104,10 +104,10 @@ def check(
 @click.argument("delta", type=PATH)
 @click.argument("out", type=OUT)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Of all floating parameters. Default: of each the fine-tuned model's own.")  # fmt: skip
+              help="Dtype of all floating parameters. Default: the fine-tuned model's.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @ALLOW_CHANGED_FILES
-@click.option("--to", type=click.Choice(["safetensors", "orbax"]), help="Default: as BASE is.")
+@click.option("--to", type=click.Choice(["safetensors", "orbax"]), help="Default: the format of BASE.")
 @PARAMS
 @JSON
 def apply(
@@ -123,8 +123,8 @@ def apply(
 ) -> None:
     """Restore a model: write BASE plus DELTA to OUT.
 
-    OUT becomes a complete Hugging Face directory, or an orbax checkpoint. Another base than the delta was
-    made from is refused, and so is one whose configuration or tokenizer files have changed.
+    OUT becomes a complete Hugging Face directory, or an orbax checkpoint. A base other than the delta's is
+    refused, and so is one whose configuration or tokenizer files have changed.
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
@@ -155,7 +155,7 @@ def apply(
 @click.argument("delta", type=PATH)
 @JSON
 def inspect(delta: Path, as_json: bool) -> None:
-    """What is in a delta, where its bytes are, and how it was made."""
+    """Show the contents of a delta, the sizes of its components, and how it was made."""
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.contents import contents
 
@@ -173,13 +173,13 @@ def inspect(delta: Path, as_json: bool) -> None:
         ("pruned", f"{report['parameters']} parameters, {report['entries']:,} entries"),
         ("restored in", ", ".join(report["dtypes"]) or "the base's dtype"),
         (
-            "numbers stored",
+            "stored numbers",
             f"{report['survivors']:,} ({report['survivors'] / max(1, report['entries']):.4%})",
         ),
-        ("kept dense", few(report["dense"] + report["extra_rows"])),
+        ("kept whole", few(report["dense"] + report["extra_rows"])),
         ("files", ", ".join(report["files"]) or "none"),
         ("inexact values", f"{report['inexact']:,}"),
-        ("size", f"{bytes_text(report['bytes'])}, {report['bytes_per_parameter']:.5f} bytes a parameter"),
+        ("size", f"{bytes_text(report['bytes'])}, {report['bytes_per_parameter']:.5f} bytes per parameter"),
         *((f"  {name}", bytes_text(count)) for name, count in report["bytes_by_kind"].items()),
         ("made with", ", ".join(f"{k} {v}" for k, v in report["versions"].items())),
         ("digest", report["digest"]),
@@ -189,10 +189,10 @@ def inspect(delta: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("delta", type=PATH)
-@click.option("--base", type=PATH, help="Also check that this is the base the delta was made from.")
+@click.option("--base", type=PATH, help="Also check that this is the delta's base.")
 @click.option("--max-entries", type=click.IntRange(0),
-              help="Of all masks, without --base: nothing is computed for a file that claims more. Default: "
-              "2**36, and no more than 8192 for each byte of the file.")  # fmt: skip
+              help="Maximum entries of all masks, without --base; files with more are refused. Default: "
+              "2**36, and at most 8192 for each byte of the file.")  # fmt: skip
 @ALLOW_CHANGED_FILES
 @PARAMS
 @JSON
@@ -206,8 +206,8 @@ def verify(
 ) -> None:
     """Check a delta: digests, mask, base.
 
-    The digest of the data, the number of survivors against the mask made anew from the key, and with --base
-    every tensor of the base and each of its files that the restored model takes over against its fingerprint.
+    Checks the digest of the data, the number of survivors against the recomputed mask, and with --base the
+    fingerprints of all tensors of the base and of the files that the restored model inherits from it.
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
@@ -240,10 +240,10 @@ def merge_adapter(
     ignore_config_fields: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Merge a LoRA adapter: write BASE with ADAPTER in it to OUT.
+    """Merge a LoRA adapter: write BASE with ADAPTER merged to OUT.
 
-    ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, a fine-tune of BASE
-    like any other for `darex prune`.
+    ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, an ordinary
+    fine-tuned model for `darex prune`.
     """
     from darex_jax.files.merge import merge_adapter as merge
 
@@ -253,7 +253,7 @@ def merge_adapter(
         return
     rows = [
         ("merged", f"{summary.merged} weights"),
-        ("taken whole", few(summary.replaced)),
+        ("replaced", few(summary.replaced)),
         ("written", bytes_text(summary.bytes)),
     ]
     print_table(str(out), rows)
@@ -263,19 +263,19 @@ def merge_adapter(
 @click.argument("delta", type=PATH)
 @click.argument("out", type=OUT)
 @click.option("--to", "form", required=True, type=click.Choice(["peft", "patch"]),
-              help="A directory that PEFT reads, or a file of the numbers that change.")  # fmt: skip
-@click.option("--base", type=PATH, help="The base that the delta was made from.")
+              help="A directory for PEFT, or a file with the changed values.")  # fmt: skip
+@click.option("--base", type=PATH, help="The delta's base.")
 @click.option("--rank", type=click.IntRange(1),
-              help="Of an adapter: bring every matrix to at most this rank.")  # fmt: skip
+              help="For peft: reduce every matrix to at most this rank.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @JSON
 def export(
     delta: Path, out: Path, form: str, base: Path | None, rank: int | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Hand a delta to other tools.
+    """Export a delta for other tools.
 
-    peft: OUT is a directory that PEFT, and what reads PEFT's adapters, loads. patch: OUT is a file with flat
-    indices and the fine-tuned model's values there, for each parameter of BASE that changes.
+    peft: OUT is an adapter directory for PEFT and compatible tools. patch: OUT is a file with flat indices
+    and the fine-tuned values there, for each changed parameter of BASE.
     """
     from contextlib import ExitStack
 
@@ -284,9 +284,9 @@ def export(
     from darex_jax.files.export import export_adapter, export_patch
 
     if form == "patch" and (base is None or rank is not None):
-        raise click.UsageError("a patch takes --base" + (" and no --rank." if rank is not None else "."))
+        raise click.UsageError("a patch needs --base" + (" and no --rank." if rank is not None else "."))
     if out.exists() and not overwrite:
-        raise DarexError(f"{out} exists; --overwrite replaces it.")
+        raise DarexError(f"{out} already exists; pass --overwrite to replace it.")
     with ExitStack() as stack:
         file = stack.enter_context(DeltaFile(delta))
         checkpoint = None if base is None else stack.enter_context(Checkpoint(base))
@@ -295,7 +295,7 @@ def export(
             changed = export_patch(checkpoint, file, out)
             entries, of = (sum(row[k] for row in changed.values()) for k in ("changed", "entries"))
             report: dict[str, Any] = {"parameters": len(changed), "changed": entries, "of": of}
-            rows = [("changed", f"{entries:,} of {of:,} numbers in {len(changed)} parameters")]
+            rows = [("changed", f"{entries:,} of {of:,} values in {len(changed)} parameters")]
         else:
             found = export_adapter(file, out, base=checkpoint, rank=rank, overwrite=overwrite)
             low, high = min(found.ranks.values()), max(found.ranks.values())
@@ -303,7 +303,7 @@ def export(
             rows = [
                 ("adapted", f"{len(found.ranks)} layers of rank {low} to {high}"),
                 ("stored whole", f"{len(found.whole)} norms, biases and heads"),
-                ("left out", f"{found.lost:.2%} of the delta's squares"),
+                ("left out", f"{found.lost:.2%} of the delta's squared norm"),
             ]
     size = sum(f.stat().st_size for f in (out.iterdir() if out.is_dir() else [out]))
     if as_json:

@@ -1,4 +1,4 @@
-"""Commands that hand deltas to the Hugging Face hub and fetch them from it: push, pull."""
+"""Commands for the Hugging Face hub: push, pull."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ REVISION = click.option("--revision", help="A branch, tag or commit. Default: ma
 @click.command()
 @click.argument("delta", type=PATH)
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--base-model", help="What the base is called on the hub, for the card.")
+@click.option("--base-model", help="Name of the base on the hub, for the card.")
 @click.option("--measured", type=PATH, multiple=True, help="Output of darex eval --json, for the card.")
-@click.option("--private", is_flag=True, help="Of a repository that is made.")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
 @REVISION
-@click.option("--dry-run", is_flag=True, help="Print the card and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the card without uploading.")
 @JSON
 def push(
     delta: Path,
@@ -34,10 +34,10 @@ def push(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Put DELTA and a model card on the Hugging Face hub.
+    """Upload DELTA and a model card to the Hugging Face hub.
 
-    The repository holds delta.safetensors and README.md; `darex pull` fetches it. Needs a token that
-    may write (`hf auth login` or HF_TOKEN).
+    The repository has delta.safetensors and README.md; `darex pull` downloads it. Needs a token with write
+    access (`hf auth login` or HF_TOKEN).
     """
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.card import model_card
@@ -65,11 +65,11 @@ def push(
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @JSON
 def pull(repo: str, out: Path, revision: str | None, overwrite: bool, as_json: bool) -> None:
-    """Fetch a delta from the Hugging Face hub to the file OUT, and check it."""
+    """Download a delta from the Hugging Face hub to the file OUT, and verify it."""
     from darex_jax.files.hub import pull_delta
 
     if out.exists() and not overwrite:
-        raise DarexError(f"{out} exists; --overwrite replaces it.")
+        raise DarexError(f"{out} already exists; pass --overwrite to replace it.")
     pull_delta(repo, out, revision=revision)
     size = out.stat().st_size
     if as_json:

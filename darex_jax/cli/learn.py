@@ -1,4 +1,4 @@
-"""Commands that run a model: eval, demo."""
+"""Commands that evaluate models: eval, demo."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.option("--task", "task_names", default=("opinions",), show_default=True, multiple=True,
               help="opinions (generated), cola, sst2, mrpc, stsb; gsm8k, word-problems. With several deltas "
-              "one for all or one for each.")  # fmt: skip
+              "one for all or one per delta.")  # fmt: skip
 @DELTAS
 @BESIDE
 @ALLOW_CHANGED_FILES
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 @LIMIT
 @click.option("--batch-size", type=click.IntRange(1), help="Default: 16 examples, 8 problems.")
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
-              help="Of an answer to a problem.")  # fmt: skip
-@click.option("--records", type=HERE, help="File of the answers to problems. Default: under runs/.")
+              help="Maximum length of an answer to a problem, in tokens.")  # fmt: skip
+@click.option("--records", type=HERE, help="File for the answers to problems. Default: under runs/.")
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Most steps of a generated problem.")  # fmt: skip
+              help="Maximum number of steps of a generated problem.")  # fmt: skip
 @DTYPE
 @PARAMS
 @IGNORE
@@ -80,12 +80,12 @@ def evaluate(
     as_json: bool,
     **own: Any,
 ) -> None:
-    """The metric of a fine-tuned MODEL on a task, or on --data.
+    """Evaluate a fine-tuned MODEL on a task, or on --data.
 
     With --delta, MODEL is the base and the delta is applied in memory; several classifiers' deltas are
-    evaluated in the same batches. Answers to problems (gsm8k, word-problems) are kept in a file, and a run
-    that was interrupted goes on where it stopped. Of --data without a split of that name a tenth is taken,
-    the one that darex train holds out.
+    evaluated in the same batches. Answers to problems (gsm8k, word-problems) are recorded in a file, from
+    which an interrupted run resumes. If --data has no split of that name, the tenth that darex train holds
+    out is used.
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
@@ -95,11 +95,11 @@ def evaluate(
     table = take_only_table(ctx, own, "task_names")
     say_if_large("eval", model)
     if beside and not deltas:
-        raise click.UsageError("--beside is of a --delta.")
+        raise click.UsageError("--beside needs --delta.")
     if len(deltas) > 1 or beside:
         if dtype or records or table:
             one = "--dtype" if dtype else "--records" if records else "--data"
-            raise DarexError(f"{one} goes with one --delta and no --beside.")
+            raise DarexError(f"{one} supports only one --delta, without --beside.")
         found = _many_rows(
             model, deltas, task_names, data_dir, split, limit, seed, batch_size,
             allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
@@ -118,7 +118,7 @@ def evaluate(
             _print_many(model, found)
         return
     if len(task_names) > 1:
-        raise DarexError("several --task go with as many --delta.")
+        raise DarexError("several --task need as many --delta.")
     (task_name,), delta = task_names, next(iter(deltas), None)
     options: dict[str, Any] = {
         "task": task_name, "data_dir": data_dir, "split": split, "limit": limit, "seed": seed, "dtype": dtype,
@@ -183,13 +183,13 @@ def _many_rows(
     batch_size: int | None,
     **opening: Any,
 ) -> list[dict[str, Any]]:
-    """What `eval` says of each of several deltas."""
+    """The results of `eval` for several deltas."""
     from darex_jax.runs.many import evaluate_many, open_many
     from darex_jax.tasks import load_task
 
     if len(task_names) not in (1, len(deltas)):
         raise DarexError(
-            f"{len(task_names)} tasks for {len(deltas)} deltas: name one for all or one for each."
+            f"{len(task_names)} tasks for {len(deltas)} deltas: give one for all or one per delta."
         )
     loaded = {name: load_task(name, data_dir, seed) for name in dict.fromkeys(task_names)}
     many = open_many(base, deltas, **opening)
@@ -242,7 +242,7 @@ def _answer_problems(
     records: Path | None,
     quiet: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The result and the digests of what it was made from."""
+    """The result, and digests of its inputs."""
     from darex_jax.evaluation.gsm8k import evaluate_gsm8k
     from darex_jax.evaluation.text import complete
     from darex_jax.files.manifest import params_digest
@@ -286,7 +286,7 @@ def _classify_examples(
     seed: int,
     batch_size: int | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The result and the digests of what it was made from."""
+    """The result, and digests of its inputs."""
     from darex_jax.tasks import load_task
 
     return _classify(opened, load_task(task_name, data_dir, seed), split, limit, batch_size)
@@ -306,7 +306,7 @@ def _classify_table(
 def _complete_examples(
     opened: "Opened", table: Any, split: str, limit: int | None, seed: int, batch_size: int | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """How well a decoder knows completions: their loss, and what of them greedy decoding would write."""
+    """Scores of a decoder on completions: loss, token accuracy and exact match of greedy decoding."""
     from darex_jax.files.manifest import params_digest
     from darex_jax.models import DecoderConfig
     from darex_jax.tasks.answers import answer_batches, encode_answers
@@ -315,7 +315,7 @@ def _complete_examples(
 
     if not isinstance(opened.model.config, DecoderConfig):
         family = opened.model.config.model_type
-        raise DarexError(f"--prompt and --completion are for decoders, this is a {family}.")
+        raise DarexError(f"--prompt and --completion are for decoders, but this is a {family}.")
     columns = (column[:limit] for column in read_completions(table, seed)[split])
     encoded = encode_answers(opened.tokenizer, *columns)
     scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))
@@ -363,7 +363,7 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """The whole way once, on real weights.
+    """Run an end-to-end demo on real weights.
 
     Fine-tunes an encoder, prunes its delta with DARE and DAREx-q, stores it, restores
     the model from it and evaluates.
@@ -390,7 +390,7 @@ def demo(
         click.echo(json.dumps(results))
         return
     _print_demo(results)
-    click.echo(f"Picture: {out / 'metric_by_q.png'}; numbers: {out / 'results.json'}")
+    click.echo(f"Plot: {out / 'metric_by_q.png'}; results: {out / 'results.json'}")
 
 
 def _print_demo(results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command that merges deltas: merge."""
+"""The command merge."""
 
 import json
 from pathlib import Path
@@ -23,20 +23,20 @@ from darex_jax.merging.table import MERGES
 @click.option("--method", default="dare-ties", show_default=True, type=click.Choice(list(MERGES)),
               help="; ".join(f"{name}: {way.what}" for name, way in MERGES.items()) + ".")  # fmt: skip
 @click.option("--weight", "weights", multiple=True, type=float,
-              help="Of a delta: one for all, or one each in their order. Default: 1.")  # fmt: skip
+              help="Weight of a delta: one for all, or one per delta in order. Default: 1.")  # fmt: skip
 @click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
-              help="The share of each delta that takes no part; 1 - the density of other tools. Of all but "
+              help="Share of each delta that is dropped; 1 - the density of other tools. For all but "
               "linear.")  # fmt: skip
 @click.option("--q", "qs", multiple=True, type=click.FloatRange(0, min_open=True),
               help="Divisor of random survivors (DAREx), one for all or one each. Default: 1 - drop rate."
               )  # fmt: skip
-@click.option("--outliers", type=click.FloatRange(0, 1), help="With breadcrumbs: the share of the largest "
-              "entries that is dropped. Default: 0.01.")  # fmt: skip
-@click.option("--window", type=click.FloatRange(0, 1), help="With della: between the drop rates of a row's "
-              "smallest and largest entry. Default: 0.2, or what there is room for.")  # fmt: skip
+@click.option("--outliers", type=click.FloatRange(0, 1), help="For breadcrumbs: share of the largest "
+              "entries to drop. Default: 0.01.")  # fmt: skip
+@click.option("--window", type=click.FloatRange(0, 1), help="For della: difference of the drop rates of "
+              "a row's smallest and largest entry. Default: 0.2, or the largest possible.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Of what is written. Default: the widest that a fine-tuned model has.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists and is one model.")
+              help="Dtype of the result. Default: the widest of the fine-tuned models'.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists and is a single model.")
 @ALLOW_CHANGED_FILES
 @SEED
 @JSON
@@ -56,10 +56,10 @@ def merge(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Merge DELTAS of one BASE into a model: write it to OUT.
+    """Merge DELTAS of one BASE into a model, written to OUT.
 
-    Each of DELTAS is an artifact of darex prune, a fine-tuned directory, or an adapter that PEFT saved. Where
-    their heads differ OUT has a directory for each, which share the merged body.
+    Each of DELTAS is an artifact of darex prune, a fine-tuned directory, or an adapter that PEFT saved. If
+    their heads differ, OUT has one directory per delta, which share the merged body.
     """
     import jax
 
@@ -67,9 +67,11 @@ def merge(
 
     for name, values in (("weight", weights), ("q", qs)):
         if len(values) not in (0, 1, len(deltas)):
-            raise click.UsageError(f"{len(deltas)} deltas have one --{name} or as many, got {len(values)}.")
+            raise click.UsageError(
+                f"{len(deltas)} deltas need 1 --{name} or {len(deltas)}, got {len(values)}."
+            )
     if "drop_rate" in MERGES[method].takes and drop_rate is None:
-        raise click.UsageError(f"{method} has to know --drop-rate.")
+        raise click.UsageError(f"{method} needs --drop-rate.")
     with byte_bar("merging", _size(base), as_json) as progress:
         merged = merge_files(
             base, deltas, out, method,

@@ -1,4 +1,4 @@
-"""The command that says which method to take: recommend."""
+"""The command recommend."""
 
 import json
 import shlex
@@ -28,24 +28,24 @@ from darex_jax.cli.stores import PATH, as_given
 if TYPE_CHECKING:
     from darex_jax.runs.recommend import Advice, Tried
 
-LARGE = 0.5  # of DARE's predictions lost: too much to be mended by a divisor
-TAILED = 0.5  # of a delta's square in its largest hundredth
+LARGE = 0.5  # share of predictions lost by DARE from which on the delta counts as too large
+TAILED = 0.5  # share of the squared norm in the largest 1 % of entries
 
 
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("fine", type=PATH)
-@click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted. "
+@click.option("--size", type=Ratio(), help="File size: this many times smaller than the fine-tuned model. "
               "Default: 100x.")  # fmt: skip
 @BYTES_PER_PARAMETER
-@click.option("--task", help="Where texts come from, without their labels; or give --text.")
+@click.option("--task", help="Source of texts (labels are not used); or pass --text.")
 @DATA_DIR
 @TEXT
 @own_examples
 @LIMIT
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(3),
-              help="Of the short training that is tried.")  # fmt: skip
-@click.option("--can-retrain", is_flag=True, help="The fine-tuning can be run again.")
+              help="Steps of the trial training.")  # fmt: skip
+@click.option("--can-retrain", is_flag=True, help="The fine-tuning can be repeated.")
 @INCLUDE
 @EXCLUDE
 @IGNORE
@@ -67,11 +67,11 @@ def recommend(
     as_json: bool,
     **own: Any,
 ) -> None:
-    """Measure which method loses least at a size, and say the command that runs it.
+    """Measure which method loses least at a file size, and print the command that runs it.
 
-    dare, dare with q in two points, magnitude, wanda, svd, allocated and distilled, as far as there are texts
-    for them: each writes a file of that size, which is not kept; with --text, --task or --data each is
-    measured by its agreement with the fine-tuned model on texts held out.
+    Tries dare, dare with --q two-point, magnitude, wanda, svd, allocated and distilled, if there are texts
+    for them: each writes a temporary file of that size; with --text, --task or --data each is measured by its
+    agreement with the fine-tuned model on held-out texts.
     """
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
@@ -81,13 +81,13 @@ def recommend(
     from darex_jax.tasks.source import Source
 
     if size is not None and bytes_per_parameter is not None:
-        raise click.UsageError("say one of --size and --bytes-per-parameter.")
+        raise click.UsageError("pass only one of --size and --bytes-per-parameter.")
     source = None
     said = {**own, "text": text}
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
     if not has_texts and (data_dir is not None or limit is not None):
-        raise click.UsageError("--data-dir and --limit are of texts: give --task, --text or --data.")
+        raise click.UsageError("--data-dir and --limit are for texts: pass --task, --text or --data.")
     if has_texts:
         source = Source(
             task=task, data_dir=data_dir, text=said["text"], table=table, limit=limit or TRAINING_TEXTS
@@ -120,19 +120,19 @@ def recommend(
         click.echo(f"{method}: {reason}")
     facts = advice.facts
     rows = [
-        ("the delta", f"{facts.entries:,} entries, {facts.relative:.2%} of the base's norm"),
-        ("stable rank", f"{facts.stable_rank:.1f} of {facts.rank:.0f}, the median of the matrices"),
-        ("tail", f"the largest 1 % of the entries hold {facts.tail:.0%} of its square"),
+        ("delta", f"{facts.entries:,} entries, {facts.relative:.2%} of the base's norm"),
+        ("stable rank", f"{facts.stable_rank:.1f} of {facts.rank:.0f}, median over the matrices"),
+        ("tail", f"the largest 1 % of the entries have {facts.tail:.0%} of the squared norm"),
         ("size", f"{bytes_text(file_bytes)}, {fine_bytes / file_bytes:.0f} times smaller"),
     ]
-    print_table("what is there", rows)
+    print_table("delta and size", rows)
     for sentence in sentences:
         click.echo(sentence)
     click.echo(f"Run it: {command}")
 
 
 def _options(said: dict[str, Any]) -> list[str]:
-    """Options of a command line: of a tuple each value, of None none."""
+    """Command-line options from values; tuples are repeated, None is omitted."""
     given = {name: value if isinstance(value, tuple) else (value,) for name, value in said.items()}
     return [
         p for name, values in given.items() for v in values if v is not None for p in (f"--{name}", str(v))
@@ -140,39 +140,39 @@ def _options(said: dict[str, Any]) -> list[str]:
 
 
 def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: bool) -> list[str]:
-    """What was seen and what follows, a sentence each."""
+    """The findings and conclusions, as sentences."""
     chosen, facts = advice.chosen, advice.facts
     said = []
     dare = next((t for t in advice.tried if t.method == "dare" and not t.options), None)
     if advice.measure is None:
-        why = "Without texts" if not has_texts else "Of a model without a head"
+        why = "Without texts" if not has_texts else "For a model without a head"
         said.append(
-            f"{why} nothing tells what answers are lost, only how near the stored delta is to the real one: "
-            f"{_name(chosen)} leaves {chosen.error:.0%} of its square."
+            f"{why} the loss of predictions cannot be measured, only the error of the stored delta: "
+            f"{_name(chosen)} leaves out {chosen.error:.0%} of its squared norm."
         )
         if not has_texts:
-            said.append("A few hundred lines of --text, without labels, measure it and train the values.")
+            said.append(
+                "A few hundred lines of --text, without labels, allow both measuring it and training."
+            )
     else:
         loss = f"{chosen.loss:.1%}" if chosen.loss is not None else "nothing"
         said.append(
             f"In {bytes_text(file_bytes)} {_name(chosen)} loses least: {loss} of the {advice.measure} with "
-            f"the fine-tuned model, on {advice.held_out} texts held out (the base alone loses "
+            f"the fine-tuned model, on {advice.held_out} held-out texts (the base alone loses "
             f"{advice.without_delta:.1%})."
         )
         if chosen.steps:
-            said.append(f"That is after {chosen.steps} steps of training; the command trains for longer.")
+            said.append(f"This is after {chosen.steps} steps of training; the command trains for longer.")
         if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
-            said.append(
-                "The delta is too large for random dropping at this size, which loses most of what there is."
-            )
+            said.append("The delta is too large for random dropping at this size, which loses most of it.")
     if facts.tail > TAILED:
         said.append("Few entries hold most of the delta, which favours keeping the largest.")
     elif 0 < facts.stable_rank < facts.rank / 20:
         said.append("A few directions hold most of the delta, which favours low-rank factors.")
     if can_retrain:
         said.append(
-            "You can train again: darex train ... --optimizer adamr keeps the delta small, so that every "
-            "method loses less; run this command on its result."
+            "Since it can be trained again: darex train ... --optimizer adamr keeps the delta small, so "
+            "every method loses less; run this command on its result."
         )
     return said
 
@@ -197,7 +197,7 @@ def _print_tried(advice: "Advice") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="each method in a file of this size")
+    table = Table(title="methods in a file of this size")
     table.add_column("method")
     for heading in ("bytes", "error of the delta", "loss", "seconds"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""Ctrl-C and a request to end (SIGTERM, SIGHUP) unwind the stack, so that what is under way is cleaned up."""
+"""Signal handling: SIGINT, SIGTERM and SIGHUP unwind the stack, so that unfinished work is cleaned up."""
 
 import contextlib
 import gc
@@ -15,13 +15,12 @@ UNINTERRUPTED = "_temporary"  # of files/atomic.py
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """While this lasts, SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + their number).
+    """Inside the block SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SystemExit(128 + number).
 
-    Not in the middle of an import, since native modules can crash of it, nor in a finalizer or a callback of
-    the garbage collector, JAX's say, where the exception would be lost, nor while something temporary is made
-    or removed, which would be left: there the signal is put off until these are done. Python calls some
-    callbacks where no frame tells (a weak reference's); an exception lost there is raised again.
-    Signals that somebody else handles or ignores (nohup) are left alone.
+    The signal is deferred during imports (native modules can crash), in finalizers and garbage collector
+    callbacks such as JAX's (the exception would be lost), and while temporary files are created or removed
+    (they would be left behind). Some callbacks (of weak references) cannot be recognised by their frame; an
+    exception lost there is raised again. Signals that are already handled or ignored (nohup) are not changed.
     """
     pending = 0
     reported = sys.unraisablehook
@@ -43,7 +42,7 @@ def unwinding() -> Iterator[None]:
             raise SystemExit(128 + pending)
 
     taken = {}
-    if threading.current_thread() is threading.main_thread():  # no other thread may
+    if threading.current_thread() is threading.main_thread():  # required by signal.signal
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 taken[number] = signal.signal(number, leave)
@@ -54,7 +53,7 @@ def unwinding() -> Iterator[None]:
         if sys.unraisablehook is lost:
             sys.unraisablehook = reported
         if signal.SIGALRM in taken:
-            signal.setitimer(signal.ITIMER_REAL, 0)  # what is done needs no end
+            signal.setitimer(signal.ITIMER_REAL, 0)  # cancel a deferred signal
         for number, before in taken.items():
             signal.signal(number, before)
 
@@ -68,6 +67,6 @@ def _at_a_bad_moment(frame: FrameType | None) -> bool:
         if code in collecting:
             return True
         if code.co_name == "__enter__" and code.co_filename == contextlib.__file__:
-            return True  # what it has begun is ended only once the block is entered
+            return True  # its cleanup runs only after the block is entered
         frame = frame.f_back
     return False

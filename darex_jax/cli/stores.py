@@ -1,4 +1,4 @@
-"""Paths on a command line: here, or an fsspec URL, copied here before a command and back after it."""
+"""Path arguments that may be fsspec URLs, downloaded before a command and uploaded after it."""
 
 import os
 import shutil
@@ -14,11 +14,11 @@ import click
 
 from darex_jax.core.errors import FileError
 
-STORES = "darex_jax.stores"  # in a context's meta: the URLs of a command line
+STORES = "darex_jax.stores"  # key in a context's meta: the URLs of a command line
 
 
 class Stored(NamedTuple):
-    """A URL of a command line; folder: a temporary one of its own; local: what stands for the URL in it."""
+    """A URL of a command line; folder: its temporary folder; local: the local path that replaces the URL."""
 
     use: str
     url: str
@@ -27,9 +27,9 @@ class Stored(NamedTuple):
 
 
 class StorePath(click.Path):
-    """A path here, or an fsspec URL: the path that stands for it while the command runs.
+    """A local path, or an fsspec URL, which is replaced by a local path while the command runs.
 
-    Args: use: "read"; "write"; or "here", for what a command goes on from after a stop.
+    Args: use: "read"; "write"; or "here", for local paths that a command resumes from.
     """
 
     def __init__(self, use: str) -> None:
@@ -43,7 +43,7 @@ class StorePath(click.Path):
             return super().convert(value, param, ctx)
         url, mark, branch = str(value).partition("#")
         if self.use == "here":
-            self.fail(f"{url}: this has to be a path here; copy what it names first.", param, ctx)
+            self.fail(f"{url}: must be a local path; copy it first.", param, ctx)
         folder = Path(tempfile.gettempdir()) / f"darex-{uuid.uuid4().hex}"
         stored = Stored(self.use, url, folder, folder / (PurePosixPath(url).name or "root"))
         ctx.meta.setdefault(STORES, []).append(stored)
@@ -54,7 +54,7 @@ PATH, OUT, HERE = StorePath("read"), StorePath("write"), StorePath("here")
 
 
 def with_stores(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that finds what its URLs name, and whose outputs are sent where they say."""
+    """Wraps a command so that its URLs are downloaded before, and outputs uploaded after it."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
@@ -83,15 +83,15 @@ def _staged(ctx: click.Context) -> Iterator[None]:
                 send(out.local, out.url)
             except FileError as error:
                 stores.remove(out)
-                raise FileError(f"{error} What was made is in {out.local}.") from error
-            click.echo(f"sent to {out.url}", err=True)
+                raise FileError(f"{error} The output is kept in {out.local}.") from error
+            click.echo(f"uploaded to {out.url}", err=True)
     finally:
         for stored in stores:
             shutil.rmtree(stored.folder, ignore_errors=True)
 
 
 def as_given(text: str) -> str:
-    """A text with the URLs of the command line in place of the paths that stand for them."""
+    """Replaces local paths in a text by the URLs of the command line."""
     ctx = click.get_current_context(silent=True)
     for stored in ctx.meta.get(STORES, []) if ctx is not None else ():
         text = text.replace(str(stored.local), stored.url)

@@ -1,4 +1,4 @@
-"""The command that lets a model write: generate."""
+"""The command generate."""
 
 import json
 import time
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 @ALLOW_CHANGED_FILES
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
-              help="0 takes the likeliest token.")  # fmt: skip
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text.")
-@click.option("--chat", is_flag=True, help="Put PROMPT as a user's message into the model's chat template.")
+              help="0 is greedy decoding.")  # fmt: skip
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text.")
+@click.option("--chat", is_flag=True, help="Format PROMPT as a user message with the model's chat template.")
 @DTYPE
 @IGNORE
 @SEED
@@ -54,20 +54,20 @@ def generate(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT, written as it comes.
+    """Continue PROMPT, with streamed output.
 
-    MODEL is the Hugging Face directory of a decoder; with --delta, of the base. Of several deltas each one's
-    text is shown when all have ended.
+    MODEL is the Hugging Face directory of a decoder; with --delta, of the base. With several deltas the texts
+    are shown when all have ended.
     """
     import jax
 
     from darex_jax.evaluation.text import stream_text
 
     if beside and not deltas:
-        raise click.UsageError("--beside is of a --delta.")
+        raise click.UsageError("--beside needs --delta.")
     if len(deltas) > 1 or beside:
         if dtype:
-            raise DarexError("--dtype goes with one --delta and no --beside.")
+            raise DarexError("--dtype supports only one --delta, without --beside.")
         from darex_jax.runs.many import open_many, write_many
 
         many = open_many(
@@ -122,7 +122,7 @@ def generate(
 
 
 def as_chat(model: Path, tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's message in the model's chat template."""
+    """The prompt as a user message, formatted with the model's chat template."""
     if not tokenizer.chat_template:
         raise DarexError(f"{model}: its tokenizer has no chat template; leave out --chat.")
     messages = [{"role": "user", "content": prompt}]
@@ -134,11 +134,11 @@ def _since(begun: float) -> float:
 
 
 def open_text_model(model: Path, dtype: str | None, **options: Any) -> "Opened":
-    """`open_model` of a decoder, which alone writes text."""
+    """`open_model` for a decoder. Raises: DarexError for other models."""
     from darex_jax.models import DecoderConfig
     from darex_jax.tasks.opening import open_model
 
     opened = open_model(model, dtype, **options)
     if not isinstance(opened.model.config, DecoderConfig):
-        raise DarexError(f"{model}: a {opened.model.config.model_type} model does not write text.")
+        raise DarexError(f"{model}: a {opened.model.config.model_type} model does not generate text.")
     return opened

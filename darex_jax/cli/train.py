@@ -1,4 +1,4 @@
-"""Commands that train: train, repeat."""
+"""The commands train and repeat."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ COMMAND_LINE = ParameterSource.COMMANDLINE
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Options from a TOML file become the defaults, so that the command line has the last word."""
+    """Makes options from a TOML file the defaults; the command line takes precedence."""
     if path is None:
         return
     from darex_jax.files.paths import read_text
@@ -40,13 +40,13 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     names = {param.name for param in ctx.command.params} - {"config"}
     if unknown := sorted(content.keys() - names):
         possible = ", ".join(sorted(map(str, names)))
-        raise click.BadParameter(f"{path} has {', '.join(unknown)}; the names are {possible}.")
+        raise click.BadParameter(f"{path} has unknown {', '.join(unknown)}; the options are {possible}.")
     ctx.default_map = {**(ctx.default_map or {}), **content}
 
 
 CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, callback=_read_config,
-                      help="TOML file of options by these names, `learning_rate = 1e-4` say; the command "
-                      "line has the last word. Every run leaves one as OUT.run/train.toml.")  # fmt: skip
+                      help="TOML file of options, such as `learning_rate = 1e-4`; the command "
+                      "line takes precedence. Every run writes one to OUT.run/train.toml.")  # fmt: skip
 
 
 @click.command()
@@ -59,45 +59,48 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @own_examples
 @TEXT_COLUMN
 @click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Most steps of a generated problem.")  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), help="Train on the first so many examples.")
-@click.option("--steps", type=click.IntRange(1), help="How long; or give --epochs.")
-@click.option("--epochs", type=float, help="How long; or give --steps. Default: 3 epochs.")
+              help="Maximum number of steps of a generated problem.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Number of training examples to use, the first ones.")
+@click.option("--steps", type=click.IntRange(1), help="Length; or pass --epochs.")
+@click.option("--epochs", type=float, help="Length; or pass --steps. Default: 3 epochs.")
 @BATCH_SIZE
 @click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1),
-              help="Parts that a batch is taken in, for less memory.")  # fmt: skip
+              help="Micro-batches per batch, to save memory.")  # fmt: skip
 @LEARNING_RATE
 @click.option("--warmup-ratio", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(["adamw", "adamr"]),
-              help="adamr pulls towards the pretrained weights: its deltas stand more pruning.")  # fmt: skip
+              help="adamr pulls towards the pretrained weights: deltas tolerate more pruning.")  # fmt: skip
 @click.option("--norm", default="l2", show_default=True, type=click.Choice(["l2", "l1"]),
-              help="Of adamr's pull.")  # fmt: skip
+              help="Norm of adamr's pull.")  # fmt: skip
 @click.option("--weight-decay", default=0.01, show_default=True, type=click.FloatRange(0),
               help="adamw: towards zero; adamr: towards the base (adapters: zero).")  # fmt: skip
 @click.option("--clip-norm", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]),
-              help="What the model computes in; weights and optimizer are float32.")  # fmt: skip
+              help="Compute dtype; weights and optimizer are float32.")  # fmt: skip
 @click.option(
-    "--dropout/--no-dropout", default=True, show_default=True, help="As config.json has it, or none."
+    "--dropout/--no-dropout",
+    default=True,
+    show_default=True,
+    help="Use config.json's dropout, or none.",
 )
 @click.option("--remat", is_flag=True,
-              help="Compute layers again in the backward pass: less memory, a third more time.")  # fmt: skip
+              help="Recompute layers in the backward pass: less memory, a third more time.")  # fmt: skip
 @click.option(
-    "--lora-rank", type=click.IntRange(1), help="Train adapters of this rank; OUT is PEFT's format."
+    "--lora-rank", type=click.IntRange(1), help="Train adapters of this rank; OUT is in PEFT's format."
 )
 @click.option("--lora-alpha", type=float, help="Their scale is alpha / rank. Default: twice the rank.")
 @click.option("--lora-targets", multiple=True, metavar="NAME", default=("query", "value", "q_proj", "v_proj"),
               show_default=True, help="Layers with adapters, by the ends of their names.")  # fmt: skip
 @click.option("--rslora", is_flag=True, help="The scale is alpha / sqrt(rank).")
 @click.option("--validation-limit", default=500, show_default=True, type=click.IntRange(1),
-              help="Held-out examples looked at, at every checkpoint.")  # fmt: skip
+              help="Held-out examples evaluated at every checkpoint.")  # fmt: skip
 @click.option(
     "--checkpoint-every", type=click.IntRange(1), metavar="STEPS", help="Default: a tenth of the run."
 )
 @click.option("--keep", default=2, show_default=True, type=click.IntRange(1),
-              help="Newest checkpoints that are kept, beside the best.")  # fmt: skip
+              help="Number of newest checkpoints to keep, beside the best.")  # fmt: skip
 @click.option("--best", is_flag=True, help="Write the best checkpoint by validation, not the last step.")
-@click.option("--mesh", metavar="DATAxMODEL", help="Parts that batch and weights are split into.")
+@click.option("--mesh", metavar="DATAxMODEL", help="Numbers of shards of batch and weights.")
 @IGNORE
 @SEED
 @JSON
@@ -106,14 +109,14 @@ def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool
     """Fine-tune BASE on a task and write the model to OUT.
 
     Linear warm-up and decay. OUT is a Hugging Face directory (with --lora-rank, an adapter) with a manifest
-    of the run; numbers, curves and checkpoints are in OUT.run. After an interruption the same command goes on
-    where the last checkpoint was, and ends with the same bits.
+    of the run; metrics, curves and checkpoints are in OUT.run. After an interruption the same command resumes
+    from the last checkpoint, and gives the same bits.
     """
     from darex_jax.runs.train import train_run
     from darex_jax.training.loop import Recipe
 
     typed = {name for name in ("steps", "epochs") if ctx.get_parameter_source(name) == COMMAND_LINE}
-    if len(typed) == 1:  # it has the last word over the other one in a config
+    if len(typed) == 1:  # it takes precedence over the other one in a config
         options["epochs" if "steps" in typed else "steps"] = None
     elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
@@ -143,21 +146,21 @@ def _train_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"test: {report['metric_name']}", tested))
     else:
         rows.append(("validation loss", f"{report['validation_loss']:.4f}"))
-        rows.append(("answers right throughout", f"{report['validation_answers']:.4f}"))
-    return [*rows, ("digest", report["digest"][:16] + "..."), ("numbers, curves", report["run"])]
+        rows.append(("answers all correct", f"{report['validation_answers']:.4f}"))
+    return [*rows, ("digest", report["digest"][:16] + "..."), ("metrics, curves", report["run"])]
 
 
 @click.command()
 @click.argument("manifest", type=PATH)
-@click.option("--base", type=PATH, help="Where the base lies now, if it was moved.")
-@click.option("--data-dir", type=PATH, help="Where the data lies now, if it was moved.")
-@click.option("--out", type=HERE, help="Keep the repeat's result there. Default: it is deleted.")
+@click.option("--base", type=PATH, help="The base's current path, if it was moved.")
+@click.option("--data-dir", type=PATH, help="The data's current path, if it was moved.")
+@click.option("--out", type=HERE, help="Keep the result of the repeat there. Default: it is deleted.")
 @JSON
 def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path | None, as_json: bool) -> None:
-    """Run a training again and compare the digests.
+    """Repeat a training and compare the digests.
 
-    MANIFEST is a darex_manifest.json, or the directory it lies in. Says whether the repeat has the same bits,
-    and if not, what differs: base, data, versions, platform. Exit code 1 if it has not.
+    MANIFEST is a darex_manifest.json, or its directory. Reports whether the repeat has the same bits, and if
+    not, what differs: base, data, versions, platform. Exit code 1 if it differs.
     """
     from darex_jax.runs.repeat import repeat_run
 
@@ -169,7 +172,7 @@ def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path |
     if as_json:
         click.echo(json.dumps(report))
     else:
-        rows = [(name, f"{digest[:16]}..., {'the same' if same else 'ANOTHER'}")
+        rows = [(name, f"{digest[:16]}..., {'the same' if same else 'DIFFERENT'}")
                 for name, (digest, same) in report["outputs"].items()]  # fmt: skip
         rows += [(f"{d['what']} differs", f"{d['then']} then, {d['now']} now") for d in report["differences"]]
         print_table("the same bits" if report["same"] else "NOT the same bits", rows)
