@@ -1,7 +1,7 @@
-"""The command that prunes.
+"""The command prune.
 
-DARE with a number for q loads neither transformers nor flax; --q auto, and methods that look at texts, run
-the model.
+DARE with a numeric q imports neither transformers nor flax; --q auto, and methods that use texts, run the
+model.
 """
 
 import json
@@ -45,8 +45,8 @@ from darex_jax.cli.show import (
 from darex_jax.cli.stores import HERE, OUT, PATH, as_given
 from darex_jax.methods.table import METHODS
 
-TRAINING_TEXTS = 10_000  # at most, that distilled learns from
-ENOUGH = 256  # texts, from which on best trains on them
+TRAINING_TEXTS = 10_000  # maximum for distilled
+ENOUGH = 256  # minimum number of texts for which best trains
 
 
 @click.command()
@@ -54,25 +54,25 @@ ENOUGH = 256  # texts, from which on best trains on them
 @click.argument("fine", type=PATH)
 @click.argument("out", type=OUT)
 @click.option("--method", type=click.Choice(["best", *METHODS]),
-              help="Default: dare with a drop rate or --q, else best: distilled on --task or a --text of "
-              f"{ENOUGH} lines, on fewer dare with --q two-point, without any dare. "
+              help="Default: dare with a drop rate or --q, else best: distilled with --task or a --text of "
+              f"{ENOUGH} lines, with fewer dare with --q two-point, without texts dare. "
               + "; ".join(f"{name}: {method.what}" for name, method in METHODS.items()) + ".")  # fmt: skip
 @click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
-              help="Probability that an entry of the delta is dropped, or the share of it that is not "
+              help="Probability that an entry of the delta is dropped, or the share that is not "
               "stored. This, or a size.")  # fmt: skip
-@click.option("--size", type=Ratio(), help="So many times smaller than the fine-tuned model, all counted.")
+@click.option("--size", type=Ratio(), help="File size: this many times smaller than the fine-tuned model.")
 @BYTES_PER_PARAMETER
 @click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
-              help="A small file that disagrees with the fine-tuned model on at most this share of "
-              "held-out texts (decoders: next tokens; a score: 1 - correlation); distilled.")  # fmt: skip
+              help="Find a small file that disagrees with the fine-tuned model on at most this share of "
+              "held-out texts (decoders: next tokens; scores: 1 - correlation); for distilled.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
-              help="Of a value: 16 is bfloat16, fewer are integers and scales. Default: 16; of distilled 4; "
-              "of dare with a drop rate, the fine-tuned model's own dtype.")  # fmt: skip
+              help="Bits per value: 16 is bfloat16, fewer are integers with scales. Default: 16; 4 "
+              "for allocated and distilled; the fine-tuned dtype for dare at a drop rate.")  # fmt: skip
 @click.option("--q", "q", default=None, metavar="NUMBER|FILE|auto|OBJECTIVE",
               help="Divisor of random survivors, or find-q's file. Default: 1 - drop rate (DARE). auto: by "
               "the labels of --task, else by the model's predictions on --text, else DARE's; or an objective "
-              "of find-q: closed-form, say, on --task, --text or generated examples.")  # fmt: skip
-@click.option("--task", help="Where examples come from, as find-q takes it: for --q auto or OBJECTIVE, and "
+              "of find-q, such as closed-form, on --task, --text or generated examples.")  # fmt: skip
+@click.option("--task", help="Source of examples, as in find-q: for --q auto or OBJECTIVE, and "
               "for wanda, resolved and distilled.")  # fmt: skip
 @DATA_DIR
 @TEXT
@@ -84,15 +84,13 @@ ENOUGH = 256  # texts, from which on best trains on them
 @RENAME
 @PARAMS
 @IGNORE
-@click.option(
-    "--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along instead of refusing them."
-)
+@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinity instead of refusing them.")
 @click.option("--steps", default=600, show_default=True, type=click.IntRange(3),
-              help="Of training, with distilled.")  # fmt: skip
+              help="Training steps of distilled.")  # fmt: skip
 @click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random"]),
-              help="Of matrices, with distilled: low-rank factors (default), what allocated chooses, the "
-              "largest entries, or random ones, whose places are not stored.")  # fmt: skip
-@click.option("--checkpoints", type=HERE, help="With distilled: a folder from which it goes on after a stop.")
+              help="What distilled keeps of matrices: low-rank factors (default), allocated's choice, the "
+              "largest entries, or random ones, whose indices are not stored.")  # fmt: skip
+@click.option("--checkpoints", type=HERE, help="For distilled: folder of checkpoints to resume from.")
 @JSON
 def prune(
     base: Path,
@@ -124,8 +122,8 @@ def prune(
 ) -> None:
     """Prune FINE - BASE and write the delta to OUT.
 
-    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. How much
-    is kept is said by --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them.
+    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. Exactly
+    one of --drop-rate, --size, --bytes-per-parameter and --max-loss sets how much is kept.
     """
     from darex_jax.choosing.choice import Choice
     from darex_jax.core.scope import choose_scope, known_family
@@ -137,7 +135,7 @@ def prune(
     base, fine = with_params(params, base, fine)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(
-            "say how much is kept: --drop-rate, --size, --bytes-per-parameter or --max-loss, one of them."
+            "pass exactly one of --drop-rate, --size, --bytes-per-parameter and --max-loss."
         )
     said = {**own, "text": text}
     table = take_table(said)
@@ -149,27 +147,27 @@ def prune(
         method = "dare" if drop_rate is not None or q is not None else "best"
     if method == "best":
         if q is not None:
-            raise click.UsageError("best chooses q itself; leave out --q, or say --method dare.")
+            raise click.UsageError("best chooses q itself; leave out --q, or pass --method dare.")
         from darex_jax.tasks.source import Source
 
         texts = Source(**places, limit=limit or TRAINING_TEXTS) if has_texts else None
         method, q, why = _best(fine, texts, max_loss is not None)
     trains = METHODS[method].trains
     if max_loss is not None and not trains:
-        raise click.UsageError(f"--max-loss is for a method that trains; {method} measures no loss.")
+        raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
     chooses = q == "auto" or q in WAYS
     if checkpoints is not None and not trains:
         raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
     if support is not None and not trains:
-        raise click.UsageError(f"{method} has a support of its own; leave out --support.")
+        raise click.UsageError(f"{method} has a fixed support; leave out --support.")
     if bits is not None and not METHODS[method].quantises:
-        raise click.UsageError(f"{method} has bits of its own; leave out --bits.")
+        raise click.UsageError(f"{method} has fixed bits; leave out --bits.")
     if q is not None and not METHODS[method].divides:
-        raise click.UsageError(f"{method} divides by no q; leave out --q.")
+        raise click.UsageError(f"{method} does not use q; leave out --q.")
     if (has_texts or data_dir) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
             "--task, --data-dir, --text and --data are for --q auto or an objective of find-q, and for "
-            "methods that look at texts."
+            "methods that use texts."
         )
     source: Any = None
     if chooses or METHODS[method].needs:
@@ -183,9 +181,9 @@ def prune(
         include=include, exclude=exclude, ignore_config_fields=ignore_config_fields, seed=seed,
     )  # fmt: skip
     if rename is not None and source is not None:
-        raise click.UsageError("--rename goes with methods that look at no text and run no model.")
+        raise click.UsageError("--rename is only for methods that use no texts and run no model.")
     if chooses and method != "dare" and drop_rate is None:
-        raise click.UsageError(f"--q {q} chooses for a drop rate: give --drop-rate, not a size.")
+        raise click.UsageError(f"--q {q} needs a drop rate: pass --drop-rate, not a size.")
     divisor: Any = None
     q_by: str | None = None
 
@@ -272,7 +270,7 @@ def prune(
     rows = [
         ("method", f"{summary.recipe.method}: {METHODS[method].what}"),
         *([("because", why)] if why else []),
-        ("survivors", kept) if random else ("numbers stored", kept),
+        ("survivors", kept) if random else ("stored numbers", kept),
         *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
         *([("q chosen by", q_by)] if q_by else []),
         *([("q", q_text(divisor))] if divisor is not None and not random else []),
@@ -280,7 +278,7 @@ def prune(
           if look is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
-        ("bytes a parameter", f"{report['bytes_per_parameter']:.5f}"),
+        ("bytes per parameter", f"{report['bytes_per_parameter']:.5f}"),
         *([("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)")]
           if random else []),
     ]  # fmt: skip
@@ -288,20 +286,20 @@ def prune(
 
 
 def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str]:
-    """The method for what is at hand, its q, and why.
+    """The default method for the given inputs, its q, and the reason.
 
-    Args: source: of the texts, None where there are none; measures: whether a loss has to be measured.
+    Args: source: of the texts, or None; measures: whether a loss must be measured.
     """
     if source is None:
         if measures:
-            raise click.UsageError("--max-loss is measured on texts: give --text, --task or --data.")
-        return "dare", None, "there are no texts (--text, --task, --data) to choose or to train by"
+            raise click.UsageError("--max-loss is measured on texts: pass --text, --task or --data.")
+        return "dare", None, "there are no texts (--text, --task, --data) to choose q or to train"
     from darex_jax.tasks.source import read_material
 
     count = len(read_material(fine, source, held_out=False).encoded)
     if count >= ENOUGH or measures:
-        return "distilled", None, f"there are {count:,} texts to train by, without labels"
-    return "dare", "two-point", f"{count:,} texts choose a q; {ENOUGH} and more would train the values"
+        return "distilled", None, f"there are {count:,} texts to train on, without labels"
+    return "dare", "two-point", f"{count:,} texts choose q; {ENOUGH} or more would train the values"
 
 
 def _tried(quiet: bool) -> Callable[[int, float], None]:
@@ -323,15 +321,15 @@ def _options(method: str, bits: str | None, q: Any) -> dict[str, Any]:
 
 
 def _say_scope(base: Any, fine: Any, scope: Any, family: str | None, rename: Any) -> None:
-    """Says what is pruned of a model whose family is not known, before any work."""
+    """Prints what is pruned of a model of an unknown family, before any work."""
     from darex_jax.files.match import match_checkpoints
 
     names = match_checkpoints(base, fine, scope, rename).pruned
     share = sum(fine.tensors[name].info.size for name in names)
     total = sum(tensor.info.size for tensor in fine.tensors.values() if tensor.floating)
     click.echo(
-        f"{plain(family or 'this model')} has no scope of its own. Pruned: {found_scope(names)}; {share:,} "
-        f"of {total:,} entries. All else is kept as fine-tuned; --include and --exclude choose otherwise.",
+        f"{plain(family or 'this model')} has no default scope. Pruned: {found_scope(names)}; {share:,} "
+        f"of {total:,} entries. All others are kept fine-tuned; --include and --exclude change that.",
         err=True,
     )
 
@@ -344,15 +342,15 @@ def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str
 def _chosen_q(
     base: Path, fine: Path, drop_rate: float, choice: Any, source: Any, quiet: bool
 ) -> tuple[Any, str]:
-    """A q from what is at hand, and how it was chosen."""
+    """A q from the given inputs, and how it was chosen."""
     if choice.objective == "auto" and all(x is None for x in (source.task, source.text, source.table)):
-        return None, "nothing: without --task, --text or --data, q is DARE's 1 - drop rate"
+        return None, "default: without --task, --text or --data, q is DARE's 1 - drop rate"
     from darex_jax.choosing.choose import choose_q
 
     with point_bar("choosing q", quiet) as on_value:
         found = choose_q(base, fine, drop_rate, choice, source, on_value)
     if "warning" in found:
-        return found["q"], f"{found['objective']}, to no avail: {found['warning']}"
+        return found["q"], f"{found['objective']}, without success: {found['warning']}"
     what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
     return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
 
@@ -360,10 +358,10 @@ def _chosen_q(
 def _read_q(
     text: str, drop_rate: float | None, base: Path, fine: Path, choice: Any, quiet: bool
 ) -> float | dict[str, float] | None:
-    """--q: a number, or a q file: {"q": number or {name: number}}, of this drop rate if it names one.
+    """Parses --q: a number, or a q file {"q": number or {name: number}}, for this drop rate if it has one.
 
-    One that find-q wrote says of which weights, mask and scope it is: of other weights it is refused, before
-    anything is written, of another mask or scope there is a warning.
+    A file of find-q records its weights, mask and scope: other weights are refused before anything is
+    written, another mask or scope gives a warning.
     """
     try:
         return float(text)
@@ -377,7 +375,7 @@ def _read_q(
     q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
     if chosen_for != drop_rate:
         raise click.BadParameter(
-            f"{text} was chosen for a drop rate of {chosen_for}, not of {drop_rate}.", param_hint="--q"
+            f"{text} was chosen for a drop rate of {chosen_for}, not {drop_rate}.", param_hint="--q"
         )
     if not (isinstance(q, int | float) or (isinstance(q, dict) and q)):
         raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
@@ -390,7 +388,7 @@ def _read_q(
         _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
     seeds = content.get("mask_seeds")
     if isinstance(seeds, list) and choice.seed not in seeds and seeds:
-        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not of {choice.seed}.")
+        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not {choice.seed}.")
     for name, given in (("include", list(choice.include)), ("exclude", list(choice.exclude))):
         chosen_with = options.get(name, given)
         if chosen_with != given:
@@ -399,7 +397,7 @@ def _read_q(
 
 
 def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool) -> None:
-    """Raises: BadParameter unless the weights at `path` are those that the q file is of, if it says."""
+    """Raises: BadParameter if the q file records other weights than those at `path`."""
     if not isinstance(digest, str):
         return
     from darex_jax.files.checkpoint import Checkpoint

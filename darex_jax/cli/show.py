@@ -1,4 +1,4 @@
-"""What a person sees: tables, warnings, progress bars, sizes."""
+"""Terminal output: tables, warnings, progress bars, sizes."""
 
 import os
 import warnings
@@ -12,16 +12,16 @@ from darex_jax.core.errors import DarexWarning
 
 
 def plain(text: str) -> str:
-    """The text without anything that a terminal would obey: names and messages may come from anybody's file.
+    """Escapes text for a terminal: names and messages may come from untrusted files.
 
-    Control characters, line breaks and marks that turn the direction of writing become escapes.
+    Control characters, line breaks and bidirectional marks become escapes.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
 def warnings_shown() -> Iterator[list[str]]:
-    """Each of the library's warnings once, as a line on stderr; gives the list of them, for --json."""
+    """Prints each of the library's warnings once, as a line on stderr; yields their list, for --json."""
     shown: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always", DarexWarning)
@@ -39,26 +39,26 @@ def warnings_shown() -> Iterator[list[str]]:
 
 
 def warned() -> list[str]:
-    """What has been warned of so far, for --json."""
+    """The warnings so far, for --json."""
     return click.get_current_context().obj or []
 
 
 def family_of(fine: Any, base: Any) -> str | None:
-    """The model's family, of two checkpoints."""
+    """The model family of two checkpoints."""
     return fine.config.get("model_type") or base.config.get("model_type")
 
 
-HALF = 0.5  # of the memory, beyond which a model is called large
+HALF = 0.5  # share of the memory from which on a model is called large
 PEAKS = {
     "eval": 2.5,
     "generate": 3.5,
     "find-q": 4.7,
     "find-q --one-copy": 2.1,
-}  # times the model, benchmarks/memory.py
+}  # peak memory relative to the model, from benchmarks/memory.py
 
 
 def say_if_large(command: str, model: Any) -> None:
-    """Says on stderr, before anything is loaded, that a model is larger than half of the memory."""
+    """Warns on stderr, before anything is loaded, if a model is larger than half of the memory."""
     from darex_jax.files.checkpoint import Checkpoint
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -66,14 +66,14 @@ def say_if_large(command: str, model: Any) -> None:
         size = checkpoint.nbytes
     if size > HALF * memory:
         click.echo(
-            f"{model} has {bytes_text(size)}, this machine {bytes_text(memory)} of memory; {command} takes "
-            f"about {PEAKS[command]:g} times the model.",
+            f"{model} is {bytes_text(size)}, this machine has {bytes_text(memory)} of memory; {command} "
+            f"needs about {PEAKS[command]:g} times the model.",
             err=True,
         )
 
 
 def found_scope(names: list[str]) -> str:
-    """Parameters of a family without a scope of its own, in few words."""
+    """A short description of the parameters pruned in an unknown family."""
     from darex_jax.core.scope import starred
 
     patterns = list(dict.fromkeys(map(starred, names)))
@@ -94,7 +94,7 @@ def bytes_text(count: float) -> str:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A table of names and texts; both, and the title, as `plain` shows them."""
+    """Prints a table of names and texts, with a title, all escaped by `plain`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -119,7 +119,7 @@ def q_text(q: float | Mapping[str, float]) -> str:
 
 @contextmanager
 def _bar(**options: Any) -> Iterator[Any]:
-    """A bar of tqdm's. Where the work fails before its first step, no empty line stays before the message."""
+    """A tqdm bar that leaves no empty line if the work fails before its first step."""
     from tqdm import tqdm
 
     with tqdm(**options) as bar:
@@ -132,7 +132,7 @@ def _bar(**options: Any) -> Iterator[Any]:
 
 @contextmanager
 def byte_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr for work over two seconds. The callback counts bytes; threads may call it."""
+    """A bar on stderr for work of over two seconds. The callback counts bytes and is thread-safe."""
     with _bar(
         desc=title,
         total=total,
@@ -152,7 +152,7 @@ def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], No
         def on_step(record: Any) -> None:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             bar.update(1)
-            if bar.n >= total:  # what comes next prints below a finished bar
+            if bar.n >= total:  # later output goes below a finished bar
                 bar.close()
 
         yield on_step
@@ -160,9 +160,9 @@ def step_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[Any], No
 
 @contextmanager
 def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]]:
-    """A bar for lines of a metrics file: loss, rate, speed, the delta's size, the validation metric.
+    """A bar for a training's metrics: loss, rate, speed, the delta's size, the validation metric.
 
-    A training that goes on begins where it was.
+    A resumed training starts at its step.
     """
     shown: dict[str, str] = {}
     with _bar(desc=title, unit="step", disable=quiet, mininterval=1.0, dynamic_ncols=True) as bar:
@@ -180,7 +180,7 @@ def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]
                 shown["val"] = f"{line['validation']:.3f}"
             bar.set_postfix(shown, refresh=False)
             bar.update(1)
-            if bar.n >= steps:  # what comes next prints below a finished bar
+            if bar.n >= steps:  # later output goes below a finished bar
                 bar.close()
 
         yield on_step
@@ -188,7 +188,7 @@ def training_bar(title: str, quiet: bool) -> Iterator[Callable[[int, Any], None]
 
 @contextmanager
 def point_bar(title: str, quiet: bool) -> Iterator[Callable[[float, float], None]]:
-    """A count of visited points, how many there will be being unknown, with the last one and its value."""
+    """A counter of visited points, whose total is unknown, with the last point and its value."""
     with _bar(desc=title, unit=" points", disable=quiet, leave=False) as bar:
 
         def on_value(point: float, value: float) -> None:
@@ -200,7 +200,7 @@ def point_bar(title: str, quiet: bool) -> Iterator[Callable[[float, float], None
 
 @contextmanager
 def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar that says how many problems are answered and how many of them correctly."""
+    """A bar with the numbers of answered and of correct problems."""
     with _bar(desc=title, total=total, unit="problem", disable=quiet) as bar:
 
         def on_batch(answered: int, correct: int) -> None:
@@ -212,7 +212,7 @@ def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, 
 
 @contextmanager
 def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A bar for a training that is looked at now and then; it is there from the first look on."""
+    """A bar for a training that reports evaluations; shown from the first one on."""
     with ExitStack() as stack:
         bar: Any = None
 
@@ -228,7 +228,7 @@ def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def tried_bar(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """What is at work, and how long already."""
+    """Shows the current step and the elapsed time."""
     with _bar(unit=" tried", disable=quiet, leave=False) as bar:
 
         def on_try(what: str) -> None:
