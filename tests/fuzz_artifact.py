@@ -1,11 +1,11 @@
-"""Damaged and forged artifacts, one after the other, through everything that reads one.
+"""Fuzzing: passes damaged and forged artifacts to all of their readers.
 
     python -m tests.fuzz_artifact FOLDER --cases 20000 --seed 0
 
-A case is an artifact that was changed: bytes flipped, cut or lengthened, its header, its recipe or its
-tensors changed, with digests made anew or not. Every reader may take it or refuse it with a `DarexError`
-whose words are ours; nothing may hang, need memory out of proportion, or end in another exception. The
-process is bounded in memory, each case in time. `test_fuzz.py` runs a thousand cases.
+A case is a modified artifact: bytes flipped, truncated or appended, its header, recipe or tensors changed,
+with or without updated digests. Every reader must accept it or refuse it with a `DarexError` with our
+message; nothing may hang, use excessive memory, or raise another exception. The process is limited in memory,
+each case in time. `test_fuzz.py` runs a thousand cases.
 """
 
 import argparse
@@ -38,15 +38,15 @@ from darex_jax.files.safetensors import DTYPES, as_bytes, write_tensors
 from darex_jax.methods.budget import Budget
 from darex_jax.runs.prune import prune_by
 
-MEMORY = 700 << 20  # bytes above those of the process when it begins
-SECONDS = 20  # a case
-# What Python, NumPy and JAX say of themselves.
+MEMORY = 700 << 20  # bytes above the initial memory of the process
+SECONDS = 20  # per case
+# Messages of Python, NumPy and JAX.
 FOREIGN = re.compile(
     r"Expecting|object is not|not subscriptable|NoneType|invalid literal|unpack|out of range|list ind|<class|"
     r"positional argument|has no attribute|cannot reshape|broadcast|Exceeds the limit|codec can|unhashable|"
     r"Errno"
 )
-WORDS = "rows/bert.embeddings.word_embeddings.weight"  # with extra rows there is no delta to load
+WORDS = "rows/bert.embeddings.word_embeddings.weight"  # with extra rows the delta cannot be loaded
 THINGS: tuple[Any, ...] = (
     *(0, 1, -1, 2, 255, 2**31, 2**32, 2**46, 2**63, 2**64, 10**400, 0.5, 1 - 2**-33, 1 - 2**-32, 1.0),
     *(1e-50, 1e39, float("nan"), float("inf"), True, None, "", "x", "\x1b[31m\n\u202e", "../../x", "F32"),
@@ -99,7 +99,7 @@ def make_models(folder: Path) -> list[Path]:
 
 
 class Artifact:
-    """An artifact's bytes, and its parts to make changed ones of."""
+    """An artifact's bytes, and its components for mutations."""
 
     def __init__(self, path: Path):
         self.bytes = path.read_bytes()
@@ -149,7 +149,7 @@ def change_recipe(rng: random.Random, source: Artifact) -> bytes:
 
 
 def thin_out(rng: random.Random, source: Artifact) -> bytes:
-    """Hardly any values, as after a drop rate near 1, for which a recipe can claim nearly any shape."""
+    """Very few values, as with a drop rate near 1, for which a recipe can claim almost any shape."""
     recipe, few = json.loads(json.dumps(source.recipe)), rng.choice((0, 0, 1, 30))
     tensors = {n: a[:few] if n.startswith("values/") else a for n, a in source.tensors.items()}
     recipe["drop_rate"] = rng.choice((1 - 2**-33, 1 - 2**-32, 1 - 2**-20))
@@ -161,7 +161,7 @@ def thin_out(rng: random.Random, source: Artifact) -> bytes:
 
 
 def change_block(rng: random.Random, source: Artifact) -> bytes:
-    """Coded bytes changed, or what is said of them, under digests made anew."""
+    """Changes coded bytes or their metadata, with updated digests."""
     recipe, tensors = json.loads(json.dumps(source.recipe)), dict(source.tensors)
     if rng.random() < 0.5:
         recipe["blocks"] = change_json(rng, recipe["blocks"])
@@ -205,7 +205,7 @@ def change_tensors(rng: random.Random, source: Artifact) -> bytes:
 
 
 def change_json(rng: random.Random, value: Any) -> Any:
-    """The same JSON with one thing in it replaced, removed, doubled or renamed."""
+    """The same JSON with one value replaced, removed, duplicated or renamed."""
     places = []
 
     def walk(node):
@@ -234,11 +234,11 @@ def change_json(rng: random.Random, value: Any) -> Any:
 
 
 def thing(rng: random.Random) -> Any:
-    return copy.deepcopy(rng.choice(THINGS))  # what is put in may be changed in turn
+    return copy.deepcopy(rng.choice(THINGS))  # inserted values may be changed again
 
 
 def assemble(recipe: Any, tensors: dict[str, np.ndarray], honest: bool) -> bytes:
-    """The file; `honest`: with the digests that belong to it."""
+    """Assembles a file; `honest`: with correct digests."""
     ordered = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))}
     second = isinstance(recipe, dict) and recipe.get("format") == 2
     if honest and second and "parts" in tensors:
@@ -279,7 +279,7 @@ def _digest_blocks(recipe: dict[str, Any], parts: bytes) -> None:
 
 
 def read_in_every_way(path: Path, base: Path, out: Path) -> int:
-    """How many of the readers took it. Raises: what is not to be raised."""
+    """The number of readers that accept it. Raises: unexpected exceptions."""
     taken = 0
     for reader in (_inspect, _verify, load_delta, _parts, load_kept, _verify_base, _restore, _apply):
         try:
@@ -340,7 +340,7 @@ def main() -> int:
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DarexWarning)
     path = folder / "case"
-    for source in sources:  # unchanged; and all that is compiled is compiled
+    for source in sources:  # unchanged, which also compiles everything
         path.write_bytes(source.bytes)
         if read_in_every_way(path, folder / "base", folder / "out") < (
             6 if source.tensors.keys() & {WORDS} else 8

@@ -1,7 +1,7 @@
-"""What has to be seen on a GPU: `make test-gpu`. Not part of the suite; without a GPU the run fails.
+"""Tests that need a GPU: `make test-gpu`. Not part of the suite; without a GPU the run fails.
 
-Masks have the golden digests that every platform has, models' outputs are the CPU's, in float32 and bfloat16
-(where cuDNN's attention runs), decoding writes the same tokens, and pruning gives the same bits.
+Masks have the same golden digests as on every platform, models' outputs match the CPU's, in float32 and
+bfloat16 (which uses cuDNN's attention), decoding gives the same tokens, and pruning the same bits.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """One process of a multi-host run on this machine: `python -m tests.multihost ADDRESS PROCESSES ID FOLDER`.
 
-Loads FOLDER/base and FOLDER/fine over the devices of all processes, prunes, compares its own parts with
-FOLDER/pruned, which one process alone has made, and counts with the others how many entries survive. All
-write the pruned model as an orbax checkpoint, each its own parts, and read them again.
+Loads FOLDER/base and FOLDER/fine over the devices of all processes, prunes, compares its own shards with
+FOLDER/pruned, which was made by a single process, and counts the surviving entries over all processes. All
+write the pruned model as an orbax checkpoint, each its own shards, and read them again.
 """
 
 import sys
@@ -19,7 +19,7 @@ from darex_jax.core.tree import flatten_names
 
 def main(address: str, processes: int, process: int, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)  # of this process
+    jax.config.update("jax_num_cpu_devices", 2)  # per process
     jax.distributed.initialize(
         address, num_processes=processes, process_id=process, initialization_timeout=60
     )

@@ -1,4 +1,4 @@
-"""The oldest packages that pyproject.toml takes, as requirements: `python tests/oldest.py`."""
+"""Prints the oldest packages that pyproject.toml allows, as requirements: `python tests/oldest.py`."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""AdamR against Algorithm 1 in plain NumPy float64, against Adam, and under optax's conventions."""
+"""AdamR: against Algorithm 1 in NumPy float64, against Adam, and optax's conventions."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def without_head(tree):
 
 
 def gradients(params, step):
-    """Gradients that depend on the parameters, so that an error would grow; none for the frozen leaf."""
+    """Gradients that depend on the parameters, so that errors grow; zero for the frozen leaf."""
     grads = jax.tree.map(lambda p, n: 0.1 * p + n, params, random_tree(100 + step, 0.05))
     return grads | {"frozen": jax.tree.map(jnp.zeros_like, grads["frozen"])}
 
@@ -94,7 +94,7 @@ def test_200_steps_are_algorithm_1(norm, amsgrad):
         amsgrad=amsgrad,
         pulled={"body/weight", "body/bias"},
     )
-    # Under l1 the sign of a tiny delta is a matter of rounding: one step's pull may be the error there.
+    # Under l1 the sign of a tiny delta depends on rounding: the error can be one step's pull.
     atol = 1e-3 if norm == "l1" else 2e-5
     for name, leaf in flat(params).items():
         np.testing.assert_allclose(leaf, expected[name], atol=atol, err_msg=name)
@@ -206,7 +206,7 @@ def test_composes_and_compiles_once(name):
         jax.tree.map(np.testing.assert_array_equal, seen[0], seen[1])
     if name == "inject_hyperparams":
         assert float(state.hyperparams["weight_decay"]) == pytest.approx(1e-2)
-    if name in ("masked", "partition"):  # what is left out plays no part in the scale
+    if name in ("masked", "partition"):  # masked parameters do not affect the scale
         alone = {k: random_tree(0)[k] for k in ("body", "head")}
         plain, plain_state = dx.adamr(1e-2, weight_decay=1e-2), None
         plain_state = plain.init(alone)
@@ -225,7 +225,7 @@ def test_updates_are_rounded_once_to_the_parameters_dtype():
     """Moments and arithmetic are float32; a mixed tree keeps each leaf's dtype."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(0))
     half["head"] = jax.tree.map(lambda x: x.astype(jnp.float16), half["head"])
-    transform = dx.adamr(1e-5, weight_decay=1e-2)  # a rate that float16 hardly holds
+    transform = dx.adamr(1e-5, weight_decay=1e-2)  # a rate near float16's resolution
     state = transform.init(half)
     assert {x.dtype for x in jax.tree.leaves((state[0].mu, state[0].nu))} == {jnp.dtype(jnp.float32)}
     pretrained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(1))
@@ -239,9 +239,9 @@ def test_updates_are_rounded_once_to_the_parameters_dtype():
     assert [x.dtype for x in jax.tree.leaves(grads)] == [x.dtype for x in jax.tree.leaves(half)]
 
 
-# What optax asks of every optimizer (optax/contrib/_common_test.py has seven tests): takes arguments that it
-# does not know, compiles once, gets to the minimum, keeps shapes and dtypes of parameters and state, can be
-# accumulated, wrapped in inject_hyperparams (above), and takes a schedule for a rate.
+# What optax requires of every optimizer (seven tests in optax/contrib/_common_test.py): accepts unknown extra
+# arguments, compiles once, converges, keeps shapes and dtypes of parameters and state, works with
+# accumulation and inject_hyperparams (above), and accepts a schedule as a rate.
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 TARGETS = {
@@ -253,7 +253,7 @@ TARGETS = {
 
 
 def far(name, target):
-    """How far from the target: squares, or Rosenbrock's valley."""
+    """Distance from the target: squared, or the Rosenbrock function."""
     if name == "valley":
         return lambda p: (1.0 - p[0]) ** 2 + 100.0 * (p[1] - p[0] ** 2) ** 2
     return lambda params: optax.tree.norm(optax.tree.sub(params, target), squared=True)
@@ -288,7 +288,7 @@ def test_shapes_and_dtypes_are_stable(dtype):
             @jax.jit
             def step(params, state, grads, transform=transform):
                 updates, state = jax.lax.cond(
-                    jnp.isfinite(state_sum(state)),  # nothing that a compiler decides beforehand
+                    jnp.isfinite(state_sum(state)),  # not a compile-time constant
                     lambda: transform.update(grads, state, params, pretrained=pretrained),
                     lambda: (params, state),
                 )
@@ -319,7 +319,7 @@ def test_a_step_with_a_nan_is_left_out(dtype):
 
 
 def test_float64_is_float64():
-    """Under x64 the whole step is: against Algorithm 1, far below what float32 resolves."""
+    """Under x64 the whole step is: matches Algorithm 1 far below float32's resolution."""
     with jax.enable_x64(True):
         wide = lambda seed: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_tree(seed))  # noqa: E731
         start, pretrained, grads = wide(0), wide(1), wide(2)
@@ -394,7 +394,7 @@ def test_the_count_saturates():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
 
 
-def test_what_is_wrong_is_explained():
+def test_errors_are_explained():
     transform = dx.adamr(1e-3)
     params = random_tree(0)
     state = transform.init(params)
@@ -413,8 +413,8 @@ def test_what_is_wrong_is_explained():
         dx.adamr(1e-3, norm="l3")
 
 
-def test_more_entries_than_an_int32_counts():
-    """Shapes alone: 3.5 billion entries, as a Llama of 7 billion parameters has."""
+def test_more_entries_than_int32_can_count():
+    """Abstract shapes with 3.5 billion entries, as in a Llama of 7 billion parameters."""
     huge = {"w": jax.ShapeDtypeStruct((70_000, 50_000), jnp.float32)}
     transform = dx.adamr(1e-3)
     state = jax.eval_shape(transform.init, huge)

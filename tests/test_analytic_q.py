@@ -40,7 +40,7 @@ def test_the_four_kinds_of_rows():
     """No influence; a root; no real root but the vertex inside; the end."""
     p, eta = 0.99, 1.0
     weight, bound = float(phi(p)) / 4, math.log(40)
-    u = 20.0  # wanted
+    u = 20.0  # expected
     s_root = -(bound + weight * 1e-3 * u**2) / (1 - 0.01 * u)
     s_vertex = 2 * weight * 5.0 * u / 0.01
     q = dx.analytic_q([0.0, s_root, s_vertex, 5.0], [0.0, 1e-3, 5.0, 50.0], p, eta)
@@ -83,7 +83,7 @@ def test_the_published_rule_is_the_authors_scan(rows, inputs, scale, drop_rate, 
 
 
 def test_the_published_rule_above_its_own_step():
-    """The authors' scan would begin at q = 0 and divide by it."""
+    """The authors' scan would start at q = 0 and divide by it."""
     q = dx.analytic_q([-1.0, 2.0, 0.0], [1.0, 3.0, 0.0], 0.9995, 0.4, rule="published")
     assert ((q > 0) & (q <= 1)).all()
 

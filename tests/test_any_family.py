@@ -1,4 +1,4 @@
-"""Models of a dozen families that have no code here: pruned, restored, and run by transformers."""
+"""A dozen families without code in darex_jax: pruned, restored, and run by transformers."""
 
 import json
 
@@ -23,7 +23,7 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8,
 }  # fmt: skip
 EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
-# family -> class of the model, more of its config, patterns of what is pruned by default
+# family -> model class, further config, patterns of the default scope
 FAMILIES = {
     "gpt2": (
         "AutoModelForCausalLM", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
@@ -125,7 +125,7 @@ def test_a_family_without_code_here_is_pruned_and_restored(tmp_path, family):
     np.testing.assert_array_equal(seen, wanted)
 
 
-def test_what_is_found_is_said_before_the_work(tmp_path):
+def test_the_scope_found_is_printed_before_the_work(tmp_path):
     rng = np.random.default_rng(0)
     for model in ("base", "fine"):
         (tmp_path / model).mkdir()
@@ -144,7 +144,7 @@ def test_what_is_found_is_said_before_the_work(tmp_path):
     assert "repeated blocks" in seen.output and "model.layers.*.w.weight" in seen.output
     out = darex("prune", base, fine, str(tmp_path / "d"), "--drop-rate", "0.5")
     said = " ".join(out.output.split())
-    assert "newest has no scope of its own. Pruned: the matrices of repeated blocks: " in said
+    assert "newest has no default scope. Pruned: the matrices of repeated blocks: " in said
     assert ": model.layers.*.w.weight; 48 of 60 entries" in said
     darex("apply", base, str(tmp_path / "d"), str(tmp_path / "out"))
     with Checkpoint(tmp_path / "out") as restored, Checkpoint(fine) as whole:

@@ -1,4 +1,4 @@
-"""Checkpoints and the artifact from end to end: bits, hostile files, killed writers, the command line."""
+"""Checkpoints and artifacts end to end: bits, malicious files, killed writers, the command line."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, d
     np.testing.assert_array_equal(restored["bert.embeddings.position_ids"], np.arange(8)[None])
     floats = {n: v for n, v in fine.items() if n.startswith("bert.") and v.dtype == dtype}
     delta = dx.compute_delta(floats, {n: base[n.removeprefix("bert.")] for n in floats})
-    # What is stored is rounded to the fine-tune's dtype; in float32 that changes nothing.
+    # Stored values are rounded to the fine-tuned dtype; in float32 that changes nothing.
     delta = {name: leaf.astype(dtype).astype(jnp.float32) for name, leaf in delta.items()}
     mask = dx.random_mask(jax.random.key(0), delta, drop_rate)
     expected = dx.apply_delta(
@@ -135,7 +135,7 @@ def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, d
 
 @pytest.mark.parametrize(("base_dtype", "fine_dtype"), [("f8", "f8"), ("f8", "f4"), ("f4", "f8")])
 def test_float64_tensors_are_computed_in_float64(tmp_path, base_dtype, fine_dtype):
-    """Stored and restored are the very bits of `prune` and `apply_delta` under x64; float32 loses them."""
+    """Stored and restored bits are those of `prune` and `apply_delta` under x64; float32 would lose them."""
     base = {
         name: leaf.astype(base_dtype) for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"
     }
@@ -174,8 +174,8 @@ def test_float64_deltas_of_trees(tmp_path):
         assert np.any(restored != base["w"])
 
 
-def test_a_difference_below_float32_is_one(tmp_path):
-    """Else it would be said that the models are the same."""
+def test_a_difference_below_float32_counts(tmp_path):
+    """Otherwise a warning would say that the models are the same."""
     base = {name: leaf for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"}
     write(tmp_path / "base", base)
     write(tmp_path / "fine", {name: leaf * np.float64(1 + 2.0**-40) for name, leaf in base.items()})
@@ -193,8 +193,8 @@ def test_a_delta_of_format_1_as_parts(tmp_path, pair):
 @pytest.mark.parametrize(
     ("change", "text"), [(lambda x: np.append(x, x[:1]), "more"), (lambda x: x[:-1], "fewer")]
 )
-def test_as_many_values_as_the_mask_has_survivors(tmp_path, pair, change, text):
-    """One is far less than what the first look at a file sees."""
+def test_the_number_of_values_must_match_the_mask(tmp_path, pair, change, text):
+    """A difference of one is too small for the checks at opening."""
     prune(*pair, tmp_path / "d")
     values = f"values/{POOLER}"
     forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update({values: change(t[values])}))
@@ -286,7 +286,7 @@ def test_command_line(tmp_path, pair):
     )
 
 
-def test_commands_on_files_stay_light():
+def test_commands_on_files_import_little():
     code = (
         "import sys; from darex_jax.cli import main; import darex_jax.files.prune, darex_jax.files.restore; "
         "heavy = {'transformers', 'flax', 'datasets', 'torch'} & set(sys.modules); "
@@ -374,7 +374,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path, position, bit):
     assert result.exit_code in (0, 1) and (
         result.exception is None or isinstance(result.exception, SystemExit)
     )
-    if result.exit_code == 0:  # only white space of the padding can change nothing
+    if result.exit_code == 0:  # only whitespace of the padding is harmless
         assert header_of(bytes(data)) == header_of((tmp_path / "d").read_bytes())
 
 
@@ -385,7 +385,7 @@ def test_a_renamed_tensor_is_refused(tmp_path, pair):
     refused(tmp_path / "renamed", data.replace(b'"dense/classifier.weight"', b'"dense/classifier.weighs"'))
 
 
-def test_lying_headers(tmp_path, pair):
+def test_forged_headers_are_refused(tmp_path, pair):
     prune(*pair, tmp_path / "d")
     header, body = header_of((tmp_path / "d").read_bytes())
     name = next(n for n in header if n.startswith("values/"))
@@ -420,7 +420,7 @@ def test_lying_headers(tmp_path, pair):
         DeltaFile(tmp_path / "plain")
 
 
-def test_a_tensors_name_has_so_many_characters_at_most(tmp_path):
+def test_tensor_names_have_a_maximum_length(tmp_path):
     for length in (MAX_NAME, MAX_NAME + 1):
         write_tensors(tmp_path / f"{length}", {"n" * length: np.zeros(3, np.float32)})
     assert MAX_NAME == 500
@@ -431,7 +431,7 @@ def test_a_tensors_name_has_so_many_characters_at_most(tmp_path):
 
 
 def forge(path, source, change_recipe=None, change_tensors=None):
-    """The artifact `source` with another recipe or other tensors, every digest made anew."""
+    """The artifact `source` with another recipe or other tensors, and updated digests."""
     with DeltaFile(source) as d:
         tensors, recipe = {name: d.read(name) for name in d.tensors}, json.loads(d.metadata["darex"])
     (change_tensors or (lambda _: None))(tensors)
@@ -501,8 +501,8 @@ def test_forged_recipes_are_refused(tmp_path, pair, change, text):
         DeltaFile(forge(tmp_path / "forged", tmp_path / "d", change))
 
 
-def test_what_a_recipe_has_beyond_its_fields_is_ignored(tmp_path, pair):
-    """A later version's, or somebody's: nested so deeply that it could not even be copied."""
+def test_unknown_fields_of_a_recipe_are_ignored(tmp_path, pair):
+    """Of a later version or an attacker: nested so deeply that it could not even be copied."""
     prune(*pair, tmp_path / "d")
     deep = json.loads("[" * 900 + "]" * 900)
 
@@ -517,7 +517,7 @@ def test_what_a_recipe_has_beyond_its_fields_is_ignored(tmp_path, pair):
 
 
 def test_a_shape_without_its_survivors_is_refused(tmp_path, pair):
-    """Else a file of a few bytes would make its reader fill terabytes."""
+    """Otherwise a file of a few bytes would make its reader allocate terabytes."""
     prune(*pair, tmp_path / "d")
 
     def huge(recipe):
@@ -544,7 +544,7 @@ def test_forged_tensors_are_refused(tmp_path, pair, name, array, text):
         DeltaFile(forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update({name: array})))
 
 
-def test_a_tensor_called_metadata_is_not_written(tmp_path, pair):
+def test_a_tensor_named_metadata_is_not_written(tmp_path, pair):
     prune(*pair, tmp_path / "d")
     change = {"dense/__metadata__": np.ones(3, np.float32)}
     forge(tmp_path / "forged", tmp_path / "d", None, lambda t: t.update(change))
@@ -552,18 +552,18 @@ def test_a_tensor_called_metadata_is_not_written(tmp_path, pair):
     assert "'__metadata__' is a reserved name" in error and not (tmp_path / "out").exists()
 
 
-def test_texts_of_a_file_are_shown_as_they_are(tmp_path, pair):
+def test_strings_of_a_file_are_printed_verbatim(tmp_path, pair):
     prune(*pair, tmp_path / "d", scope_text="include [a-z]+ [/x] \x1b[31m \ud800")
     assert "include [a-z]+ [/x] \\x1b[31m \\ud800" in darex("inspect", tmp_path / "d").stdout
 
 
 @pytest.mark.parametrize("q", [1e-50, 1e39])
-def test_a_q_that_float32_does_not_hold_is_refused(tmp_path, pair, q):
+def test_a_q_outside_of_float32_is_refused(tmp_path, pair, q):
     error = darex("prune", *pair, tmp_path / "d", "-p", 0.9, "--q", q, code=1).stderr
     assert f"must be a positive float32 number, got {q}" in error
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "is a pipe" in darex("inspect", tmp_path / "pipe", code=1).stderr
 
@@ -584,7 +584,7 @@ def test_an_index_must_find_its_tensors(tmp_path):
 
 
 def test_one_shard_keeps_its_index(tmp_path, pair):
-    """Under a name like model-00001-of-00001.safetensors nothing finds it without one."""
+    """A file name like model-00001-of-00001.safetensors is not found without an index."""
     base, fine = pair
     shard = "model-00001-of-00001.safetensors"
     (base / "model.safetensors").rename(base / shard)
@@ -638,7 +638,7 @@ def test_inputs_are_never_replaced(tmp_path, pair):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_is_no_model_is_not_replaced(tmp_path, pair):
+def test_only_model_directories_are_replaced(tmp_path, pair):
     base, fine = pair
     prune(base, fine, tmp_path / "d")
     (tmp_path / "home/letters").mkdir(parents=True)
@@ -665,7 +665,7 @@ def test_empty_and_single_numbers(tmp_path):
     shapes = {"bert.a": (), "bert.b": (0,), "bert.embed.weight": (0, 3), "bert.c": (4, 0), "bert.d": (5,)}
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     fine = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    fine["bert.embed.weight"] = np.ones((2, 3), np.float32)  # rows are added to none
+    fine["bert.embed.weight"] = np.ones((2, 3), np.float32)  # extra rows beyond none
     write(tmp_path / "base", base)
     write(tmp_path / "fine", fine)
     prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
@@ -677,7 +677,7 @@ def test_empty_and_single_numbers(tmp_path):
 
 
 def test_links_and_deltas_beside_a_model(tmp_path, pair):
-    """In the hub's cache a model's files are links: the link is an input too. A delta beside it is none."""
+    """In the hub's cache a model's files are links: the link is an input too, a delta beside it is not."""
     base, fine = pair
     blob = tmp_path / "blob"
     (fine / "model.safetensors").rename(blob)
@@ -820,7 +820,7 @@ def test_files_of_the_delta_may_change_in_the_base(tmp_path, pair):
 @pytest.mark.parametrize(("of_base", "of_fine"), [(BF16, np.float32), (np.float32, BF16), (BF16, np.float16)])
 @pytest.mark.parametrize("written", [None, "float32", "bfloat16"])
 def test_a_model_is_restored_in_the_fine_tunes_dtype(tmp_path, of_base, of_fine, written):
-    """The config.json that both models have is of no help: it names the base's dtype."""
+    """The config.json of both models has the base's dtype, so it does not help."""
     base, fine = encoder(0, of_base), encoder(1, of_fine, step=1e-4)
     config = {"torch_dtype": np.dtype(of_base).name, "num_labels": 2}
     write(tmp_path / "base", base, config)
@@ -848,7 +848,7 @@ def test_a_model_is_restored_in_the_fine_tunes_dtype(tmp_path, of_base, of_fine,
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype.name
 
 
-def test_a_dtype_that_does_not_hold_the_numbers_is_refused(tmp_path):
+def test_a_dtype_that_overflows_is_refused(tmp_path):
     write(tmp_path / "base", {"bert.w": np.array([1e20, 1, 2], BF16)})
     write(tmp_path / "fine", {"bert.w": np.array([1e20, 1, 3], BF16)})
     prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
@@ -860,7 +860,7 @@ def test_a_dtype_that_does_not_hold_the_numbers_is_refused(tmp_path):
         apply_artifact(b, d, tmp_path / "other", dtype=np.int32)
 
 
-def test_what_is_seldom_meant_is_warned_of(tmp_path, pair):
+def test_probable_mistakes_give_warnings(tmp_path, pair):
     base, fine = pair
     out = tmp_path / "d"
 
@@ -910,8 +910,8 @@ def test_save_delta_counts_and_refuses_like_prune(tmp_path):
         dx.save_delta(tmp_path / "d", key, {"a\n": jnp.ones(3)}, 0.5, base={"a\n": jnp.ones(3)})
 
 
-def test_names_of_q_that_fit_nothing_are_refused(tmp_path, pair):
-    q = dict.fromkeys(encoder(1), 0.5) | {"classifier.weight": 0.5}  # it is out of scope: no harm
+def test_unknown_names_of_q_are_refused(tmp_path, pair):
+    q = dict.fromkeys(encoder(1), 0.5) | {"classifier.weight": 0.5}  # out of scope, which is allowed
     prune(*pair, tmp_path / "d", q=q)
     with pytest.raises(DarexError, match=r"q has 'bert\.pooler', which is not a parameter"):
         prune(*pair, tmp_path / "d", q=q | {"bert.pooler": 0.5})
@@ -959,7 +959,7 @@ def load_restored(base, delta):
 
 @pytest.mark.parametrize("kind", ["values", "dense", "rows", "file"])
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, kind):
-    """Every route gives what has the digest, or an error: whatever was read first, and put back since."""
+    """Every reader gives verified data or an error, even if the file was changed and changed back."""
     base = write(tmp_path / "base", encoder(0, prefix="", head=False))
     fine = encoder(1, rows=53 if kind == "rows" else 50)
     (with_files(write(tmp_path / "fine", fine)) / "config.json").write_text('{"num_labels": 2}')
@@ -990,7 +990,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, 
 
 
 def test_one_digest_one_model(tmp_path, pair):
-    """What `inspect` calls the digest covers everything that a restored model follows from, and no more."""
+    """The digest shown by `inspect` covers everything that determines the restored model, and nothing
+    else."""
     prune(*pair, tmp_path / "d")
 
     def digest(change=None, change_tensors=None):
@@ -1059,8 +1060,8 @@ def test_texts_of_a_file_never_reach_the_terminal(tmp_path, pair):
         assert not any(line.startswith("Error: all is well") for line in run.output.splitlines())
 
 
-def test_results_in_order_wait_for_their_turn():
-    """The generators do not run ahead of whoever takes their results, however long they are."""
+def test_ordered_results_are_buffered_to_a_limit():
+    """The generators do not run far ahead of the consumer, however long they are."""
     lock, made, taken, too_far = threading.Lock(), 0, 0, threading.Event()
     bound = stream.WAITING + 4 * (os.cpu_count() or 1)
 
@@ -1088,7 +1089,7 @@ def test_results_in_order_wait_for_their_turn():
     assert taken == made == 15000 and not too_far.is_set()
 
 
-def test_a_failure_in_order_ends_everything():
+def test_a_failure_stops_all_generators():
     begun = []
 
     def make(item):
@@ -1121,4 +1122,4 @@ def test_load_delta_needs_no_more_than_its_result(tmp_path, drop_rate):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 4 * entries + (34 << 20)  # the leaf, and some for a chunk of a million entries
+    assert peak < 4 * entries + (34 << 20)  # the leaf, and memory for a chunk of a million entries

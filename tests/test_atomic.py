@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all; what is no regular file is neither read nor replaced."""
+"""Atomic writing; files other than regular ones are neither read nor replaced."""
 
 import ctypes
 import errno
@@ -48,8 +48,8 @@ def darex(*arguments, code=0):
 # Names and locks.
 
 
-def test_two_writers_with_one_process_id_do_not_meet(tmp_path, monkeypatch):
-    """As in two containers with one volume: the later one must not take the other's file for a leftover."""
+def test_two_writers_with_the_same_process_id_do_not_interfere(tmp_path, monkeypatch):
+    """As in two containers with a shared volume: the second must not remove the other's file."""
     with atomic_file(tmp_path / "d") as first, atomic_file(tmp_path / "d") as second:
         assert len(names(tmp_path)) == 2
         os.write(first, b"first")
@@ -59,13 +59,13 @@ def test_two_writers_with_one_process_id_do_not_meet(tmp_path, monkeypatch):
         assert one != other
     tokens = iter(["0" * 16, "0" * 16, "1" * 16])
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: next(tokens))
-    with atomic_file(tmp_path / "e"), atomic_file(tmp_path / "e"):  # a name that is taken is passed over
+    with atomic_file(tmp_path / "e"), atomic_file(tmp_path / "e"):  # existing names are skipped
         assert [name for name in names(tmp_path) if "partial" in name] == [
             f".e.{digit * 16}.partial" for digit in "01"
         ]
 
 
-def test_the_second_of_two_directories_is_told(tmp_path):
+def test_the_second_writer_of_a_directory_fails(tmp_path):
     with pytest.raises(FileError, match="already exists"), atomic_directory(tmp_path / "m") as late:
         (late / "config.json").write_text("late")
         with atomic_directory(tmp_path / "m") as early:
@@ -82,7 +82,7 @@ def test_a_writer_follows_no_link(tmp_path, monkeypatch):
     assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / "d").read_text() == "new"
 
 
-def test_leftovers_of_the_dead_are_removed_and_others_kept(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_others_kept(tmp_path):
     for kind in ("partial", "replaced"):
         (tmp_path / f".m.{'a' * 16}.{kind}").mkdir()
         (tmp_path / f".m.{'a' * 16}.{kind}" / "model.safetensors").touch()
@@ -125,12 +125,12 @@ def replace(path, text):
 
 
 class Killed(BaseException):
-    """A SIGKILL: nothing cleans up after it."""
+    """Simulates SIGKILL: no cleanup runs."""
 
 
 @pytest.fixture
 def killed_at_rename(monkeypatch):
-    """Makes the process "die" at the rename after `count` others: no clean-up runs either."""
+    """Makes the process "die" at the rename after `count` others, without cleanup."""
 
     def arrange(count):
         done = iter(range(count))
@@ -155,14 +155,14 @@ def test_directories_are_exchanged_in_one_step(tmp_path, killed_at_rename):
         assert ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS)
         pytest.skip("this file system cannot")
     assert (tmp_path / "x/config.json").read_text() == "old"
-    killed_at_rename(0)  # none is needed
+    killed_at_rename(0)  # no rename is needed
     replace(tmp_path / "m", "new")
     assert (tmp_path / "m/config.json").read_text() == "new" and names(tmp_path) == ["m", "x"]
 
 
 @pytest.mark.parametrize("renames", [1, 2])
 def test_without_an_exchange_the_next_writer_finds_a_model(tmp_path, monkeypatch, killed_at_rename, renames):
-    """Killed after one of the three renames nothing is under the name, after two the new one."""
+    """After one of the three renames the name does not exist, after two it is the new directory."""
     monkeypatch.setattr(atomic, "_exchange_at_once", lambda new, old: False)
     replace(model(tmp_path / "m", "old"), "newer")
     assert (tmp_path / "m/config.json").read_text() == "newer" and names(tmp_path) == ["m"]
@@ -204,7 +204,7 @@ def test_an_interrupted_replacement_is_undone(tmp_path, monkeypatch, at_once):
 # Signals, to real processes.
 
 
-# Every write takes a second. A shell's background processes ignore SIGINT, and what they start would too.
+# Every write takes a second. Background processes of a shell ignore SIGINT, as do their children.
 SLOW_DAREX = """
 import os, signal, time
 pwrite = os.pwrite
@@ -228,7 +228,7 @@ def models(tmp_path_factory):
 
 
 def stopped(folder, *arguments, number):
-    """A darex process that gets the signal while it writes. Returns: its exit code and stderr."""
+    """Runs a darex process that gets the signal while it writes. Returns: its exit code and stderr."""
     line = [sys.executable, "-c", SLOW_DAREX, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(Path(dx.__file__).parent.parent)}
     process = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
@@ -247,13 +247,13 @@ def stopped(folder, *arguments, number):
         (signal.SIGINT, ("prune", "base", "fine", "out", "-p", 0.1)),
     ],
 )
-def test_a_process_that_is_told_to_end_cleans_up(models, number, arguments):
+def test_a_terminated_process_cleans_up(models, number, arguments):
     code, error = stopped(models, *arguments, number=number)
     assert code == 128 + number and "Traceback" not in error
     assert names(models) == ["base", "delta", "fine"]
 
 
-def test_what_a_killed_process_leaves_the_next_one_removes(models):
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_one(models):
     code, _ = stopped(models, "apply", "base", "delta", "out", number=signal.SIGKILL)
     assert code == -signal.SIGKILL and len(list(models.glob(".out.*.partial"))) == 1
     darex("apply", models / "base", models / "delta", models / "out")
@@ -261,7 +261,7 @@ def test_what_a_killed_process_leaves_the_next_one_removes(models):
     shutil.rmtree(models / "out")
 
 
-def test_signals_wait_for_imports_and_are_given_back(tmp_path, monkeypatch):
+def test_signals_are_deferred_during_imports_and_handlers_restored(tmp_path, monkeypatch):
     (tmp_path / "interrupted_import.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nsum(range(1000))\ndone = True\n"
     )
@@ -283,7 +283,7 @@ def test_signals_wait_for_imports_and_are_given_back(tmp_path, monkeypatch):
             ended.append(phase)
 
     gc.callbacks.append(while_collecting)
-    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt), signals.unwinding():
             gc.collect()
@@ -350,7 +350,7 @@ def test_ctrl_c_is_130(tmp_path, monkeypatch):
     assert darex("inspect", tmp_path, code=130).stderr == "interrupted\n"
 
 
-# What is no regular file.
+# Files other than regular ones.
 
 
 def pipe(path):
@@ -364,7 +364,7 @@ def device(path):
 def unix_socket(path):
     with socket.socket(socket.AF_UNIX) as bound:
         here = os.getcwd()
-        os.chdir(path.parent)  # a socket's path is short
+        os.chdir(path.parent)  # socket paths have a short maximum length
         try:
             bound.bind(path.name)
         finally:
@@ -376,7 +376,7 @@ KINDS = {"a pipe": pipe, "a device": device, "a socket": unix_socket}
 
 @pytest.fixture(params=KINDS)
 def odd(request, tmp_path):
-    """Makes a path a pipe, a device or a socket. Returns what it is called."""
+    """Creates a pipe, a device or a socket at a path. Returns its name."""
 
     def make(path):
         path.unlink(missing_ok=True)
@@ -409,7 +409,7 @@ def test_inputs_are_regular_files(tmp_path, odd):
     ]:  # fmt: skip
         old = (folder / name).read_bytes() if (folder / name).exists() else None
         odd(folder / name)
-        if (folder, name) == (base, "vocab.txt"):  # what both have is compared
+        if (folder, name) == (base, "vocab.txt"):  # files of both are compared
             (fine / name).write_text("x")
         error = darex("prune", base, fine, tmp_path / "e", "-p", 0.5, code=1).stderr
         assert f"{name}: is {kind}" in error
@@ -447,7 +447,7 @@ def test_outputs_replace_regular_files_alone(tmp_path, odd):
     assert os.lstat(tmp_path / "odd").st_ino == before and names(tmp_path) == ["base", "d", "fine", "odd"]
 
 
-def test_texts_say_where_they_are_no_utf8(tmp_path):
+def test_invalid_utf8_is_reported_with_its_line(tmp_path):
     (tmp_path / "t").write_bytes(b"one\ntwo\ncaf\xe9\n")
     with pytest.raises(FileError, match="t: line 3 is not UTF-8 text"):
         read_text(tmp_path / "t")
@@ -487,7 +487,7 @@ def test_a_restored_model_is_found_by_its_index(tmp_path, shards):
 
 @pytest.mark.parametrize("bar", [lambda: show.step_bar("b", 9, False), lambda: show.training_bar("b", False),
                                  lambda: show.problem_bar("b", 9, False)])  # fmt: skip
-def test_no_empty_bar_stays_before_an_error(bar, capsys):
+def test_no_empty_bar_remains_before_an_error(bar, capsys):
     with suppress(DarexError), bar():
         raise DarexError
     assert capsys.readouterr().err.split("\r")[-2].strip() == ""
@@ -500,7 +500,7 @@ def test_no_empty_bar_stays_before_an_error(bar, capsys):
 
 
 def test_no_thread_works_on_after_a_failure():
-    """What a failing command closes and deletes next must not be written to by others at that time."""
+    """After a failure no thread may write to files that the command then closes and deletes."""
     begun, done = threading.Event(), []
 
     def work(item):

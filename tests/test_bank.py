@@ -1,4 +1,4 @@
-"""A bank of deltas: each row of a mixed batch is the model that its own file restores."""
+"""A bank of deltas: each row of a mixed batch matches the model restored from its own file."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def pruned(base, fine, out, *options):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """A body and, of every method, a classifier with a number of labels of its own."""
+    """A body and, for every method, a classifier with a different number of labels."""
     root = tmp_path_factory.mktemp("encoders")
     hf = FAMILIES["bert"] | {"architectures": ["BertModel"], "vocab_size": 97}
     body, params = init_model(read_model_config(hf), jax.random.key(0))
@@ -107,17 +107,17 @@ def test_activating_restores_the_file_s_model_and_then_the_base(encoders):
     assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
 
 
-def test_a_bank_of_sparse_deltas_writes_where_they_are(encoders):
+def test_a_bank_of_sparse_deltas_writes_only_their_entries(encoders):
     base, files = encoders
     bank = filled(base, {name: files[name] for name in ("dare", "magnitude")})
     first = bank.activate("dare")["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["weight"]
     for name in ("magnitude", "dare", "magnitude"):
         given, restored = bank.activate(name), dx.load_model(base, delta=files[name])[1]
         assert jax.tree.all(jax.tree.map(np.array_equal, given, restored))
-    assert first.is_deleted()  # its buffer went on to the next
+    assert first.is_deleted()  # its buffer was reused
 
 
-def test_another_delta_of_the_size_compiles_nothing(encoders):
+def test_another_delta_of_the_same_size_does_not_recompile(encoders):
     base, files = encoders
     bank = filled(base, {"a": files["svd"], "b": files["svd"], "c": files["svd"]})
     ids = jnp.ones((4, 12), jnp.int32)
@@ -130,7 +130,7 @@ def test_another_delta_of_the_size_compiles_nothing(encoders):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-def test_a_decoder_writes_for_each_row_what_its_own_model_writes(tmp_path, folders):
+def test_a_decoder_generates_for_each_row_what_its_own_model_generates(tmp_path, folders):
     base, files = folders / "llama" / "base", {}
     for method in ("dare", "svd", "structured"):
         out = tmp_path / f"{method}.safetensors"
@@ -167,7 +167,7 @@ def test_on_a_mesh_it_is_the_same(encoders):
     )
 
 
-def test_what_does_not_go_together_is_refused(tmp_path, encoders, folders):
+def test_incompatible_deltas_are_refused(tmp_path, encoders, folders):
     base, files = encoders
     bank = filled(base, {"svd": files["svd"]})
     with pytest.raises(DarexError, match="no delta 'other' in the bank, which has: svd"):
@@ -233,7 +233,7 @@ def test_a_random_part_has_as_many_values_as_its_mask(encoders):
 
 
 def classifier_pair(root, name, labels, start, options=("--method", "svd", "-p", "0.5")):
-    """A fine-tune with so many labels, and its delta, from `start`, a directory."""
+    """A fine-tuned model with `labels` labels, and its delta, from the directory `start`."""
     model, params = dx.load_model(start)
     own, fresh = classifier_from_pretrained(model, params, labels, jax.random.key(labels))
     moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin((90 + labels) * x + labels), fresh)
@@ -287,7 +287,7 @@ def test_bytes_are_those_of_the_parts(encoders):
             len(v) for n in file.recipe.parameters for p in file.parts(n).parts for v in [p.values]
         )
     heads = sum(x.nbytes for x in jax.tree.leaves(dx.load_kept(files["dare"])))
-    assert bank.nbytes("dare") - heads > 8 * survivors  # values and places
+    assert bank.nbytes("dare") - heads > 8 * survivors  # values and indices
     assert bank.nbytes("sign") < dense / 10 and bank.nbytes("dare") < dense / 2
 
 
@@ -368,12 +368,12 @@ def test_generate_takes_several_deltas(stored, folders):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "opinions", "--task", "opinions"], "several --task need as many --delta"),
-    (["--delta", "bert-magnitude", "--delta", "bert-magnitude"], "a delta is named twice"),
-    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype supports only one"),
+    (["--delta", "bert-magnitude", "--delta", "bert-magnitude"], "a delta is given twice"),
+    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype supports"),
     (["--delta", "bert-magnitude", "--delta", "bert-structured", *["--task", "x"] * 3], "3 tasks for 2"),
     (["--delta", "bert-magnitude", "--delta", "llama-structured"], "this one has no 'model.layers"),
 ])  # fmt: skip
-def test_what_does_not_go_with_several_deltas_is_told(stored, folders, arguments, message):
+def test_options_for_one_delta_are_refused_with_several(stored, folders, arguments, message):
     files = {f"{family}-{method}": file for (family, method), file in stored.items()}
     chosen = [files.get(argument, argument) for argument in arguments]
     assert message in darex("eval", folders / "bert" / "base", *chosen, code=1).output

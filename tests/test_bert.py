@@ -1,4 +1,4 @@
-"""BERT against transformers, and its config, loading errors, dropout and fresh classifiers."""
+"""BERT against transformers; its config, loading errors, dropout and new classifiers."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ TINY = {
     "classifier_dropout": None,
     "max_position_embeddings": 12,
     "type_vocab_size": 3,
-    "initializer_range": 0.3,  # large, so that every part of the model is felt in its output
+    "initializer_range": 0.3,  # large, so that every part of the model affects the output
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
     "id2label": {"0": "bad", "1": "good", "2": "unsure"},
     "label2id": {"bad": 0, "good": 1, "unsure": 2},
 }
 BODY = {k: v for k, v in TINY.items() if not k.endswith(("2label", "2id"))} | {"architectures": ["BertModel"]}
-# The classic files of transformers 4: fields that no longer exist are carried along.
+# Typical files of transformers 4: fields that no longer exist are kept.
 MINILM = BODY | {"_name_or_path": "x", "gradient_checkpointing": False, "position_embedding_type": "absolute"}
 MINILM |= {"transformers_version": "4.8.2", "use_cache": True}
 del MINILM["classifier_dropout"]
@@ -49,7 +49,7 @@ def make(**changes):
 
 
 def save(path, hf, seed=0):
-    """A saved model of ours; returns its folder and its flat weights."""
+    """Saves one of our models; returns its folder and its flat weights."""
     _, params = init_model(BertConfig.from_hf(hf), jax.random.key(seed))
     save_params(path, params, hf)
     return flatten_names(params)
@@ -82,12 +82,12 @@ def torch_run(model, ids, mask=None, types=None):
 
 
 def save_torch(path, hf, cls, seed=0, **options):
-    """A random model that transformers made and saved."""
+    """A random model created and saved by transformers."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     torch.manual_seed(seed)
     model = getattr(transformers, cls)(transformers.BertConfig(**hf), **options)
-    with torch.no_grad():  # transformers starts biases at 0 and LayerNorm at 1: give every name its part
+    with torch.no_grad():  # transformers initialises biases to 0 and LayerNorm to 1: randomise them
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     model.save_pretrained(path)
@@ -137,7 +137,7 @@ def test_classifier_matches_transformers(tmp_path, changes):
 
 
 def test_gradients_match_torch(tmp_path):
-    """The pad row's included: it gets none, though here the pad token is read (no mask)."""
+    """Including the pad row's: it gets none, although the pad token is used here (no mask)."""
     torch = pytest.importorskip("torch")
     theirs = save_torch(tmp_path, TINY, "BertForSequenceClassification")
     ids, _, types = batch()
@@ -148,7 +148,7 @@ def test_gradients_match_torch(tmp_path):
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     assert ours.keys() == expected.keys()
     for name, grad in ours.items():
-        # A key's bias has no gradient but rounding: softmax does not see it.
+        # A key bias has no gradient except rounding: softmax is invariant to it.
         atol = max(2e-6, 1e-4 * np.abs(expected[name]).max())
         np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=atol)
     assert not ours["bert.embeddings.word_embeddings.weight"][0].any()
@@ -211,7 +211,7 @@ def test_compiles_once():
 
 
 def test_equal_configs_share_one_program():
-    """A model is a static argument; what a config only carries along does not count."""
+    """A model is a static argument; config fields without effect do not count."""
     a, params = make()
     b, _ = make(transformers_version="4.0.0")
     c, _ = make(hidden_act="relu")
@@ -434,7 +434,7 @@ def test_config_names_all_that_is_wrong():
 # Loading
 
 
-def test_load_lists_everything_that_does_not_fit(tmp_path):
+def test_load_lists_all_mismatches(tmp_path):
     weights = save(tmp_path, TINY)
     del weights["bert.pooler.dense.bias"]
     weights["bert.extra.weight"] = jnp.ones(2)
@@ -490,7 +490,7 @@ def test_body_without_pooler(tmp_path):
     assert not params["bert"]["pooler"]["dense"]["bias"].any()
 
 
-# Fresh classifiers
+# New classifiers
 
 
 @pytest.mark.parametrize(

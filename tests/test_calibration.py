@@ -1,4 +1,4 @@
-"""Statistics of what goes into linear layers, against the raw inputs in float64; per-layer q."""
+"""Statistics of linear layers' inputs, against the raw inputs in float64; per-layer q."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def make(family):
 
 
 def make_batches(count=3, rows=8, width=12, seed=0):
-    """Right-padded rows; the last batch's last two fill up."""
+    """Right-padded rows; the last two of the last batch are padding rows."""
     rng = np.random.default_rng(seed)
     batches = []
     for i in range(count):
@@ -60,7 +60,7 @@ def make_batches(count=3, rows=8, width=12, seed=0):
 
 
 def raw_inputs(model, params, batches):
-    """Every layer's real inputs in float64, [tokens, D], by running the model as it is."""
+    """Every layer's inputs without padding in float64, [tokens, D], from a plain forward pass."""
 
     def inputs_of(batch):
         seen = {}
@@ -127,7 +127,7 @@ def test_padding_changes_nothing_and_observing_neither():
     one, other = (input_statistics(model, params, b) for b in (batches, wider))
     for name in one:
         np.testing.assert_allclose(one[name].mean, other[name].mean, atol=1e-5)
-    with pytest.raises(ValueError, match="no batch to calibrate on"):
+    with pytest.raises(ValueError, match="calibration needs at least one batch"):
         input_statistics(model, params, [])
 
 
@@ -153,7 +153,7 @@ def test_a_sharded_model_gives_the_same():
         np.testing.assert_allclose(one[name].square, other[name].square, rtol=1e-4, atol=1e-6)
 
 
-def test_statistics_go_to_a_file_and_back(tmp_path):
+def test_statistics_round_trip_through_a_file(tmp_path):
     model, params = make("bert")
     seen = input_statistics(model, params, make_batches(), lambda name: "query" in name)
     save_statistics(tmp_path / "s", seen, {"model": "a", "data": "b"})
@@ -165,7 +165,7 @@ def test_statistics_go_to_a_file_and_back(tmp_path):
             assert x is y is None or np.array_equal(x, y)
 
 
-def test_statistics_of_something_else_are_refused(tmp_path):
+def test_statistics_of_other_inputs_are_refused(tmp_path):
     model, params = make("bert")
     file = tmp_path / "s"
     save_statistics(file, input_statistics(model, params, make_batches()), {"model": "a", "data": "b"})
@@ -176,14 +176,14 @@ def test_statistics_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="s: "):
         load_statistics(file, {"model": "a", "data": "b"})
     dx.save_params(tmp_path / "m", params, model.config.to_hf())
-    with pytest.raises(ValueError, match="no file of activation statistics"):
+    with pytest.raises(ValueError, match="is not a file of activation statistics"):
         load_statistics(tmp_path / "m" / "model.safetensors", {})
 
 
 # Per-layer q.
 
 
-def test_row_sums_by_hand():
+def test_row_sums_match_explicit_sums():
     deltas = {"a.weight": jnp.array([[1.0, -2.0], [0.5, 0.0]]), "a.bias": jnp.array([3.0, 0.0])}
     found = row_sums(deltas, {"a.weight": jnp.array([2.0, 1.0])})
     np.testing.assert_allclose(found["a.weight"][0], [2 - 2 + 3, 1.0])
@@ -201,7 +201,7 @@ def test_layers_have_the_mean_of_their_rows_and_others_the_mean_of_layers():
     assert q["a.bias"] == q["a.weight"] == by_layer["a.weight"] != q["b.weight"]
     assert q["norm.weight"] == pytest.approx(np.mean(list(by_layer.values())))
     assert bias_of("x.dense.weight") == "x.dense.bias"
-    # A layer without output says nothing of itself, nor of the others.
+    # A layer without output has no q of its own, and does not affect the others'.
     q = spread_q(
         {"a.weight": 0.2, "b.weight": 0.4, "c.weight": np.inf}, ["a.bias", "c.weight", "norm.weight"]
     )
@@ -235,7 +235,7 @@ def test_a_decoders_change_is_that_of_its_top_logits(family):
 
 
 def per_row(batches):
-    """The real rows, a batch each: the square of one example's gradient is no estimate."""
+    """One batch per row: the square of a single example's gradient is exact."""
     for batch in batches:
         for i in np.flatnonzero(batch["weight"]):
             yield {name: x[i : i + 1] for name, x in batch.items()}
@@ -261,7 +261,7 @@ def test_curvature_of_a_score_is_the_square_of_its_gradient():
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_curvature_is_the_expectation_over_the_models_own_answers(family):
-    """Of the last layer, in closed form: of logits z = W h the diagonal is p (1 - p) h^2."""
+    """For the last layer in closed form: for logits z = W h the diagonal is p (1 - p) h^2."""
     model, params = make(family)
     batches = make_batches(2, rows=4)
     head = {"bert": "classifier.bias", "llama": "lm_head.weight"}[family]

@@ -1,4 +1,4 @@
-"""Training of causal language models: the batches, the loss on answers alone, the loop, on a toy model."""
+"""Training of causal language models on a toy model: batches, the loss on answers only, the loop."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ VOCABULARY, END, PAD = 12, 11, 0
 
 
 def toy(params, input_ids, attention_mask):
-    """Logits [B, T, V] of the next token from the last one alone."""
+    """Logits [B, T, V] of the next token from the last one only."""
     hidden = params["embed"]["weight"][input_ids] * attention_mask[..., None]
     return SimpleNamespace(logits=hidden @ params["head"]["weight"].T)
 
@@ -89,7 +89,7 @@ def test_answers_are_encoded_behind_the_prompt_as_generation_sees_it():
     assert encode_answers(tokenizer, ["Tom"], ["Tom"]).pad_id == tokenizer.eos_token_id
 
 
-def test_what_cannot_be_encoded_is_explained():
+def test_invalid_examples_are_explained():
     tokenizer = word_problem_tokenizer()
     with pytest.raises(ValueError, match="need as many prompts as answers, at least one; got 1 and 2"):
         encode_answers(tokenizer, ["Tom"], ["Tom", "Anna"])
@@ -136,7 +136,7 @@ def test_prompts_padding_and_rows_that_fill_up_do_not_count(start):
     tokens = {name: x for name, x in batch.items() if x.ndim == 2}
     wider = {name: np.pad(x, ((0, 0), (0, 9)), constant_values=PAD) for name, x in tokens.items()}
     assert mean_loss(start, wider) == pytest.approx(loss, rel=1e-5)
-    # In the toy, what stands before a prompt's last token can only enter as a target.
+    # In the toy model, tokens before a prompt's last one can only matter as targets.
     other = batch["input_ids"].copy()
     other[:, 0] = 9
     lengths = batch["attention_mask"].sum(1) - batch["loss_mask"].sum(1)
@@ -146,7 +146,7 @@ def test_prompts_padding_and_rows_that_fill_up_do_not_count(start):
 
 def test_a_token_without_a_finite_loss_is_not_ranked_first(start):
     (batch,) = answer_batches(counting(5), 5, seed=0, epoch=0)
-    batch["input_ids"][:, -3:] = 0  # token 0 is what the argmax of NaN is
+    batch["input_ids"][:, -3:] = 0  # the argmax of NaN is token 0
     batch["loss_mask"][:, 1:] = 1
     broken = {**start, "head": {"weight": start["head"]["weight"] * jnp.nan}}
     scores = answer_scores(toy, broken, [batch])
@@ -173,7 +173,7 @@ def test_a_toy_learns_to_count_and_leaves_the_start_alone(start):
 
 
 def test_scores_count_tokens_and_whole_answers(start):
-    (batch,) = answer_batches(counting(40, seed=1), 48, seed=0, epoch=0)  # eight rows fill up
+    (batch,) = answer_batches(counting(40, seed=1), 48, seed=0, epoch=0)  # eight padding rows
     best = np.argmax(toy(start, batch["input_ids"], batch["attention_mask"]).logits, axis=-1)[:, :-1]
     rows = [
         (guess == ids[1:])[counted[1:] == 1]

@@ -1,4 +1,4 @@
-"""Choosing q on tiny models: objectives, one q, one a layer, in closed form, learned."""
+"""Choosing q on tiny models: objectives, one q, q per layer, closed form, learned."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +36,7 @@ DROP_RATE = 0.9
 
 
 def pair(family):
-    """A model, a fine-tune of it, and the delta of its linear layers, norms and embeddings."""
+    """A base, a fine-tuned model, and the delta of its linear layers, norms and embeddings."""
     model, base = make(family)
     fine = jax.tree.map(lambda x: x + 0.1 * jnp.sin(200 * x), base)
     if family == "bert":
@@ -55,7 +55,7 @@ def of_two_classes(model, fine, batches):
 
 
 def with_labels(batches):
-    """Batches as `evaluation_batches` makes them, of a task with two classes."""
+    """Batches like those of `evaluation_batches`, of a task with two classes."""
     rng, first = np.random.default_rng(1), 0
     places = rng.permutation(sum(len(batch["weight"]) for batch in batches)).astype(np.int32)
     for batch in batches:
@@ -71,7 +71,7 @@ EMPTY = Examples((), None, np.zeros(0, np.int32))
 TASK = Task("pairs", "classification", ("a", "b"), "accuracy", EMPTY, EMPTY, EMPTY)
 
 
-def test_objectives_of_a_classifier_by_hand():
+def test_objectives_of_a_classifier_match_explicit_values():
     model, fine, start, _ = pair("bert")
     batches = with_labels(make_batches())
     real = np.concatenate([b["weight"] > 0 for b in batches])
@@ -90,7 +90,7 @@ def test_objectives_of_a_classifier_by_hand():
     assert output_objective(model, fine, batches).measure(fine) == 0.0
 
 
-def test_objectives_of_a_decoder_by_hand():
+def test_objectives_of_a_decoder_match_explicit_values():
     model, fine, start, _ = pair("llama")
     batches, run = with_labels(make_batches()), jax.jit(model)
     same = total = 0
@@ -115,18 +115,18 @@ def test_objectives_of_a_decoder_by_hand():
             total += counts.sum()
         shares.append(right / total)
         assert by_answers.measure(params) == pytest.approx(shares[-1])
-    # Shifted to what it ranks first itself, a batch has the answers that the model knows.
+    # With labels set to its own first-ranked tokens, all answers are correct.
     first = np.asarray(run(fine, batches[0]["input_ids"], batches[0]["attention_mask"]).logits).argmax(-1)
     last = batches[0]["attention_mask"].sum(1) - 1
     known = {name: x.copy() for name, x in batches[0].items()}
     known["loss_mask"][:] = 0
-    for row, t in enumerate(last):  # the last token alone, which no other token comes after
+    for row, t in enumerate(last):  # only the last token, which has no successor
         known["input_ids"][row, t], known["loss_mask"][row, t] = first[row, t - 1], 1
     assert answer_objective(model, [known]).measure(fine) == 1.0 > max(shares)
 
 
 def broken(params):
-    """The same with one NaN in a layer that every token passes."""
+    """The same with one NaN in a layer that affects every token."""
     named = flatten_names(params)
     name = next(n for n in named if n.endswith(("output.dense.weight", "down_proj.weight")))
     return unflatten_names(named | {name: named[name].at[0, 0].set(jnp.nan)})
@@ -134,7 +134,7 @@ def broken(params):
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_outputs_that_are_not_finite_agree_with_nothing(family):
-    """NaN's argmax is class or token 0: neither agreement nor an error, but no value."""
+    """The argmax of NaN is class or token 0, which must not count: the value is NaN."""
     model, fine, start, delta = pair(family)
     batches = with_labels(make_batches())
     goals = [prediction_objective(model, fine, batches), output_objective(model, fine, batches)]
@@ -151,7 +151,7 @@ def test_outputs_that_are_not_finite_agree_with_nothing(family):
         )
     with pytest.raises(ValueError, match="the fine-tuned model's own outputs are NaN or infinite"):
         prediction_objective(model, broken(fine), batches)
-    # Such a q is passed over, and the search goes on.
+    # Such a q is skipped, and the search continues.
     (sound,) = Pair(model, fine, start, delta, DROP_RATE, (0,)).models
     models = [lambda q: broken(start) if q < 0.3 else sound(q)]
     found = find_q(goals[0], models, [0.1, 0.2, 0.4, 0.8])
@@ -160,7 +160,7 @@ def test_outputs_that_are_not_finite_agree_with_nothing(family):
         find_q(goals[0], [lambda q: broken(start)], [0.1, 0.2])
 
 
-def test_an_objective_says_that_it_is_blind():
+def test_uninformative_objectives_are_reported():
     model, fine, _, _ = pair("bert")
     batches = with_labels(make_batches())
     for batch in batches:
@@ -185,7 +185,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
     batches = with_labels(make_batches(width=11))
 
     def everything(entries):
-        """With at most so many logits at a time; as an option of the model it makes programs of its own."""
+        """Everything with at most `entries` logits at a time."""
         monkeypatch.setattr(logits, "CHUNK_ENTRIES", entries)
         model = replace(whole_model, options=((str(entries), True),))
         goals = prediction_objective(model, fine, batches), answer_objective(model, batches)
@@ -201,7 +201,7 @@ def test_chunks_of_logits_give_what_all_logits_give(monkeypatch):
 
 
 def test_chunks_of_logits_take_less_memory(monkeypatch):
-    """Of a compiled program: 4 x 64 x 4,096 logits are 4 MiB, and their gradient as much."""
+    """In a compiled program: 4 x 64 x 4,096 logits are 4 MiB, and so is their gradient."""
     config = FAMILIES["llama"] | {"vocab_size": 4096, "tie_word_embeddings": True}
     model, params = init_model(read_model_config(config), jax.random.key(0))
     ids = jnp.zeros((4, 64), jnp.int32)
@@ -256,7 +256,7 @@ def test_a_model_with_one_output_is_compared_by_its_tasks_metric():
 def test_a_sweep_over_values_and_masks_compiles_once():
     model, fine, start, delta = pair("bert")
     models = Pair(model, fine, start, delta, DROP_RATE, (0, 1, 2)).models
-    assert all(pruned.args[1] is delta for pruned in models)  # one delta, and no copy of it a mask
+    assert all(pruned.args[1] is delta for pruned in models)  # one delta, without a copy per mask
     goal = label_objective(model, TASK, with_labels(make_batches()))
     goal.measure(models[0](0.1))
     before = _pruned_leaf._cache_size(), _logits._cache_size()
@@ -270,7 +270,7 @@ def test_a_sweep_over_values_and_masks_compiles_once():
 
 @jax.jit
 def by_masked_delta(start, masked, q):
-    """The pruned model from a delta that was masked beforehand: what `pruned_params` was, once."""
+    """The pruned model from a delta that is masked in advance: the former `pruned_params`."""
     return apply_delta(start, rescale(masked, q))
 
 
@@ -297,7 +297,7 @@ def test_masks_are_averaged_as_the_objective_says():
     kept = [dx.prune(jax.random.key(seed), delta, DROP_RATE, 1.0) for seed in range(4)]
     sizes = [float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(m))) for m in kept]
 
-    def size(params):  # of what was added to the base: the masked delta over q
+    def size(params):  # of the added masked delta over q
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), params, start)
         return float(sum(jax.tree.leaves(moved)))
 
@@ -395,7 +395,7 @@ def test_two_point_measures_the_squared_change_of_base_and_dare():
 
 
 def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
-    """A change that cannot exceed 3 hides how large the noise is: q grows until it is better than none."""
+    """A change bounded by 3 hides the size of the noise: q grows until it is better than no delta."""
     p, a, b = 0.999, 1.0, 1e-4  # in the linear model, E(1 - p) is 100 and the best q 0.101
     q, visited = two_point_of(
         monkeypatch, lambda q: a if q is None else min(3.0, a * (1 - (1 - p) / q) ** 2 + b / q**2), p
@@ -406,7 +406,7 @@ def test_two_point_leaves_where_outputs_are_saturated(monkeypatch):
 
 
 def two_point_of(monkeypatch, change, drop_rate):
-    """`two_point` where the squared output change is a function of q, of None without a delta."""
+    """`two_point` with the squared output change given as a function of q (None: no delta)."""
     from darex_jax.choosing import pair
     from darex_jax.choosing import two_point as module
 
@@ -417,18 +417,18 @@ def two_point_of(monkeypatch, change, drop_rate):
 
 
 def test_two_point_measures_every_q_it_gives(monkeypatch):
-    # Worse than no delta up to the end: the last q is 1 or more, and measured.
+    # Worse than no delta throughout: the last q is 1 or more, and measured.
     q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 3.0, 0.9)
     assert q == visited[-1][0] >= 1.0 and visited[-1][1] == 3.0
-    # DARE's own error is 0: measured again where it solves to, not for ever.
+    # DARE's own error is 0: measured once more at the solution.
     q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else 0.0, 0.9)
     assert q == pytest.approx(0.1) and len(visited) == 3
-    # What is not finite is passed over.
+    # Non-finite values are skipped.
     q, visited = two_point_of(monkeypatch, lambda q: 1.0 if q is None else np.nan if q < 0.3 else 0.5, 0.9)
     assert q == visited[-1][0] and [q for q, _ in visited[1:4]] == [0.1, 0.2, 0.4] and visited[-1][1] == 0.5
 
 
-def test_two_point_says_where_there_is_nothing_to_solve(monkeypatch):
+def test_two_point_reports_when_there_is_nothing_to_solve(monkeypatch):
     assert two_point_of(monkeypatch, lambda q: 0.0, 0.99) == (0.01, [(np.inf, 0.0)])
     with pytest.raises(ValueError, match="outputs of the base or of the fine-tuned model are not finite"):
         two_point_of(monkeypatch, lambda q: np.nan, 0.99)
@@ -464,7 +464,7 @@ def test_learning_lowers_the_held_out_change(family):
 
 
 def test_learning_has_the_right_gradient():
-    """Of the output change in one layer's q, against the difference quotient."""
+    """The gradient of the output change in one layer's q, against a difference quotient."""
     model, fine, start, delta = pair("bert")
     (pruned,) = Pair(model, fine, start, delta, DROP_RATE, (0,)).models
     batch = make_batches(1)[0]
@@ -481,7 +481,7 @@ def test_learning_has_the_right_gradient():
     assert slope != 0 and float(slope) == pytest.approx(float(quotient), rel=0.02)
 
 
-def test_learning_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+def test_learning_resumes_bit_for_bit(tmp_path):
     whole = learning("bert", epochs=6)
 
     class Stop(Exception):
@@ -501,7 +501,7 @@ def test_learning_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     assert epochs == [4, 5, 6] and again == whole
 
 
-def test_learning_ends_without_improvement():
+def test_learning_stops_without_improvement():
     found = learning("bert", epochs=50, learning_rate=3.0, patience=2)
     best = int(np.argmin([held_out for _, held_out in found.history]))
     assert len(found.history) - 1 == best + 2 < 50

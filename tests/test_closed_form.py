@@ -1,4 +1,4 @@
-"""The closed form over layers: one that says nothing leaves the others and the model finite."""
+"""The closed form over layers: one without output leaves the others and the model finite."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_q_of_rows_is_also_computed_within_a_program():
         assert isinstance(expected, np.ndarray) and expected.dtype == np.float64
         np.testing.assert_allclose(jax.jit(find)(energies, squares), expected, rtol=1e-5)
         np.testing.assert_allclose(jax.vmap(find)(energies, squares), expected, rtol=1e-5)
-        for i, traced in enumerate((energies, squares)):  # one of them alone, the other a number
+        for i, traced in enumerate((energies, squares)):  # only one traced, the other a number
             known = [np.asarray(energies), np.asarray(squares)]
             half = jax.jit(lambda x, i=i, known=known, find=find: find(*known[:i], x, *known[i + 1 :]))
             np.testing.assert_allclose(half(traced), expected, rtol=1e-5)

@@ -70,7 +70,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-YARNS = {  # each field of YaRN's away from its default
+YARNS = {  # each YaRN field with another value than its default
     "yarn": YARN,
     "yarn by default": {"type": "yarn", "factor": 2.0},  # of max_position_embeddings
     "yarn betas": YARN | {"beta_fast": 3.0, "beta_slow": 0.5},
@@ -109,7 +109,7 @@ STRETCHED = LLAMA | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
 
 
 def original(hf, path):
-    """A random model of transformers' with this config, saved; its biases and norms are random as well."""
+    """A random transformers model with this config, saved; its biases and norms are random as well."""
     torch.manual_seed(0)
     config = getattr(transformers, CONFIGS[hf["model_type"]])
     fields = {name: value for name, value in hf.items() if name not in ("architectures", "model_type")}
@@ -145,7 +145,7 @@ def test_matches_transformers(tmp_path, case):
     hf = CASES[case]
     theirs = original(hf, tmp_path)
     model, params = dx.load_model(tmp_path)
-    ids, mask = batch()  # 40 positions: past a period of the fastest pairs, and past the windows
+    ids, mask = batch()  # 40 positions: more than the fastest pairs' period and the windows
     hidden, logits = reference(theirs, ids, mask)
     out = model(params, ids, mask)
     real = mask == 1
@@ -161,8 +161,8 @@ def test_matches_transformers(tmp_path, case):
 
 
 @pytest.mark.parametrize("rope", [*YARNS.values(), DYNAMIC], ids=[*YARNS, "dynamic"])
-def test_stretched_positions_are_transformers(rope):
-    """Frequencies and scale, of short texts and beyond the original length."""
+def test_scaled_rotary_positions_match_transformers(rope):
+    """Frequencies and scale, for short texts and beyond the original length."""
     fields = {name: value for name, value in QWEN2.items() if name not in ("architectures", "model_type")}
     hf = QWEN2 | {"hidden_size": 512, "rope_theta": 1e6, "max_position_embeddings": 32, "rope_scaling": rope}
     config = transformers.Qwen2Config(**copy.deepcopy(fields | hf))
@@ -179,7 +179,7 @@ def test_stretched_positions_are_transformers(rope):
 @pytest.mark.parametrize("family", [LLAMA, QWEN2], ids=["llama", "qwen2"])
 @pytest.mark.parametrize("length", [10, 40])
 def test_dynamic_positions_follow_each_rows_own_length(tmp_path, family, length):
-    """As transformers has a row alone; below the original length nothing is stretched."""
+    """As in transformers for a single row; below the original length nothing is scaled."""
     hf = family | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16}
     theirs = original(hf, tmp_path)
     model, params = dx.load_model(tmp_path)
@@ -189,7 +189,7 @@ def test_dynamic_positions_follow_each_rows_own_length(tmp_path, family, length)
     plain, _ = build_model(read_model_config(family | {"max_position_embeddings": 16}))
     for row in range(3):
         real = mask[row] == 1
-        fresh = type(theirs)(theirs.config)  # what a longer text left behind is gone
+        fresh = type(theirs)(theirs.config)  # without state of an earlier, longer text
         fresh.load_state_dict(theirs.state_dict())
         _, logits = reference(fresh.eval(), ids[row : row + 1, real], mask[row : row + 1, real])
         np.testing.assert_allclose(out[row][real], logits[0], atol=1e-4)
@@ -212,7 +212,7 @@ def test_rematerialisation_keeps_less_and_changes_nothing():
     assert sizes[1] < 0.6 * sizes[0], sizes
     for a, b in zip(*(jax.tree.leaves(c(params)) for c in (whole, less)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
-    # What is observed is seen all the same.
+    # Observation still works.
     seen = []
     dataclasses.replace(model, remat=True)(params, ids, mask, observe=lambda name, x: seen.append(name))
     assert len(seen) == 4 * 7 + 1
@@ -224,7 +224,7 @@ def test_each_layer_matches_transformers(tmp_path):
     ids, mask = batch()
     hidden, _ = reference(theirs, ids, mask)
     real = mask == 1
-    for depth in (1, 2):  # the first layers alone; without the last norm, which weights of 1 nearly are
+    for depth in (1, 2):  # the first layers only, with a final norm of almost identity weights
         layers = {str(i): params["model"]["layers"][str(i)] for i in range(depth)}
         cut = {**params["model"], "layers": layers}
         config = LLAMA | {"num_hidden_layers": depth, "architectures": ["LlamaModel"]}
@@ -259,9 +259,9 @@ def test_bfloat16(tmp_path):
     out, exact = half_model(half, ids, mask).logits, np.asarray(model(params, ids, mask).logits)
     assert out.dtype == jnp.bfloat16
     error = np.asarray(out, np.float32) - exact
-    # Three layers of products, each rounded to 8 bits: measured 0.02 of the logits' deviation.
+    # Three layers of products, each rounded to 8 bits: 0.02 of the logits' standard deviation measured.
     assert np.sqrt(np.mean(error**2)) < 0.05 * exact.std()
-    # The sums are float32's: 4096 ones are 4096, where bfloat16 alone stops at 256.
+    # Sums are float32: 4096 ones give 4096, where bfloat16 would stop at 256.
     from darex_jax.models.layers import project
 
     ones = jnp.ones((1, 4096), jnp.bfloat16)
@@ -269,7 +269,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_cached_steps_are_the_whole(tmp_path):
-    """Prefill and single steps give what one pass gives, for rows that begin late."""
+    """Prefill and single steps match one full pass, also for left-padded rows."""
     config = read_model_config(CASES["windows"])
     model, params = init_model(config, jax.random.key(0))
     ids, mask = batch(length=12)
@@ -312,7 +312,7 @@ def test_every_field_changes_something(family):
         shapes = {name: x.shape for name, x in flatten_names(params).items()}
         if shapes != {name: x.shape for name, x in flatten_names(fresh).items()}:
             return shapes, []
-        start = jax.tree.map(lambda x: x + 0.01, fresh)  # no bias and no norm is as it begins
+        start = jax.tree.map(lambda x: x + 0.01, fresh)  # biases and norms differ from their initial values
         loss = lambda p: jnp.square(model(p, jnp.zeros((1, 2), int)).last_hidden_state).sum()  # noqa: E731
 
         @jax.jit
@@ -341,7 +341,7 @@ def test_every_field_changes_something(family):
     }
     if family == "llama":
         changed |= {"attention_bias": True, "mlp_bias": True}
-    # How many positions there may be is not asked by rotary embeddings; where to stop is generation's.
+    # Rotary embeddings do not use the maximum length; end tokens concern generation.
     rest = {"model_type", "architectures", "max_position_embeddings", "eos_token_id"}
     fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {*DecoderConfig.COMPUTED}
     if family == "qwen2":
@@ -436,7 +436,7 @@ def test_config_round_trip(hf):
 
 @pytest.mark.parametrize("hf", [LLAMA, CASES["llama3"], CASES["linear"], QWEN2, CASES["qwen2 yarn"],
                                 STRETCHED])  # fmt: skip
-def test_both_generations_of_transformers_say_the_same(hf, tmp_path):
+def test_configs_of_transformers_4_and_5_are_equivalent(hf, tmp_path):
     """Version 4 writes rope_theta and rope_scaling, version 5 rope_parameters and dtype."""
     old = hf | {"torch_dtype": "float32"}
     scaling = dict(hf.get("rope_scaling") or {})
@@ -496,7 +496,7 @@ def test_config_refusals(changes, text):
 WRONG = ("4", [4], {"x": 4}, None, True, 0, -1, 1.5, float("nan"), float("inf"), 2**31, 10**400, "x" * 10**6)
 
 
-POSSIBLE = {  # which of them can be: all others are refused
+POSSIBLE = {  # valid values per field: all others are refused
     "rms_norm_eps": (0, 1.5, 2**31), "initializer_range": (0, 1.5, 2**31),
     "rope_theta": (1.5, 2**31, None), "rope_scaling": (None,),
     "num_key_value_heads": (None,), "head_dim": (None,), "pad_token_id": (None, 0, -1),
@@ -511,7 +511,7 @@ POSSIBLE = {  # which of them can be: all others are refused
 @pytest.mark.parametrize("hf", [LLAMA, CASES["windows"], MISTRAL, CASES["qwen3 windows"], GEMMA3],
                          ids=["llama", "qwen2", "mistral", "qwen3", "gemma3"])  # fmt: skip
 def test_a_value_of_another_type_is_one_line(hf):
-    """Whatever stands in a config.json, the error names the field and is the person's."""
+    """Whatever the value in a config.json, the error names the field and is a user error."""
     fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {*DecoderConfig.COMPUTED}
     own = {"qwen2": WINDOW_FIELDS, "qwen3": WINDOW_FIELDS, "mistral": {"sliding_window"}, "gemma3_text": READ}
     if hf != LLAMA:
@@ -564,7 +564,7 @@ def test_fields_of_tools_and_unknown_ones():
 
 
 def test_a_config_that_claims_more_than_its_weights(tmp_path):
-    """What is not in the file is neither traced nor allocated."""
+    """Layers that are not in the file are neither traced nor allocated."""
     _, params = init_model(read_model_config(LLAMA), jax.random.key(0))
     for changes, text in (
         (
@@ -590,7 +590,7 @@ def test_qwen2_refusals():
         read_model_config(QWEN2 | {"attention_bias": True})
 
 
-def test_windows_that_are_not_written_out_are_transformers():
+def test_default_windows_match_transformers():
     for changes in (
         {"sliding_window": None},
         {"sliding_window": 5},
@@ -611,8 +611,8 @@ def test_windows_that_are_not_written_out_are_transformers():
 # Files
 
 
-def test_what_old_files_store_besides(tmp_path):
-    """A copy of a tied head and the frequencies of Llama 2's days are left out; another head is refused."""
+def test_extra_tensors_of_old_files(tmp_path):
+    """A copy of a tied head and Llama 2's stored frequencies are dropped; a different head is refused."""
     hf = CASES["tied"]
     _, params = init_model(read_model_config(hf), jax.random.key(0))
     table = params["model"]["embed_tokens"]["weight"]

@@ -1,4 +1,4 @@
-"""The delta algebra: exact identities, statistics, dtypes, and bits that do not depend on how it is run."""
+"""The delta algebra: exact identities, statistics, dtypes, and bits that do not depend on compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def test_whole_numbers_are_rescaled_like_others():
     assert dx.rescale(delta, 0.5)["w"].tolist() == [-2.0, 0.0, 2.0, 4.0]
 
 
-def test_same_bits_when_everything_is_one_program():
+def test_same_bits_in_one_compiled_program():
     """A fused multiply-add across prune and apply would round differently."""
     base, delta, key = model(0), model(1, scale=0.1), jax.random.key(0)
     apart = dx.apply_delta(base, dx.prune(key, delta, 0.5, 0.3))
@@ -148,7 +148,7 @@ def test_integers_are_not_rescaled():
             call({"ids": jnp.arange(3)})
 
 
-def test_another_key_rate_or_q_compiles_nothing():
+def test_another_key_rate_or_q_does_not_recompile():
     delta = model(1)
     dx.prune(jax.random.key(0), delta, 0.5)
     size = _compiled_prune("cpu", False)._cache_size()
@@ -158,7 +158,7 @@ def test_another_key_rate_or_q_compiles_nothing():
     assert _compiled_prune("cpu", False)._cache_size() == size
 
 
-def test_inside_a_program_that_captures_everything():
+def test_inside_a_program_that_captures_its_arguments():
     delta, key = model(1), jax.random.key(0)
     assert_bits(jax.jit(lambda: dx.prune(key, delta, 0.5))(), dx.prune(key, delta, 0.5))
     assert_bits(jax.jit(lambda: dx.random_mask(key, delta, 0.5))(), dx.random_mask(key, delta, 0.5))

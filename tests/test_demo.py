@@ -1,4 +1,4 @@
-"""The demo and the commands around a model, on MiniLM's real weights, in miniature."""
+"""The demo and the model commands on MiniLM's real weights, with few examples."""
 
 import importlib.util
 import json
@@ -65,9 +65,9 @@ def test_train_writes_what_transformers_loads(tmp_path):
 
 
 @needs_weights
-def test_a_model_that_does_not_fit_the_task_is_explained(tmp_path):
+def test_a_model_of_another_task_is_explained(tmp_path):
     result = CliRunner().invoke(main, ["eval", str(demo_weights()), "--limit", "8"])
-    assert result.exit_code == 1 and "no classifier; fine-tune it first" in result.stderr
+    assert result.exit_code == 1 and "no classification head; fine-tune it first" in result.stderr
     logits, labels = np.zeros((4, 3)), np.zeros(4, np.int32)
     with pytest.raises(ValueError, match="'opinions' has 2 outputs, this model 3"):
         load_task("opinions").metric(logits, labels)

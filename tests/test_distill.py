@@ -1,4 +1,4 @@
-"""Distilled parts: values that are trained towards the fine-tuned model's outputs, on tiny models."""
+"""Distillation on tiny models: values trained on the fine-tuned model's outputs."""
 
 import itertools
 
@@ -63,13 +63,13 @@ def factors(delta):
 @pytest.mark.parametrize(
     ("family", "prune"), [("bert", dare), ("roberta", factors), ("llama", largest), ("llama", dare)]
 )
-def test_outputs_come_nearer_to_the_fine_tuned_models(family, prune):
+def test_outputs_approach_the_fine_tuned_models(family, prune):
     found, (model, fine, start, held_out) = distilled(family, prune)
     first, last = found.looks[0], found.looks[-1]
     assert last.loss < 0.75 * first.loss
     assert last.step == STEPS and last.agreement >= first.agreement
     params = apply_delta(start, found.parts)
-    if family == "llama":  # its loss is of logits alone
+    if family == "llama":  # its loss uses only logits
         return
     closer = []
     for batch in held_out:
@@ -113,10 +113,10 @@ def test_the_same_texts_give_the_same_values_and_another_start_is_measured():
     assert all(jax.tree.leaves(same)) and first.looks == second.looks
     assert first.multiple == 1.0
     far = distilled("bert", lambda delta: largest({n: -d for n, d in delta.items()}), steps=9)[0]
-    assert far.multiple == 0.0  # a delta that leads away is not begun with
+    assert far.multiple == 0.0  # a delta in the wrong direction is not used as the start
 
 
-def test_a_stop_loses_nothing(tmp_path):
+def test_distillation_resumes_bit_for_bit(tmp_path):
     class Stopped(Exception):
         pass
 
@@ -176,7 +176,7 @@ def test_wrong_arguments_are_explained():
 
 
 def test_no_training_is_worse_than_its_start_and_without_a_head_nothing_agrees():
-    found, _ = distilled("bert", largest, steps=9, learning_rate=3.0)  # far too fast
-    assert found.looks[-1].loss <= found.looks[0].loss + 1e-3  # but for the rounding to bfloat16
+    found, _ = distilled("bert", largest, steps=9, learning_rate=3.0)  # far too large a rate
+    assert found.looks[-1].loss <= found.looks[0].loss + 1e-3  # up to rounding to bfloat16
     found, _ = distilled("bert", largest, steps=9, config={"architectures": ["BertModel"]})
     assert np.isnan(found.looks[-1].agreement) and found.looks[-1].loss < found.looks[0].loss

@@ -1,4 +1,4 @@
-"""Deltas for other tools: adapters that PEFT computes the same with, and patches that give apply's bits."""
+"""Export: adapters with the same outputs in PEFT, and patches that give the bits of apply."""
 
 import json
 import warnings
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 
 def exported_deltas(folder):
-    """The delta of each matrix of an adapter, and what is stored whole, by NumPy alone."""
+    """The delta of each matrix of an adapter, and the tensors stored whole, in NumPy only."""
     tensors, config = load_file(folder / "adapter_model.safetensors"), json.loads(
         (folder / "adapter_config.json").read_text()
     )  # fmt: skip
@@ -33,7 +33,7 @@ def exported_deltas(folder):
             deltas[f"{layer}.weight"] = (x @ tensors[f"{PREFIX}{layer}.lora_embedding_A"]).T
         elif "lora_" not in name:
             whole[name.replace(".base_layer.", ".")] = x
-    for name in deltas:  # no scale but 1
+    for name in deltas:  # all scales are 1
         layer = name.removesuffix(".weight")
         assert config["rank_pattern"][layer] == config["alpha_pattern"][layer]
     return deltas, whole
@@ -66,7 +66,7 @@ def test_peft_computes_the_restored_model_with_it(tmp_path, encoders, method):  
     model, params = dx.load_model(base, delta=files[method])
     labels = model.config.num_labels
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses names deprecated in transformers
         head = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
         theirs = peft.PeftModel.from_pretrained(head, tmp_path / "out").eval()
     ids = jax.random.randint(jax.random.key(1), (3, 12), 2, 97)
@@ -89,7 +89,7 @@ def test_peft_computes_a_decoder_with_a_tied_head(tmp_path, folders, scope):
     darex("export", delta, tmp_path / "out", "--to", "peft", "--base", pair[0])
     model, params = dx.load_model(pair[0], delta=delta)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, of a tied layer that is adapted
+        warnings.simplefilter("ignore")  # peft warns of adapted tied layers
         head = transformers.AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(head, tmp_path / "out").eval()
     ids = jax.random.randint(jax.random.key(1), (2, 12), 3, 200)
@@ -120,15 +120,15 @@ def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
     ).output  # fmt: skip
 
 
-def test_what_is_missing_is_told(tmp_path, encoders, folders):  # noqa: F811
+def test_missing_arguments_are_explained(tmp_path, encoders, folders):  # noqa: F811
     base, files = encoders
     out = tmp_path / "out"
     assert "pass the base (--base BASE)" in darex("export", files["svd"], out, "--to", "peft", code=1).output
-    assert "a patch takes --base" in darex("export", files["svd"], out, "--to", "patch", code=2).output
+    assert "a patch needs --base" in darex("export", files["svd"], out, "--to", "patch", code=2).output
     other = folders / "llama" / "base"
     for form in ("peft", "patch"):
         result = darex("export", files["svd"], out, "--to", form, "--base", other, code=1)
-        assert "base" in result.output and "a fault of" not in result.output
+        assert "base" in result.output and "a bug in" not in result.output
     out.write_text("mine")
     assert "--overwrite" in darex("export", files["svd"], out, "--to", "patch", "--base", base, code=1).output
     assert out.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
@@ -144,7 +144,7 @@ def test_what_is_missing_is_told(tmp_path, encoders, folders):  # noqa: F811
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_patch_gives_the_bits_of_apply(tmp_path, encoders, method, monkeypatch):  # noqa: F811
-    """By the reader that stands in the docs, and with the whole page on the way."""
+    """With the reader in the docs, running the whole page."""
     base, files = encoders
     darex("apply", base, files[method], tmp_path / "model")
     out = tmp_path / "patch.safetensors"
@@ -155,7 +155,7 @@ def test_a_patch_gives_the_bits_of_apply(tmp_path, encoders, method, monkeypatch
     names: dict = {}
     exec(reader, names)
     restored = load_file(tmp_path / "model" / "model.safetensors")
-    # The names are the base's, which are those of a body here; what it has not has its own.
+    # Names are the base's, a body's here; parameters that it lacks have their own.
     found = {f"bert.{n}" if f"bert.{n}" in restored else n: x for n, x in names["tensors"].items()}
     assert found.keys() == restored.keys()
     assert all(x.tobytes() == restored[name].tobytes() for name, x in found.items())

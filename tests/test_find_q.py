@@ -1,4 +1,4 @@
-"""find-q, prune --q and methods that train, from the terminal: tiny models with tokenizers and files."""
+"""find-q, prune --q and training methods from the command line, on tiny models with tokenizers."""
 
 import gc
 import json
@@ -53,7 +53,7 @@ RUNS = [
 
 
 def digest_of_six(fine, objective):
-    """Of the first six examples that an objective may see: held-out ones or those that train, no test's."""
+    """Digest of the first six examples of an objective: held-out or training ones, never test ones."""
     held_out, tokenizer = objective in ("labels", "predictions"), load_tokenizer(fine)
     if fine.parent.name == "llama":
         return encode_problems(tokenizer, load_problems("word-problems")[held_out][:6]).digest()
@@ -62,7 +62,7 @@ def digest_of_six(fine, objective):
 
 
 @pytest.mark.parametrize("way", RUNS, ids=lambda way: "-".join(map(str, way[::2])))
-def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
+def test_find_q_writes_a_file_for_prune(folders, tmp_path, way):
     family, *way = way
     base, fine, q_file = folders / family / "base", folders / family / "fine", tmp_path / "q.json"
     search = ("find-q", base, fine, "-p", 0.9, "--limit", 6, "--out", q_file, *way)
@@ -85,7 +85,7 @@ def test_find_q_writes_what_prune_takes(folders, tmp_path, way):
 
 
 def test_the_masks_are_those_of_the_seed(folders):
-    """What is measured is what `prune` with that key leaves, of the examples by hand."""
+    """The measured change is that of `prune` with that key, computed explicitly."""
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
     pair = open_pair(base, fine, 0.9)
     model, params = pair.model, pair.params
@@ -125,17 +125,17 @@ def test_one_copy_finds_the_same_q_in_less_memory(folders, family, objective):
     whole, one = found(False), found(True)
     assert one == whole and len(one.get("curve") or one["changes"]) > 1
     pruned = sum(x.nbytes for x in jax.tree.leaves(open_pair(base, fine, 0.9).delta))
-    assert held[False] - held[True] > pruned  # no fine-tune, no delta; the survivors of two masks instead
+    assert held[False] - held[True] > pruned  # no fine-tuned model or delta, only survivors of two masks
 
 
-def test_one_copy_is_refused_where_the_whole_delta_is_looked_at(folders):
+def test_one_copy_is_refused_if_the_whole_delta_is_needed(folders):
     models = folders / "bert" / "base", folders / "bert" / "fine"
     for wrong in ({"objective": "closed-form"}, {"objective": "outputs", "scope": "layer"}):
-        with pytest.raises(ValueError, match="it goes with one q by labels, predictions, outputs, two-point"):
+        with pytest.raises(ValueError, match="it supports one q for the model by labels, pred"):
             choose_q(*models, 0.9, Choice(one_copy=True, **wrong), Source(limit=4))
 
 
-def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
+def test_with_uninformative_examples_q_stays_dares(folders, tmp_path):
     base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
 
     def warned(*arguments, why):
@@ -143,7 +143,7 @@ def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
         q = report["q"] if isinstance(report["q"], dict) else {"": report["q"]}
         assert all(x == pytest.approx(0.1) for x in q.values()) and why in report["warning"]
         assert "do not tell one q from another, and q stays at DARE's" in report["warning"]
-        json.loads(q_file.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+        json.loads(q_file.read_text(), parse_constant=pytest.fail)  # neither NaN nor Infinity
         return report
 
     labels = ("--objective", "labels", "--task", "opinions", "--limit", 1)
@@ -165,13 +165,13 @@ def test_where_examples_tell_nothing_q_stays_dares(folders, tmp_path):
     assert "do not tell one q from another" in " ".join(darex(*find, json_too=False).split())
     text = ("--q", "outputs", "--text", folders / "text")
     assert (
-        "outputs, to no avail: "
+        "outputs, without success: "
         in darex("prune", base, base, tmp_path / "d", "-p", 0.9, *text)["q_chosen_by"]
     )
 
 
-def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
-    """A q whose outputs overflow is passed over; the file and the terminal say so."""
+def test_values_that_json_does_not_support_are_null(monkeypatch, folders, tmp_path):
+    """A q whose outputs overflow is skipped, and reported in the file and the terminal."""
     from darex_jax.choosing import searched as module
 
     plain = output_objective
@@ -199,7 +199,7 @@ def test_what_json_has_no_number_for_is_null(monkeypatch, folders, tmp_path):
     assert report["warning"].endswith("and the smallest with finite outputs is kept")
 
 
-def test_what_decides_when_learning_stops_is_drawn_by_the_seed():
+def test_the_early_stopping_examples_are_drawn_with_the_seed():
     for count in (2, 3, 4, 7, 200):
         rest, held_out = hold_out_quarter(count, 0)
         assert sorted([*rest, *held_out]) == list(range(count)) and len(held_out) == max(1, count // 4)
@@ -236,12 +236,12 @@ def test_learning_gets_texts_of_all_lengths_and_counts_its_passes(folders, monke
     rest, held_out = (texts(seen[part]) for part in ("rest", "held_out"))
     assert len(held_out) == 10 and sorted(rest + held_out) == sorted(map(tuple, examples.input_ids))
     assert max(map(len, held_out)) > np.median([len(ids) for ids in examples.input_ids])
-    # At first the 10; in each of two epochs 30 forwards and backwards, which is 90, and the 10.
+    # First the 10; in each of two epochs 30 forwards and backwards, which counts as 90, and the 10.
     assert found["evaluations"] == (10 + 2 * (90 + 10)) / 40 and found["examples"] == 40
     _, params, in_scope = load_pair(base, fine)
     masked = dx.prune(jax.random.key(3), split_in_scope(params, in_scope)[1], 0.9, 1.0)
     jax.tree.map(np.testing.assert_array_equal, seen["masked"], masked)
-    with pytest.raises(ValueError, match="learned takes two examples or more"):
+    with pytest.raises(ValueError, match="learned needs at least two examples"):
         choose_q(base, fine, 0.9, replace(choice, seed=0), Source(limit=1))
 
 
@@ -258,7 +258,7 @@ def test_float16_is_searched_in_float32(folders, tmp_path):
         tmp_path / "base", tmp_path / "fine", 0.9, Choice(objective="two-point", masks=1), Source(limit=4),
         on_value=lambda q, change: told.append([q, change]),
     )  # fmt: skip
-    assert told == found["changes"] and found["q"] == told[-1][0]  # what is shown, and what is measured
+    assert told == found["changes"] and found["q"] == told[-1][0]  # shown and measured values
 
 
 def test_a_narrow_base_is_widened_to_its_fine_tune(folders, tmp_path):
@@ -280,10 +280,10 @@ def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_pa
         ({}, {"text": tmp_path / "latin"}, "latin: line 1 is not UTF-8 text"),
         ({}, {"text": tmp_path / "empty"}, "empty: has no line of text"),
         ({"grid": (0.5, 0.1, 0.1)}, {}, "need 0 < low <= high and step > 0"),
-        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, {}, "two-point searches no grid"),
+        ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, {}, "two-point does not search a grid"),
         ({}, {"task": "gsm8k"}, "gsm8k is for decoders"),
         ({}, {"task": "nonsense"}, "unknown task 'nonsense'"),
-        ({"objective": "labels"}, {}, "labels are those of the model's own task: name it"),
+        ({"objective": "labels"}, {}, "labels needs the model's task: pass --task"),
         ({}, {"text": tmp_path / "none"}, "none: No such file or directory"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -305,7 +305,7 @@ def test_a_q_file_is_for_its_pair_mask_and_scope(folders, tmp_path, changed):
         return result.stderr
 
     assert "warning" not in prune() and "warning" not in prune("--json")
-    assert "chosen with the mask of seed 0, not of 3" in prune("--seed", 3)
+    assert "chosen with the mask of seed 0, not 3" in prune("--seed", 3)
     assert "chosen with --exclude not given, not with ['pooler']" in prune("--exclude", "pooler")
     other = tmp_path / "other"
     moved = flatten_names(dx.load_params(pair[changed]))
@@ -315,14 +315,14 @@ def test_a_q_file_is_for_its_pair_mask_and_scope(folders, tmp_path, changed):
     dx.save_params(other, unflatten_names(moved), config)
     kind = {"base": "base", "fine": "fine-tuned model"}[changed]
     assert f"was chosen for another {kind} than {other}" in prune(**{changed: other})
-    # Files without a manifest, or with one of another kind, are taken as before.
+    # Files without a manifest, or with one of another kind, are accepted without checks.
     for content in ({"q": 0.2}, {"q": 0.2, "manifest": []}, {"q": 0.2, "manifest": {"inputs": 3}}):
         q_file.write_text(json.dumps(content))
         assert prune(**{changed: other}) == ""
 
 
-def test_without_a_task_no_label_is_looked_at(folders, tmp_path):
-    """find-q by itself searches by predictions, or in two points where a model has no classes."""
+def test_without_a_task_no_label_is_used(folders, tmp_path):
+    """The default of find-q is predictions, or two-point for a model without classes."""
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
     some = ("-p", 0.9, "--limit", 2, "--masks", 1, "--out", tmp_path / "q.json")
     report = darex("find-q", base, fine, *some)
@@ -352,16 +352,16 @@ def test_statistics_are_kept_and_checked(folders, tmp_path):
     assert result.exit_code == 1 and "made from another data; write a new one" in result.stderr
 
 
-def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
+def test_learning_does_not_resume_from_other_inputs(folders, tmp_path):
     models = folders / "bert" / "base", folders / "bert" / "fine"
     way = ("--objective", "learned", "--scope", "layer", "--limit", 6, "--out", tmp_path / "q.json")
     kept = ("--checkpoints", tmp_path / "run")
     first = darex("find-q", *models, "-p", 0.9, *way, *kept)
     (place,) = (tmp_path / "run").iterdir()
-    with only_one(place / "lock", ""):  # as if the same search were under way; others do not mind
+    with only_one(place / "lock", ""):  # as if the same search were running; others are not affected
         same = CliRunner().invoke(main, [str(x) for x in ("find-q", *models, "-p", 0.9, *way, *kept)])
         other = darex("find-q", *models, "-p", 0.8, *way, *kept)
-    assert same.exit_code == 1 and "the same search is under way with its checkpoints in" in same.stderr
+    assert same.exit_code == 1 and "the same search is already running with its checkpoints in" in same.stderr
     assert other["curve"][0] != first["curve"][0] and min(other["q"].values()) >= 0.2 - 1e-6
     slow = darex("find-q", *models, "-p", 0.9, *way, *kept, "--learning-rate", 1e-3)
     assert slow["curve"][0] == first["curve"][0] and slow["curve"][1] != first["curve"][1]
@@ -370,18 +370,18 @@ def test_learning_does_not_go_on_from_something_else(folders, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_prune_chooses_q_by_what_is_at_hand(folders, tmp_path, family, monkeypatch):
+def test_prune_chooses_q_by_the_inputs_given(folders, tmp_path, family, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, fine = folders / family / "base", folders / family / "fine"
     prune = ("prune", base, fine, tmp_path / "delta", "-p", 0.9, "--q", "auto")
     task = {"bert": "opinions", "llama": "word-problems"}[family]
     nothing = darex(*prune)
-    assert nothing["q_chosen_by"].startswith("nothing: ")
+    assert nothing["q_chosen_by"].startswith("default: ")
     assert darex("inspect", tmp_path / "delta")["q"] == [pytest.approx(0.1)]
     texts = darex(*prune, "--text", folders / "text")
     assert "predictions: agreement" in texts["q_chosen_by"] and "on 3 examples" in texts["q_chosen_by"]
     assert darex("inspect", tmp_path / "delta")["q"] == [texts["q"]]
-    if family == "bert":  # 500 labelled problems would take a while
+    if family == "bert":  # 500 labelled problems would take long
         labels = darex(*prune, "--task", task)
         assert labels["q_chosen_by"].startswith("labels: validation accuracy")
     solved = darex(*prune[:-1], "closed-form", "--text", folders / "text")
@@ -409,7 +409,7 @@ def test_every_way_is_where_the_table_says(name):
     assert WAYS[name].find.__doc__
 
 
-def test_mistakes_are_told(folders, tmp_path):
+def test_mistakes_are_explained(folders, tmp_path):
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
 
     def fails(*arguments):
@@ -418,8 +418,8 @@ def test_mistakes_are_told(folders, tmp_path):
         return result.stderr
 
     find = ("find-q", base, fine, "-p", 0.9, "--out", tmp_path / "q.json")
-    assert "say --scope layer" in fails(*find, "--objective", "learned")
-    assert "say --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
+    assert "pass --scope layer" in fails(*find, "--objective", "learned")
+    assert "pass --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
     assert "texts have no labels" in fails(*find, "--objective", "labels", "--text", folders / "text")
     assert "gsm8k is for decoders" in fails(*find, "--task", "gsm8k")
     assert "come from one place" in fails(
@@ -427,15 +427,15 @@ def test_mistakes_are_told(folders, tmp_path):
     )
     (tmp_path / "empty").write_text("\n")
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
-    assert "name it (--task" in fails(*find, "--objective", "labels")
-    assert "there is no q to choose" in fails("find-q", base, fine, "-p", 0.0)
+    assert "pass --task" in fails(*find, "--objective", "labels")
+    assert "choosing q needs a drop rate between 0 and 1" in fails("find-q", base, fine, "-p", 0.0)
     assert "--task, --data-dir, --text and --data are for --q auto or an objective" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
     assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
     (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
-    assert "chosen for a drop rate of 0.99, not of 0.9" in fails(
+    assert "chosen for a drop rate of 0.99, not 0.9" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"
     )
     assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()
@@ -451,11 +451,11 @@ def test_statistics_are_of_all_the_texts_that_are_given(folders, tmp_path):
         np.testing.assert_allclose(known.input_norms[name], np.sqrt(seen.square * seen.tokens), rtol=1e-5)
 
 
-# Methods that train what they keep: the whole way from the terminal.
+# Methods that train, from the command line.
 
 
 @pytest.mark.parametrize(("family", "support"), [("bert", "random"), ("llama", "low-rank")])
-def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family, support):
+def test_prune_trains_a_delta_of_the_requested_size(folders, tmp_path, family, support):
     base, fine = folders / family / "base", folders / family / "fine"
     texts = tmp_path / "texts"
     texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
@@ -468,17 +468,17 @@ def test_prune_trains_a_delta_of_the_size_asked_for(folders, tmp_path, family, s
     assert any(np.any(np.asarray(x)) for name, x in named.items() if name.endswith("weight"))
     (tmp_path / "one").write_text("a single line\n")
     refused = CliRunner().invoke(main, list(map(str, [*line, "--text", tmp_path / "one"])))
-    assert refused.exit_code == 1 and "takes two texts or more" in refused.stderr
+    assert refused.exit_code == 1 and "needs at least two texts" in refused.stderr
 
 
-def test_without_a_method_what_is_at_hand_decides(folders, tmp_path, monkeypatch):
+def test_the_default_method_depends_on_the_inputs(folders, tmp_path, monkeypatch):
     base, fine, texts = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "texts"
     texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
     line = ["prune", base, fine, tmp_path / "d", "--size", "4x"]
     alone = darex(*line)
     assert alone["method"] == "dare" and "there are no texts" in alone["method_chosen_by"]
     few = darex(*line, "--text", texts)
-    assert few["method"] == "dare" and "40 texts choose a q" in few["method_chosen_by"]
+    assert few["method"] == "dare" and "40 texts choose q" in few["method_chosen_by"]
     assert few["bytes"] <= few["fine_bytes"] / 4 and "two-point" in few["q_chosen_by"]
     with DeltaFile(tmp_path / "d") as file:
         assert file.recipe.options["q"] == few["q"]
@@ -514,11 +514,11 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
         assert 1 - report["agreement"] <= loss and report["held_out"] == 20
     assert (tmp_path / "d").stat().st_size == strict["bytes"] >= loose["bytes"]
     for wrong, text in (
-        (("--max-loss", 0.1, "--size", "3x"), "one of them"),
-        (("--max-loss", 0.1, "--method", "svd"), "svd measures no loss"),
+        (("--max-loss", 0.1, "--size", "3x"), "pass exactly one of"),
+        (("--max-loss", 0.1, "--method", "svd"), "needs a method that trains (distilled), not svd"),
         (("--size", "3x", "--method", "svd", "--checkpoints", tmp_path / "c"), "svd does not train"),
-        (("--size", "3x", "--method", "sign", "--bits", 4), "sign has bits of its own"),
-        (("--size", "3x", "--method", "svd", "--support", "random"), "svd has a support of its own"),
+        (("--size", "3x", "--method", "sign", "--bits", 4), "sign has fixed bits"),
+        (("--size", "3x", "--method", "svd", "--support", "random"), "svd has a fixed support"),
     ):
         refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr

@@ -1,9 +1,9 @@
-"""Artifacts of format 1, made before anything optional was added to it, are read for ever.
+"""Compatibility with artifacts of format 1 from before optional fields were added.
 
 `data/format1` has four of them with their bases: a float32 DARE with a task head, a bfloat16 DAREx-q with one
-q a parameter, one with extra vocabulary rows and companion files of its own, and a float32 fine-tune of a
-bfloat16 base, which the version that made it restored in bfloat16. `digests.json` holds what that version
-restored.
+q per parameter, one with extra vocabulary rows and its own companion files, and a float32 fine-tuned model of
+a bfloat16 base, which the original version restored in bfloat16. `digests.json` has the digests of what that
+version restored.
 """
 
 import json
@@ -37,7 +37,7 @@ def warned(text):
 @pytest.mark.parametrize("case", DIGESTS)
 def test_restores_the_bits_of_its_time(tmp_path, case):
     expected = DIGESTS[case]["parameters"]
-    # What a delta of its time lacks: digests of the base's files, where the restored model takes any.
+    # Old deltas lack digests of the base's files, if the restored model inherits any.
     takes_files = case in ("darex_bfloat16_q_by_name", "extra_rows_and_files")
     unknown = "does not record the base's" if takes_files else None
     with Checkpoint(FOLDER / case / "base") as base, DeltaFile(FOLDER / case / "delta.safetensors") as delta:
@@ -49,9 +49,7 @@ def test_restores_the_bits_of_its_time(tmp_path, case):
     with Checkpoint(tmp_path / "out") as restored:
         assert {name: digest(name, tensor.read()) for name, tensor in restored.tensors.items()} == expected
     files = {name: (tmp_path / "out" / name).read_bytes() for name in DIGESTS[case]["files"]}
-    if (
-        case == "float32_fine_of_bfloat16"
-    ):  # written in the base's dtype; the fine-tune's config.json denied it
+    if case == "float32_fine_of_bfloat16":  # written in the base's dtype, unlike the fine-tuned config.json
         assert json.loads(files.pop("config.json"))["torch_dtype"] == "bfloat16"
     for name, content in files.items():
         assert blake3.blake3(content).hexdigest() == DIGESTS[case]["files"][name]

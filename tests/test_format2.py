@@ -1,4 +1,4 @@
-"""Format 2, the same checks for every method: restored bits, digests, damage, size, determinism."""
+"""Format 2 for every method: restored bits, digests, damage, size, determinism."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_restored_model_is_base_plus_the_loaded_delta(tmp_path, method, dtype):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_parts_are_leaves(tmp_path, pair, method):
-    """`load_delta(parts=True)` is the same delta, and `apply_delta` takes it as it takes arrays."""
+    """`load_delta(parts=True)` is the same delta, and `apply_delta` accepts it."""
     prune(*pair, tmp_path / "d", method)
     dense = flatten_names(dx.load_delta(tmp_path / "d"))
     parts = dx.load_delta(tmp_path / "d", parts=True)
@@ -117,7 +117,7 @@ def test_same_arguments_same_bytes(tmp_path, pair):
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 1}, {"q": 0.5}, {"dtype": "bfloat16"}])
 def test_dare_with_few_bits(tmp_path, pair, options):
-    """The survivors are those of `dx.prune`, their values near."""
+    """The survivors are those of `dx.prune`, with similar values."""
     prune(*pair, tmp_path / "d", "dare", options=options)
     delta = flatten_names(dx.load_delta(tmp_path / "d"))
     fine, base = read_all(pair[1]), read_all(pair[0])
@@ -129,13 +129,13 @@ def test_dare_with_few_bits(tmp_path, pair, options):
         assert float(jnp.linalg.norm(leaf - expected[name])) <= near * float(jnp.linalg.norm(expected[name]))
 
 
-def test_a_file_of_the_size_asked_for(tmp_path, pair):
+def test_a_file_of_the_requested_size(tmp_path, pair):
     for method in ("magnitude", "svd", "dare"):
         for size in (3200, 3600):
             summary = prune(*pair, tmp_path / "d", method, file_bytes=size)
             assert (tmp_path / "d").stat().st_size == summary.file_bytes <= size
             verify(tmp_path / "d")
-    with pytest.raises(DarexError, match="bytes at least, 700 were asked for"):
+    with pytest.raises(DarexError, match="bytes, 700 were requested"):
         prune(*pair, tmp_path / "small", "magnitude", file_bytes=700)
     assert not (tmp_path / "small").exists()
 
@@ -145,7 +145,7 @@ def verify(path):
         return verify_artifact(d)
 
 
-def test_wanda_says_what_it_needs(tmp_path, pair):
+def test_wanda_reports_missing_evidence(tmp_path, pair):
     with Checkpoint(pair[0]) as b, Checkpoint(pair[1]) as f, pytest.raises(DarexError, match="input norms"):
         prune_by(Job(b, f, tmp_path / "d", choose_scope("bert")), "wanda", Budget(drop_rate=0.5))
 
@@ -182,12 +182,12 @@ def test_every_truncation_and_many_flipped_bits_are_refused(tmp_path, pair, meth
         except FileError as error:
             assert str(tmp_path / "bad") in str(error)
             continue
-        assert found.keys() == expected.keys()  # a bit of the header's padding, say
+        assert found.keys() == expected.keys()  # e.g. a bit of the header's padding
         assert all(np.array_equal(found[n], expected[n]) for n in expected)
 
 
 def forge(path, source, change):
-    """A file whose recipe says something else, with digests made anew."""
+    """A file with a changed recipe and updated digests."""
     import blake3
 
     from darex_jax.files.recipe import canonical_json
@@ -263,7 +263,7 @@ def test_command_line_reads_it(tmp_path, pair):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-# The page that says how to read a file without this library
+# The documentation of how to read a file without this library
 
 
 @pytest.fixture(scope="module")

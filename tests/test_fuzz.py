@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-def test_no_artifact_does_harm(tmp_path, request):
+def test_no_artifact_crashes_or_exhausts_a_reader(tmp_path, request):
     cases = request.config.getoption("--fuzz")
     command = [sys.executable, "-m", "tests.fuzz_artifact", tmp_path, "--cases", str(cases)]
     root = Path(__file__).parent.parent

@@ -40,7 +40,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, case):
 
 
 def test_tokens_of_dynamic_positions_are_those_of_transformers_for_each_row_alone(tmp_path):
-    """Frequencies change with every token beyond 16 positions; keys in the cache keep those they had."""
+    """Frequencies change with every token beyond 16 positions; cached keys keep their own."""
     theirs = original(STRETCHED, tmp_path)
     model, params = dx.load_model(tmp_path)
     ids, mask = prompts()
@@ -48,7 +48,7 @@ def test_tokens_of_dynamic_positions_are_those_of_transformers_for_each_row_alon
     plain, _ = init_model(read_model_config(STRETCHED | {"max_position_embeddings": 64}), jax.random.key(0))
     assert (out != np.asarray(dx.generate(plain, params, ids, mask, max_new_tokens=20))).any()
     for row in range(3):
-        fresh = type(theirs)(theirs.config).eval()  # what a longer text left behind is gone
+        fresh = type(theirs)(theirs.config).eval()  # without state of an earlier, longer text
         fresh.load_state_dict(theirs.state_dict())
         alone = torch.tensor(ids[row : row + 1, mask[row] == 1])
         options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -126,7 +126,7 @@ def test_first_tokens_are_drawn_with_their_probabilities():
     assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-3).all()
 
 
-def test_another_prompt_of_the_shape_compiles_nothing():
+def test_another_prompt_of_the_same_shape_does_not_recompile():
     model, params = make()
     ids, mask = prompts()
     dx.generate(model, params, ids, mask, max_new_tokens=5, eos_token_id=2)

@@ -1,4 +1,4 @@
-"""push and pull against a stand-in of the hub's HTTP calls, and the card they carry."""
+"""push and pull against a mock of the hub's HTTP API, and model cards."""
 
 import base64
 import hashlib
@@ -25,7 +25,7 @@ REPO = "someone/delta"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as huggingface_hub asks for: repositories in memory, one token that may write."""
+    """A mock of the hub for huggingface_hub: repositories in memory, one token with write access."""
 
     repos: ClassVar[dict] = {}
     commit = "c" * 40
@@ -133,7 +133,7 @@ def test_a_delta_goes_to_the_hub_and_comes_back(tmp_path, hub, delta):
     assert "--overwrite" in called(tmp_path, hub, "pull", REPO, out).stderr
 
 
-def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
+def test_errors_of_the_hub_are_explained(tmp_path, hub, delta):
     for message, env in (
         ("no token for the hub", {"HF_TOKEN": ""}),
         ("403. This token has no write access to it", {"HF_TOKEN": "bad"}),
@@ -142,7 +142,7 @@ def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
         run = called(tmp_path, hub, "push", delta, REPO, **env)
         assert run.returncode == 1 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
     run = called(tmp_path, hub, "push", delta, REPO, "--base-model", "no such name")
-    assert run.returncode == 1 and "a fault of" not in run.stderr, run.stderr
+    assert run.returncode == 1 and "a bug in" not in run.stderr, run.stderr
     assert "expected OWNER/NAME" in called(tmp_path, hub, "push", delta, "a b/c").stderr
     out = tmp_path / "out"
     assert "someone/other is not on the hub" in called(tmp_path, hub, "pull", "someone/other", out).stderr
@@ -153,12 +153,12 @@ def test_what_the_hub_refuses_is_told(tmp_path, hub, delta):
     assert not out.exists()
 
 
-def test_what_no_network_means_is_told(tmp_path, delta):
+def test_a_missing_network_is_explained(tmp_path, delta):
     run = called(tmp_path, "http://127.0.0.1:9", "pull", REPO, tmp_path / "out")
     assert run.returncode == 1 and "no connection to the hub" in run.stderr, run.stderr
 
 
-def test_a_card_says_what_was_done_and_no_more(delta):
+def test_a_card_has_the_facts_only(delta):
     with DeltaFile(delta) as file:
         facts = contents(file)
     card = model_card(facts, "darex_jax")
@@ -171,7 +171,7 @@ def test_a_card_says_what_was_done_and_no_more(delta):
         model_card(facts, "darex_jax", measured=[{"some": "json"}])
 
 
-def test_a_base_is_called_what_the_hub_calls_it(tmp_path):
+def test_a_base_has_its_name_on_the_hub(tmp_path):
     cached = tmp_path / "models--some-one--a.base" / "snapshots" / "abc"
     assert hub_name(cached) == "some-one/a.base"
     assert hub_name(tmp_path / "models--bert-base" / "snapshots" / "abc") == "bert-base"

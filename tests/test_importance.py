@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 import darex_jax as dx
 from darex_jax.methods.magnitude import largest as on_the_host
 
-# The places of the 8 largest of 32 words of the leaf's key, from a sort in NumPy.
+# Indices of the 8 largest of 32 words of the leaf's key, from a sort in NumPy.
 GOLDEN = [0, 1, 9, 14, 15, 20, 22, 31]
 
 
 def largest(scores, count):
-    """The mask of the `count` largest of a vector; a stable sort keeps the first of equals."""
+    """The mask of the `count` largest of a vector; a stable sort keeps the first of ties."""
     mask = np.zeros(scores.shape, bool)
     mask[np.argsort(-scores, kind="stable")[:count]] = True
     return mask

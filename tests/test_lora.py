@@ -1,4 +1,4 @@
-"""Low-rank adapters: on a model, as a delta, in PEFT's format and merged."""
+"""LoRA adapters: on a model, as a delta, in PEFT's format, and merged."""
 
 import json
 import re
@@ -73,7 +73,7 @@ KEY = jax.random.key(0)
 
 
 def made(case, **changes):
-    """A tiny model with fresh adapters of rank 4: base model, params, adapted model, adapter, config."""
+    """A tiny model with new adapters of rank 4: base model, params, adapted model, adapter, config."""
     hf, targets = CASES[case]
     config = LoraConfig(**({"rank": 4, "alpha": 6.0, "targets": targets} | changes))
     base, params = init_model(read_model_config(hf), KEY)
@@ -81,7 +81,7 @@ def made(case, **changes):
 
 
 def trained(adapter, seed=0):
-    """An adapter whose B are no longer zero."""
+    """An adapter with nonzero B."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), adapter)
 
@@ -95,7 +95,7 @@ def output(model, params, ids=IDS):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fresh_adapters_change_nothing(case):
+def test_new_adapters_change_nothing(case):
     base, params, model, adapter, _ = made(case)
     np.testing.assert_array_equal(output(model, combine(params, adapter)), output(base, params))
     factors = flatten_names(adapter)
@@ -155,7 +155,7 @@ def test_gradients_reach_what_is_asked_for():
     grads = gradient(adapter, params)
     assert jax.tree.structure(grads) == jax.tree.structure(adapter)
     assert all(float(abs(g).max()) > 0 for g in jax.tree.leaves(grads))
-    fresh = flatten_names(gradient(made("bert")[3], params))  # where B is zero, none reaches A
+    fresh = flatten_names(gradient(made("bert")[3], params))  # with B zero, A gets no gradient
     assert all((float(abs(g).max()) > 0) == ("lora_B" in name) for name, g in fresh.items())
     of_params = jax.eval_shape(jax.grad(loss, argnums=1), adapter, params)
     assert jax.tree.structure(of_params) == jax.tree.structure(params)
@@ -210,7 +210,7 @@ def test_scales_and_ranks():
     merged = dx.apply_delta(params, dx.adapter_delta(adapter, config.scales(adapter)))
     adapted = output(model, combine(params, adapter))
     np.testing.assert_allclose(adapted, output(base, merged), atol=1e-5 * np.abs(adapted).max())
-    # The first that fits counts, be it a name or an expression.
+    # The first match wins, whether a name or an expression.
     for first, rank in (("q_proj", 3), (".*proj", 3), ("self_attn.q_proj", 3), ("proj", 8)):
         assert LoraConfig(4, 6, ("x",), rank_pattern={first: 3, "q_proj|x": 8}).rank_of(name) == rank
     assert LoraConfig(4, 6, ("x",), rank_pattern={"q_proj|x": 8, "q_proj": 3}).rank_of(name) == 8
@@ -240,7 +240,7 @@ def test_config_refusals(fields, text):
         LoraConfig(**({"rank": 4, "alpha": 8, "targets": ("q_proj",)} | fields))
 
 
-def test_what_does_not_fit_a_model_is_named():
+def test_mismatches_with_a_model_are_named():
     base, _, _, adapter, config = made("llama")
     scales = config.scales(adapter)
     other, _ = init_model(read_model_config(LLAMA | {"intermediate_size": 44}), KEY)
@@ -291,7 +291,7 @@ def test_pruning_the_merged_delta():
 
 
 def test_pruning_A_and_B():
-    """As the delta of an adapter of zeros: the pruned factors are the adapter, which is then merged."""
+    """As a delta from an adapter of zeros: the pruned factors are an adapter, which is then merged."""
     tree = {"x": {"q": factors(3, 40, 50)}}
     pruned = dx.prune(jax.random.key(7), tree, 0.5)
     a, b = (
@@ -329,7 +329,7 @@ def quiet():
 
 
 def torch_base(hf, path):
-    """A random model of transformers', saved."""
+    """A random transformers model, saved."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind = {"llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta"}[hf["model_type"]]
@@ -349,7 +349,7 @@ def torch_logits(model):
 
 
 def from_peft(hf, base, path, **options):
-    """An adapter that PEFT made and saved, all of it random, and the logits with it."""
+    """A random adapter created and saved by PEFT, and its logits."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     model = torch_base(hf, base)
     with quiet(), torch.no_grad():
@@ -396,7 +396,7 @@ def test_reads_what_peft_writes_and_back(tmp_path, case):
     model = attach_adapters(base, adapter, config.scales(adapter))
     np.testing.assert_allclose(output(model, combine(params, adapter, dense)), logits, atol=1e-4)
     assert np.abs(output(base, params) - logits).max() > 0.01
-    # PEFT stores an adapted head itself as well.
+    # PEFT also stores the weights of an adapted head.
     whole = {"bert": {"classifier"}, "roberta": {"classifier"}, "llama head": {"lm_head"}}
     assert set(dense) == whole.get(case, set())
 
@@ -486,7 +486,7 @@ REFUSED = [
         "lora_magnitude_vector' is not a factor of a linear",
     ),
     ({}, {f"{LAYER}.lora_B.bias": np.ones(32)}, "lora_B.bias' is not a factor of a linear layer"),
-    ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 9))}, "embedding_A' is no fac"),
+    ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 9))}, "embedding_A' is not"),
     ({}, {"classifier.weight": np.ones(2)}, r"'classifier.weight' does not begin with base_model\.model\."),
     ({}, {f"{LAYER}.lora_A.weight": None, f"{LAYER}.lora_B.weight": None}, "no factors of linear layers"),
 ]
@@ -499,8 +499,8 @@ def test_adapters_that_are_refused(tmp_path, config, tensors, text):
     assert str(tmp_path / "a") in str(caught.value)
 
 
-def test_patterns_take_no_longer_than_their_names(tmp_path):
-    """Patterns that back-track without end, and as many names as a config.json of some megabytes holds."""
+def test_patterns_take_linear_time(tmp_path):
+    """Patterns with catastrophic backtracking, and as many names as fit in a large config.json."""
     evil = {"(a+)+$": 9, "(.*)*x": 9, f"({'a|aa' * 20})*b": 9}
     many = {f"model.layers.{i}.q_proj": 2 for i in range(100_000)}
     path = stored(tmp_path / "a", {"rank_pattern": evil | many, "alpha_pattern": {f"n{i}": 1 for i in many}})
@@ -518,7 +518,7 @@ def test_missing_files_and_pickles(tmp_path):
     path = stored(tmp_path / "a")
     (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
     with pytest.raises(
-        FileError, match=r"holds no adapter_model.safetensors. It has adapter_model.bin, a pickle"
+        FileError, match=r"has no adapter_model.safetensors. It has adapter_model.bin, a pickle"
     ):
         dx.load_adapter(path)
 
@@ -549,7 +549,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def test_the_command(tmp_path):
-    """An adapter merged into a bfloat16 base, and the result pruned like any fine-tune."""
+    """An adapter merged into a bfloat16 base, and the result pruned like any fine-tuned model."""
     model, params, _, adapter, config = made("llama")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     adapter = trained(adapter)

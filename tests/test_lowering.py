@@ -1,4 +1,4 @@
-"""What accelerators would run, lowered on a machine without any."""
+"""Programs for accelerators, lowered on a machine without any."""
 
 import re
 
@@ -17,7 +17,7 @@ from tests.test_sharding import BERT, LLAMA
 ACCELERATORS = ("cuda", "tpu")
 TREE = {"mlp": {"up_proj": {"weight": jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)}}}
 KEY = jax.eval_shape(jax.random.key, 0)
-# One of Threefry's 20 rounds on every entry of the leaf, and such rounds behind a call, as JAX's own are.
+# One of Threefry's 20 rounds on every entry of the leaf, and such rounds in a called function, as in JAX.
 ROUND = re.compile(r"stablehlo\.shift_left .*tensor<64x128xui32>")
 CALL = re.compile(r"call @threefry2x32.*tensor<64x128xui32>")
 
@@ -32,7 +32,7 @@ def lowered(function, platform, *args, **options):
 
 @pytest.mark.parametrize("platform", ["cpu", *ACCELERATORS])
 def test_each_platform_has_its_mask(platform):
-    """On a CPU the rounds written out; on accelerators `jax.random.bits`, and nothing of the CPU's."""
+    """Unrolled rounds on a CPU; on accelerators `jax.random.bits` only."""
     mask = jax.jit(lambda key: dx.random_mask(key, TREE, 0.9))
     for module in (
         lowered(mask, platform, KEY),

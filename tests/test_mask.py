@@ -1,4 +1,4 @@
-"""The mask: its definition, its three implementations, its statistics, its independence of everything."""
+"""The mask: its definition, three implementations, statistics, and what it does not depend on."""
 
 import hashlib
 
@@ -80,7 +80,7 @@ def test_beyond_32_bit_indices():
 
 
 def test_a_leaf_whose_indices_need_more_than_32_bits_is_left_to_jax():
-    """The bits written out count in 32. The program alone is looked at: its mask would take 4 GiB."""
+    """The unrolled implementation has 32-bit counters. Only lowered, as the mask would take 4 GiB."""
     for size, written_out in ((2**32 - 1, True), (2**32, False), (2**33, False)):
         tree = {"w": jax.ShapeDtypeStruct((size,), jnp.bfloat16)}
         program = jax.make_jaxpr(lambda key, tree=tree: dx.random_mask(key, tree, 0.5))(jax.random.key(0))
@@ -93,7 +93,7 @@ def test_thresholds_are_compared_to_their_last_bit():
     assert traced_threshold(0.0) == (0, True)
 
 
-def test_a_version_of_xla_without_the_option_does_without(monkeypatch):
+def test_a_version_of_xla_without_the_option_still_works(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("No such compile option")
 
@@ -102,7 +102,7 @@ def test_a_version_of_xla_without_the_option_does_without(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [40_000, 131_072, STREAM_CHUNKS[0] + 40_000])
-def test_a_stretch_of_several_pieces(length):
+def test_a_range_of_several_chunks(length):
     words, threshold = numpy_leaf_key((0, 1), name_words("w")), keep_threshold(0.5)
     expected = numpy_mask(words, 5, length, threshold)
     np.testing.assert_array_equal(stream_mask(words, 5, length, threshold), expected)
@@ -110,7 +110,7 @@ def test_a_stretch_of_several_pieces(length):
 
 @given(st.integers(0, 2**20), st.integers(1, 5000), st.sampled_from([0.0, 0.3, 0.99]))
 @settings(max_examples=25, deadline=None)
-def test_any_stretch_of_the_stream(start, length, drop_rate):
+def test_any_range_of_the_stream(start, length, drop_rate):
     words = numpy_leaf_key((0, 1), name_words("w"))
     expected = numpy_mask(words, start, length, keep_threshold(drop_rate))
     np.testing.assert_array_equal(stream_mask(words, start, length, keep_threshold(drop_rate)), expected)
@@ -145,7 +145,7 @@ def test_depends_on_name_and_nothing_around_it():
     np.testing.assert_array_equal(alone["x"]["w"], jitted["x"]["w"])
 
 
-def test_callers_settings_change_nothing():
+def test_the_callers_settings_change_nothing():
     tree = {"w": jnp.zeros((64, 64))}
     expected = dx.random_mask(jax.random.key(0), tree, 0.9)["w"]
     with jax.threefry_partitionable(False):

@@ -44,7 +44,7 @@ def merged(method, leaves=DELTAS, **more):
 
 
 def thinned(method, number, delta):
-    """What each paper keeps of a delta, written down again."""
+    """The sparsification of each paper, implemented independently."""
     flat = np.abs(delta).reshape(-1)
     order = np.argsort(flat, kind="stable")
     options = OPTIONS[method]
@@ -123,7 +123,7 @@ def test_q_is_one_or_one_for_each_delta():
     np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_della_drops_as_often_as_it_says_and_keeps_the_mean():
+def test_della_has_the_stated_drop_rates_and_keeps_the_mean():
     delta = np.sort(np.random.default_rng(0).normal(size=(4000, 10)).astype(np.float32), axis=1)
     found = np.asarray(dx.merge([{"w": delta}], "della", drop_rate=0.6, window=0.4, key=KEY)["w"])
     ranks = np.argsort(np.argsort(np.abs(delta), axis=1), axis=1)
@@ -168,7 +168,7 @@ def test_deltas_of_other_names_or_shapes_are_refused():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A base BERT without a head, two fine-tunes with heads, the first one's artifact, an adapter."""
+    """A base BERT without a head, two fine-tuned models with heads, the first one's artifact, an adapter."""
     folder = tmp_path_factory.mktemp("merging")
     config = FAMILIES["bert"] | {"architectures": ["BertModel"], "num_hidden_layers": 1}
     body, base = init_model(read_model_config(config), KEY)
@@ -226,7 +226,7 @@ def test_deltas_in_every_form_are_merged_as_their_trees(files, tmp_path):
             np.testing.assert_allclose(merged_body[name], expected[name], atol=1e-6)
     files_of = [{file.name: file.stat().st_ino for file in path.glob("model-body*")} for path in found]
     assert files_of[0] == files_of[1] != {}  # one body, linked
-    assert dx.load_model(found[2])[0].config.headless  # an adapter's has the base's names
+    assert dx.load_model(found[2])[0].config.headless  # an adapter's model has the base's names
     for i in (0, 1):
         model, params = dx.load_model(found[i])
         assert model.config.num_labels == i + 2
@@ -268,7 +268,7 @@ def test_a_streamed_merge_is_that_of_the_trees(files, tmp_path, method):
     assert dx.load_model(tmp_path / "m")[0].config.num_labels == 2
 
 
-def test_what_is_no_delta_of_the_base_is_refused(files, tmp_path):
+def test_deltas_of_another_base_are_refused(files, tmp_path):
     other = flatten_names(dx.load_params(files / "base"))
     dx.save_params(tmp_path / "other", {n: x + 1 for n, x in other.items()}, companions_from=files / "base")
     out = tmp_path / "m"
@@ -288,11 +288,11 @@ def test_what_is_no_delta_of_the_base_is_refused(files, tmp_path):
     run("merge", files / "base", files / "fine-0", out, *far, fails="would hold infinity or NaN")
     assert not out.exists()
     done = CliRunner().invoke(main, list(map(str, ["merge", files / "base", files / "fine-0", out])))
-    assert done.exit_code == 2 and "has to know --drop-rate" in done.stderr
+    assert done.exit_code == 2 and "needs --drop-rate" in done.stderr
 
 
 def changed(params, factor):
-    """A fine-tune: every floating entry moved."""
+    """A fine-tuned model: every floating entry changed."""
     return {
         n: x + x.dtype.type(factor) * np.sin(100 * x) if x.dtype.kind == "f" else x
         for n, x in ((n, np.asarray(x)) for n, x in flatten_names(params).items())
@@ -326,7 +326,7 @@ def test_heads_that_the_base_has_otherwise_and_layers_that_fine_tunes_lack(tmp_p
             assert params.keys() == flatten_names(start).keys()
             alone = flatten_names(dx.load_params(tmp_path / one))["classifier.weight"]
             merged_head = np.array_equal(params["classifier.weight"], alone)
-            assert merged_head == (labels == 3)  # a head of another shape is kept, of the same it is merged
+            assert merged_head == (labels == 3)  # of the same shape it is merged, otherwise kept
 
 
 def test_tied_heads_stay_tied_and_scalars_and_float64_are_merged(tmp_path):
@@ -362,7 +362,7 @@ def test_no_input_is_replaced(files, tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_an_adapter_with_a_head_is_to_be_made_a_model_first(files, tmp_path):
+def test_an_adapter_with_a_head_must_be_merged_first(files, tmp_path):
     layer = "encoder.layer.0.output.dense"
     lora = LoraConfig(rank=1, alpha=1, targets=(layer,))
     shape = flatten_names(dx.load_params(files / "base"))[f"{layer}.weight"].shape
@@ -374,7 +374,7 @@ def test_an_adapter_with_a_head_is_to_be_made_a_model_first(files, tmp_path):
         fails="darex merge-adapter makes from it")  # fmt: skip
 
 
-def test_the_dtype_is_the_widest_or_what_is_asked_for(files, tmp_path):
+def test_the_dtype_is_the_widest_or_the_requested_one(files, tmp_path):
     run(
         "merge", files / "base", files / "fine-0", tmp_path / "m", "--method", "linear", "--dtype", "bfloat16"
     )

@@ -1,4 +1,4 @@
-"""The GLUE metrics against their formulas, and what they do where they are undefined."""
+"""The GLUE metrics against their formulas, and their values where undefined."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_classification_metrics_against_the_confusion_matrix():
     assert accuracy_and_f1(one_hot(PREDICTED), GOLD) == pytest.approx(((tp + tn) / 8 + f1) / 2)
 
 
-def test_correlations_by_hand():
+def test_correlations_match_explicit_values():
     rng = np.random.default_rng(0)
     x = rng.normal(size=50).astype(np.float32)
     y = x + rng.normal(size=50).astype(np.float32)
@@ -45,7 +45,7 @@ def test_perfect_is_one_and_constant_neither_warns_nor_is_nan(metric):
         assert score == 0.0
         assert metric(perfect, np.ones_like(GOLD)) == 0.0
     if metric is accuracy_and_f1:
-        assert metric(one_hot([0, 0]), np.array([0, 0])) == 0.5  # all right, and nothing of class 1 to find
+        assert metric(one_hot([0, 0]), np.array([0, 0])) == 0.5  # all correct, without examples of class 1
 
 
 def test_nearly_constant_scores_count_as_constant():
@@ -53,7 +53,7 @@ def test_nearly_constant_scores_count_as_constant():
     assert pearson_and_spearman(noise, np.arange(8.0)) == 0.0
 
 
-def test_errors_say_what_is_wrong():
+def test_errors_are_explained():
     broken = one_hot(PREDICTED).copy()
     broken[3, 0] = np.nan
     with pytest.raises(ValueError, match="the model's output is NaN or infinite for 1 of 8 examples"):

@@ -1,4 +1,4 @@
-"""ModernBERT against transformers, its config, and the whole way on a tiny one."""
+"""ModernBERT against transformers, its config, and the workflow on a tiny one."""
 
 import copy
 import dataclasses
@@ -178,7 +178,7 @@ def test_a_body_takes_a_delta_in_a_bank(tmp_path):
         np.testing.assert_allclose(mixed[row], alone, atol=1e-4)
 
 
-def test_from_what_is_published_to_a_pruned_classifier(tmp_path):
+def test_from_a_published_model_to_a_pruned_classifier(tmp_path):
     theirs = original(TINY | {"architectures": ["ModernBertForMaskedLM"]}, tmp_path / "base")
     model, params = dx.load_model(tmp_path / "base")
     ids, mask = batch()

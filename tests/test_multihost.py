@@ -1,4 +1,4 @@
-"""Two processes, as on two hosts: together they make the model that one makes alone."""
+"""Two processes, as on two hosts, give the same model as one."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def model(seed):
 
 
 def run_together(folder, processes=2, timeout=100):
-    """Their output, once all have ended well; when one fails the others are ended as well."""
+    """The outputs after all succeeded; if one fails, the others are terminated."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

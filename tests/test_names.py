@@ -1,4 +1,4 @@
-"""Names of leaves: one name a leaf, whatever holds the tree."""
+"""Names of leaves: the same for every kind of tree."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ from darex_jax.core.tree import flatten_names, map_named
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.layer = nnx.Linear(4, 4, rngs=rngs)  # two shapes in all, so that little is compiled
+        self.layer = nnx.Linear(4, 4, rngs=rngs)  # only two shapes, to limit compilation
         self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
-        self.value = nnx.Param(jnp.ones(4))  # a name of its own, not a step into a box
+        self.value = nnx.Param(jnp.ones(4))  # an attribute name, not a box
         self.table = nnx.Dict(value=nnx.Param(jnp.ones((4, 4))))
 
 
@@ -60,7 +60,7 @@ def test_other_boxes_and_other_values():
     class Module(eqx.Module):
         value: jax.Array
 
-    for kind in (Head, Flax, Module):  # a field of that name is one
+    for kind in (Head, Flax, Module):  # a field with this name is part of the path
         assert list(flatten_names({"a": kind(jnp.ones(1))})) == ["a.value"]
     assert list(flatten_names({"a": {"value": 1}})) == ["a.value"]
     linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
@@ -69,7 +69,7 @@ def test_other_boxes_and_other_values():
 
 @pytest.mark.parametrize("method", ["to_dense", "matmul"])
 def test_a_part_has_both_methods_of_one(method):
-    """A module with one of the two is a branch like any other."""
+    """A module with only one of the methods is an ordinary branch."""
     kind = jax.tree_util.register_dataclass(
         type("Layer", (), {method: lambda self: None, "__init__": lambda self, w: setattr(self, "w", w)}),
         data_fields=["w"],
@@ -103,8 +103,8 @@ def test_a_state_is_sharded_like_its_dict():
     assert placed["q_proj"]["weight"][...].sharding == shardings["mlp.q_proj.weight"]
 
 
-def test_trees_of_two_kinds_meet_by_name(state):
-    """A module's state and a nested dict from a file are one model."""
+def test_trees_of_two_kinds_are_matched_by_name(state):
+    """A module's state and a nested dict from a file are the same model."""
     pure = nnx.to_pure_dict(state)
     other = jax.tree.map(lambda x: x + 1, pure)
     delta = dx.compute_delta(state, other)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints as base, as fine-tune and as output: the bits that the same tree has in safetensors."""
+"""Orbax checkpoints as base, fine-tuned model and output: the same bits as with safetensors."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.test_resume import save_bert
 
 
 def tree(seed, dtype=jnp.float32):
-    """A model as Flax names it: kernels [in, out], blocks in a list."""
+    """A model with Flax names: kernels [in, out], blocks in a list."""
     rng = np.random.default_rng(seed)
 
     def leaf(*shape):
@@ -45,7 +45,7 @@ def safetensors(path, state):
 
 
 def named(state):
-    """Leaves by their names, lists as their numbers."""
+    """Leaves by name, with list indices in names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {".".join(str(getattr(k, "key", getattr(k, "idx", None))) for k in p): x for p, x in leaves}
 
@@ -78,7 +78,7 @@ def test_the_artifact_is_that_of_the_same_tree_in_safetensors(tmp_path, dtype, m
         assert out.is_orbax and not again.is_orbax
     for other in ("again", "third"):
         same(dx.load_params(tmp_path / "out"), dx.load_params(tmp_path / other))
-    # Anyone's orbax reads it.
+    # Plain orbax reads it.
     with ocp.StandardCheckpointer() as checkpointer:
         theirs = checkpointer.restore((tmp_path / "out").resolve())
     same(theirs, dx.load_params(tmp_path / "again"))
@@ -118,7 +118,7 @@ def test_every_way_that_trees_are_saved(tmp_path):
     assert set(flatten_names(dx.load_params(tmp_path / "nnx"))) == names
 
 
-def test_a_branch_is_named_and_other_names_are_brought_together(tmp_path):
+def test_a_branch_is_selected_and_other_names_are_mapped(tmp_path):
     save(tmp_path / "base", {"ema": tree(0), "params": tree(2)})
     save(tmp_path / "fine", {"ema": tree(1), "params": tree(2)})
     pair = tmp_path / "base", tmp_path / "fine"
@@ -154,7 +154,7 @@ def test_a_branch_is_named_and_other_names_are_brought_together(tmp_path):
     assert "REGEX=NAME" in darex("check", *pair, "--rename", "nothing", code=2).output
 
 
-def test_an_orbax_model_lies_on_a_mesh_and_is_evaluated(tmp_path):
+def test_an_orbax_model_is_loaded_on_a_mesh_and_evaluated(tmp_path):
     base = save_bert(tmp_path / "base")
     fine = tmp_path / "fine"
     darex("train", base, fine, "--steps", 2, "--batch-size", 8, "--limit", 16, "--validation-limit", 8)
@@ -188,7 +188,7 @@ def test_long_arrays_are_read_in_pieces(tmp_path):
         np.testing.assert_array_equal(part, long["b"][1:3, 2:9])
 
 
-def test_what_is_damaged_is_said_in_one_line(tmp_path):
+def test_damage_is_reported_in_one_line(tmp_path):
     whole = save(tmp_path / "c", {"layers": {str(i): {"kernel": np.random.rand(64, 64)} for i in range(2)}})
     for number, target in enumerate(
         sorted(p for p in whole.rglob("*") if p.is_file() and p.stat().st_size > 40)
@@ -208,12 +208,12 @@ def test_what_is_damaged_is_said_in_one_line(tmp_path):
                 found = flatten_names(dx.load_params(copy))
             except FileError as error:
                 assert "\n" not in str(error) and len(str(error)) < 600
-            else:  # what orbax writes beside the arrays is not read
+            else:  # other files of orbax are not read
                 same(unflatten_names(found), dx.load_params(whole))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(tmp_path / "chunks", args=ocp.args.PyTreeSave({"w": np.ones((64, 64))}))
     next(p for p in (tmp_path / "chunks" / "w").iterdir() if not p.name.startswith(".")).unlink()
-    with pytest.raises(FileError, match=r"'w' cannot be read"):  # zeros would be a model, too
+    with pytest.raises(FileError, match=r"'w' cannot be read"):  # missing data must not be read as zeros
         dx.load_params(tmp_path / "chunks")
     save(tmp_path / "outside", {"a": np.ones(3)})
     metadata = tmp_path / "outside" / "_METADATA"

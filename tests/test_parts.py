@@ -1,4 +1,4 @@
-"""Every part, by one table: dense, product and chunks agree, and its bytes come back as they were."""
+"""Every part: dense, matmul and chunks agree, and encoding is lossless."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_part(kind, form):
     dense = np.asarray(part.to_dense())
     assert dense.shape == SHAPE and dense.dtype == np.float32 and np.any(dense)
     close = dict(rtol=1e-6, atol=1e-8) if kind == "low_rank" else dict(rtol=0, atol=0)
-    for length in (1 << 20, 64, 5):  # chunks have the same numbers, wherever they are cut
+    for length in (1 << 20, 64, 5):  # the same numbers with any chunk length
         np.testing.assert_allclose(from_chunks(part, length), dense, **close)
     np.testing.assert_array_equal(jax.jit(lambda p: p.to_dense())(part), dense)
     x = np.random.default_rng(1).normal(size=(2, 3, SHAPE[1])).astype(np.float32)
@@ -102,7 +102,7 @@ def test_part(kind, form):
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_sparse_product_by_entries_and_by_blocks(rows):
-    """23 rows are no multiple of the blocks; 1 input is few for 200 values of 851, 40 are many."""
+    """23 rows are not a multiple of the blocks; 1 input is few for 200 values of 851, 40 are many."""
     rng = np.random.default_rng(0)
     places = np.sort(rng.choice(23 * 37, 200, replace=False)).astype(np.uint32)
     part = Sparse(Values(rng.normal(size=200).astype(np.float32)), places, Q, (23, 37))
@@ -131,7 +131,7 @@ def test_sum_of_parts():
 
 
 def test_random_part_is_prune():
-    """A random part is what `prune` makes, bit for bit."""
+    """A random part equals the result of `prune` bit for bit."""
     delta = {"layer": {"weight": jnp.asarray(DELTA)}}
     expected = dx.prune(jax.random.key(7), delta, 0.9, q=0.3)["layer"]["weight"]
     part = Random(Values(DELTA[np.asarray(expected) != 0]), KEY, Q, 0.9, SHAPE)
@@ -140,7 +140,7 @@ def test_random_part_is_prune():
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_quantised_values_are_least_squares(bits):
-    """No other scale does better for the integers chosen, and more bits do better."""
+    """The scale is optimal for the chosen integers, and more bits are better."""
     x = np.random.default_rng(2).standard_t(4, 4096).astype(np.float32)
     values = quantise(x, bits, dtype=jnp.float32)
     error = np.sum((np.asarray(values.read()) - x) ** 2)
@@ -220,7 +220,7 @@ def test_positions_near_the_entropy_of_their_mask(drop_rate):
 
 
 def test_damaged_streams_are_refused():
-    """Bytes changed, cut or claimed otherwise: an error or other numbers, never a crash or a large array."""
+    """Changed, truncated or mislabelled bytes: an error or other numbers, never a crash or a large array."""
     rng = np.random.default_rng(0)
     places = np.sort(rng.choice(10_000, 500, replace=False)).astype(np.uint32)
     good = [encode(ARRAYS[name]) for name in ARRAYS] + [encode(to_gaps(places))]
@@ -262,7 +262,7 @@ def run(name, budget, tree=TREE):
 
 
 def stored(parts):
-    """Bytes of all arrays before they are coded, positions at their entropy."""
+    """Bytes of all arrays before coding, with positions at their entropy."""
     total = 0.0
     for leaf in jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, Parts)):
         for part in leaf.parts:
@@ -286,12 +286,12 @@ def test_method_keeps_to_its_bytes(name, room):
     assert set(parts) == set(TREE)
     dense = jax.tree.map(lambda p: p.to_dense(), parts, is_leaf=lambda x: isinstance(x, Parts))
     assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, TREE)
-    # Random survivors are not as many as expected to the one, and signs come as they are.
+    # The number of random survivors varies, and signs have a fixed size.
     assert 0.8 * min(room, 0.125) * entries < stored(parts) <= 1.1 * room * entries
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_method_is_deterministic_and_says_less_for_more_room(name):
+def test_methods_are_deterministic_and_better_with_more_room(name):
     def error(room):
         parts = run(name, Budget(bytes_per_parameter=room))
         leaf = parts["layer"]["weight"].to_dense()
@@ -311,12 +311,12 @@ def test_leafwise_methods_take_leaves_alone(name):
     np.testing.assert_array_equal(whole, alone)
 
 
-def test_signs_do_not_fit_every_budget():
+def test_signs_are_refused_for_small_budgets():
     with pytest.raises(DarexError, match=r"0\.125 bytes per parameter"):
         run("sign", Budget(bytes_per_parameter=0.1))
 
 
-def test_budgets_say_one_thing():
+def test_budgets_have_exactly_one_limit():
     for wrong in (
         {},
         {"drop_rate": 0.9, "bytes_per_parameter": 1.0},
@@ -331,7 +331,7 @@ def test_budgets_say_one_thing():
 
 
 def test_resolved_values_are_those_of_least_squares():
-    """Of each row, by a solver of another kind: augmented least squares on the inputs themselves."""
+    """Per row against another solver: augmented least squares on the inputs."""
     x, delta = ROWS["layer"], np.asarray(TREE["layer"]["weight"], np.float64)
     parts = METHODS["resolved"].prune(TREE, Budget(drop_rate=0.8), EVIDENCE, dtype=np.float32)
     found = np.asarray(parts["layer"]["weight"].to_dense())
@@ -369,11 +369,11 @@ def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
     assert seen["bits"] == 4 and seen["kinds"] == {"low_rank", "dense"}
     assert seen["names"] >= {"layer.weight", "layer.bias", "embeddings.weight"}
     assert parts["layer"]["weight"].parts[0].a.bits == 4
-    # An embedding's rank, which is worth most here, has 96 numbers: more than a fifth of 410.
+    # One rank of the embedding, worth most here, needs 96 numbers: more than a fifth of 410.
     tight = distilled(tree, Budget(bytes_per_parameter=0.02), EVIDENCE, bits=4)
     assert tight["embeddings"]["weight"].parts == () and tight["layer"]["weight"].parts
     tight = distilled(tree, Budget(bytes_per_parameter=0.004), EVIDENCE, bits=4)
-    assert tight["layer"]["bias"].parts == ()  # whole it would take more than half
+    assert tight["layer"]["bias"].parts == ()  # stored whole it would take more than half
     seen.clear()
     distilled(tree, Budget(bytes_per_parameter=1e-6), evidence, bits=4)
     assert not seen  # there is nothing to train
@@ -395,7 +395,7 @@ def test_allocated_takes_of_each_matrix_the_kind_that_explains_it():
     curvature = dict.fromkeys(tree, 2.0) | {"unseen": 0.0}
     parts = allocated(tree, Budget(bytes_per_parameter=0.04), Evidence(curvature=curvature), bits=8)
     kinds = {name: [part.kind for part in each.parts] for name, each in parts.items()}
-    assert kinds["bias"] == ["dense"] and kinds["unseen"] == []  # answers do not turn with it
+    assert kinds["bias"] == ["dense"] and kinds["unseen"] == []  # no effect on the outputs
     assert (
         kinds["entries"] == ["sparse"] and kinds["columns"] == ["columns"] and kinds["ranks"] == ["low_rank"]
     )
@@ -434,7 +434,7 @@ def test_distilled_survivors_are_of_linear_layers_and_have_the_bytes_they_may(su
     places = kept != 0
     np.testing.assert_array_equal(kept[places], dense[places])
     if support == "random":
-        np.testing.assert_array_equal(start.key, KEY)  # the mask is that of every method with this key
+        np.testing.assert_array_equal(start.key, KEY)  # the same mask as other methods with this key
     else:
         assert np.abs(dense[~places]).max() <= np.abs(dense[places]).min()
 
@@ -442,7 +442,7 @@ def test_distilled_survivors_are_of_linear_layers_and_have_the_bytes_they_may(su
 @pytest.mark.parametrize("shape", [(40, 9), (9, 40), (12, 12)])
 def test_decompositions_are_numpys(shape):
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    matrix[:, -1] = matrix[:, 0]  # not of full rank
+    matrix[:, -1] = matrix[:, 0]  # rank-deficient
     left, values, right = decompose(matrix)
     np.testing.assert_allclose(values, np.linalg.svd(matrix)[1], atol=1e-5)
     np.testing.assert_allclose(left * values @ right, matrix, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Algorithm 2: which q it visits, where it stops, what it picks."""
+"""Algorithm 2: which q it visits, where it stops, what it chooses."""
 
 import math
 
@@ -9,7 +9,7 @@ from darex_jax.q.search import authors_walk, geometric_grid, linear_grid, search
 
 
 def visited(objective, *args, **kwargs):
-    """The q in the order of their evaluation, and the result."""
+    """The visited q in order, and the result."""
     asked: list[float] = []
 
     def record(q: float) -> float:
@@ -22,7 +22,7 @@ def visited(objective, *args, **kwargs):
 def test_grids_are_exact_decimals():
     asked, found = visited(lambda q: -abs(q - 0.3), linear_grid(0.1, 0.5, 0.1), maximise=True)
     assert asked[:5] == [0.1, 0.2, 0.3, 0.4, 0.5]  # 0.1 + 2 * 0.1 is not 0.3 without rounding
-    # Strictly between the neighbours of 0.3, no second evaluation of 0.3, and 4 worse values end the pass.
+    # Strictly between the neighbours of 0.3, 0.3 is not evaluated again, and 4 worse values end the pass.
     assert asked[5:] == [0.21, 0.22, 0.23, 0.24, 0.25, 0.26, 0.27, 0.28, 0.29, 0.31, 0.32, 0.33, 0.34]
     assert (found.q, found.value, found.plateau) == (0.3, 0.0, (0.3, 0.3))
     assert [q for q, _ in found.curve] == sorted(asked)
@@ -49,7 +49,7 @@ def test_a_refinement_ends_after_more_than_patience_values_in_a_row_without_impr
     assert asked == [1.0, 2.0, 3.0, 4.0, 1.1, 1.2, 1.3, 1.4]
     asked, _ = visited(lambda q: -q, grid, maximise=True, patience=0)
     assert asked == [1.0, 2.0, 3.0, 4.0, 1.1]
-    values = {1.0: 5.0, 1.1: 3.0, 1.2: 3.0, 1.3: 5.0}  # a tie with the best starts the count anew
+    values = {1.0: 5.0, 1.1: 3.0, 1.2: 3.0, 1.3: 5.0}  # a tie with the best resets the count
     asked, found = visited(lambda q: values.get(q, 4.0), grid, maximise=True)
     assert asked[4:] == [1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7] and found.value == 5.0
 
@@ -61,10 +61,10 @@ def test_the_whole_coarse_grid_is_visited_before_a_refinement():
     assert len(asked) == 9 and found.q in (0.8, 0.9)
 
 
-def test_a_flat_objective_keeps_the_first_point_and_says_so():
+def test_a_flat_objective_keeps_the_first_point_and_is_reported():
     found = search_q(lambda q: 0.4, geometric_grid(0.01, 1.0), maximise=True)
     assert found.flat and found.q == 0.01 and found.plateau == (0.01, 1.0)
-    # What is not finite is passed over, even DARE's own point: the next one is kept.
+    # Non-finite values are skipped, even at DARE's own point: the next one is kept.
     found = search_q(lambda q: math.nan if q < 0.02 else 0.4, geometric_grid(0.01, 1.0), maximise=True)
     assert found.flat and found.q == pytest.approx(0.02, abs=1e-3)
     assert not search_q(lambda q: float(q > 0.9), geometric_grid(0.01, 1.0), maximise=True).flat
@@ -100,7 +100,7 @@ def test_values_that_are_not_finite_are_never_chosen():
         lambda q: -math.inf if q < 0.2 else q, linear_grid(0.1, 0.5, 0.1), maximise=False, refinements=0
     )
     assert found.q == 0.2
-    # Passed over: a row of them ends no walk, and is no improvement either.
+    # Skipped: a series of them does not end a walk and is no improvement either.
     gap = {0.12: 3.0, 0.19: 4.0}
     asked, found = visited(lambda q: 2.0 if q == 0.1 else gap.get(q, math.nan), [0.1, 0.2], maximise=True)
     assert found.q == 0.19 and len(asked) == 11
@@ -109,7 +109,7 @@ def test_values_that_are_not_finite_are_never_chosen():
 
 
 @pytest.mark.parametrize("grid", [(0.0, 0.5, 0.1), (0.5, 0.1, 0.1), (0.1, 0.5, 0.0), (0.1, math.inf, 0.1)])
-def test_refuses_a_grid_that_is_none(grid):
+def test_invalid_grids_are_refused(grid):
     with pytest.raises(ValueError, match="need 0 < low <= high and step > 0, got low="):
         linear_grid(*grid)
     with pytest.raises(ValueError, match="need 0 < decay < 1"):
@@ -138,7 +138,7 @@ def test_a_geometric_grid_reaches_its_end():
 
 
 def test_a_whole_coarse_grid_survives_a_hump():
-    """The output change at 0.999 rises before it falls: the authors' rule ends before its best point."""
+    """The output change at 0.999 rises before it falls: the authors' rule stops before the best point."""
 
     def hump(q):
         values = {0.001: 0.62, 0.002: 0.64, 0.004: 0.65, 0.008: 0.66, 0.016: 0.67, 0.032: 0.5}
@@ -148,7 +148,7 @@ def test_a_whole_coarse_grid_survives_a_hump():
     assert authors_walk(hump, (0.001, 0.128, 0.001), maximise=False).q == 0.001
     asked, found = visited(hump, coarse, maximise=False)
     assert found.q == 0.032 and asked[:8] == coarse
-    # A tenth of the distance to each neighbour apart; four worse values above end the pass.
+    # Spaced by a tenth of the distance to each neighbour; four worse values above end the pass.
     assert asked[8:] == [0.0176, 0.0192, 0.0208, 0.0224, 0.024, 0.0256, 0.0272, 0.0288, 0.0304,
                          0.0352, 0.0384, 0.0416, 0.0448]  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_a_whole_coarse_grid_survives_a_hump():
 
 
 def published(objective, l_bound, u_bound, step, decay=0.1):
-    """`find_optimal_param` of the authors' find_q_encoder.py: what it visits, and what it returns."""
+    """`find_optimal_param` of the authors' find_q_encoder.py: visited points, and the result."""
     best_scores, asked = {}, []
     best_score, stop_id = -np.inf, 0
     for initial in np.arange(l_bound, u_bound + step, step):
@@ -179,7 +179,7 @@ def published(objective, l_bound, u_bound, step, decay=0.1):
 
 
 def both_walks(objective, grid, maximise=True):
-    """Asserts that ours visits and finds what the published one does; what that is."""
+    """Asserts that ours visits and finds the same as the published walk; returns both."""
     asked, found = [], None
 
     def ours(q):
@@ -189,7 +189,7 @@ def both_walks(objective, grid, maximise=True):
     found = authors_walk(ours, grid, maximise=maximise)
     sign = 1.0 if maximise else -1.0
     theirs, best = published(lambda q: sign * objective(round(q, 12)), *grid)
-    assert asked == list(dict.fromkeys(round(q, 12) for q in theirs))  # ours asks for no q twice
+    assert asked == list(dict.fromkeys(round(q, 12) for q in theirs))  # ours evaluates no q twice
     assert found.q == round(best, 12) and found.value == objective(found.q)
     assert found.plateau[0] <= found.q <= found.plateau[1]
     return asked, found.q
@@ -206,7 +206,7 @@ def test_the_walk_of_the_readmes_bounds_goes_beyond_them():
 def test_the_walk_stops_after_more_than_three_values_in_a_row_without_improvement():
     asked, best = both_walks(lambda q: -q, (0.1, 0.9, 0.1))
     assert asked[:5] == [0.1, 0.2, 0.3, 0.4, 0.5] and best == 0.1
-    values = iter([5.0, 4.0, 4.0, 4.0, 5.0, 4.0, 4.0, 4.0, 4.0, *[0.0] * 9])  # a tie starts the count anew
+    values = iter([5.0, 4.0, 4.0, 4.0, 5.0, 4.0, 4.0, 4.0, 4.0, *[0.0] * 9])  # a tie resets the count
     assert len([q for q, v in authors_walk(lambda q: next(values), (1.0, 10.0, 1.0), maximise=True).curve
                 if v >= 4.0]) == 9  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_the_walk_stops_after_more_than_three_values_in_a_row_without_improvemen
                                   (0.05, 1.0, 0.07), (0.001, 0.001, 0.05)])  # fmt: skip
 @pytest.mark.parametrize("maximise", [True, False])
 def test_the_walk_is_the_published_one(grid, maximise):
-    """Over objectives with one peak, within the bounds and beyond, steep, in steps, and noisy ones."""
+    """For objectives with one peak, inside and outside of the bounds: smooth, stepped, and noisy."""
     low, high, step = grid
     rng = np.random.default_rng(int(1000 * high))
     sign = 1.0 if maximise else -1.0
@@ -238,7 +238,7 @@ def test_the_walk_is_the_published_one(grid, maximise):
 
 def test_the_walk_passes_over_what_is_not_finite():
     found = authors_walk(lambda q: -q if q > 0.55 else math.nan, (0.1, 0.9, 0.1), maximise=True)
-    assert found.q == 0.56  # five in a row end nothing
+    assert found.q == 0.56  # five in a row do not end the walk
     with pytest.raises(ValueError, match="finite at none of the 9 visited q"):
         authors_walk(lambda q: math.nan, (0.1, 0.9, 0.1), maximise=True)
     with pytest.raises(ValueError, match="need 0 < low <= high"):

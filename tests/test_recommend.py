@@ -1,4 +1,4 @@
-"""darex recommend: what it measures is what prune then does, and its words follow from the numbers."""
+"""darex recommend: its measurements match prune, and its sentences match the numbers."""
 
 import json
 import shlex
@@ -38,7 +38,7 @@ def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     out = tmp_path / "d"
     steps = ["--steps", "3"] if report["chosen"]["steps"] else []
     made = darex(*[str(out) if word == "OUT" else word for word in command[1:]], *steps)
-    assert made["method"] == report["chosen"]["method"]  # of other statistics, since prune holds out nothing
+    assert made["method"] == report["chosen"]["method"]  # with other statistics
     assert abs(made["bytes"] / report["chosen"]["file_bytes"] - 1) < 0.05
 
     facts = report["facts"]
@@ -58,21 +58,24 @@ def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     assert set(tmp_path.iterdir()) == {texts, out}
 
 
-def test_without_texts_the_delta_alone_is_looked_at(folders):
+def test_without_texts_only_the_delta_is_measured(folders):
     base, fine = folders / "bert" / "base", folders / "bert" / "fine"
     report = darex("recommend", base, fine, "--size", "3x")
     assert {t["method"] for t in report["tried"]} == {"dare", "magnitude", "svd"}
     assert all(t["loss"] is None for t in report["tried"]) and report["measure"] is None
     assert report["chosen"]["error"] == min(t["error"] for t in report["tried"])
-    assert "Without texts nothing tells" in report["because"][0] and "--text" in report["because"][1]
+    assert (
+        "Without texts the loss of predictions cannot" in report["because"][0]
+        and "--text" in report["because"][1]
+    )
     refused = CliRunner().invoke(main, list(map(str, ["recommend", base, fine, "--size", "1000x"])))
     assert refused.exit_code == 1 and "at least" in refused.stderr
     both = ["recommend", base, fine, "--size", "3x", "--bytes-per-parameter", 0.1]
     refused = CliRunner().invoke(main, list(map(str, both)))
-    assert refused.exit_code == 2 and "say one of" in refused.stderr
+    assert refused.exit_code == 2 and "pass only one of" in refused.stderr
 
 
-def test_the_words_follow_the_numbers():
+def test_the_sentences_match_the_numbers():
     def advice(dare_loss, tail, stable_rank):
         facts = Facts(1000, 0.01, stable_rank, 384.0, tail)
         tried = [

@@ -1,4 +1,4 @@
-"""Paths of other stores: any command reads and writes where an fsspec URL says."""
+"""Remote paths: commands read from and write to fsspec URLs."""
 
 import json
 import tempfile
@@ -32,7 +32,7 @@ def memory():
 
 @pytest.fixture(scope="module")
 def s3_server():
-    """A server on this machine that speaks S3."""
+    """A local S3 server."""
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
@@ -57,13 +57,13 @@ def put(url, folder):
     return url
 
 
-def test_the_whole_way_lies_elsewhere(tmp_path, root):
+def test_the_workflow_on_remote_paths(tmp_path, root):
     states = {"base": tree(0), "fine": tree(1)}
     for name, state in states.items():
         dx.save_params(tmp_path / name, {"model": unflatten_names(named(state))}, {"model_type": "newest"})
     base, fine = (put(f"{root}/{name}", tmp_path / name) for name in states)
     out = darex("prune", base, fine, f"{root}/deltas/d.safetensors", "-p", 0.5)
-    assert f"sent to {root}/deltas/d.safetensors" in out.output
+    assert f"uploaded to {root}/deltas/d.safetensors" in out.output
     darex("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "here", "-p", 0.5)
     local = fetch(f"{root}/deltas/d.safetensors", tmp_path)
     assert local.read_bytes() == (tmp_path / "here").read_bytes()
@@ -82,16 +82,16 @@ def test_the_whole_way_lies_elsewhere(tmp_path, root):
     }
 
 
-def test_a_branch_and_a_table_lie_elsewhere(tmp_path, memory):
+def test_a_branch_and_a_table_on_remote_paths(tmp_path, memory):
     for i, name in enumerate(("base", "fine")):
         put(f"memory://runs/{name}", save(tmp_path / name, {"ema": tree(i)}))
     darex("prune", "memory://runs/base#ema", "memory://runs/fine#ema", tmp_path / "d", "-p", 0.5)
     assert set(dx.load_delta(tmp_path / "d")) == {"layers"}
     table = darex("eval", tmp_path / "base", "--data", "memory://runs/none.csv", "--text", "a", code=2)
-    assert "--data memory://runs/none.csv has to be a path here" in table.output
+    assert "--data memory://runs/none.csv must be a local path" in table.output
 
 
-def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch):
+def test_failures_are_one_line_and_leave_nothing(tmp_path, memory, monkeypatch):
     nothing = darex("inspect", "memory://nowhere/d", code=1)
     assert "memory://nowhere/d: does not exist" in nothing.output
     assert "unknown protocol" in darex("inspect", "nostore://x/y", code=1).output
@@ -99,7 +99,7 @@ def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch
     failed = darex("prune", tmp_path / "base", tmp_path / "absent", "memory://b/d", "-p", 0.5, code=1)
     assert "sent to" not in failed.output and not memory.exists("/b/d")
     here = darex("train", tmp_path / "base", "memory://b/out", code=2)
-    assert "this has to be a path here" in here.output
+    assert "must be a local path" in here.output
 
     def full(*args, **kwargs):
         raise OSError("quota exceeded\nfor the bucket")
@@ -109,7 +109,7 @@ def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch
         send(tmp_path / "base" / "model.safetensors", "memory://b/x")
     dx.save_params(tmp_path / "fine", {"a": 2 * np.ones((2, 2), np.float32)})
     lost = darex("prune", tmp_path / "base", tmp_path / "fine", "memory://b/d", "-p", 0, code=1)
-    kept = lost.output.split("What was made is in ")[1].strip().removesuffix(".")
+    kept = lost.output.split("The output is kept in ")[1].strip().removesuffix(".")
     assert dx.load_delta(kept)["a"].shape == (2, 2)
     monkeypatch.setattr(
         fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("install gcsfs"))
@@ -118,7 +118,7 @@ def test_what_fails_is_one_line_and_leaves_nothing(tmp_path, memory, monkeypatch
         fetch("gs://b/x", tmp_path)
 
 
-def test_a_directory_is_no_model_before_all_of_it_is_there(tmp_path, memory, monkeypatch):
+def test_an_incomplete_directory_is_not_a_model(tmp_path, memory, monkeypatch):
     dx.save_params(tmp_path / "m", {"a": np.ones((2, 2), np.float32)}, {"model_type": "x"})
     put("memory://b/m", tmp_path / "m")
     order = []
@@ -134,7 +134,7 @@ def test_a_directory_is_no_model_before_all_of_it_is_there(tmp_path, memory, mon
     assert json.loads(memory.cat_file("/b/m/config.json")) == {"model_type": "x"}
 
 
-def test_what_is_read_and_what_is_no_model_is_not_replaced(tmp_path, root):
+def test_inputs_and_other_directories_are_not_replaced(tmp_path, root):
     for i, name in enumerate(("base", "fine")):
         dx.save_params(tmp_path / name, {"a": np.full((2, 2), i, np.float32)})
         put(f"{root}/{name}", tmp_path / name)

@@ -1,4 +1,4 @@
-"""Training that stops and goes on, repeats, and runs from the terminal; on a tiny BERT and a tiny Llama."""
+"""Resuming, repeating and running trainings from the command line, on a tiny BERT and a tiny Llama."""
 
 import dataclasses
 import gc
@@ -52,7 +52,7 @@ SHORT = {"limit": 60, "validation_limit": 20, "checkpoint_every": 3}
 
 @pytest.fixture(scope="module", autouse=True)
 def few_test_examples():
-    """What a run reports at its end is of 48 examples instead of 1,000."""
+    """The final report of a run uses 48 examples instead of 1,000."""
     load = train_module.load_task
 
     def load_few(*arguments):
@@ -65,7 +65,7 @@ def few_test_examples():
 
 
 def save_bert(path):
-    """A tiny BERT that spells its words."""
+    """A tiny BERT with a character-level vocabulary."""
     from transformers import BertTokenizerFast
 
     model, params = init_model(read_model_config(BERT), jax.random.key(0))
@@ -78,7 +78,7 @@ def save_bert(path):
 
 
 def save_llama(path):
-    """A tiny Llama that writes word problems."""
+    """A tiny Llama with the word problems' tokenizer."""
     tokenizer = word_problem_tokenizer()
     config = LLAMA | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     model, params = init_model(read_model_config(config), jax.random.key(0))
@@ -118,10 +118,10 @@ OPTIONS = (
 )  # fmt: skip
 
 
-# Going on.
+# Resuming.
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(bert, whole, tmp_path):
+def test_a_killed_process_resumes_bit_for_bit(bert, whole, tmp_path):
     out, _ = whole
     line = command("train", bert, tmp_path / "killed", *OPTIONS)
     metrics = tmp_path / "killed.run" / "metrics.jsonl"
@@ -164,7 +164,7 @@ def interrupted(base, out, at, **options):
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 7, 11])
-def test_wherever_it_stops(bert, whole, tmp_path, at):
+def test_resuming_from_any_step(bert, whole, tmp_path, at):
     interrupted(bert, tmp_path / "out", at)
     train_run(bert, tmp_path / "out", RECIPE, **SHORT)
     assert weights(tmp_path / "out") == weights(whole[0])
@@ -176,7 +176,7 @@ def newest(out):
 
 
 def large_files(folder):
-    """Those that hold the arrays: orbax keeps some content twice."""
+    """The files with arrays: orbax stores some content twice."""
     return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 1000]
 
 
@@ -198,7 +198,7 @@ def without_its_files(folder):
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_short, without_its_files])
-def test_a_damaged_checkpoint_is_passed_over(bert, whole, tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped(bert, whole, tmp_path, damage):
     interrupted(bert, tmp_path / "out", 10)
     assert newest(tmp_path / "out").name == "9"
     damage(newest(tmp_path / "out"))
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over(bert, whole, tmp_path, damage):
     assert weights(tmp_path / "out") == weights(whole[0])
 
 
-def test_another_command_does_not_go_on(bert, tmp_path):
+def test_another_command_does_not_resume(bert, tmp_path):
     interrupted(bert, tmp_path / "out", 5)
     with pytest.raises(ValueError, match=r"interrupted run with another limit \(60 there, 61 here\)"):
         train_run(bert, tmp_path / "out", RECIPE, **(SHORT | {"limit": 61}))
@@ -216,7 +216,7 @@ def test_another_command_does_not_go_on(bert, tmp_path):
 
 @pytest.fixture
 def kept(tmp_path):
-    """Checkpoints of steps 1 to 5, the best at 2, and the state they are of, times the step."""
+    """Checkpoints of steps 1 to 5, the best at 2, of a state multiplied by the step."""
     checkpoints = Checkpoints(tmp_path / "c", every=1, keep=2, warn=lambda line: None)
     state = {"w": jax.numpy.arange(4.0)}
     assert checkpoints.restore(state) is None and checkpoints.best(state) is None
@@ -243,7 +243,7 @@ def test_the_newest_and_the_best_are_kept(kept):
         Checkpoints(checkpoints.folder, every=0)
 
 
-def test_damage_of_any_file_leads_to_the_one_before(kept):
+def test_damage_of_any_file_falls_back_to_the_previous_checkpoint(kept):
     checkpoints, state = kept
     for step, before in ((5, 4), (4, 2)):
         (checkpoints.folder / f"{step}.json").write_text("{")
@@ -257,7 +257,7 @@ def test_damage_of_any_file_leads_to_the_one_before(kept):
     assert checkpoints.restore(state)[0] == 5
 
 
-def test_what_is_no_damage_is_not_taken_for_it(kept, monkeypatch):
+def test_other_errors_are_not_taken_for_damage(kept, monkeypatch):
     checkpoints, state = kept
 
     def full(*_):
@@ -270,7 +270,7 @@ def test_what_is_no_damage_is_not_taken_for_it(kept, monkeypatch):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch, capfd):
-    """A limit of the size of files stands for a full disk; orbax then fails in many ways and places."""
+    """A file size limit simulates a full disk; orbax then fails in many ways and places."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     keys = jax.random.split(jax.random.key(0), 20)
     state = {str(i): jax.random.normal(key, (10, 1000)) for i, key in enumerate(keys)}
@@ -295,7 +295,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch,
     assert capfd.readouterr().err == ""
 
 
-def test_a_full_disk_is_called_that_whatever_orbax_says(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_whatever_orbax_raises(tmp_path, monkeypatch):
     def closed(*_, **__):
         raise RuntimeError("Event loop is closed")
 
@@ -316,7 +316,7 @@ def test_two_trainings_do_not_share_an_out(bert, tmp_path):
 
 
 def test_the_best_checkpoint_is_returned_if_asked_for(tmp_path):
-    """On one number that grows by about a step of Adam a time; the metric is best in the middle."""
+    """Trains one number that grows by about one Adam step at a time; the metric is best in the middle."""
 
     def loss(model, params, batch, key):
         return -params["w"].sum(), jax.numpy.float32(1)
@@ -367,7 +367,7 @@ def test_a_finished_run_gives_its_result_again(bert, tmp_path):
 # Repeating.
 
 
-def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
+def test_a_run_is_repeated_from_its_manifest(bert, whole, tmp_path):
     out, report = whole
     manifest = json.loads((out / "darex_manifest.json").read_text())
     assert manifest["outputs"] == {"model": report["digest"]} and manifest["options"]["steps"] == 12
@@ -398,10 +398,10 @@ def test_a_run_says_what_it_was_and_is_repeated(bert, whole, tmp_path):
         repeat_run(out.with_name("whole.run") / "manifest.json")
 
 
-# From the terminal.
+# From the command line.
 
 
-def test_a_config_gives_the_options_and_the_command_line_the_last_word(bert, whole, tmp_path):
+def test_a_config_file_gives_defaults_and_the_command_line_takes_precedence(bert, whole, tmp_path):
     out, report = whole
     resolved = out.with_name("whole.run") / "train.toml"
     assert 'optimizer = "adamr"' in resolved.read_text()
@@ -458,7 +458,7 @@ def test_a_decoder_learns_to_answer_problems(llama, tmp_path, lora_rank):
         assert dx.load_adapter(tmp_path / "out")[0].rank == 2
 
 
-def test_what_is_wrong_is_explained_before_anything_is_written(bert, tmp_path):
+def test_errors_are_explained_before_anything_is_written(bert, tmp_path):
     with pytest.raises(ValueError, match="unknown task 'nli'; the tasks are opinions, cola"):
         train_run(bert, tmp_path / "out", RECIPE, task="nli")
     with pytest.raises(ValueError, match="mesh must be DATAxMODEL, such as 4x2, got '8'"):
@@ -495,7 +495,7 @@ def test_a_base_without_a_tokenizer_is_refused(bert, tmp_path):
         train_run(bare, tmp_path / "out", RECIPE)
 
 
-def test_a_changed_config_does_not_go_on_and_is_named_by_a_repeat(bert, tmp_path):
+def test_a_changed_config_does_not_resume_and_is_named_by_a_repeat(bert, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(bert, base)
     train_run(base, tmp_path / "done", RECIPE, **SHORT)
@@ -523,10 +523,10 @@ def test_parts_of_a_mesh_train_the_same_model(bert, whole, tmp_path):
     assert train_run(bert, tmp_path / "later", RECIPE, **SHORT, **options)["digest"] == adapter["digest"]
 
 
-# What is recorded.
+# Metrics.
 
 
-def test_metrics_go_on_from_the_step_they_are_given(tmp_path):
+def test_metrics_continue_from_a_step(tmp_path):
     file = tmp_path / "run" / "metrics.jsonl"
     with metrics_file(file, 8) as write:
         for step in range(4):

@@ -1,4 +1,4 @@
-"""RoBERTa against transformers: what differs from BERT, and the whole way on a tiny one."""
+"""RoBERTa against transformers: differences from BERT, and the workflow on a tiny one."""
 
 import dataclasses
 import json
@@ -54,7 +54,8 @@ def original(hf, path, **options):
 
 
 def batch(length=20):
-    """A full row, one padded on the right, one on the left; with the padding id, as positions need."""
+    """A full row, one padded on the right, one on the left, with the padding id, which positions depend
+    on."""
     ids = np.random.default_rng(0).integers(2, 60, (3, length))
     mask = np.ones((3, length), int)
     mask[1, 13:], mask[2, :6] = 0, 0
@@ -97,7 +98,7 @@ def test_classifier_and_its_gradients_match_transformers(tmp_path):
 
 
 def test_padding_ids_among_the_tokens_take_no_position(tmp_path):
-    """Positions follow the ids alone: a padding id is skipped wherever it stands, masked or not."""
+    """Positions depend on the ids only: a padding id is skipped anywhere, masked or not."""
     theirs = original(TINY | {"architectures": ["RobertaModel"]}, tmp_path)
     model, params = dx.load_model(tmp_path)
     ids, _ = batch()
@@ -108,7 +109,7 @@ def test_padding_ids_among_the_tokens_take_no_position(tmp_path):
         ).last_hidden_state
     out = model(params, ids)
     np.testing.assert_allclose(out.last_hidden_state, expected.numpy(), atol=1e-5)
-    zeros = model(params, ids, np.ones_like(ids), np.zeros_like(ids))  # as a tokenizer may give them
+    zeros = model(params, ids, np.ones_like(ids), np.zeros_like(ids))  # as a tokenizer may return them
     np.testing.assert_array_equal(out.last_hidden_state, zeros.last_hidden_state)
 
 
@@ -116,7 +117,7 @@ def test_names_shapes_and_buffers_are_transformers(tmp_path):
     weights = {name: jnp.asarray(x.numpy()) for name, x in original(TINY, tmp_path).state_dict().items()}
     _, params = dx.load_model(tmp_path)
     assert {n: x.shape for n, x in flatten_names(params).items()} == {n: x.shape for n, x in weights.items()}
-    weights["roberta.embeddings.position_ids"] = jnp.arange(22)[None]  # an old file's
+    weights["roberta.embeddings.position_ids"] = jnp.arange(22)[None]  # from an old file
     dx.save_params(tmp_path, unflatten_names(weights), TINY, overwrite=True)
     _, again = dx.load_model(tmp_path)
     assert flatten_names(again).keys() == flatten_names(params).keys()
@@ -219,7 +220,7 @@ def test_the_head_drops_what_enters_and_what_leaves_its_dense_layer():
     a, b = (model(params, ids, mask, dropout_key=jax.random.key(seed)) for seed in (0, 1))
     np.testing.assert_array_equal(a.last_hidden_state, b.last_hidden_state)
     assert not np.allclose(a.head_hidden, b.head_hidden)
-    params["classifier"]["dense"]["weight"] *= 0  # what enters plays no part now
+    params["classifier"]["dense"]["weight"] *= 0  # its input has no effect now
     params["classifier"]["dense"]["bias"] += 1
     a, b = (model(params, ids, mask, dropout_key=jax.random.key(seed)) for seed in (0, 1))
     np.testing.assert_array_equal(a.head_hidden, b.head_hidden)
@@ -252,7 +253,7 @@ def test_output_change_is_measured_at_the_heads_dense_layer():
     np.testing.assert_allclose(output_change(model, moved, [data], reference), expected, rtol=1e-5)
 
 
-def test_the_whole_way_from_the_terminal(tmp_path):
+def test_the_workflow_from_the_terminal(tmp_path):
     """train, find-q, check, prune, apply, eval on a tiny RoBERTa with a byte-level tokenizer made here."""
     from tokenizers import ByteLevelBPETokenizer
 
@@ -299,7 +300,7 @@ def test_the_whole_way_from_the_terminal(tmp_path):
     ],
 )
 def test_published_checkpoints_give_their_body(tmp_path, family, architecture):
-    """What is on the hub as pretrained has its masked-language head; it is where fine-tuning starts."""
+    """Pretrained models on the hub have a masked-language-model head; fine-tuning starts from the body."""
     hf = TINY | {"model_type": family, "architectures": [architecture]}
     theirs = original(hf, tmp_path / "base")
     model, params = dx.load_model(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""A model over several devices: the rule, the same bits, no communication, and files read in parts."""
+"""Sharding: partitioning rules, equal bits, no communication, and files read in shards."""
 
 import re
 
@@ -21,7 +21,7 @@ from darex_jax.models import build_model, init_model, read_model_config
 BERT = {
     "model_type": "bert",
     "architectures": ["BertForSequenceClassification"],
-    "vocab_size": 61,  # a prime: the table does not divide
+    "vocab_size": 61,  # a prime, so the embedding is not divisible
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -94,7 +94,7 @@ def test_every_matrix_of_a_layer_is_split(config):
         assert spec == expected, name
 
 
-def test_what_does_not_divide_is_on_every_device():
+def test_indivisible_axes_are_replicated():
     mesh = dx.make_mesh(model=4, devices=jax.devices()[:4])
     name = "bert.embeddings.word_embeddings.weight"
     assert param_sharding(mesh, name, (61, 32)).spec == PartitionSpec()
@@ -154,7 +154,7 @@ def test_an_encoder_evaluates_alike():
     sharded = jax.device_put(params, dx.param_shardings(mesh, params))
     rows = {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
     forward = jax.jit(lambda p, b: model(p, **b).logits).lower(sharded, rows).compile()
-    assert COLLECTIVE.search(forward.as_text())  # the sums at the end of each half of a layer
+    assert COLLECTIVE.search(forward.as_text())  # the all-reduce at the end of each half of a layer
     logits = forward(sharded, rows)
     assert logits.sharding.shard_shape(logits.shape) == (4, 2)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
@@ -196,7 +196,7 @@ def test_a_model_is_loaded_onto_a_mesh(saved, dtype):
         assert_bits(loaded, params)
 
 
-def test_each_part_is_read_once_and_nothing_else(saved, monkeypatch):
+def test_each_shard_is_read_once_and_nothing_else(saved, monkeypatch):
     path, params = saved
     mesh, reads = dx.make_mesh(), []
     read_into = SafetensorsFile.read_into
@@ -238,7 +238,7 @@ def test_a_digest_leaves_nothing_on_the_host():
     placed = {n: jax.device_put(x, param_sharding(mesh, n, x.shape)) for n, x in named.items()}
     assert placed["lm_head.weight"].addressable_shards[0].data.shape == (1, 8)
     assert params_digest(unflatten_names(placed)) == params_digest(unflatten_names(named))
-    # The copy that a sharded array keeps once it was looked at.
+    # The host copy that a sharded array caches once it is read.
     assert all(x._npy_value is None for x in placed.values())
     np.asarray(placed["lm_head.weight"])
     assert placed["lm_head.weight"]._npy_value is not None

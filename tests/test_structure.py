@@ -1,4 +1,4 @@
-"""The package's shape: each layer knows only the layers under it, and no name stands for two things."""
+"""The package structure: each layer imports only lower layers, and no public name is also a module."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ LAYERS = (
 
 
 def imported(file):
-    """Every darex_jax module a file imports, inside functions too."""
+    """Every darex_jax module that a file imports, including inside functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
@@ -26,7 +26,7 @@ def imported(file):
             yield from (alias.name for alias in node.names)
 
 
-def test_layers_know_only_what_is_under_them():
+def test_layers_import_only_lower_layers():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(LAYERS)
     for height, layer in enumerate(LAYERS):
@@ -47,7 +47,7 @@ def test_no_public_name_is_a_module():
 
 
 def test_the_algebra_needs_few_packages():
-    """Deltas, masks, pruning and format 1 work where nothing but the package's own dependencies is there."""
+    """Deltas, masks, pruning and format 1 work with the package's own dependencies only."""
     extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     code = f"""
 import sys
@@ -68,7 +68,7 @@ dx.apply_delta(base, dx.magnitude(delta, dx.Budget(drop_rate=0.9)))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_command_says_what_is_missing():
+def test_the_command_reports_missing_packages():
     code = "import sys; sys.modules['click'] = None; from darex_jax.__main__ import main; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1

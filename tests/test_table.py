@@ -1,4 +1,4 @@
-"""One's own examples: files of every format, splits, labels, and the commands that take them."""
+"""A user's own examples: files of every format, splits, labels, and the commands that use them."""
 
 import json
 
@@ -30,7 +30,7 @@ def rows(count, seed=0):
 
 
 def write(path, columns):
-    """Columns as a file of the format that its name says."""
+    """Writes columns to a file in the format of its suffix."""
     kept = datasets.Dataset.from_dict(columns)
     suffix = path.suffix
     if suffix == ".parquet":
@@ -149,7 +149,7 @@ def test_labels_get_the_numbers_that_a_model_has_for_them(tmp_path):
         ({"text": None, "prompt": "sentence", "completion": "other"}, "--pair and --label need --text"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(tmp_path, change, said):
+def test_errors_name_their_place(tmp_path, change, said):
     columns = rows(12)
     columns["holed"] = [*columns["mood"][:3], None, *columns["mood"][4:]]
     columns["mixed"] = [1, 2, None, *columns["number"][3:]]
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, change, said):
         read_task(table(path, **change))
 
 
-def test_what_splits_do_not_share_and_names_that_only_look_like_splits(tmp_path):
+def test_splits_with_other_columns_and_names_that_resemble_splits(tmp_path):
     columns = rows(20)
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -180,7 +180,7 @@ def test_what_splits_do_not_share_and_names_that_only_look_like_splits(tmp_path)
     assert len(read_task(table(write(tmp_path / "a[1].csv", columns))).train) == 16
 
 
-def test_what_is_no_data_is_said(tmp_path, monkeypatch):
+def test_missing_data_is_explained(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DarexError, match=r"broken\.json: cannot be read as json: "):
         read_task(table(tmp_path / "broken.json"))
@@ -229,12 +229,12 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
     assert read_config(fine)["id2label"] == {"0": "bad", "1": "good"}
     monkeypatch.setattr(show, "HALF", 0.0)
     seen = darex("eval", fine, *own, "--metric", "f1", "--json")
-    assert "of memory; eval takes about 2.5 times the model" in seen.stderr
+    assert "of memory; eval needs about 2.5 times the model" in seen.stderr
     scored = json.loads(seen.stdout)
     assert scored["metric"] == trained["test"] and scored["n"] == 6
     again = json.loads(darex("repeat", fine, "--json").stdout)
     assert again["same"]
-    # Another order of the labels in another file: the model's names decide.
+    # Another file has the labels in another order: the model's names determine the indices.
     flipped = {name: values[::-1] for name, values in rows(60).items()}
     turned = write(tmp_path / "turned.jsonl", flipped)
     whole = [json.loads(darex("eval", fine, "--data", d, *own[2:], "--json").stdout) for d in (data, turned)]

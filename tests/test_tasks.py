@@ -89,7 +89,7 @@ def _columns(split: Examples):
 
 
 def write_glue(folder: Path, name: str, train: int = 30, validation: int = 7) -> None:
-    """Made-up parquet files in the hub's columns."""
+    """Synthetic parquet files with the hub's columns."""
     from datasets import Dataset
 
     folder.mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_glue_protocol(name, tmp_path):
     assert task.kind == ("regression" if name == "stsb" else "classification")
     assert task.num_labels == (1 if name == "stsb" else 2)
     assert task.test.labels.dtype == (np.float32 if name == "stsb" else np.int32)
-    assert load_task(name, tmp_path / name).train.texts == task.train.texts  # the task's own folder will do
+    assert load_task(name, tmp_path / name).train.texts == task.train.texts  # the task's folder
 
 
 def test_missing_data_is_explained(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_missing_data_is_explained(tmp_path, monkeypatch):
         ("stsb", "label", lambda x: float("nan"), "nan, expected a finite number"),
         ("stsb", "label", lambda x: 1e300, "1e+300, expected a finite number"),
         ("stsb", "label", lambda x: None, "None, expected a finite number"),
-        # Columns of another type: their first row is named.
+        # Columns of another type: the error names their first row.
         ("mrpc", "sentence2", [7] * 30, "7, expected a string"),
         ("cola", "label", ["1"] * 30, "'1', expected an integer from 0 to 1"),
         ("sst2", "label", [1.0] * 30, "1.0, expected an integer from 0 to 1"),
@@ -199,7 +199,7 @@ def test_a_hub_out_of_reach_is_explained(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        FileNotFoundError, match=r"'nyu-mll/glue' cannot be loaded .*\(ConnectionError\).*--data-dir.*'opinions'"
+        FileNotFoundError, match=r"'nyu-mll/glue' cannot .*\(ConnectionError\).*--data-dir.*'opinions'"
     ):
         load_task("cola")
 

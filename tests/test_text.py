@@ -1,4 +1,4 @@
-"""Text in, text out, with a tiny random Llama and a byte-level tokenizer made on the spot."""
+"""Text generation with a tiny random Llama and a byte-level tokenizer."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def darex(*arguments, code=0):
 
 
 def test_generate_from_the_terminal(folder, opened, tmp_path):
-    """prune -> apply -> generate writes what generate --delta writes, and another text than the base."""
+    """prune -> apply -> generate gives the text of generate --delta, and another one than the base."""
     _, params, _ = opened
     named = flatten_names(params)
     moved = {n: x + 0.3 * jax.random.normal(jax.random.key(len(n)), x.shape) for n, x in named.items()}
@@ -132,12 +132,12 @@ def test_generate_from_the_terminal(folder, opened, tmp_path):
 
 
 def test_a_base_with_a_delta_is_the_restored_directory(folder, opened, tmp_path):
-    """Config, generation config, tokenizer and end tokens: the fine-tune's, by either route."""
+    """Config, generation config, tokenizer and end tokens are the fine-tuned model's either way."""
     model, params, tokenizer = opened
     prompt = PROMPTS[1]
     ids = np.asarray([tokenizer(prompt)["input_ids"]])
     tokens = np.asarray(dx.generate(model, params, ids, np.ones_like(ids), max_new_tokens=20))[0].tolist()
-    end = tokens[5]  # at which the fine-tune ends, and the base does not
+    end = tokens[5]  # an end token of the fine-tuned model only
     base, fine, delta, out = (tmp_path / name for name in ("base", "fine", "delta", "out"))
     config = json.loads((folder / "config.json").read_text())
     head = params["lm_head"]["weight"]
@@ -157,7 +157,7 @@ def test_a_base_with_a_delta_is_the_restored_directory(folder, opened, tmp_path)
     texts = [darex("generate", *way, *options).stdout for way in ((base, "--delta", delta), (out,), (base,))]
     assert texts[0] == texts[1] != texts[2]
     assert len(texts[0]) <= 6 < len(texts[2])
-    # The answers to problems, and their records, too.
+    # The same for answers to problems and their records.
     scores = []
     for i, way in enumerate(((base, "--delta", delta), (out,))):
         records = tmp_path / f"records{i}"
@@ -166,11 +166,13 @@ def test_a_base_with_a_delta_is_the_restored_directory(folder, opened, tmp_path)
         scores.append(records.read_text())
     assert scores[0] == scores[1] and f'"eos_token_id": {sorted([2, end])}' in scores[0]
     (fine / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is '</s>', expected a token id"):
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: eos_token_id is '</s>', expected a token id"
+    ):
         open_model(fine)
 
 
-def test_changed_files_of_the_base_are_taken_if_allowed(folder, opened, tmp_path):
+def test_changed_files_of_the_base_are_used_if_allowed(folder, opened, tmp_path):
     base, delta = tmp_path / "base", tmp_path / "delta"
     config = json.loads((folder / "config.json").read_text())
     dx.save_params(base, opened[1], config, companions_from=folder)
@@ -184,8 +186,8 @@ def test_changed_files_of_the_base_are_taken_if_allowed(folder, opened, tmp_path
         assert told.count("warning:") == 1 and "did not exist" in told and "allowed" in told
 
 
-def test_a_field_of_a_tool_is_no_obstacle(folder, tmp_path):
-    """A note of unsloth's is taken; what might change the mathematics needs a word."""
+def test_fields_of_fine_tuning_tools_are_accepted(folder, tmp_path):
+    """Metadata of unsloth is accepted; fields that might change outputs need an option."""
     _, params = dx.load_model(folder)
     config = json.loads((folder / "config.json").read_text())
     dx.save_params(tmp_path / "m", params, config | {"unsloth_fixed": True}, companions_from=folder)
@@ -215,7 +217,7 @@ smollm2 = os.environ.get("DAREX_SMOLLM2")
 
 @pytest.mark.skipif(not smollm2, reason="DAREX_SMOLLM2 does not name a folder made by experiments/smollm2.py")
 def test_smollm2_is_pytorchs():
-    """Real weights: logits within 1e-3 of logits around 30, and 64 greedy tokens alike."""
+    """Real weights: logits within 1e-3 at magnitudes of about 30, and 64 equal greedy tokens."""
     import torch
 
     path = Path(str(smollm2))

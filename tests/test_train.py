@@ -46,7 +46,7 @@ def tiny():
 
 
 def sentences(n: int, seed: int, longest: int = 16) -> Encoded:
-    """Rows of 5 to `longest` ids; the label says whether the second id is from the upper half."""
+    """Rows of 5 to `longest` ids; the label is whether the second id is from the upper half."""
     rng = np.random.default_rng(seed)
     ids = [[1, *rng.integers(2, 40, rng.integers(4, longest)).tolist()] for _ in range(n)]
     labels = np.array([row[1] >= 21 for row in ids], np.int32)
@@ -54,7 +54,7 @@ def sentences(n: int, seed: int, longest: int = 16) -> Encoded:
 
 
 def train(tiny, **changes):
-    """A short run with a fixed recipe, but for `changes`; some of them are of the loop."""
+    """A short run with a fixed recipe except for `changes`, some of which are arguments of the loop."""
     loop = {name: changes.pop(name) for name in LOOP & changes.keys()}
     recipe = Recipe(**({"learning_rate": 3e-3, "batch_size": 16, "steps": 6} | changes))
     return fine_tune(*tiny, sentences(200, seed=0), recipe, **({"key": jax.random.key(7)} | loop))
@@ -137,7 +137,7 @@ def test_the_schedule_rises_and_falls_in_lines():
 
 
 def test_the_rate_is_the_hosts_and_a_float32s():
-    """No operation of a device, which would be waited for behind the steps under way."""
+    """Computed without device operations, which would wait for queued steps."""
     for steps, ratio in ((7, 0.3), (1000, 0.1), (333, 0.0)):
         rate = warmup_linear(3e-4, steps, ratio)
         warmup = int(ratio * steps)
@@ -147,16 +147,16 @@ def test_the_rate_is_the_hosts_and_a_float32s():
 
 
 def test_rematerialisation_trains_the_same(tiny):
-    """Dropout included; its key is the layer's both times."""
+    """Including dropout, which uses the same key in both passes."""
     (a, history), (b, again) = (train(tiny, remat=remat, steps=3) for remat in (False, True))
     assert [h.loss for h in history] == pytest.approx([h.loss for h in again], rel=1e-6)
     a, b = flatten_names(a), flatten_names(b)
     for name, leaf in a.items():
-        if not name.endswith("key.bias"):  # whose gradient is rounding alone: softmax does not see it
+        if not name.endswith("key.bias"):  # its gradient is only rounding: softmax is invariant to it
             np.testing.assert_allclose(leaf, b[name], atol=1e-5, err_msg=name)
 
 
-def test_the_command_hands_everything_on(monkeypatch, tmp_path):
+def test_the_command_passes_all_options_on(monkeypatch, tmp_path):
     seen = {}
 
     def train_run(base, out, recipe, **options):
@@ -184,7 +184,7 @@ def test_matrices_decay_and_vectors_do_not(tiny):
         np.testing.assert_allclose(flatten_names(decayed)[name], expected, atol=1e-7)
 
 
-def test_example_losses_by_hand():
+def test_example_losses_match_explicit_values():
     logits = jnp.array([[0.0, 0.0], [2.0, 0.0]])
     expected = [np.log(2), np.log(1 + np.exp(2))]
     np.testing.assert_allclose(example_losses(logits, jnp.array([0, 1])), expected, rtol=1e-6)
@@ -211,7 +211,7 @@ def test_divergence_and_wrong_arguments_are_explained(tiny):
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(tiny):
-    """Without dropout, accumulating gives the same step up to rounding, also with rows that fill up."""
+    """Without dropout, accumulation gives the same step up to rounding, also with padding rows."""
     (whole, one), (parts, four) = (
         train(tiny, accumulate=n, batch_size=128, steps=4, dropout=False) for n in (1, 4)
     )
@@ -248,7 +248,7 @@ def test_adamr_keeps_the_delta_small_and_leaves_a_fresh_head_alone(tiny):
         np.abs(params["classifier"]["weight"] - base["classifier"]["weight"]).max()
         for params, _ in runs.values()
     ]
-    assert min(heads) > 0.02  # as far as without a pull
+    assert min(heads) > 0.02  # as much as without a pull
     with pytest.raises(ValueError, match="optimizer is adamw or adamr, got 'sgd'"):
         train(tiny, optimizer="sgd")
 
@@ -268,7 +268,7 @@ def test_the_delta_is_measured_where_there_is_a_pretrained_value(tiny):
     assert history[-1].delta_max == pytest.approx(np.abs(entries).max(), rel=1e-5)
 
 
-def test_what_is_frozen_stays_and_plays_its_part(tiny):
+def test_frozen_parameters_are_used_and_unchanged(tiny):
     model, base = tiny
     head, body = {"classifier": base["classifier"]}, without_head(base)
     recipe = Recipe(learning_rate=3e-3, steps=5, batch_size=16, dropout=False)
@@ -318,7 +318,7 @@ def test_pruned_params_rescale_what_has_a_delta(tiny, changed):
     assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_another_q_compiles_nothing(tiny, changed):
+def test_another_q_does_not_recompile(tiny, changed):
     model, base = tiny
     delta, batches = changed
     reference = reference_outputs(model, base, batches)
@@ -341,7 +341,7 @@ def test_output_change_is_the_mean_over_real_tokens(tiny, changed):
     pruned = pruned_params(base, delta, jax.random.key(0), 0.0, 0.5)
     assert output_change(model, base, batches, reference_outputs(model, base, batches)) == 0.0
     total, count, run = 0.0, 0, jax.jit(model)
-    for batch in batches:  # the same sum over real rows and tokens, spelled out
+    for batch in batches:  # the same sum over rows and tokens without padding, explicitly
         near, far = (run(p, *(batch[n] for n in INPUTS)).last_hidden_state for p in (base, pruned))
         for b in range(len(batch["weight"])):
             if batch["weight"][b]:

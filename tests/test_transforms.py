@@ -1,4 +1,4 @@
-"""Every public function of the algebra, under every transformation of JAX and on every kind of tree."""
+"""Every public function of the algebra under all JAX transformations and on every kind of tree."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from darex_jax.core.tree import flatten_names, unflatten_names
 
 KEY = jax.random.key(7)
 
-# Each takes two trees, fine and base, and uses the first for its delta where it takes one tree.
+# Each has two arguments, fine and base; functions of one tree use the first as the delta.
 FUNCTIONS = {
     "compute_delta": dx.compute_delta,
     "apply_delta": lambda fine, base: dx.apply_delta(base, fine),
@@ -104,10 +104,10 @@ def assert_same(left, right, exact=True):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_tree(kind):
-    """The result is a tree of the same kind, with the values that the nested dict of its names has."""
+    """The result is a tree of the same kind, with the same values as for a nested dict."""
     fine, base = pair(kind)
     for name, function in FUNCTIONS.items():
-        if name == "adapter_delta":  # which makes its own tree
+        if name == "adapter_delta":  # which returns its own tree
             continue
         out = function(fine, base)
         assert type(out) is type(fine), name
@@ -147,17 +147,17 @@ def test_every_transformation(name):
     function, (fine, base) = FUNCTIONS[name], pair()
     plain, swapped = function(fine, base), function(base, fine)
     found = jax.jit(lambda fine, base: all_transforms(function, fine, base))(fine, base)
-    exact = name not in ("output_error_bound", "adapter_delta")  # sums, which programs order differently
+    exact = name not in ("output_error_bound", "adapter_delta")  # sums, whose order depends on the program
     assert_same(found["jit"], plain, exact)
     assert_same(found["vmap"], jax.tree.map(lambda a, b: jnp.stack([a, b]), plain, swapped), exact)
 
     is_mask = jax.tree.leaves(plain)[0].dtype == bool
     slopes = jax.tree.leaves(found["grad"])
     assert all(np.isfinite(leaf).all() for leaf in slopes)
-    assert is_mask != any(leaf.any() for leaf in slopes)  # a mask has no slope
+    assert is_mask != any(leaf.any() for leaf in slopes)  # masks have no gradient
     np.testing.assert_allclose(found["jvp"], found["slope along fine"], rtol=1e-4, atol=1e-5)
 
-    # Whole leaves, the same on both devices; and one block of rows each, which is a leaf of its own.
+    # Replicated leaves, and one block of rows per device, which is then the leaf.
     assert_same(found["whole"], plain, exact)
     rows = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (fine, base)) for i in range(2)]
     blocks = [function(*part) for part in rows]
@@ -171,7 +171,7 @@ def test_every_transformation(name):
 
 @pytest.mark.parametrize("name", ["prune", "random_mask", "structured_mask", "apply_delta"])
 def test_transformations_outside_of_a_program(name):
-    """Where nothing is compiled around them, functions compile what they do themselves."""
+    """Without an enclosing jit, functions compile their own parts."""
     function, (fine, base) = FUNCTIONS[name], pair()
     slope = jax.grad(lambda fine: total(function(fine, base)))(fine)
     jitted = jax.jit(jax.grad(lambda fine: total(function(fine, base))))(fine)
@@ -216,7 +216,7 @@ def test_q_and_key_may_be_mapped():
         assert_same(jax.tree.map(lambda x, i=i: x[i], mapped), dx.prune(keys[i], fine, 0.5, qs[i]))
 
 
-def test_shapes_stand_for_arrays_where_values_play_no_part():
+def test_shapes_replace_arrays_where_values_are_not_needed():
     fine, _ = pair("nnx.State")
     shapes = jax.eval_shape(lambda: fine)
     assert_same(dx.random_mask(KEY, shapes, 0.5), dx.random_mask(KEY, fine, 0.5))
@@ -229,7 +229,7 @@ def test_shapes_stand_for_arrays_where_values_play_no_part():
 
 
 def test_a_module_with_functions_in_it():
-    """Equinox's modules have leaves that are no arrays: named in errors, kept where nothing is added."""
+    """Equinox modules have leaves that are not arrays: named in errors, kept if nothing is added."""
 
     class Network(eqx.Module):
         w: jax.Array
@@ -248,7 +248,7 @@ def test_a_module_with_functions_in_it():
 
 
 def test_float64_leaves_are_computed_in_float64():
-    """Under x64; what float32 cannot tell apart stays apart."""
+    """Under x64; differences below float32's resolution are preserved."""
     with jax.enable_x64(True):
         base = {"w": jnp.array([1.0, 1.0, 2.0, 1e-290])}
         fine = {"w": base["w"] * (1 + 2.0**-40)}
@@ -280,7 +280,7 @@ def test_float16_overflows_where_the_quotient_does_and_nowhere_else():
     assert np.isinf(expected).tolist() == [False, False, True, True, False]
     for pruned in (dx.prune(KEY, delta, 0.0, 1e-6), dx.rescale(delta, 1e-6)):
         np.testing.assert_array_equal(pruned["w"], expected)
-    # The way of the docs: the delta in float32, rounded once as it is added.
+    # As in the docs: the delta in float32, rounded once when it is added.
     base = {"w": jnp.array([-1.0, 0.5, 1.0, 1.0, 1.0], jnp.float16)}
     wide = dx.prune(KEY, dx.compute_delta(delta, base), 0.0, 1e-6)
     assert wide["w"].dtype == jnp.float32 and np.isfinite(wide["w"]).all()

@@ -57,7 +57,7 @@ def test_every_sum_is_right_and_the_last_one_is_the_answer(problems):
             assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[sign] == int(result)
         assert p.answer == gold_answer(p.solution) == int(sums[-1][-1])
         assert extract_answer(metamath_solution(p.solution)) == p.answer
-        # What is worked with was told or worked out before, and everything told is used.
+        # Operands were stated or computed before, and everything stated is used.
         known = Counter(numbers(p.question)) + Counter(int(s[-1]) for s in sums)
         used = {int(n) for s in sums for n in (s[0], s[2])}
         assert set(numbers(p.question)) <= used <= set(known)
@@ -78,13 +78,13 @@ def test_every_sum_is_right_and_the_last_one_is_the_answer(problems):
     ],
 )
 def test_plain_questions_mean_what_they_say(problems, pattern, answer):
-    """The answer worked out from the question alone, for the forms that a pattern can read."""
+    """The answer computed from the question only, for forms that a pattern can parse."""
     found = [(m, p.answer) for p in problems.train if (m := re.fullmatch(pattern, p.question))]
     assert len(found) >= 5
     assert all(answer(*map(Fraction, match.groups())) == expected for match, expected in found)
 
 
-def test_guessing_does_not_get_far(problems):
+def test_guessing_scores_low(problems):
     train, test = (Counter(p.answer for p in split) for split in (problems.train, problems.test))
     commonest = train.most_common(1)[0][0]
     size = len(problems.test)
@@ -111,7 +111,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def test_texts_come_back_to_the_letter(problems, tokenizer):
+def test_texts_round_trip_exactly(problems, tokenizer):
     for p in problems.test[:200]:
         for text in (gsm8k_prompt(p.question), p.solution, metamath_solution(p.solution)):
             ids = tokenizer(text)["input_ids"]
