@@ -1,12 +1,12 @@
-"""Time and memory of one optimizer step on a tree of 100 M float32 parameters, beside peers, in one run.
+"""Time and memory of one optimizer step on 100 M float32 parameters, compared with peers.
 
     python benchmarks/adamr.py [--json FILE]
 
-Every round runs every method once, so that a noisy machine treats them alike; the median over rounds is
+Every round runs every method once, so that machine noise affects all alike; the median over rounds is
 reported, with the fastest and the slowest. Parameters and state are donated. Clipping is by global norm: in
-optax's chain, and as the training loop does it, where the norm that clips also feeds AdamR. "published" is
-Algorithm 1 as its authors' PyTorch code runs it, tensor by tensor, which first copies the whole pretrained
-model in every step. Memory is what XLA reports for the compiled step beyond its arguments and results.
+optax's chain, and as in the training loop, where the norm is also passed to AdamR. "published" is Algorithm 1
+as in its authors' PyTorch code, tensor by tensor, which first copies the whole pretrained model in every
+step. Memory is what XLA reports for the compiled step beyond its arguments and results.
 """
 
 import argparse
@@ -90,7 +90,7 @@ METHODS = {
 
 
 def compiled(name: str, params: dict, grads: dict, pretrained: dict) -> tuple[Callable[[], None], int]:
-    """A function that takes one step, and the compiled step's temporary bytes."""
+    """A function that runs one step, and the compiled step's temporary bytes."""
     update, transform = METHODS[name]
 
     def step(params, state, grads, pretrained):
@@ -108,7 +108,7 @@ def compiled(name: str, params: dict, grads: dict, pretrained: dict) -> tuple[Ca
 
 
 class Published:
-    """Algorithm 1 in PyTorch, in the passes that its authors' code makes."""
+    """Algorithm 1 in PyTorch, with the same passes as its authors' code."""
 
     def __init__(self, params: dict, grads: dict, pretrained: dict):
         self.params, self.grads, self.pretrained = (
@@ -158,7 +158,7 @@ def main() -> None:
         for name, run in runs.items():
             begun = time.perf_counter()
             run()
-            if turn:  # the first warms up
+            if turn:  # the first is a warm-up
                 times[name].append(time.perf_counter() - begun)
     size = sum(x.size for x in params.values())
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -167,7 +167,7 @@ def main() -> None:
     results = {}
     for name, seconds in times.items():
         base = "adamw, clip" if "clip" in name else "adamw"
-        # Round by round: what slows the machine down slows both.
+        # Ratios per round: machine noise affects both alike.
         ratios = [s / b for s, b in zip(seconds, times[base], strict=True)]
         results[name] = {
             "ms": [round(1e3 * f(seconds), 1) for f in (statistics.median, min, max)],

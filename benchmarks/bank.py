@@ -1,12 +1,12 @@
-"""What a bank of deltas costs: a switch against a load and PEFT's switch, a mixed batch against its peers.
+"""Costs of a bank of deltas: switching against loading and PEFT, mixed batches against alternatives.
 
     python benchmarks/bank.py [--json benchmarks/results/bank.json]
 
-The base is MiniLM-L6, the deltas are those of four fine-tunes made up of it (seeded noise of rank 12 and
-noise of full rank, and a head), pruned to 0.01 bytes a parameter; beyond four the same files stand in the
-bank under several names. A batch has 32 rows of 64 tokens. Times are medians of ROUNDS rounds taken in turn,
-so that what else the machine does falls on all alike; a ratio is the median of each round's own. PEFT (from
-the test extra) holds the low-rank deltas as `darex export` writes them. The table goes beside the JSON.
+The base is MiniLM-L6, the deltas are of four synthetic fine-tuned models (seeded noise of rank 12 and of full
+rank, and a head), pruned to 0.01 bytes per parameter; beyond four the same files are added under several
+names. A batch has 32 rows of 64 tokens. Times are medians of ROUNDS interleaved rounds; ratios are medians of
+the ratios per round. PEFT (from the test extra) uses the low-rank deltas exported by `darex export`. The
+table is written beside the JSON.
 """
 
 import argparse
@@ -39,7 +39,7 @@ METHODS = {"low rank": ["svd", "--bits", "4"], "sparse": ["magnitude", "--bits",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = make_deltas(Path(folder))
@@ -89,7 +89,7 @@ def run_quietly(*arguments: object) -> None:
 
 
 def switches(files: list[Path], folder: Path) -> dict:
-    """Seconds of an activation, and of loading the same model from a checkpoint."""
+    """Seconds of activating a delta, and of loading the same model from a checkpoint."""
     bank = dx.DeltaBank(*dx.load_model(demo_weights()))
     for i, file in enumerate(files):
         bank.add(str(i), file)
@@ -112,7 +112,7 @@ def switches(files: list[Path], folder: Path) -> dict:
 
 
 def batches(files: list[Path]) -> list[dict]:
-    """Seconds of a batch: the merged model alone, one model a delta in turn, and mixed."""
+    """Seconds per batch: the merged model alone, one model per delta in turn, and mixed."""
     run = jax.jit(lambda model, params, ids: model(params, ids).logits, static_argnums=0)
     ids = jax.random.randint(jax.random.key(0), (ROWS, TOKENS), 1000, 20000)
     rows = []
@@ -150,8 +150,8 @@ def with_peft(files: list[Path], folder: Path) -> dict:
     for file in files:
         adapters.append(folder / f"{file.stem}-adapter")
         run_quietly("export", file, adapters[-1], "--to", "peft", "--base", demo_weights())
-        # In a mixed batch PEFT takes no module that is saved whole, and no embedding of positions, whose
-        # batch is one row: these are the base's here.
+        # In a mixed batch PEFT supports neither modules saved whole nor position embeddings, whose batch has
+        # one row: these are the base's here.
         config = json.loads((adapters[-1] / "adapter_config.json").read_text())
         layers = [name for name in config["target_modules"] if "embeddings" not in name]
         config |= {"modules_to_save": None, "task_type": None, "target_modules": layers}
@@ -183,7 +183,7 @@ def with_peft(files: list[Path], folder: Path) -> dict:
 
 
 def in_turn(runs: dict) -> dict:
-    """Median seconds of each, and of the ratios to the first, of rounds in which all are run."""
+    """Median seconds of each, and median ratios to the first, over rounds that run all."""
     for run in runs.values():
         run()
         run()

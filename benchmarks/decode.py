@@ -1,9 +1,9 @@
-"""Greedy decoding: time to first token and tokens a second, beside `transformers` generate in PyTorch.
+"""Greedy decoding: time to first token and tokens per second, compared with `transformers` in PyTorch.
 
     python benchmarks/decode.py --model SMOLLM2      # see experiments/smollm2.py
 
-Same weights, prompts, batch and number of tokens; every round runs both, in turns; both give the same tokens.
-Without --model: random weights of SmolLM2-135M's shape. Compilation and the first run are not counted.
+Same weights, prompts, batch and number of tokens; rounds are interleaved; both give the same tokens. Without
+--model: random weights of SmolLM2-135M's shape. Compilation and the first run are excluded.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="also write the results as JSON")
     options = parser.parse_args()
     path = options.model
     if path is None:

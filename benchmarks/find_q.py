@@ -1,18 +1,17 @@
-"""What it takes to find q: the sweep beside the plain PyTorch way, Algorithm 3 beside the published scan.
+"""Time to find q: the sweep against plain PyTorch, Algorithm 3 against the published scan.
 
     python benchmarks/find_q.py --fine FINE [--base BASE] [--data-dir DIR --task sst2] [--json FILE]
 
 FINE is a fine-tuned MiniLM (`darex train`), BASE its base; without --data-dir the examples are generated.
 
-The sweep: the same values of q, masks and examples, the metric of each. The plain way has the masks' bits
-drawn beforehand, where ours draws them anew; for every value and mask it rebuilds the pruned state dict,
-loads it into the PyTorch model and evaluates it, batches padded to their longest row: 32 rows in the order of
-the data set, or as many as ours and sorted by length like ours. "from disk" also reads both models and draws
-the mask for every value. Everything is warmed up; ours is also timed once with the compilation in it. `loop`
-and `vmap` are one batch at four values.
+The sweep: the metric for the same values of q, masks and examples. Plain PyTorch has precomputed masks, where
+ours recomputes them; for every value and mask it rebuilds the pruned state dict, loads it into the model and
+evaluates it, with batches padded to their longest row: 32 rows in data set order, or as many as ours and
+sorted by length like ours. "from disk" also reads both models and draws the mask for every value. Everything
+is warmed up; ours is also timed once including compilation. `loop` and `vmap` are one batch at four values.
 
 The solver: q of every row of a layer with random weights. `scan` is the published loop over float16 tensors,
-`rows` the time from the layer's delta to its rows' sums, `exact` the closed form on these, `emulated` the
+`rows` the time for the row sums of the layer's delta, `exact` the closed form on these, `emulated` the
 published rule on these. Medians of rounds, with the fastest and the slowest.
 """
 
@@ -46,7 +45,7 @@ DROP_RATE, PROB = 0.99, 0.95
 VALUES = [0.01, 0.014, 0.02, 0.028, 0.04, 0.057, 0.08, 0.11]
 LAYERS = {"768 x 3072": (768, 3072), "4096 x 11008": (4096, 11008)}
 ROUNDS = 5
-ROWS = 32  # of a batch of the plain way
+ROWS = 32  # per batch of plain PyTorch
 
 
 def timed(function, *args):
@@ -56,7 +55,7 @@ def timed(function, *args):
 
 
 def each(function, *args, calls: int = 100):
-    """As `timed`, per call of so many in a row: for what takes microseconds."""
+    """As `timed`, per call of `calls` in a row, for functions that take microseconds."""
     seconds, result = timed(lambda: [function(*args) for _ in range(calls)])
     return seconds / calls, result[-1]
 
@@ -102,7 +101,7 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
         results = []
         for q in values:
             tuned = transformers.AutoModelForSequenceClassification.from_pretrained(fine).state_dict()
-            transformers.AutoModel.from_pretrained(base)  # its values are in `origin`; reading is what counts
+            transformers.AutoModel.from_pretrained(base)  # to time the reading; its values are in `origin`
             torch.manual_seed(0)
             drawn = {n: torch.rand(t.shape) < 1 - DROP_RATE for n, t in tuned.items() if n in names}
             results.append(torch_metric(q, drawn, list(range(len(data))), ROWS))
@@ -174,9 +173,9 @@ def sweep(base: Path, fine: Path, task_name: str, data_dir: Path | None, example
 
 
 def published_scan(delta: torch.Tensor, mean: torch.Tensor, eta: float, whole: bool = False) -> float:
-    """The loop of the published code, made for float16: rows' sums are taken at every step, it ends early.
+    """The loop of the published code, in float16: computes row sums in every step and stops early.
 
-    Args: whole: to its end, what it would take to visit every value. Returns: the mean q.
+    Args: whole: do not stop early, to time a visit of every value. Returns: the mean q.
     """
     c = delta * mean
     best = torch.full((len(delta),), 10_000.0, dtype=delta.dtype)
@@ -224,7 +223,7 @@ def solver(eta: float = 0.4) -> dict:
                 "scan": scan[1],
             },
         }
-        if delta.size < 1e7:  # it takes minutes on the other
+        if delta.size < 1e7:  # takes minutes on the larger one
             taken, q = timed(published_scan, torch.tensor(delta), torch.tensor(mean), eta, True)
             results[name] |= {"seconds_of_a_scan_to_its_end": taken, "its_mean_q": q}
     return results

@@ -1,4 +1,4 @@
-"""On a GPU: pruning against the card's own copy, and AdamR against `optax.adamw`, in one run.
+"""On a GPU: pruning against a device copy, and AdamR against `optax.adamw`.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json      # or make test-gpu, with the tests
 
@@ -69,7 +69,7 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         for name, method in found.items():
             begun = time.perf_counter()
             jax.block_until_ready(method())
-            if number > 1:  # the first compile
+            if number > 1:  # the first rounds compile
                 times[name].append(time.perf_counter() - begun)
     return times
 

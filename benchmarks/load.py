@@ -3,10 +3,10 @@
     python benchmarks/load.py --folder /some/scratch
 
 A Llama-shaped checkpoint of 0.47 B float32 parameters is loaded over 8 simulated CPU devices and saved
-again. The devices' memory is the host's here, so what the parameters take is taken off: what is left of the
-peak is the overhead. Beside it, the usual way: the whole file into NumPy arrays, then `jax.device_put`, and
-the whole model back into NumPy arrays to save it. Memory is private (anonymous resident pages), sampled from
-the process's own accounting; each way has a process of its own.
+again. The devices' memory is host memory here, so the size of the parameters is subtracted from the peak to
+get the overhead. For comparison: the whole file as NumPy arrays, then `jax.device_put`, and the whole model
+back to NumPy arrays to save it. Memory is private (anonymous resident pages), sampled from /proc; each
+variant has its own process.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def private_memory() -> int:
 
 
 def peak_of(function: Callable[[], Any]) -> tuple[Any, float, int]:
-    """The result, its seconds and the highest private memory meanwhile."""
+    """The result, its seconds and the peak private memory."""
     peak, done = private_memory(), threading.Event()
 
     def watch() -> None:
@@ -82,7 +82,7 @@ def save(way: str, path: Path, params: Any) -> None:
 
 
 def measure(way: str, folder: Path, dtype: Any) -> dict[str, float]:
-    """One way, in this process."""
+    """Measures one variant in this process."""
     jax.block_until_ready([jax.device_put(np.zeros(8), device) for device in jax.devices()])
     before = private_memory()
     params, load_seconds, load_peak = peak_of(lambda: load(way, folder / "base", dtype))
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--measure", nargs=2, help=argparse.SUPPRESS
-    )  # way and dtype, in a process of its own
+    )  # variant and dtype, in a separate process
     options = parser.parse_args()
     folder = options.folder / "float32"
     if options.measure:

@@ -1,9 +1,9 @@
-"""Nanoseconds a parameter of the mask, of drop + rescale, and of the whole prune, beside peers, in one run.
+"""Nanoseconds per parameter of the mask, of drop + rescale, and of the whole prune, compared with peers.
 
     taskset -c 0 python benchmarks/mask.py
 
-Buffers are reused (donated) where a method can; every round runs every method once, so that a noisy
-machine treats them alike; the median over rounds is reported, with the fastest and the slowest.
+Buffers are reused (donated) if a method supports it; every round runs every method once, so that machine
+noise affects all alike; the median over rounds is reported, with the fastest and the slowest.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def methods(size: int, dtype: str) -> dict[str, Callable[[], object]]:
     def jax_bernoulli_prune() -> None:
         buffers["bernoulli"] = bernoulli_prune(buffers["bernoulli"], key).block_until_ready()
 
-    def torch_prune() -> None:  # drawn as the published code does, from a tensor of the rate
+    def torch_prune() -> None:  # as in the published code, from a tensor filled with the rate
         keep = torch.bernoulli(torch.full_like(tensor, 0.01))
         torch.mul(tensor, keep).div_(q)
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1 << 24)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", help="also write the figures as JSON")
+    parser.add_argument("--out", help="also write the results as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, object] = {

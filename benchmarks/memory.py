@@ -1,11 +1,11 @@
-"""The peak memory of each command on a Llama of about a billion parameters of random weights.
+"""Peak memory of each command on a Llama of about a billion parameters with random weights.
 
     python benchmarks/memory.py --folder /some/scratch --out benchmarks/results/memory.json
 
-A base, a fine-tune and an adapter are made in the folder: bfloat16, in files of at most half a gigabyte, with
-a tokenizer of bytes. Each command is then run once in a process of its own, whose memory is sampled from the
-system's accounting: private memory (anonymous resident pages) and all resident pages. Commands that run the
-model may take a smaller one (`--running-layers`), and one that goes beyond `--limit` is stopped and said so.
+A base, a fine-tuned model and an adapter are created in the folder: bfloat16, in files of at most half a
+gigabyte, with a byte tokenizer. Each command is then run once in its own process, whose memory is sampled
+from /proc: private memory (anonymous resident pages) and all resident pages. Commands that run the model can
+use a smaller one (`--running-layers`), and one that exceeds `--limit` is stopped and reported as such.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from darex_jax.files.checkpoint import INDEX
 from darex_jax.files.safetensors import write_tensors
 
-SHARD = 500_000_000  # bytes of a file
+SHARD = 500_000_000  # bytes per file
 NOISE = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 
 
@@ -75,7 +75,7 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def make_model(path: Path, layers: int, step: float) -> None:
-    """A model of bfloat16 in shards; `step` is the deviation of what a fine-tuning added."""
+    """Writes a sharded bfloat16 model; `step` is the standard deviation of the delta."""
     path.mkdir(parents=True)
     config = config_of(layers)
     shapes = shapes_of(config)
@@ -164,7 +164,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--running-layers", type=int, help="of the model for commands that run it")
+    parser.add_argument("--running-layers", type=int, help="layers of the model for commands that run it")
     parser.add_argument("--limit", type=float, default=8.0, help="gigabytes at which a command is stopped")
     parser.add_argument("--only", nargs="*", help="commands to measure")
     parser.add_argument("--out", type=Path)

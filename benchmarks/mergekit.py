@@ -1,12 +1,12 @@
-"""The same merges by mergekit: whether the numbers agree, and what each takes.
+"""The same merges by mergekit: agreement of the results, and times.
 
     python benchmarks/mergekit.py [--json benchmarks/results/mergekit.json]
 
-mergekit is installed into an environment of its own (`.venv/mergekit`, made by the first run). A Llama of 59
-million parameters and three fine-tunes (seeded noise) in float32 are merged by both commands with weights of
-1; times are of the whole command, in turn, the median of ROUNDS. `apart` is the root mean square of the
-difference of the two results over that of what the merge changed. Random methods draw other masks, so that
-only their times mean something.
+mergekit is installed into its own environment (`.venv/mergekit`, created by the first run). A Llama of 59
+million parameters and three fine-tuned models (seeded noise) in float32 are merged by both commands with
+weights of 1; times are of the whole command, interleaved, the median of ROUNDS. `apart` is the root mean
+square difference of the two results relative to that of the merge's change. Random methods draw different
+masks, so only their times are comparable.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CONFIG = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "max_position_embeddings": 512,
     "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32",
 }  # fmt: skip
-METHODS = {  # here -> there; the drop rate
+METHODS = {  # our name -> mergekit's; drop rate
     "linear": ("task_arithmetic", None),
     "ties": ("ties", 0.8),
     "dare-linear": ("dare_linear", 0.9),

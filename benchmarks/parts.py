@@ -1,11 +1,11 @@
-"""What parts cost: bytes against entropy, writing and reading against a copy, products against the dense.
+"""Costs of parts: bytes against entropy, writing and reading against a copy, matmul against a dense one.
 
     python benchmarks/parts.py [--json benchmarks/results/parts.json]
 
-One matrix of 4096 x 11008 with normal entries. Times are medians of five rounds, in nanoseconds an entry of
-the matrix; the floor of writing and reading is a pass that copies float32 (`numpy.copyto`). Entropy is that
-of the mask, log2 of the number of ways to choose so many places, plus that of the values as symbols of their
-form (float32 values, all different, count as they are).
+One matrix of 4096 x 11008 with normal entries. Times are medians of five rounds, in nanoseconds per entry
+of the matrix; the floor of writing and reading is a float32 copy (`numpy.copyto`). Entropy is that of the
+mask, log2 of the number of ways to choose as many indices, plus that of the values as symbols of their dtype
+(float32 values, all different, count with their size).
 """
 
 import argparse
@@ -35,7 +35,7 @@ from darex_jax.parts.total import Parts
 SHAPE = (4096, 11008)
 NAME = "layer.weight"
 ROUNDS = 5
-ROWS = 32  # of inputs in a product
+ROWS = 32  # inputs of a matmul
 SIZE = SHAPE[0] * SHAPE[1]
 
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def made(delta: np.ndarray):
-    """Parts by what they are called."""
+    """Yields named parts."""
     tree = {NAME: delta}
     key = jax.random.key(0)
     for drop_rate in (0.9, 0.99, 0.999):
@@ -99,7 +99,7 @@ def made(delta: np.ndarray):
 
 
 def least(parts: Parts) -> float:
-    """Bytes: the entropy of places and of values."""
+    """Bytes: the entropy of indices and values."""
     bits = 0.0
     for part in parts.parts:
         for name, array in part.arrays().items():
@@ -118,7 +118,7 @@ def least(parts: Parts) -> float:
 
 
 def timed(run) -> float:
-    """Nanoseconds an entry of the matrix, the median of the rounds, after one that does not count."""
+    """Nanoseconds per entry of the matrix, the median of the rounds, after a warm-up."""
     run()
     seconds = []
     for _ in range(ROUNDS):

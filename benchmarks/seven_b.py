@@ -1,4 +1,4 @@
-"""`darex prune`, `verify` and `apply` on a pair of the size of Llama-2-7B: 13.5 GB each, sharded.
+"""`darex prune`, `verify` and `apply` on a pair of models of Llama-2-7B's size: 13.5 GB each, sharded.
 
     python benchmarks/seven_b.py --folder /some/scratch        # 41 GB of disk, some minutes
 
@@ -43,7 +43,7 @@ def shapes() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def make(folder: Path) -> None:
-    """Both models, a file at a time."""
+    """Writes both models, one file at a time."""
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(1 << 22, np.float32)
     every = shapes()

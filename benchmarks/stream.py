@@ -2,9 +2,9 @@
 
     python benchmarks/stream.py --folder /some/scratch --peers
 
-The floor reads both models through a small reused buffer and writes one. Peers get an environment of their
-own under the folder (mergekit 0.1.5 and what it needs). Rounds are interleaved: each runs every method once.
-Memory is the peak of private memory (anonymous resident pages), sampled from the process's own accounting.
+The floor reads both models through a small reused buffer and writes one. Peers get their own environment
+under the folder (mergekit 0.1.5 and its dependencies). Rounds are interleaved: each runs every method once.
+Memory is the peak of private memory (anonymous resident pages), sampled from /proc.
 """
 
 import argparse
@@ -47,7 +47,7 @@ save_file(merged, out)
 
 
 def make_models(folder: Path, dtype: np.dtype) -> None:
-    """A Llama-shaped pair: 24 layers of width 1024, 468 M parameters in the pruned scope and out of it."""
+    """Writes a Llama-shaped pair: 24 layers of width 1024, 468 M parameters in all."""
     rng = np.random.default_rng(0)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,

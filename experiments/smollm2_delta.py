@@ -1,10 +1,10 @@
-"""prune, apply and generate on real decoder weights: SmolLM2-135M with an artificial delta, at 0.9.
+"""Prunes, applies and generates with real decoder weights: SmolLM2-135M with an artificial delta, at 0.9.
 
     python experiments/smollm2.py SMOLLM2
     python experiments/smollm2_delta.py SMOLLM2
 
-The "fine-tune" is the base plus noise of 2 % of each matrix's deviation. Every step is the command a person
-would type. Writes `results/smollm2_delta.json`: sizes, seconds and the texts.
+The "fine-tuned" model is the base plus noise of 2 % of each matrix's standard deviation. Every step runs the
+`darex` command. Writes `results/smollm2_delta.json`: sizes, seconds and the texts.
 """
 
 import argparse

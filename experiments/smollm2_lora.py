@@ -1,11 +1,11 @@
-"""A LoRA fine-tune of SmolLM2 on GSM8K, pruned both ways: its merged delta, and its factors A and B.
+"""Fine-tunes SmolLM2 on GSM8K with LoRA and prunes it both ways: the merged delta, and the factors A and B.
 
     python experiments/smollm2.py SMOLLM2
-    python experiments/smollm2_lora.py SMOLLM2 --data-dir DIR     # the better part of an hour on 2 cores
+    python experiments/smollm2_lora.py SMOLLM2 --data-dir DIR     # less than an hour on 2 cores
 
-200 training problems once, rank 8. A model of this size hardly solves a problem, so what is reported is the
+200 training problems once, rank 8. A model of this size solves hardly any problems, so the results are the
 loss of held-out solutions, the share of their tokens ranked first, and the output change. Writes
-`results/smollm2_lora.json` and `.md`; the training goes on after a stop.
+`results/smollm2_lora.json` and `.md`; an interrupted training resumes.
 """
 
 import argparse
