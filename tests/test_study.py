@@ -246,7 +246,8 @@ def test_tables_figures_and_the_page(studies, place, tmp_path):
     written = write_section(section(plan, rows, "darex experiment tiny"), tmp_path / "out")
     assert [path.suffix for path in written] == [".md", ".png", ".svg"]
     assert written[1].read_bytes()[:4] == b"\x89PNG" and b"<svg" in written[2].read_bytes()[:600]
-    assert written[2].read_text().count('id="LineCollection') == 2  # the deviations of both ways are drawn
+    drawn = written[2].read_text()  # two lines with deviations, there and in the legend
+    assert "<!-- one, adamw -->" in drawn and drawn.count('id="LineCollection') == 4
     page = results_page(studies / "results")
     assert page.sections[0].findings[0].claim == "SVD beats DARE" and page.facts
     with pytest.raises(DarexError, match="has no rows of a study"):
