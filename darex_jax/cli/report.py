@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def report(
             out, delta, with_params(params, base, *([fine] if fine is not None else [])), task, data_dir,
             examples["text"], table, limit, allow_changed_files, ignore_config_fields, said, as_json,
         )  # fmt: skip
+    page = replace(page, facts=[(name, as_given(value)) for name, value in page.facts])
     write_page(page, out)
     size = out.stat().st_size
     if as_json:

@@ -224,7 +224,7 @@ def _draw_bars(svg: Element, figure: Figure, width: int) -> float:
         place = top + row * each + gap / 2
         middle = place + (11 if not wide else thick * len(figure.series) / 2 + 4.5)
         shown = label if len(label) <= most else f"{label[: most - 1]}…"
-        _add(svg, "text", shown, x=left - 8 if wide else 0, y=middle, class_=f"name{' end' if wide else ''}")
+        _add(svg, "text", shown, x=left - 8 if wide else 4, y=middle, class_=f"name{' end' if wide else ''}")
         for number, series in enumerate(figure.series):
             i = cells.get((number, row))
             if i is None or not _drawable(series.y[i], figure.log_y):

@@ -132,6 +132,12 @@ def delta_page(
     """
     with Checkpoint(base) as b, DeltaFile(delta) as d:
         check_base_tensors(b, d)
+        scores = None
+        if source is not None:
+            scores = _evaluate(
+                delta, base, fine, source, on_model,
+                allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
+            )  # fmt: skip
         facts, restored = contents(d), layout_bytes(restored_layout(b, d))
         if fine is None:
             leaves = list(_leaves(b, d, None, progress))
@@ -142,12 +148,6 @@ def delta_page(
         d.check_data()
     if not leaves:
         raise DarexError(f"{delta}: prunes no parameter, so there is nothing to show.")
-    scores = None
-    if source is not None:
-        scores = _evaluate(
-            delta, base, fine, source, on_model,
-            allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
-        )  # fmt: skip
     total = _together(leaves, "all parameters")
     sections = [
         *([_score_section(scores)] if scores is not None else []),
@@ -336,7 +336,7 @@ class _Matrix:
             return float(np.linalg.norm(matrix.toarray() if self.thin else matrix, 2))
         start = np.random.default_rng(0).normal(size=min(self.shape)).astype(np.float32)
         try:
-            return float(svds(matrix, k=1, tol=1e-3, v0=start, return_singular_vectors=False)[0])
+            return float(svds(matrix, k=1, tol=0.05, v0=start, return_singular_vectors=False)[0])
         except ArpackError:
             return math.nan
 
@@ -568,7 +568,7 @@ def _evaluate(
     on_model: Callable[[str], None],
     **opening: Any,
 ) -> Scores:
-    """One model after the other; of two at most one parameter is held."""
+    """One model after the other; beside it at most a parameter of another is held."""
     from darex_jax.core.tree import flatten_names, unflatten_names
     from darex_jax.evaluation.classification import predict
     from darex_jax.evaluation.objectives import prediction_objective
