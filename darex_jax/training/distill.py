@@ -114,12 +114,12 @@ def distill(
     stream = partial(_stream, batches)
     saved = None if checkpoints is None else checkpoints / "whole"
 
-    def tell(look: Look) -> None:
+    def emit(look: Look) -> None:
         looks.append(look)
         on_look(look)
 
     rates, _ = _split({name: each.map(partial(_rates, learning_rate)) for name, each in delta.items()})
-    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, tell, looks[0].loss)
+    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, emit, looks[0].loss)
     if bits is not None:
         delta = {name: _in_bits(each, bits) for name, each in delta.items()}
         values, fixed = _split(delta)
@@ -127,9 +127,9 @@ def distill(
         saved = None if checkpoints is None else checkpoints / "rounded"
         begun_again = _look_at(pair, _joined(values, fixed), held_out).loss
         span = (steps - through, steps)
-        delta = _train(pair, delta, rates, stream, held_out, span, saved, tell, begun_again)
+        delta = _train(pair, delta, rates, stream, held_out, span, saved, emit, begun_again)
     stored = {name: _stored(each) for name, each in delta.items()}
-    tell(_look_at(pair, stored, held_out)._replace(step=steps))
+    emit(_look_at(pair, stored, held_out)._replace(step=steps))
     return Distilled({name: _unplaced(each, parts[name]) for name, each in stored.items()}, multiple, looks)
 
 
@@ -173,7 +173,7 @@ def _train(
     held_out: Sequence[Batch],
     span: tuple[int, int],
     folder: Path | None,
-    tell: Callable[[Look], None],
+    emit: Callable[[Look], None],
     begun: float,
 ) -> Delta:
     """Runs steps [first, stop) from `delta`, whose loss is `begun`; returns the best values evaluated."""
@@ -198,7 +198,7 @@ def _train(
                     f"distillation diverged: the loss is {float(loss)}; try a lower rate."
                 )
             look = _look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
-            tell(look)
+            emit(look)
             if look.loss < best[0]:
                 best = look.loss, trained
             if checkpoints is not None:
@@ -244,7 +244,7 @@ def _compared(
     """
     inputs = model_inputs(batch)
     rows, real = real_parts(batch)
-    wanted: Any = model(fine, **inputs)
+    reference: Any = model(fine, **inputs)
     if isinstance(model.config, DecoderConfig):
         head = model.module(fine)
 
@@ -252,15 +252,15 @@ def _compared(
             theirs = head.logits(hidden).astype(jnp.float32)
             return _divergence(theirs, logits), theirs.argmax(-1), logits.argmax(-1)
 
-        divergence, theirs, ours = of_logits(of, model, params, inputs, wanted.last_hidden_state)
+        divergence, theirs, ours = of_logits(of, model, params, inputs, reference.last_hidden_state)
         return (jnp.stack([jnp.sum(divergence * real), jnp.sum(real)]), theirs, ours, real)
     out: Any = model(params, **inputs)
-    a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (wanted, out))
+    a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (reference, out))
     change = jnp.sum(jnp.square(a - b), (1, 2)) / jnp.maximum(jnp.sum(jnp.square(a), (1, 2)), 1e-12)
     if out.logits is None:
         nothing = jnp.zeros(0, jnp.int32)
         return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), nothing, nothing, nothing
-    theirs, ours = (x.logits.astype(jnp.float32) for x in (wanted, out))
+    theirs, ours = (x.logits.astype(jnp.float32) for x in (reference, out))
     if ours.shape[-1] == 1:
         change = change + jnp.square(theirs - ours)[:, 0]
         theirs, ours = theirs[:, 0], ours[:, 0]
