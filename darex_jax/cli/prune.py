@@ -31,6 +31,7 @@ from darex_jax.cli.options import (
     with_params,
 )
 from darex_jax.cli.show import (
+    block_bar,
     byte_bar,
     bytes_text,
     family_of,
@@ -90,6 +91,9 @@ ENOUGH = 256  # minimum number of texts for which best trains
 @click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random"]),
               help="What distilled keeps of matrices: low-rank factors (default), allocated's choice, the "
               "largest entries, or random ones, whose indices are not stored.")  # fmt: skip
+@click.option("--block-wise", is_flag=True,
+              help="For distilled on a decoder: train one layer after another; memory holds one layer of "
+              "both models, whatever their size.")  # fmt: skip
 @click.option("--checkpoints", type=HERE, help="For distilled: folder of checkpoints to resume from.")
 @JSON
 def prune(
@@ -116,6 +120,7 @@ def prune(
     allow_nonfinite: bool,
     steps: int,
     support: str | None,
+    block_wise: bool,
     checkpoints: Path | None,
     as_json: bool,
     **own: Any,
@@ -160,6 +165,10 @@ def prune(
         raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
     if support is not None and not trains:
         raise click.UsageError(f"{method} has a fixed support; leave out --support.")
+    if block_wise and (not trains or max_loss is not None or support == "allocated"):
+        raise click.UsageError(
+            "--block-wise is for --method distilled with a size or a drop rate, not for --support allocated."
+        )
     if bits is not None and not METHODS[method].quantises:
         raise click.UsageError(f"{method} has fixed bits; leave out --bits.")
     if q is not None and not METHODS[method].divides:
@@ -196,6 +205,7 @@ def prune(
         choose(drop_rate)
     elif q is not None and not chooses:
         divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
+    blocks: Any = None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family = family_of(f, b)
         scope = choose_scope(family, include, exclude, f.shapes)
@@ -218,7 +228,7 @@ def prune(
                 elif max_loss is None:
                     budget = wanted_bytes(job, size, bytes_per_parameter)
                 known: dict[str, Any] = {}
-                if METHODS[method].needs:
+                if METHODS[method].needs and not block_wise:
                     from darex_jax.runs.evidence import gather
 
                     training = (
@@ -231,7 +241,16 @@ def prune(
                 options = _options(method, bits, divisor) | ({"support": support} if support else {})
                 if chooses and drop_rate is None:
                     known["choose"] = choose
-                if max_loss is None:
+                if block_wise:
+                    from darex_jax.runs.blockwise import prune_blockwise
+
+                    with block_bar(as_json) as on_block:
+                        blocks = prune_blockwise(
+                            job, source, budget, seed=seed, steps=steps, checkpoints=checkpoints,
+                            ignore_config_fields=ignore_config_fields, on_block=on_block, **options,
+                        )  # fmt: skip
+                    summary = blocks.summary
+                elif max_loss is None:
                     summary = prune_by(job, method, budget, seed=seed, options=options, **known)
                 else:
                     summary = prune_within(
@@ -254,13 +273,15 @@ def prune(
     }
     report |= {} if why is None else {"method_chosen_by": why}
     report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
-    trainer: Any = known["gathered"][0].train if trains else None
+    trainer: Any = known["gathered"][0].train if trains and not block_wise else None
     look = None if trainer is None else trainer.result
     if look is not None:
         seen, measure = len(trainer.held_out.encoded), trainer.measure
         agreed = look.loss if measure is None else look.agreement
         report |= {"held_out": seen, "held_out_loss": look.loss}
         report |= {} if measure is None else {"agreement": look.agreement, "agreement_is": measure}
+    if blocks is not None:
+        report |= {"held_out": blocks.held_out, "last_layer_error": blocks.error}
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -276,6 +297,8 @@ def prune(
         *([("q", q_text(divisor))] if divisor is not None and not random else []),
         *([(measure or "loss", f"{agreed:.4f} with the fine-tuned model, on {seen} held-out texts")]
           if look is not None else []),
+        *([("last layer", f"relative squared error {blocks.error:.4f} on {blocks.held_out} held-out texts")]
+          if blocks is not None else []),
         ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
                  f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
         ("bytes per parameter", f"{report['bytes_per_parameter']:.5f}"),

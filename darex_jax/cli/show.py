@@ -227,6 +227,19 @@ def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
+def block_bar(quiet: bool) -> Iterator[Callable[[int, int, Any], None]]:
+    """A bar of layers, with the relative error of the last one's output."""
+    with _bar(desc="training", unit="layer", disable=quiet) as bar:
+
+        def on_block(done: int, count: int, look: Any) -> None:
+            bar.total = count
+            bar.set_postfix(error=f"{look.loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield on_block
+
+
+@contextmanager
 def tried_bar(quiet: bool) -> Iterator[Callable[[str], None]]:
     """Shows the current step and the elapsed time."""
     with _bar(unit=" tried", disable=quiet, leave=False) as bar:
