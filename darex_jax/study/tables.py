@@ -204,7 +204,9 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _merged(plan: Plan, rows: Sequence[Row]) -> list[Table]:
