@@ -77,8 +77,8 @@ def make_deltas(folder: Path) -> dict[str, list[Path]]:
         dx.save_params(folder / f"fine{seed}", unflatten_names(named), model.config.to_hf())
         for name, options in METHODS.items():
             out = folder / f"{name.replace(' ', '-')}{seed}.safetensors"
-            told = ["--method", options[0], *options[1:], "--bytes-per-parameter", "0.01"]
-            run_quietly("prune", demo_weights(), folder / f"fine{seed}", out, *told)
+            arguments = ["--method", options[0], *options[1:], "--bytes-per-parameter", "0.01"]
+            run_quietly("prune", demo_weights(), folder / f"fine{seed}", out, *arguments)
             found[name].append(out)
     return found
 

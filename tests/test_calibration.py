@@ -255,7 +255,7 @@ def test_curvature_of_a_score_is_the_square_of_its_gradient():
     found = curvature(model, params, [name, "classifier.bias"], rows, jax.random.key(1))
     np.testing.assert_allclose(found[name], expected, rtol=1e-4)
     np.testing.assert_allclose(found["classifier.bias"], 6.0, rtol=1e-6)
-    with pytest.raises(DarexError, match="no batch"):
+    with pytest.raises(DarexError, match="at least one batch"):
         curvature(model, params, [name], [], jax.random.key(1))
 
 

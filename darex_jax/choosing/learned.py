@@ -160,10 +160,10 @@ def learn_q(
         changes = []
         for i, example in enumerate(zip(batches, references, strict=True)):
             rate = _cosine(how.learning_rate, done * len(batches) + i, epochs * len(batches))
-            (coefficients, moments), seen = _step(
+            (coefficients, moments), before = _step(
                 fixed, rate, (coefficients, moments), pair.start, masked, example
             )
-            changes.append(seen)
+            changes.append(before)
         done += 1
         mean, after = float(np.mean(np.asarray(changes, np.float64))), change(coefficients)
         if not np.isfinite(mean + after):
@@ -174,8 +174,8 @@ def learn_q(
         if checkpoints is not None:
             checkpoints.save(done, (jnp.int32(done), coefficients, moments, best, history), -after)
     by_name = {name: float(x) for name, x in zip(names, _q_by_name(fixed, best), strict=True)}
-    seen = [(float(a), float(b)) for a, b in history[: done + 1]]
-    return LearnedQ(by_name, min(b for _, b in seen), seen)
+    entries = [(float(a), float(b)) for a, b in history[: done + 1]]
+    return LearnedQ(by_name, min(b for _, b in entries), entries)
 
 
 class _Fixed(NamedTuple):

@@ -78,8 +78,8 @@ def _best(
     if layers:
         assert isinstance(pair, Pair), "one q per layer needs the whole delta"
         made_from = {"model": inputs["fine_weights"], "data": inputs["data"]}
-        seen = _statistics(pair, batches, choice, made_from)
-        q_of = layer_rule(seen, pair.delta, pair.drop_rate, choice.rule)
+        statistics = _statistics(pair, batches, choice, made_from)
+        q_of = layer_rule(statistics, pair.delta, pair.drop_rate, choice.rule)
     rule = {"rule": choice.rule} if layers else {}
     found: dict[str, Any] = {"examples": goal.examples, "labels": goal.labels}
     dare = pair.dare(choice.scope)
@@ -108,10 +108,10 @@ def _statistics(
     file = choice.statistics
     if file is not None and file.exists():
         return load_statistics(file, made_from)
-    seen = input_statistics(pair.model, pair.params, batches)
+    statistics = input_statistics(pair.model, pair.params, batches)
     if file is not None:
-        save_statistics(file, seen, made_from)
-    return seen
+        save_statistics(file, statistics, made_from)
+    return statistics
 
 
 def same(q: float) -> Q:
@@ -169,7 +169,7 @@ def layer_rule(
     Args: statistics: from `input_statistics`.
     """
     deltas = flatten_names(delta)
-    means = {name: seen.mean for name, seen in statistics.items() if name in deltas}
+    means = {name: layer.mean for name, layer in statistics.items() if name in deltas}
     pairs = row_sums(deltas, means).items()
     sums = {name: (np.asarray(total), np.asarray(energy)) for name, (total, energy) in pairs}
     return lambda eta: spread_q(layer_q(sums, drop_rate, eta, rule), deltas)

@@ -84,8 +84,8 @@ def find_q(
     check_output(out)
     check_output(out.with_suffix(".png"))
     options["table"] = take_table(options)
-    told = {field.name: options.pop(field.name) for field in fields(Source) if field.name != "seed"}
-    source = Source(**told, seed=options["seed"])
+    source_options = {field.name: options.pop(field.name) for field in fields(Source) if field.name != "seed"}
+    source = Source(**source_options, seed=options["seed"])
     choice = Choice(objective=objective, **options)
     say_if_large("find-q --one-copy" if choice.one_copy else "find-q", fine)
     with point_bar(objective, as_json) as on_value:
@@ -128,12 +128,12 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
         if first != last:
             rows.append(("plateau", f"equal values from {first:.6g} to {last:.6g}"))
     if "changes" in report:
-        seen = [
+        changes = [
             f"{'not finite' if change is None else f'{change:.5g}'} at {q:.4g}"
             for q, change in report["changes"]
         ]
         without = f"{report['change_without_delta']:.5g} without the delta"
-        rows.append(("squared output change", ", ".join([without, *seen])))
+        rows.append(("squared output change", ", ".join([without, *changes])))
     if "layers" in report:
         known = {name: q for name, q in report["layers"].items() if q is not None}
         if known:

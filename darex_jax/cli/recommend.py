@@ -83,14 +83,14 @@ def recommend(
     if size is not None and bytes_per_parameter is not None:
         raise click.UsageError("pass only one of --size and --bytes-per-parameter.")
     source = None
-    said = {**own, "text": text}
-    table = take_table(said)
+    options = {**own, "text": text}
+    table = take_table(options)
     has_texts = any(given is not None for given in (task, text, table))
     if not has_texts and (data_dir is not None or limit is not None):
         raise click.UsageError("--data-dir and --limit are for texts: pass --task, --text or --data.")
     if has_texts:
         source = Source(
-            task=task, data_dir=data_dir, text=said["text"], table=table, limit=limit or TRAINING_TEXTS
+            task=task, data_dir=data_dir, text=options["text"], table=table, limit=limit or TRAINING_TEXTS
         )
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude, f.shapes))
@@ -131,9 +131,9 @@ def recommend(
     click.echo(f"Run it: {command}")
 
 
-def _options(said: dict[str, Any]) -> list[str]:
+def _options(values: dict[str, Any]) -> list[str]:
     """Command-line options from values; tuples are repeated, None is omitted."""
-    given = {name: value if isinstance(value, tuple) else (value,) for name, value in said.items()}
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
     return [
         p for name, values in given.items() for v in values if v is not None for p in (f"--{name}", str(v))
     ]
@@ -142,39 +142,43 @@ def _options(said: dict[str, Any]) -> list[str]:
 def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: bool) -> list[str]:
     """The findings and conclusions, as sentences."""
     chosen, facts = advice.chosen, advice.facts
-    said = []
+    sentences = []
     dare = next((t for t in advice.tried if t.method == "dare" and not t.options), None)
     if advice.measure is None:
         why = "Without texts" if not has_texts else "For a model without a head"
-        said.append(
+        sentences.append(
             f"{why} the loss of predictions cannot be measured, only the error of the stored delta: "
             f"{_name(chosen)} leaves out {chosen.error:.0%} of its squared norm."
         )
         if not has_texts:
-            said.append(
+            sentences.append(
                 "A few hundred lines of --text, without labels, allow both measuring it and training."
             )
     else:
         loss = f"{chosen.loss:.1%}" if chosen.loss is not None else "nothing"
-        said.append(
+        sentences.append(
             f"In {bytes_text(file_bytes)} {_name(chosen)} loses least: {loss} of the {advice.measure} with "
             f"the fine-tuned model, on {advice.held_out} held-out texts (the base alone loses "
             f"{advice.without_delta:.1%})."
         )
         if chosen.steps:
-            said.append(f"This is after {chosen.steps} steps of training; the command trains for longer.")
+            sentences.append(
+                f"This is after {chosen.steps} steps of training; the command trains for longer."
+            )
         if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
-            said.append("The delta is too large for random dropping at this size, which loses most of it.")
+            sentences.append(
+                "The delta is too large for random dropping at this size, which loses most of it."
+            )
     if facts.tail > TAILED:
-        said.append("Few entries hold most of the delta, which favours keeping the largest.")
+        sentences.append("Few entries hold most of the delta, which favours keeping the largest.")
     elif 0 < facts.stable_rank < facts.rank / 20:
-        said.append("A few directions hold most of the delta, which favours low-rank factors.")
+        sentences.append("A few directions hold most of the delta, which favours low-rank factors.")
     if can_retrain:
-        said.append(
+        sentences.append(
             "Since it can be trained again: darex train ... --optimizer adamr keeps the delta small, so "
             "every method loses less; run this command on its result."
         )
-    return said
+    return sentences
 
 
 def _name(tried: "Tried") -> str:
@@ -188,8 +192,8 @@ def _command(chosen: "Tried", base: Path, fine: Path, options: list[Any], texts:
 
     method = METHODS[chosen.method]
     own = [] if method.bits == chosen.options.get("bits") else _options(dict(chosen.options))
-    seen = texts if method.needs or "q" in chosen.options else []
-    line = ["darex", "prune", base, fine, "OUT", "--method", chosen.method, *own, *options, *seen]
+    needed = texts if method.needs or "q" in chosen.options else []
+    line = ["darex", "prune", base, fine, "OUT", "--method", chosen.method, *own, *options, *needed]
     return shlex.join(map(str, line))
 
 

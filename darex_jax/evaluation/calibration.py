@@ -71,8 +71,8 @@ def save_statistics(
     """
     tensors = {
         f"{name}/{field}": array
-        for name, seen in statistics.items()
-        for field, array in seen._asdict().items()
+        for name, layer in statistics.items()
+        for field, array in layer._asdict().items()
         if array is not None
     }
     write_tensors(path, tensors, {"format": FORMAT, **made_from})
@@ -128,11 +128,11 @@ def influences_from_moments(
     """
     deltas, highest = flatten_names(delta), jax.lax.Precision.HIGHEST
     found = {}
-    for name, seen in statistics.items():
-        if name in deltas and seen.second_moment is not None:
+    for name, layer in statistics.items():
+        if name in deltas and layer.second_moment is not None:
             weight = deltas[name].astype(jnp.float32)
-            energy = jnp.einsum("D,OD->O", seen.square, jnp.square(weight), precision=highest)
-            moved = jnp.einsum("OD,DE->OE", weight, seen.second_moment, precision=highest)
+            energy = jnp.einsum("D,OD->O", layer.square, jnp.square(weight), precision=highest)
+            moved = jnp.einsum("OD,DE->OE", weight, layer.second_moment, precision=highest)
             found[name] = energy, jnp.maximum(jnp.sum(moved * weight, axis=1), 0.0)
     return found
 

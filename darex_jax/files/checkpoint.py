@@ -260,14 +260,14 @@ def on_devices(
 
     from darex_jax.core.sharding import param_sharding
 
-    wanted = jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
+    target = jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
     if mesh is None:
-        array = jnp.asarray(part((slice(None),) * len(shape)), wanted)
+        array = jnp.asarray(part((slice(None),) * len(shape)), target)
     else:
         array = jax.make_array_from_callback(
             shape,
             param_sharding(mesh, name, shape),
-            lambda index: part(index or ()).astype(wanted, copy=False),
+            lambda index: part(index or ()).astype(target, copy=False),
         )
     # Transfers are asynchronous; wait for each, so that host buffers do not pile up.
     return jax.block_until_ready(array)

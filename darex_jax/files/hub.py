@@ -31,7 +31,7 @@ def push_delta(
         )
     api = huggingface_hub.HfApi()
     content = read_bytes(path)
-    with _told(repo):
+    with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(
             repo,
@@ -53,7 +53,7 @@ def pull_delta(repo: str, out: Path, *, revision: str | None = None) -> Path:
     """
     import huggingface_hub
 
-    with _told(repo):
+    with _explained(repo):
         cached = Path(huggingface_hub.hf_hub_download(repo, FILE, revision=revision))
     with DeltaFile(cached) as file:
         file.check_data()
@@ -62,7 +62,7 @@ def pull_delta(repo: str, out: Path, *, revision: str | None = None) -> Path:
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
+def _explained(repo: str) -> Iterator[None]:
     """Turns the hub's errors into one line that says what to do."""
     from huggingface_hub import errors
 

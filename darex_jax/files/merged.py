@@ -65,7 +65,7 @@ def merge_files(
     Raises: FileError for a delta of another base, or a damaged one; ValueError as `merge`, or for a result
       that is not finite.
     """
-    wanted = floating_dtype(dtype)
+    requested = floating_dtype(dtype)
     with ExitStack() as stack:
         opened = stack.enter_context(Checkpoint(base))
         given = [
@@ -83,7 +83,7 @@ def merge_files(
         wide = any(tensor.info.dtype == np.float64 for tensor in opened.tensors.values())
         wide = wide or any(each.dtype(name) == np.float64 for each in given for name in each.names)
         stack.enter_context(jax.enable_x64(True) if wide else nullcontext())
-        heads = [_head(each, opened, shared, wanted) for each in given]
+        heads = [_head(each, opened, shared, requested) for each in given]
         apart = len({_digest(each, shared, head) for each, head in zip(given, heads, strict=True)}) > 1
         with atomic_directory(out, overwrite) as folder:
             places = [folder / name for name in _names(deltas)] if apart else [folder]
@@ -99,7 +99,7 @@ def merge_files(
                 else:
                     renamed = dict(zip(shared, naming, strict=True))
                     body, changed = _write_body(
-                        place, opened, given, renamed, method, wanted, options, bool(head), progress
+                        place, opened, given, renamed, method, requested, options, bool(head), progress
                     )
                     bodies[naming] = place, body
                     size += layout_bytes(body)
@@ -118,7 +118,7 @@ def merge_files(
 
 
 def _head(
-    each: Given, base: Checkpoint, shared: Sequence[str], wanted: np.dtype | None
+    each: Given, base: Checkpoint, shared: Sequence[str], requested: np.dtype | None
 ) -> dict[str, np.ndarray]:
     """A delta's own parameters (not merged), by its own names, in the requested dtype."""
     head = dict(each.head)
@@ -126,7 +126,7 @@ def _head(
         values = base.tensors[name].read()
         delta = each.read(name, values)
         head[each.names[name]] = _sum(values, delta).astype(each.dtype(name)) if delta is not None else values
-    return {own: _cast(own, x, wanted or x.dtype) for own, x in sorted(head.items())}
+    return {own: _cast(own, x, requested or x.dtype) for own, x in sorted(head.items())}
 
 
 def _write_body(
@@ -135,7 +135,7 @@ def _write_body(
     given: Sequence[Given],
     renamed: Mapping[str, str],
     method: str,
-    wanted: np.dtype | None,
+    requested: np.dtype | None,
     options: Mapping[str, Any],
     with_head: bool,
     progress: Progress,
@@ -152,7 +152,7 @@ def _write_body(
             continue
         alone = SINGLE if not with_head else "model-body.safetensors"
         file_name = alone if len(base.files) == 1 else source
-        dtypes = {name: _dtype(name, base, given, wanted) for name in names}
+        dtypes = {name: _dtype(name, base, given, requested) for name in names}
         names.sort(key=lambda name: (-dtypes[name].itemsize, renamed[name]))
         body[file_name] = {renamed[n]: (dtypes[n], base.tensors[n].info.shape) for n in names}
         header = encode_header(body[file_name], {"format": "pt"})
@@ -207,10 +207,10 @@ def _cast(name: str, values: np.ndarray, dtype: np.dtype, moved: bool = False) -
     return cast
 
 
-def _dtype(name: str, base: Checkpoint, given: Sequence[Given], wanted: np.dtype | None) -> np.dtype:
+def _dtype(name: str, base: Checkpoint, given: Sequence[Given], requested: np.dtype | None) -> np.dtype:
     if not base.tensors[name].floating:
         return base.tensors[name].info.dtype
-    return wanted or reduce(np.promote_types, (each.dtype(name) for each in given))
+    return requested or reduce(np.promote_types, (each.dtype(name) for each in given))
 
 
 def _write_rest(folder: Path, each: Given, head: Mapping[str, np.ndarray], body: Layout) -> int:

@@ -92,7 +92,7 @@ class PruneSummary:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Statistics:
     """Statistics collected while one tensor of an artifact is made; yielded after the last chunk.
 
     stored: False if the base has the same bits, so that nothing is stored.
@@ -120,7 +120,7 @@ class _Written:
     data_blake3: str = "0" * 64
 
 
-Piece = np.ndarray | Parts | _Seen
+Piece = np.ndarray | Parts | _Statistics
 
 
 def prune_checkpoints(
@@ -176,11 +176,11 @@ def prune_parts(
     keep_inputs(job.out, job.base, job.fine)
     match = job.match()
 
-    def delta_of(name: str) -> tuple[np.ndarray, _Seen]:
+    def delta_of(name: str) -> tuple[np.ndarray, _Statistics]:
         return _delta(job.base.tensors[match.base_names[name]], job.fine.tensors[name], job.progress)
 
     together: dict[str, Parts] = {}
-    noticed: dict[str, _Seen] = {}
+    noticed: dict[str, _Statistics] = {}
     if not leafwise:
         deltas = {}
         for name in match.pruned:
@@ -190,9 +190,9 @@ def prune_parts(
 
     def make(name: str) -> Iterator[Piece]:
         if leafwise:
-            delta, seen = delta_of(name)
+            delta, statistics = delta_of(name)
             yield make_parts({name: delta})[name]
-            yield seen
+            yield statistics
         else:
             yield together[name]
             yield noticed[name]
@@ -313,27 +313,27 @@ def _write(
 
         with closing(in_order(pool, make, work)) as results:
             for (kind, name), pieces in results:
-                start, seen, info = position, _Seen(), fine.tensors[name].info
+                start, statistics, info = position, _Statistics(), fine.tensors[name].info
                 parts_start = position if kind == PARTS and parts_start is None else parts_start
                 for piece in pieces:
-                    if isinstance(piece, _Seen):
-                        seen = piece
+                    if isinstance(piece, _Statistics):
+                        statistics = piece
                     elif isinstance(piece, Parts):
                         block[name] = piece
                     else:
                         position = write_at(file, piece, position)
-                written.inexact += seen.inexact
-                written.nonfinite += seen.nonfinite
-                if seen.base_digest is not None:
-                    written.digests[match.base_names[name]] = seen.base_digest
-                if seen.nonfinite and not job.allow_nonfinite:
+                written.inexact += statistics.inexact
+                written.nonfinite += statistics.nonfinite
+                if statistics.base_digest is not None:
+                    written.digests[match.base_names[name]] = statistics.base_digest
+                if statistics.nonfinite and not job.allow_nonfinite:
                     raise FileError(
-                        f"'{name}' has {seen.nonfinite} NaN or infinite entries in one of the models; "
+                        f"'{name}' has {statistics.nonfinite} NaN or infinite entries in one of the models; "
                         "--allow-nonfinite keeps them."
                     )
                 if kind == PARTS:
                     written.survivors += numbers_in(block[name])
-                    written.changed |= seen.changed
+                    written.changed |= statistics.changed
                     if sum(map(numbers_in, block.values())) >= BLOCK_NUMBERS:
                         position = write_block()
                     continue
@@ -341,10 +341,10 @@ def _write(
                 if kind == "values":
                     shape = ((position - start) // info.dtype.itemsize,)
                     written.survivors += shape[0]
-                    written.changed |= seen.changed
+                    written.changed |= statistics.changed
                 elif kind == "rows":
                     shape = (match.extra_rows[name], *shape[1:])
-                if seen.stored:
+                if statistics.stored:
                     stored_from(start, f"{kind}/{name}", info.dtype, shape)
         if block:
             position = write_block()
@@ -387,22 +387,22 @@ class _Pair:
             yield start, b, f
             self._progress(b.nbytes + f.nbytes)
 
-    def seen(self, inexact: int = 0) -> _Seen:
-        return _Seen(inexact, self._nonfinite, self._digest.hexdigest(), changed=self._changed)
+    def statistics(self, inexact: int = 0) -> _Statistics:
+        return _Statistics(inexact, self._nonfinite, self._digest.hexdigest(), changed=self._changed)
 
 
-def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Seen]:
+def _delta(base: StoredTensor, fine: StoredTensor, progress: Progress) -> tuple[np.ndarray, _Statistics]:
     """`fine - base` for the rows that both have, rounded once to float32, and statistics."""
     pair, delta = _Pair(base, fine, progress), np.empty(base.info.size, np.float32)
     for start, b, f in pair.stretches():
         with np.errstate(invalid="ignore", over="ignore"):
             delta[start : start + len(b)] = difference(f, b)
-    return delta.reshape(base.info.shape), pair.seen()
+    return delta.reshape(base.info.shape), pair.statistics()
 
 
 def _pruned_values(
     leaf_key: np.ndarray, threshold: int, base: StoredTensor, fine: StoredTensor, progress: Progress
-) -> Iterator[np.ndarray | _Seen]:
+) -> Iterator[np.ndarray | _Statistics]:
     """The survivors of one parameter, in index order; hashes the base in the same pass."""
     pair, inexact = _Pair(base, fine, progress), 0
     for start, b, f in pair.stretches():
@@ -416,7 +416,7 @@ def _pruned_values(
                 np.count_nonzero((exact[0] + exact[2] != exact[1]) | (exact[1] - exact[0] != exact[2]))
             )
         yield stored
-    yield pair.seen(inexact)
+    yield pair.statistics(inexact)
 
 
 def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
@@ -426,7 +426,7 @@ def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.astype(dtype), b.astype(dtype))
 
 
-def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Seen]:
+def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Statistics]:
     """The last rows of a matrix, flat."""
     first = element_count(fine.info.shape[1:]) * (fine.info.shape[0] - rows)
     nonfinite = 0
@@ -435,12 +435,12 @@ def _last_rows(fine: StoredTensor, rows: int) -> Iterator[np.ndarray | _Seen]:
         fine.file.read_into(fine.info, start, chunk)
         nonfinite += count_nonfinite(chunk)
         yield chunk
-    yield _Seen(nonfinite=nonfinite)
+    yield _Statistics(nonfinite=nonfinite)
 
 
 def _dense_values(
     base: StoredTensor | None, fine: StoredTensor, progress: Progress
-) -> Iterator[np.ndarray | _Seen]:
+) -> Iterator[np.ndarray | _Statistics]:
     """A parameter out of scope: whole if its bits differ from the base's, else nothing."""
     nonfinite, digest = 0, blake3.blake3()
     twin = base is not None and (base.info.dtype, base.info.shape) == (fine.info.dtype, fine.info.shape)
@@ -460,7 +460,7 @@ def _dense_values(
     base_digest = None
     if base is not None:
         base_digest = digest.hexdigest() if twin else tensor_digest(base, progress)
-    yield _Seen(nonfinite=nonfinite, base_digest=base_digest, stored=not same)
+    yield _Statistics(nonfinite=nonfinite, base_digest=base_digest, stored=not same)
 
 
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -153,10 +153,10 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 
     Args: dtype: of all floating parameters, as for `apply_artifact`.
     """
-    wanted = floating_dtype(dtype)
+    requested = floating_dtype(dtype)
 
     def choose(stored: np.dtype) -> np.dtype:
-        return wanted if wanted is not None and stored.kind in "fV" else stored
+        return requested if requested is not None and stored.kind in "fV" else stored
 
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
@@ -196,10 +196,10 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 
 def floating_dtype(dtype: Any) -> np.dtype | None:
     """The requested dtype, or None. Raises: ValueError if parameters cannot be stored in it."""
-    wanted = None if dtype is None else np.dtype(dtype)
-    if wanted is not None and (wanted not in DTYPE_NAMES or wanted.kind not in "fV"):
-        raise DarexError(f"dtype must be floating, got {wanted}.")
-    return wanted
+    requested = None if dtype is None else np.dtype(dtype)
+    if requested is not None and (requested not in DTYPE_NAMES or requested.kind not in "fV"):
+        raise DarexError(f"dtype must be floating, got {requested}.")
+    return requested
 
 
 def check_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool = False) -> None:
@@ -256,7 +256,7 @@ def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str,
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Of all tensors."""
+    """Size of all tensors in bytes."""
     return sum(dtype.itemsize * element_count(shape) for t in layout.values() for dtype, shape in t.values())
 
 

@@ -233,11 +233,11 @@ def classifier_from_pretrained(
         kept = {name: x for name, x in kept.items() if not name.startswith("classifier.")}
     classifier, shapes = build_model(config)
     dtype = next(iter(kept.values())).dtype
-    kept |= _fresh(config, [name for name in shapes if name not in kept], key, dtype)
+    kept |= _new_weights(config, [name for name in shapes if name not in kept], key, dtype)
     return classifier, unflatten_names({name: kept[name] for name in shapes})
 
 
-def _fresh(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
+def _new_weights(config: Config, names: list[str], key: Array, dtype: Any) -> dict[str, Array]:
     """The weights of `init_model` with these names; in one jit, so that the others are never computed."""
 
     def init(key: Array) -> dict[str, Array]:

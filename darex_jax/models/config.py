@@ -38,7 +38,7 @@ class Bounds:
 
     low: float
     high: float
-    told: str
+    description: str
 
 
 _INT = 2**31 - 1  # largest axis of a model, and largest index on a device
@@ -153,7 +153,7 @@ def _description(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_description(part) for part in parts if part is not types.NoneType)
     if origin is Annotated:
-        return parts[1].told
+        return parts[1].description
     if origin in (list, tuple):
         return f"a list, each {_description(parts[0])}"
     return {bool: "true or false", str: "a string", dict: "an object"}[kind]

@@ -127,7 +127,7 @@ def authors_walk(
     Args:
       objective, maximise: as for `search_q`.
       grid: low, high and step.
-    Raises: ValueError for a grid that is none, or if no value is finite.
+    Raises: ValueError for an invalid grid, or if no value is finite.
     Source: `find_optimal_param` of find_q_encoder.py in the authors' code for DAREx, arXiv:2410.09344. That
       of find_q_decoder.py also refines below `low`, down to 0, which is not a valid divisor. Unlike there, no
       q is evaluated twice, points are rounded to 12 digits, and non-finite values are skipped instead of

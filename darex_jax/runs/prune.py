@@ -77,17 +77,17 @@ def prune_by(
     entries = pruned_entries(job)
     # Training is slow and hardly changes the size: sizes are tried without it, with a small margin.
     quick = replace(known, train=None)
-    wanted = round(CLOSE * budget) if chosen.trains else budget
+    target = round(CLOSE * budget) if chosen.trains else budget
 
     def of_size(part_bytes: float, path: Path) -> PruneSummary:
         return write(replace(job, out=path), Budget(bytes_per_parameter=part_bytes / entries), quick)
 
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
-        summary, path = fit_to_size(of_size, wanted, Path(folder))
+        summary, path = fit_to_size(of_size, target, Path(folder))
         if choose is not None and _drop_rate(summary) > 0:  # otherwise everything is kept
             given["q"] = choose(_drop_rate(summary))
-            summary, path = fit_to_size(of_size, wanted, Path(folder))
+            summary, path = fit_to_size(of_size, target, Path(folder))
         while chosen.trains:
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)

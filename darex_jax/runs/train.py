@@ -270,15 +270,15 @@ def _start(
 ) -> Start:
     """Args: known: the base's parameters; those in `params` are the same arrays, or new ones."""
     old = {id(leaf) for leaf in jax.tree.leaves(known)}
-    fresh = {name for name, leaf in flatten_names(params).items() if id(leaf) not in old}
+    new = {name for name, leaf in flatten_names(params).items() if id(leaf) not in old}
     if mesh is not None:
         params = jax.device_put(params, param_shardings(mesh, params))
     if lora is None:
-        _, pretrained = _split(params, lambda name: name in fresh)
+        _, pretrained = _split(params, lambda name: name in new)
         return Start(model, params, {}, pretrained, None)
     model, adapter = add_adapters(model, lora, jax.random.fold_in(key, 2))
-    along, frozen = _split(params, lambda name: name in fresh or name.startswith("classifier."))
-    _, kept_head = _split(along, lambda name: name in fresh)
+    along, frozen = _split(params, lambda name: name in new or name.startswith("classifier."))
+    _, kept_head = _split(along, lambda name: name in new)
     check_savable(lora, adapter, along, "SEQ_CLS" if along else "CAUSAL_LM")
     pretrained = combine(jax.tree.map(jnp.zeros_like, adapter), kept_head)
     scales = lora.scales(adapter)

@@ -132,7 +132,7 @@ class _Story:
         who, friend, other = (NAMES[i] for i in rng.permutation(len(NAMES))[:3])
         self.words = {"who": who, "friend": friend, "other": other, "things": _pick(rng, THINGS)}
         self.rng, self.largest = rng, largest
-        self.told: list[str] = []
+        self.sentences: list[str] = []
         self.lines: list[str] = []
         self.held = 0
         self.result = 0  # of the last step
@@ -148,10 +148,10 @@ class _Story:
             raise _DeadEnd
         return _pick(self.rng, fitting)
 
-    def tell(self, texts: Sequence[str], **numbers: int) -> None:
-        self.told.append(_pick(self.rng, texts).format(**self.words, **numbers))
+    def add_sentence(self, texts: Sequence[str], **numbers: int) -> None:
+        self.sentences.append(_pick(self.rng, texts).format(**self.words, **numbers))
 
-    def work_out(self, line: str, a: int, sign: str, b: int) -> int:
+    def add_step(self, line: str, a: int, sign: str, b: int) -> int:
         """Adds `line` with the step `a sign b`. Returns: the result. Raises: _DeadEnd if it is out of
         range."""
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
@@ -165,55 +165,55 @@ class _Story:
 
 def _has(story: _Story) -> None:
     story.held = _pick(story.rng, range(2, story.largest + 1))
-    story.tell(HAS, k=story.held)
+    story.add_sentence(HAS, k=story.held)
 
 
 def _boxed(story: _Story) -> None:
     boxes = _pick(story.rng, range(2, story.largest // 2 + 1))
     each = story.operand("*", boxes)
-    story.tell(BOXED, k=boxes, each=each)
-    story.held = story.work_out(OWNED, boxes, "*", each)
+    story.add_sentence(BOXED, k=boxes, each=each)
+    story.held = story.add_step(OWNED, boxes, "*", each)
 
 
 def _event(story: _Story) -> None:
     sign, texts = _pick(story.rng, (("+", GETS), ("-", GIVES), ("*", GROWS)))
     k = story.operand(sign, story.held)
-    story.tell(texts, k=k)
-    story.held = story.work_out(OWNED, story.held, sign, k)
+    story.add_sentence(texts, k=k)
+    story.held = story.add_step(OWNED, story.held, sign, k)
 
 
 def _left(story: _Story) -> None:
-    story.tell(LEFT)
+    story.add_sentence(LEFT)
 
 
 def _shared(story: _Story) -> None:
     k = story.operand("/", story.held)
-    story.tell(SHARED, k=k)
-    story.work_out(EACH, story.held, "/", k)
+    story.add_sentence(SHARED, k=k)
+    story.add_step(EACH, story.held, "/", k)
 
 
 def _priced(story: _Story) -> None:
     k = story.operand("*", story.held)
-    story.tell(PRICED, k=k)
-    story.work_out(PRICE, story.held, "*", k)
+    story.add_sentence(PRICED, k=k)
+    story.add_step(PRICE, story.held, "*", k)
 
 
 def _compared(story: _Story) -> int:
     sign = _pick(story.rng, tuple(COMPARED))
     k = story.operand(sign, story.held)
-    story.tell(COMPARED[sign], k=k)
-    return story.work_out(OTHER_OWNED, story.held, sign, k)
+    story.add_sentence(COMPARED[sign], k=k)
+    return story.add_step(OTHER_OWNED, story.held, sign, k)
 
 
 def _of_other(story: _Story) -> None:
     _compared(story)
-    story.tell(OF_OTHER)
+    story.add_sentence(OF_OTHER)
 
 
 def _together(story: _Story) -> None:
     others = _compared(story)
-    story.tell(TOGETHER)
-    story.work_out(BOTH, story.held, "+", others)
+    story.add_sentence(TOGETHER)
+    story.add_step(BOTH, story.held, "+", others)
 
 
 # Number of steps of each.
@@ -232,7 +232,7 @@ def _problem(rng: np.random.Generator, steps: int, largest: int) -> Problem:
         _event(story)
     ending(story)
     solution = "\n".join((*story.lines, f"{HASHES} {story.result}"))
-    return Problem(" ".join(story.told), solution, Fraction(story.result))
+    return Problem(" ".join(story.sentences), solution, Fraction(story.result))
 
 
 _PIECES = r" ?[A-Za-z']+| ?#+|[0-9]|\s| ?[^A-Za-z0-9\s]"

@@ -192,8 +192,8 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
     if mask is None:
         return known
     chosen = jax.tree.broadcast(mask(params) if callable(mask) else mask, params)
-    wanted = flatten_names(chosen)
-    return {name: leaf for name, leaf in known.items() if wanted[name]}
+    is_pulled = flatten_names(chosen)
+    return {name: leaf for name, leaf in known.items() if is_pulled[name]}
 
 
 def _elsewhere(params: PyTree, values: dict[str, Any]) -> bool:

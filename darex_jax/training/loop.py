@@ -200,7 +200,7 @@ def train(
             )
         return StepRecord(step, value, norm, rate, *size)
 
-    def tell(record: StepRecord) -> None:
+    def emit(record: StepRecord) -> None:
         history.append(record)
         if on_step is not None:
             on_step(record)
@@ -213,22 +213,22 @@ def train(
         step_key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
         placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
         numbers = (rate, recipe.weight_decay, recipe.clip_norm)
-        params, state, *seen = _update(
+        params, state, *results = _update(
             loss, model, recipe.optimizer, recipe.norm, recipe.accumulate, recipe.dtype,
             params, state, frozen, pretrained, placed, step_key, numbers,
         )  # fmt: skip
         last = step + 1 == steps
         stops = last or (checkpoints is not None and (step + 1) % checkpoints.every == 0)
         if stops or step % MEASURE_EVERY == 0:
-            seen += measure(params)
+            results += measure(params)
         if waiting is not None:
-            tell(read(*waiting))
-        waiting = (step, rate, tuple(seen))
+            emit(read(*waiting))
+        waiting = (step, rate, tuple(results))
         if stops:
             record = read(*waiting)
             if validate is not None:
                 record = record._replace(validation=validate(params))
-            tell(record)
+            emit(record)
             waiting = None
             if checkpoints is not None:
                 checkpoints.save(step + 1, (params, state), record.validation)
