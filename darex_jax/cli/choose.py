@@ -1,4 +1,4 @@
-"""The command find-q."""
+"""`darex find-q`: chooses the divisor q for a pair of models."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The command merge."""
+"""`darex merge`: merges several deltas of one base into a model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command prune.
+"""`darex prune`: prunes the delta of two checkpoints and writes an artifact.
 
 DARE with a numeric q imports neither transformers nor flax; --q auto, and methods that use texts, run the
 model.

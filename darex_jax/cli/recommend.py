@@ -1,4 +1,4 @@
-"""The command recommend."""
+"""`darex recommend`: measures which method loses least at a file size."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The command generate."""
+"""`darex generate`: continues a prompt with a model or its deltas."""
 
 import json
 import time

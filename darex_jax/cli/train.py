@@ -1,4 +1,4 @@
-"""The commands train and repeat."""
+"""`darex train` and `darex repeat`: fine-tuning, and repeating a run."""
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
-"""Qwen3, dense (Yang et al., arXiv:2505.09388) as transformers computes it: Qwen2 without biases, with
-per-head normalisation of queries and keys.
-"""
+"""Qwen3, dense (Yang et al., arXiv:2505.09388): Qwen2 without biases, with per-head query and key norms."""
 
 import dataclasses
 from collections.abc import Collection, Mapping

@@ -1,5 +1,6 @@
-"""RoBERTa (Liu et al., arXiv:1907.11692) as transformers computes it: BERT with positions that start
-after the padding's, and another classification head.
+"""RoBERTa (Liu et al., arXiv:1907.11692): BERT with shifted positions and another classification head.
+
+Positions start after that of padding, as in transformers.
 """
 
 import jax
