@@ -94,7 +94,7 @@ def plot_metrics(lines: list[dict[str, Any]], validation_name: str, path: Path) 
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a Matplotlib figure in the format that the ending of `path` names, whole or not at all."""
+    """Writes a Matplotlib figure atomically, in the format of the suffix of `path`."""
     with atomic_file(path) as file, open(file, "wb", closefd=False) as stream:
-        dated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}  # the same picture, the same bytes
+        dated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
         figure.savefig(stream, format=path.suffix[1:] or "png", dpi=130, **dated)
