@@ -12,6 +12,10 @@ RAW_BITS = 16  # per value without quantisation: bfloat16
 WHOLE = 0.1  # vectors are kept whole if they take at most this share of the bytes
 
 
+class TooSmall(DarexError):
+    """A size or a budget that a method cannot keep to, however little it keeps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a method may spend on its parameters; exactly one of the two is set.

@@ -7,9 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, map_named
-from darex_jax.methods.budget import Budget
+from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.vectors import is_matrix, vector_parts
 from darex_jax.parts.sign import Sign, SignPer, pack_signs
 from darex_jax.parts.total import Parts
@@ -24,7 +23,7 @@ def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = 
 
     Args: per: one scale per "matrix", "row" or "column".
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Raises: DarexError for a budget below one bit per parameter.
+    Raises: TooSmall for a budget below one bit per parameter.
     Source: BitDelta, arXiv:2402.10193, before its scales are distilled.
     """
     check_room(budget)
@@ -39,7 +38,7 @@ def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = 
 
 def check_room(budget: Budget) -> None:
     if budget.bytes_per_parameter is not None and budget.bytes_per_parameter < BYTES:
-        raise DarexError(
+        raise TooSmall(
             f"signs alone take {BYTES} bytes per parameter, more than {budget.bytes_per_parameter:g}; "
             "choose another method or a larger size."
         )

@@ -21,14 +21,14 @@ from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.match import Match
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
-from darex_jax.methods.budget import Budget
+from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.distilled import Support, distilled
 from darex_jax.methods.evidence import Evidence
 from darex_jax.models import Config, read_model_config
 from darex_jax.models.layerwise import embedded, layer_models
 from darex_jax.parts.total import Parts
 from darex_jax.runs.evidence import HELD_OUT
-from darex_jax.runs.prune import TooSmall, pruned_entries
+from darex_jax.runs.prune import pruned_entries
 from darex_jax.tasks.batching import Batch
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.training.blockwise import Block, States, distill_blocks

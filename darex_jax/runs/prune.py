@@ -15,7 +15,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.files.atomic import write_whole
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
 from darex_jax.files.stream import keep_inputs
-from darex_jax.methods.budget import Budget
+from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer
@@ -25,10 +25,6 @@ ATTEMPTS = 8
 SIZES, PLACES = (0.0003, 0.03), 15  # bytes per parameter beside the fixed overhead, and number of sizes tried
 PROBE = 1 / 3  # share of a training's steps for trying a size
 ROUNDING = 1e-9  # 1 - 190 / 200 is above 0.05
-
-
-class TooSmall(DarexError):
-    """The requested size is below the smallest file of a method."""
 
 
 def prune_by(

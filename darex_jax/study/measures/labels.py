@@ -24,7 +24,7 @@ from darex_jax.core.tree import combine, flatten_names, unflatten_names
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
-from darex_jax.methods.budget import Budget
+from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.dare import dare
 from darex_jax.models import Model
 from darex_jax.models.lora import attach_adapters
@@ -33,7 +33,7 @@ from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.parts.values import Shape, Values
-from darex_jax.runs.prune import TooSmall, fit_to_size, pruned_entries
+from darex_jax.runs.prune import fit_to_size, pruned_entries
 from darex_jax.study.fine_tunes import RECIPE, Place
 from darex_jax.study.plan import FineTune
 from darex_jax.tasks import TASKS, load_task

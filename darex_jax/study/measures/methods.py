@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,15 +14,15 @@ import numpy as np
 
 from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
-from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.model import load_model
-from darex_jax.files.prune import Job
-from darex_jax.methods.budget import Budget
+from darex_jax.files.prune import Job, PruneSummary
+from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.table import METHODS
+from darex_jax.runs.blockwise import prune_blockwise
 from darex_jax.runs.evidence import gather
-from darex_jax.runs.prune import TooSmall, prune_by, pruned_entries
+from darex_jax.runs.prune import prune_by, pruned_entries
 from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.labels import rivals
 from darex_jax.study.measures.tested import open_tested
@@ -36,67 +36,84 @@ TEXTS, STEPS = 10_000, 300  # at most so many training texts, and steps of 16, f
 def begin(
     plan: Plan, fine_tunes: Sequence[FineTune], place: Place
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`; or
-    the method `labels` and the options of `rivals`.
+    """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`, `block_wise`
+    that layers are distilled one at a time; or the method `labels` and the options of `rivals`.
 
     Returns: values of the row "fine-tuned"; a function from way, options and column to a row's values.
     """
     (fine_tune,) = fine_tunes
     base, fine = obtain(fine_tune, place)
     tested = open_tested(fine_tune, fine, place, plan.test_examples)
-    source = Source(task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune))
-    rival = rivals(fine_tune, base, fine, place)
-    known: dict[tuple[str, ...], Any] = {}
-
-    def evidence(method: str, support: str | None) -> Any:
-        needs = METHODS[method].needs_with(support)
-        if needs not in known:
-            limit = TEXTS if METHODS[method].trains else CALIBRATION
-            known[needs] = gather(base, fine, replace(source, limit=limit), needs, steps=STEPS)
-        return known[needs]
+    writer = Writer(plan, fine_tune, base, fine, place)
 
     def measured(way: str, told: Mapping[str, Any], at: float) -> dict[str, Any]:
-        options = dict(told)
-        name, objective = options.pop("method"), options.pop("q", None)
         with ExitStack() as stack:
             b, f = (stack.enter_context(Checkpoint(path)) for path in (base, fine))
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = Path(folder) / "delta.safetensors"
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "delta.safetensors"
             job = Job(b, f, path, choose_scope(f.config.get("model_type"), shapes=f.shapes))
-            if name == "labels":
-                allowed = round(at * pruned_entries(job)) if plan.axis == "bytes" else None
-                try:
-                    written = rival(options, allowed, path)
-                except TooSmall as error:
-                    return {"why": str(error)}
-                seen = [tested.values(*load_model(base, delta=path))]
-                return {**spread(seen), "q": None, "file_bytes": written.file_bytes}
-            method, q = METHODS[name], None
-            choose = (
-                partial(_q, base, fine, replace(source, limit=CALIBRATION), objective) if objective else None
-            )
-            gathered = evidence(name, options.get("support"))
-            write = partial(prune_by, job, name, gathered=gathered)
-            if plan.axis == "bytes":
-                budget: Budget | int = round(at * pruned_entries(job))
-            else:
-                budget = Budget(drop_rate=at)
-                if choose is not None:
-                    options["q"] = choose(at)
+            files = writer.files(job, dict(told), at)
             try:
-                first = write(
-                    budget, options=options, seed=0, choose=choose if plan.axis == "bytes" else None
-                )
-            except DarexError as error:
+                first = next(files)
+            except TooSmall as error:
                 return {"why": str(error)}
-            spent, q = Budget(**(first.recipe.budget or {})), (first.recipe.options or {}).get("q")
             seen = [tested.values(*load_model(base, delta=path))]
-            for seed in range(1, plan.masks if method.random and not method.trains else 1):
-                write(spent, options=options | ({} if q is None else {"q": q}), seed=seed)
-                seen.append(tested.values(*load_model(base, delta=path)))
-        return {**spread(seen), "q": q, "file_bytes": first.file_bytes}
+            seen += [tested.values(*load_model(base, delta=path)) for _ in files]
+        options = first.recipe.options or {}
+        return {**spread(seen), "q": options.get("q"), "file_bytes": first.file_bytes}
 
     return {**spread([tested.values(tested.model, tested.params)]), **about(tested)}, measured
+
+
+class Writer:
+    """Writes the files of a way: one, or one for each mask. What methods look at is gathered once."""
+
+    def __init__(self, plan: Plan, fine_tune: FineTune, base: Path, fine: Path, place: Place):
+        self.plan, self.base, self.fine = plan, base, fine
+        self.source = Source(
+            task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune)
+        )  # fmt: skip
+        self.rival = rivals(fine_tune, base, fine, place)
+        self.known: dict[tuple[str, ...], Any] = {}
+
+    def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
+        """Writes `job.out` again and again, one file after each mask.
+
+        Raises: TooSmall if no file of the way is so small.
+        """
+        name, objective, block_wise = (told.pop(key, None) for key in ("method", "q", "block_wise"))
+        by_bytes = self.plan.axis == "bytes"
+        budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
+        if name == "labels":
+            yield self.rival(told, budget if isinstance(budget, int) else None, Path(job.out))
+            return
+        method = METHODS[name]
+        if block_wise:
+            source = replace(self.source, limit=TEXTS)
+            yield prune_blockwise(job, source, budget, steps=STEPS, **told).summary
+            return
+        choose = None if objective is None else partial(self.choose, objective)
+        if choose is not None and not by_bytes:
+            told["q"] = choose(at)
+        write = partial(prune_by, job, name, gathered=self.evidence(name, told.get("support")))
+        first = write(budget, options=told, seed=0, choose=choose if by_bytes else None)
+        yield first
+        spent, q = Budget(**(first.recipe.budget or {})), (first.recipe.options or {}).get("q")
+        again = told | ({} if q is None else {"q": q})
+        for seed in range(1, self.plan.masks if method.random and not method.trains else 1):
+            yield write(spent, options=again, seed=seed)
+
+    def evidence(self, method: str, support: str | None) -> Any:
+        needs = METHODS[method].needs_with(support)
+        if needs not in self.known:
+            limit = TEXTS if METHODS[method].trains else CALIBRATION
+            source = replace(self.source, limit=limit)
+            self.known[needs] = gather(self.base, self.fine, source, needs, steps=STEPS)
+        return self.known[needs]
+
+    def choose(self, objective: str, drop_rate: float) -> float:
+        source = replace(self.source, limit=CALIBRATION)
+        found = choose_q(self.base, self.fine, drop_rate, Choice(objective=objective), source)
+        return float(found["q"])
 
 
 def about(tested: Any) -> dict[str, Any]:
@@ -117,8 +134,3 @@ def spread(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def difficulty(fine_tune: FineTune) -> int:
     return int(fine_tune.options.get("difficulty", 3))
-
-
-def _q(base: Path, fine: Path, source: Source, objective: str, drop_rate: float) -> float:
-    found = choose_q(base, fine, drop_rate, Choice(objective=objective), source)
-    return float(found["q"])
