@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from darex_jax.study.plan import SCALES, Plan, find_studies, read_plan
 from darex_jax.study.rows import Row, read_rows
 from darex_jax.study.run import FINE_TUNED
 from darex_jax.study.shown import Finding, Page, Section
-from darex_jax.study.tables import section, shares
+from darex_jax.study.tables import OURS, section, shares
 
 FIRST = ("frontier", "methods")  # of a page; the others follow by name
 
@@ -38,16 +39,18 @@ def results_page(results: Path) -> Page:
     if not found:
         raise DarexError(f"{results}: has no rows of a study; run darex experiment first.")
     sections = [section(plan, rows, f"darex experiment {plan.name} --scale {scale}") for plan, rows in found]
-    every = [finding for each in sections for finding in each.findings]
+    every = [finding for each in sections for finding in each.findings if finding.source != OURS]
     claims = Section(
         "The paper's claims, one by one",
-        ["The verdict is computed from the rows below: held in every comparison, in half of them or more "
-         "(held partly), in fewer (not seen)."],
+        ["Of \"DARE the Extreme\" (arXiv:2410.09344), on the models of this scale. The verdict is computed "
+         "from the rows on this page: held in every comparison, in half of them or more (held partly), in "
+         "fewer (not seen)."],
         findings=every,
     )  # fmt: skip
-    return Page(
-        "darex_jax: the study", summary(found, every), [claims, *_without_findings(sections)], facts(found)
-    )
+    first = sum(plan.name in FIRST for plan, _ in found)
+    shown = [_without_claims_of_the_paper(each) for each in sections]
+    parts = [*shown[:first], *([claims] if every else []), *shown[first:]]
+    return Page("darex_jax: the study", summary(found, every), parts, facts(found))
 
 
 def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Finding]) -> list[str]:
@@ -55,16 +58,7 @@ def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Find
     told = []
     for plan, rows in found:
         if plan.name == "frontier":
-            own = shares(rows)
-            kept = [
-                f"{np.mean(own['distilled', at]):.1%} at {at:g}" for at in plan.at if ("distilled", at) in own
-            ]
-            models = len({row["fine_tune"] for row in rows})
-            if kept:
-                told.append(
-                    f"Trained low-rank factors in 4 bits keep {', '.join(kept)} bytes a parameter of the "
-                    f"fine-tuned metric, on average over {models} fine-tunes of MiniLM, without labels."
-                )
+            told += _trained(plan, rows)
         if plan.name == "methods":
             told += _untrained(plan, rows)
     counts = Counter(finding.verdict for finding in findings)
@@ -72,6 +66,24 @@ def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Find
         parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
         told.append(f"Of {len(findings)} claims of the paper: {parts}.")
     return told[:5]
+
+
+def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """What trained parts keep in the largest and the smallest file that more than one fine-tune has."""
+    own = {at: values for (way, at), values in shares(rows).items() if way == "distilled" and len(values) > 1}
+    sizes = {
+        at: float(np.mean([r["file_bytes"] for r in rows if (r["way"], r["at"]) == ("distilled", at)]))
+        for at in own
+    }
+    told = [
+        f"{sizes[at] / 1000:,.0f} kB keep {np.mean(own[at]):.1%} ± {np.std(own[at], ddof=1):.1%} "
+        f"({len(own[at])} fine-tunes)"
+        for at in plan.at
+        if at in own
+    ]
+    if not told:
+        return []
+    return [f"Of the fine-tuned metric, 4-bit factors trained without labels in {', '.join(told)}."]
 
 
 def _untrained(plan: Plan, rows: Sequence[Row]) -> list[str]:
@@ -104,7 +116,5 @@ def facts(found: Sequence[tuple[Plan, Sequence[Row]]]) -> list[tuple[str, str]]:
     return [(name, ", ".join(sorted(values))) for name, values in seen.items()]
 
 
-def _without_findings(sections: Sequence[Section]) -> list[Section]:
-    from dataclasses import replace
-
-    return [replace(each, findings=()) for each in sections]
+def _without_claims_of_the_paper(section: Section) -> Section:
+    return replace(section, findings=[each for each in section.findings if each.source == OURS])

@@ -14,6 +14,7 @@ from darex_jax.study.shown import Figure, Section, Series, Table
 
 AXES = {"bytes": "bytes a parameter, whole file", "drop_rates": "density, 1 - drop rate"}
 NEAR = 1e-9
+OURS = "this project"  # the source of a study or a claim that is not the paper's
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -94,7 +95,7 @@ def section(plan: Plan, rows: Sequence[Row], command: str) -> Section:
     from darex_jax.study.claims import findings
 
     text = [part.replace("\n", " ").strip() for part in plan.text.split("\n\n") if part.strip()]
-    if plan.source:
+    if plan.source and plan.source != OURS:
         text.append(f"Reproduces: {plan.source}.")
     return Section(plan.title, text, figures(plan, rows), tables(plan, rows), findings(plan, rows), command)
 
