@@ -206,7 +206,7 @@ def table(report: dict) -> str:
     lines = [
         "# A bank of deltas",
         "",
-        f"MiniLM-L6, deltas of 0.01 bytes a parameter, batches of {ROWS} rows of {TOKENS} tokens.",
+        f"MiniLM-L6, deltas of 0.01 bytes per parameter, batches of {ROWS} rows of {TOKENS} tokens.",
         f"{report['machine']}; {', '.join(f'{k} {v}' for k, v in report['versions'].items())}.",
         f"Medians of {ROUNDS} rounds, in brackets the least and the largest. Made by",
         "`python benchmarks/bank.py --json benchmarks/results/bank.json`.",

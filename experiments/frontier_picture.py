@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def check_parameters(rows) -> None:
-    """`PARAMETERS` are those of the rows: the fullest file of all has nearly its bytes a parameter."""
+    """`PARAMETERS` are those of the rows: the fullest file of all has nearly its bytes per parameter."""
     fullest = max(row["file_bytes"] / row["at"] for row in rows if "file_bytes" in row)
     assert 0.99 * PARAMETERS < fullest < 1.0001 * PARAMETERS, fullest
 

@@ -267,7 +267,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_the_figures_of_the_readme_are_those_of_the_table():
-    """Of the rows of the studies methods and frontier, at 0.005 bytes a parameter."""
+    """Of the rows of the studies methods and frontier, at 0.005 bytes per parameter."""
     folder = ROOT / "experiments/results/small"
     rows = [row for study in ("methods", "frontier") for row in read_rows(folder / f"{study}.jsonl")]
     shown = re.findall(r"^\| ([^|:]+?)[:,]? ?(?:4-bit[^|]*|91 MB)? \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",

@@ -24,7 +24,9 @@ from darex_jax.study.written import markdown, write_section
 
 FINE_TUNES = """
 [small.models.tiny]
+[small.models.llama]
 [small.train]
+lora = { model = "llama", task = "word-problems", steps = 2, learning_rate = 1e-2, limit = 16, lora_rank = 2 }
 one = { model = "tiny", task = "opinions", steps = 3, learning_rate = 1e-3, limit = 40 }
 two = { model = "tiny", task = "opinions", steps = 2, learning_rate = 1e-3, limit = 40 }
 [small.optimizers]
@@ -101,9 +103,23 @@ random = { method = "labels", support = "random" }
 """
 
 
+LORA = """
+title = "A LoRA"
+measure = "lora"
+[small]
+train = ["lora"]
+drop_rates = [0.5]
+masks = 2
+test_examples = 4
+[small.ways]
+merged = { pruned = "merged" }
+factors = { pruned = "factors" }
+"""
+
+
 @pytest.fixture
 def studies(tmp_path):
-    files = {
+    files = {"lora": LORA} | {
         "fine_tunes": FINE_TUNES, "tiny": METHODS, "q": Q, "deltas": DELTAS, "merged": MERGING,
         "rivals": RIVALS,
     }  # fmt: skip
@@ -118,6 +134,7 @@ def place(folders, tmp_path_factory):
     place = tmp_path_factory.mktemp("study")
     (place / "models").mkdir()
     (place / "models" / "tiny").symlink_to(folders / "bert" / "base")
+    (place / "models" / "llama").symlink_to(folders / "llama" / "base")
     return Place(place / "runs", place / "models")
 
 
@@ -193,7 +210,10 @@ def test_every_measure(studies, place):
     alone, total, dare = run_study(read_plan(studies, "merged", "small"), place)
     assert set(alone["metrics"]) == {"one", "two"} and alone["mean"] == 1.0
     assert len(total["metrics"]["one"]) == 1 and len(dare["metrics"]["two"]) == 2 and len(dare["q"]) == 2
-    for name in ("q", "deltas", "merged"):
+    fine, merged, factors = run_study(read_plan(studies, "lora", "small"), place)
+    assert fine["change"] == 0 < merged["change"] and fine["loss_without"] != fine["loss"]
+    assert 0 < factors["change"] != merged["change"] and merged["loss_std"] >= 0
+    for name in ("q", "deltas", "merged", "lora"):
         plan = read_plan(studies, name, "small")
         text = markdown(section(plan, read_rows(plan.file), "darex experiment"))
         assert text.count("\n| ") >= len(plan.ways)
@@ -309,8 +329,8 @@ def test_the_command(studies, place):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('measure = "methods"', 'measure = "guesses"', "measure is one of methods, q, delta, merging"),
-        ('train = ["one"]', 'train = ["three"]', "declares no small.train.three; it has one, two"),
+        ('measure = "methods"', 'measure = "guesses"', "measure is one of methods, q, delta, merging, lora"),
+        ('train = ["one"]', 'train = ["three"]', "declares no small.train.three; it has lora, one, two"),
         ("masks = 2", "mask = 2", "unknown mask in \\[small\\]"),
         ('title = "Tiny"', "title = Tiny", "is not TOML"),
         ("drop_rates = [0.5, 0.9]", "drop_rates = [0.5]\nbytes = [0.1]", "drop_rates or bytes, not both"),

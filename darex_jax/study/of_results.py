@@ -87,7 +87,7 @@ def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 
 def _untrained(plan: Plan, rows: Sequence[Row]) -> list[str]:
-    """Which way without training keeps most at 0.01 bytes a parameter, and what DARE and DAREx-q keep."""
+    """Which way without training keeps most at 0.01 bytes per parameter, and what DARE and DAREx-q keep."""
     told = []
     for optimizer in dict.fromkeys(row["fine_tune"].split("/")[1] for row in rows):
         own = shares([row for row in rows if row["fine_tune"].split("/")[1] == optimizer])
@@ -96,7 +96,7 @@ def _untrained(plan: Plan, rows: Sequence[Row]) -> list[str]:
         if {"DARE", "DAREx-q"} <= means.keys():
             top = max(means, key=means.__getitem__)
             told.append(
-                f"Of deltas trained with {optimizer}, at {at:g} bytes a parameter, DARE keeps "
+                f"Of deltas trained with {optimizer}, at {at:g} bytes per parameter, DARE keeps "
                 f"{means['DARE']:.1%} of the metric, DAREx-q {means['DAREx-q']:.1%}, and {top}, the best "
                 f"without training, {means[top]:.1%}."
             )

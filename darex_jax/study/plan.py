@@ -17,7 +17,7 @@ from darex_jax.files.paths import read_text
 
 SCALES = ("small", "paper")
 FINE_TUNES = "fine_tunes.toml"
-MEASURES = ("methods", "q", "delta", "merging")  # files of `study/measures/`
+MEASURES = ("methods", "q", "delta", "merging", "lora")  # files of `study/measures/`
 HEAD = {"title", "source", "measure", "text", "claims", *SCALES}
 SETTINGS = {
     "train", "optimizers", "seeds", "ways", "drop_rates", "bytes", "masks", "test_examples", "sets",
@@ -61,7 +61,7 @@ class Plan:
     Attributes:
       name: of its file; title, source, text: for people; the source is the table or figure it reproduces.
       measure: one of `MEASURES`; fine_tunes: what is measured.
-      ways: options by the name of a row; at: drop rates or bytes a parameter, by `axis`.
+      ways: options by the name of a row; at: drop rates or bytes per parameter, by `axis`.
       masks: how many, of the seeds from 0 on; test_examples: at most so many, of the official validation
         split.
       sets: of trainings that are merged.

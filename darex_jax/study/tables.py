@@ -12,7 +12,7 @@ from darex_jax.study.rows import Row
 from darex_jax.study.run import FINE_TUNED
 from darex_jax.study.shown import Figure, Section, Series, Table
 
-AXES = {"bytes": "bytes a parameter, whole file", "drop_rates": "density, 1 - drop rate"}
+AXES = {"bytes": "bytes per parameter, whole file", "drop_rates": "density, 1 - drop rate"}
 NEAR = 1e-9
 OURS = "this project"  # the source of a study or a claim that is not the paper's
 
@@ -43,7 +43,7 @@ def shares(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[float]]:
 
 def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
     """What a study shows in tables: a first one over all fine-tunes, then one a training and optimizer."""
-    if plan.measure == "delta":
+    if plan.measure in ("delta", "lora"):
         return _statistics(plan, rows)
     if plan.measure == "merging":
         return _merged(plan, rows)
@@ -189,11 +189,11 @@ def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
 
 def _statistics(plan: Plan, rows: Sequence[Row]) -> list[Table]:
     found = []
-    for way in plan.ways:
+    for way in (FINE_TUNED, *plan.ways):
         own = [row for row in rows if row["way"] == way]
-        fixed = {"fine_tune", "way", "at", "made", "weights", "seconds", "why"}
+        fixed = {"fine_tune", "way", "at", "made", "weights", "seconds", "why", "manifest"}
         names = list(dict.fromkeys(name for row in own for name in row if name not in fixed))
-        if own:
+        if names:
             body = [[_label(row), *(_number(row.get(name)) for name in names)] for row in own]
             columns = ["", *(name.replace("_", " ") for name in names)]
             found.append(Table(way, columns, body))
