@@ -14,6 +14,9 @@ from darex_jax.cli.show import training_bar
 from darex_jax.cli.stores import HERE
 
 
+ROWS = "{n_fmt} of {total_fmt} rows, {elapsed}{postfix}"  # tqdm's own estimate counts trainings as rows
+
+
 @click.command()
 @click.argument("name", required=False)
 @click.option("--scale", default="small", show_default=True, type=click.Choice(["small", "paper"]),
@@ -135,7 +138,7 @@ def _bars(quiet: bool) -> Iterator[tuple[Any, Any, Any]]:
 
     training: list[Any] = []
     with ExitStack() as stack:
-        rows = stack.enter_context(tqdm(unit="row", disable=quiet, dynamic_ncols=True, leave=False))
+        rows = stack.enter_context(tqdm(bar_format=ROWS, disable=quiet, dynamic_ncols=True, leave=False))
 
         def say(line: str) -> None:
             if not quiet:
