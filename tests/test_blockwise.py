@@ -127,6 +127,30 @@ def test_an_interrupted_run_resumes_to_the_same_file(block_wise, tmp_path):
     assert resumed.error == whole.error
 
 
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"bits": 8}, {"exclude": ("layers.0.mlp",)}])
+def test_checkpoints_of_other_settings_are_not_resumed(folders, source, tmp_path, changed):
+    base, fine = folders / "llama" / "base", folders / "llama" / "fine"
+
+    def run(out, checkpoints, exclude=(), **options):
+        with Checkpoint(base) as b, Checkpoint(fine) as f:
+            job = Job(b, f, tmp_path / out, choose_scope("llama", exclude=exclude))
+            options = {"steps": 3, "support": "largest", "checkpoints": tmp_path / checkpoints} | options
+            prune_blockwise(job, source, Budget(bytes_per_parameter=0.3), **options)
+        return (tmp_path / out).read_bytes()
+
+    run("first", "kept")
+    assert run("second", "kept", **changed) == run("fresh", "other", **changed)
+
+
+@pytest.mark.parametrize(
+    ("support", "bits", "size"), [("largest", 1, 60_000), ("random", 4, 37_000), ("low-rank", 1, 37_000)]
+)
+def test_a_size_is_kept_to(block_wise, tmp_path, support, bits, size):
+    found = block_wise(tmp_path / "out", size, support=support, bits=bits, steps=3)
+    assert 0.7 * size < found.summary.file_bytes <= size
+    assert (tmp_path / "out").stat().st_size == found.summary.file_bytes
+
+
 def test_memory_holds_a_layer(source, tmp_path):
     config = read_model_config(LLAMA | {"num_hidden_layers": 6, "vocab_size": 300})
     from darex_jax.tasks.word_problems import word_problem_tokenizer
@@ -170,13 +194,15 @@ def test_the_command(folders, tmp_path):
     for wrong, message in (
         (("--size", "100000x"), "without any part the file is"),
         (("--bytes-per-parameter", 1, "--include", "embed_tokens"), "leave it out with --exclude"),
-        (("--max-loss", 0.1), "--block-wise is for --method distilled"),
-        (("--bytes-per-parameter", 1, "--support", "allocated"), "not for --support allocated"),
+        (("--max-loss", 0.1), "which --max-loss needs"),
+        (("--bytes-per-parameter", 1, "--support", "allocated"), "which --support allocated needs"),
     ):
         assert message in " ".join(
             darex("prune", base, fine, tmp_path / "no", *common, *wrong, fails=True).split()
         )
         assert not (tmp_path / "no").exists()
+    dare = ("--method", "dare", "--block-wise", "-p", 0.9)
+    assert "dare does not train" in darex("prune", base, fine, tmp_path / "no", *dare, fails=True)
     encoder = folders / "bert" / "base", folders / "bert" / "fine"
     assert "only decoders" in darex("prune", *encoder, tmp_path / "no", *common, *told, fails=True)
 

@@ -18,8 +18,8 @@ from darex_jax.study.fine_tunes import Place
 from darex_jax.study.of_results import results_page
 from darex_jax.study.plan import read_plan
 from darex_jax.study.rows import cell_of, digest_of, read_rows, seconds_left, write_rows
-from darex_jax.study.run import groups, known_rows, missing_cells, run_study
-from darex_jax.study.tables import figures, section, tables
+from darex_jax.study.run import current_rows, groups, known_rows, missing_cells, run_study
+from darex_jax.study.tables import best_of, figures, section, tables
 from darex_jax.study.written import markdown, write_section
 
 FINE_TUNES = """
@@ -195,9 +195,42 @@ def test_rows_of_other_weights_are_replaced(studies, place):
 
 def test_rows_of_another_study_are_taken_over(studies, place):
     run_study(read_plan(studies, "tiny", "small"), place)
-    (studies / "part.toml").write_text(METHODS.replace('SVD = { method = "svd" }', ""))
+    text = METHODS.replace('SVD = { method = "svd" }', "").replace('"SVD"', '"DARE"')
+    (studies / "part.toml").write_text(text)
     part = read_plan(studies, "part", "small")
     assert len(known_rows(part)) == 3 and missing_cells(part, known_rows(part)) == []
+
+
+def test_rows_of_other_weights_are_not_taken_over(studies, place):
+    """Two studies with rows of one fine-tune on different machines: their rows are not mixed."""
+    rows = run_study(read_plan(studies, "tiny", "small"), place)
+    plan = read_plan(studies, "tiny", "small")
+    (studies / "part.toml").write_text(METHODS)
+    part = read_plan(studies, "part", "small")
+    write_rows(part.file, [row | {"weights": "another"} for row in rows[:2]])
+    write_rows(plan.file, rows)
+    assert {row["weights"] for row in known_rows(part)} == {"another"} and len(known_rows(part)) == 2
+
+
+def test_a_changed_model_is_another_declaration(studies, place):
+    run_study(read_plan(studies, "tiny", "small"), place)
+    changed = FINE_TUNES.replace(
+        "[small.models.tiny]", '[small.models.tiny]\nconfig = { model_type = "bert" }'
+    )
+    (studies / "fine_tunes.toml").write_text(changed)
+    plan = read_plan(studies, "tiny", "small")
+    assert (
+        len(missing_cells(plan, known_rows(plan))[0][1]) == 5 and current_rows(plan, known_rows(plan)) == []
+    )
+    shown = section(plan, known_rows(plan), "darex experiment tiny")
+    assert "Not measured yet: 5 of 5 rows." in shown.text
+
+
+def test_the_best_is_compared_on_shared_fine_tunes():
+    full = {"a": 0.9, "b": 0.5, "c": 0.7}
+    assert best_of({"x": full, "y": {"a": 0.95, "b": 0.4}}) == {"x"}  # on a and b: 0.7 against 0.675
+    assert best_of({"x": full, "y": {"b": 0.99}}) == set()  # too few to compete, and x alone is no contest
+    assert best_of({"x": {"a": 0.5}, "y": {"a": 0.5}}) == {"x", "y"}
 
 
 def test_every_measure(studies, place):
@@ -281,9 +314,10 @@ def row(fine_tune, way, at, mean):
 def test_verdicts_follow_from_the_rows(studies):
     plan = read_plan(studies, "tiny", "small")
 
-    def verdict(claim, *values):
+    def verdict(claim, *values, constant=None):
         rows = [row(f"{task}/{optimizer}/0", way, at, mean) for task, optimizer, way, at, mean in values]
-        rows += [row(name, "fine-tuned", None, 0.8) for name in {r["fine_tune"] for r in rows}]
+        names = {each["fine_tune"] for each in rows}
+        rows += [row(name, "fine-tuned", None, 0.8) | {"constant": constant} for name in names]
         object.__setattr__(plan, "claims", [{"claim": "it is so", **claim}])
         (finding,) = findings(plan, rows)
         return finding.verdict, finding.figures
@@ -301,6 +335,12 @@ def test_verdicts_follow_from_the_rows(studies):
     other = ("one", "adamr", "DARE", 0.5, 0.65)
     assert verdict({"better": "adamr", "than": "adamw", "way": "DARE", "at": [0.5]}, *a, other)[0] == "held"
     assert verdict(both | {"optimizers": ["adamr"]}, *a)[0] == "not testable here"
+    floor = [("one", "adamw", "SVD", 0.5, 0.3), ("one", "adamw", "DARE", 0.5, 0.0)]
+    assert verdict(both, *floor, constant=0.4)[0] == "not seen"  # better, but less than nothing learnt
+    assert "not above nothing learnt" in verdict(both, *floor, constant=0.4)[1]
+    gain = {"keeps_gain": 0.5, "way": "SVD", "at": [0.5]}
+    assert verdict(gain, *a, constant=0.59)[0] == "held" and verdict(gain, *a, constant=0.65)[0] == "not seen"
+    assert "no better than nothing learnt" in verdict(gain, *a, constant=0.8)[1]
     assert verdict({"untestable": "no such machine"}, *a) == ("not testable here", "no such machine")
     assert verdict({"way": "SVD", "value": "mean", "least": 0.71, "at": [0.5]}, *a)[0] == "not seen"
 
@@ -319,6 +359,7 @@ def test_the_command(studies, place):
     assert "unknown, nothing like it" in darex("experiment", "tiny", *where, "--dry-run")
     assert "there is no such study; in" in darex("experiment", "none", *where, fails=True)
     assert "has no rows yet" in darex("experiment", "tiny", *where, "--table", fails=True)
+    assert "matches no way and no fine-tune" in darex("experiment", "tiny", *where, "--only", "x", fails=True)
     only = darex("experiment", "tiny", *where, "--only", "DARE")
     assert "DARE" in only and "Written: " in only and (studies / "results/small/tiny.md").exists()
     left = json.loads(darex("experiment", "tiny", *where, "--dry-run", "--json"))
@@ -336,6 +377,12 @@ def test_the_command(studies, place):
         ("drop_rates = [0.5, 0.9]", "drop_rates = [0.5]\nbytes = [0.1]", "drop_rates or bytes, not both"),
         ("[small]", "[paper]", "has no scale \\[small\\]; it has paper"),
         ('than = "DARE"', 'then = "DARE"', "unknown then in a claim"),
+        ('than = "DARE"', 'than = "DAER"', "a claim names 'DAER'; the ways are DARE, SVD"),
+        ('than = "DARE"', "", "a claim has a text"),
+        ("[0.5, 0.9]", "0.5", "drop_rates is a list"),
+        ('train = ["one"]', 'train = "one"', "train is a list"),
+        ("masks = 2", "masks = 0", "masks is a positive integer"),
+        ('{ method = "svd" }', '"svd"', "ways is a table"),
     ],
 )
 def test_a_faulty_declaration_is_named(studies, old, new, told):
@@ -350,7 +397,8 @@ def test_a_faulty_declaration_is_named(studies, old, new, told):
 def test_a_damaged_results_file_is_named(studies):
     plan = read_plan(studies, "tiny", "small")
     plan.file.parent.mkdir(parents=True)
-    plan.file.write_text('{"fine_tune": "a", "way": "b"}\n{"fine')
+    whole = {"fine_tune": "a", "way": "b", "made": "", "weights": ""}
+    plan.file.write_text(json.dumps(whole) + '\n{"fine')
     with pytest.raises(DarexError, match=r"tiny.jsonl: line 2 is not a row of a study"):
         known_rows(plan)
 

@@ -13,7 +13,6 @@ from darex_jax.cli.options import DATA_DIR, JSON
 from darex_jax.cli.show import training_bar
 from darex_jax.cli.stores import HERE
 
-
 ROWS = "{n_fmt} of {total_fmt} rows, {elapsed}{postfix}"  # tqdm's own estimate counts trainings as rows
 
 
@@ -52,8 +51,7 @@ def experiment(
 
     Rows are JSON lines in FOLDER/results/SCALE/NAME.jsonl; tables and figures are written beside them.
     """
-    from darex_jax.study.plan import find_studies, read_plan
-    from darex_jax.study.rows import write_rows
+    from darex_jax.study.plan import chosen, find_studies, read_plan
     from darex_jax.study.run import known_rows, missing_cells
 
     if name is None:
@@ -63,13 +61,12 @@ def experiment(
     if first_step:
         _first_steps(plan, only, as_json)
         return
+    chosen(plan, only)
     rows = known_rows(plan)
     if dry_run:
         _say_missing(missing_cells(plan, rows, only), rows, as_json)
         return
-    if table:
-        write_rows(plan.file, rows)
-    else:
+    if not table:
         from darex_jax.study.fine_tunes import Place
         from darex_jax.study.run import run_study
 

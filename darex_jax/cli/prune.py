@@ -165,10 +165,13 @@ def prune(
         raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
     if support is not None and not trains:
         raise click.UsageError(f"{method} has a fixed support; leave out --support.")
-    if block_wise and (not trains or max_loss is not None or support == "allocated"):
+    if block_wise and not trains:
         raise click.UsageError(
-            "--block-wise is for --method distilled with a size or a drop rate, not for --support allocated."
+            f"--block-wise is for distilled; {method} does not train. Say --method distilled."
         )
+    if block_wise and (max_loss is not None or support == "allocated"):
+        stray = "--support allocated" if support == "allocated" else "--max-loss"
+        raise click.UsageError(f"--block-wise never runs the whole model, which {stray} needs.")
     if bits is not None and not METHODS[method].quantises:
         raise click.UsageError(f"{method} has fixed bits; leave out --bits.")
     if q is not None and not METHODS[method].divides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,10 +18,13 @@ from darex_jax.choosing.pair import base_leaf
 from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.files.atomic import write_whole
+from darex_jax.files.blocks import pack
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
 from darex_jax.files.match import Match
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
+from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.distilled import Support, distilled
 from darex_jax.methods.evidence import Evidence
@@ -38,6 +42,7 @@ from darex_jax.training.distill import STEPS, Look, distill
 LAYER = re.compile(r"^(?:model\.)?layers\.([0-9]+)\.(.+)$")
 TABLE = re.compile(r"(?:^|\.)embed_tokens\.weight$")
 MARGIN = 0.01  # of a file's size, for what its recipe says of the parts
+ATTEMPTS, CLOSE = 3, 0.95  # to come to a size: how often, and the share of it that is near enough
 
 
 class Blockwise(NamedTuple):
@@ -66,7 +71,7 @@ def prune_blockwise(
 
     Args:
       budget: the same share of the entries for every layer; with an int the whole file has at most so many
-        bytes.
+        bytes: what parts cost is seen on the first layer; where the file is over, all are trained again.
       source: texts; seed, bits, support, steps: of `distilled` and `distill`.
       checkpoints: a folder from which an interrupted run resumes with the same values.
       on_block: called after each layer with the layers done, their number, and the look at held-out texts.
@@ -83,10 +88,17 @@ def prune_blockwise(
         raise DarexError("training parts requires two texts or more: some to train on, some held out.")
     rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)
     digests = {"fine_weights": weights_digest(job.fine), "data": material.encoded.digest()}
-    budget = budget if isinstance(budget, Budget) else _of_size(job, budget)
     key = jax.random.key(seed)
-    parts: dict[str, Parts] = {}
-    made_from: list[Any] = [digests, weights_digest(job.base), vars(budget), seed, bits, support, steps]
+    # A layer's input is the output of those before it: all that any of them is made from.
+    made_from: list[Any] = [
+        digests,
+        weights_digest(job.base),
+        sorted(match.pruned),
+        seed,
+        bits,
+        support,
+        steps,
+    ]
 
     def read(index: int) -> Block:
         fine, start = {}, {}
@@ -97,40 +109,103 @@ def prune_blockwise(
                 start[own] = base_leaf(job.base, match.base_names[name], leaf.dtype)
         return Block(index, layers[index], unflatten_names(fine), unflatten_names(start))
 
-    def train(
-        block: Block, epoch: Callable[[int], Iterable[Batch]], others: Sequence[Batch]
-    ) -> dict[str, Parts]:
+    def keep(block: Block, budget: Budget, train: Any = None) -> dict[str, Parts]:
+        """The parts of a layer by full names; without `train` their values are rounded only."""
         named = {name: own for name, own in by_layer[block.number].items() if name in match.pruned}
-
-        def through(chosen: Mapping[str, Parts], bits: int | None) -> dict[str, Parts]:
-            folder = None if checkpoints is None else checkpoints / f"layer-{block.number}"
-            own = {named[name]: each for name, each in chosen.items()}
-            with own_place(folder, [*made_from, block.number], "training") as place:
-                found = distill(
-                    block.model, {}, block.start, own, epoch, others,
-                    steps=steps, bits=bits, checkpoints=place,
-                )  # fmt: skip
-            return {name: found.parts[own] for name, own in named.items() if own in found.parts}
-
         deltas = _deltas(block, named)
-        evidence = Evidence(input_norms=dict.fromkeys(deltas, np.ones(1)), train=through)
-        chosen = distilled(deltas, budget, evidence, key=key, support=support, bits=bits)
-        parts.update(chosen)
-        return {named[name]: each for name, each in chosen.items() if each.parts}
+        evidence = Evidence(input_norms=dict.fromkeys(deltas, np.ones(1)), train=train)
+        return dict(distilled(deltas, budget, evidence, key=key, support=support, bits=bits))
 
-    states, others = (_embedded(job.fine, config, material.select(some)) for some in (rows, held))
-    look = Look(0, 0.0, 0.0)
-    for done, look in enumerate(distill_blocks(map(read, range(len(layers))), states, others, train), 1):
-        on_block(done, len(layers), look)
-    made_by = {
-        "method": "distilled", "key": (0, seed), "evidence": digests,
-        "budget": {name: value for name, value in vars(budget).items() if value is not None},
-        "options": {"bits": bits, "support": support, "steps": steps, "blockwise": True},
+    def prune(budget: Budget, out: Path) -> Blockwise:
+        parts: dict[str, Parts] = {}
+
+        def train(
+            block: Block, epoch: Callable[[int], Iterable[Batch]], others: Sequence[Batch]
+        ) -> dict[str, Parts]:
+            names = by_layer[block.number]
+
+            def through(chosen: Mapping[str, Parts], bits: int | None) -> dict[str, Parts]:
+                folder = None if checkpoints is None else checkpoints / f"layer-{block.number}"
+                with own_place(folder, [*made_from, vars(budget), block.number], "training") as place:
+                    found = distill(
+                        block.model, {}, block.start, {names[name]: each for name, each in chosen.items()},
+                        epoch, others, steps=steps, bits=bits, checkpoints=place,
+                    )  # fmt: skip
+                return {name: found.parts[names[name]] for name in chosen}
+
+            chosen = keep(block, budget, through)
+            parts.update(chosen)
+            return {names[name]: each for name, each in chosen.items() if each.parts}
+
+        states, others = (_embedded(job.fine, config, material.select(some)) for some in (rows, held))
+        look = Look(0, 0.0, 0.0)
+        looks = distill_blocks(map(read, range(len(layers))), states, others, train)
+        for done, look in enumerate(looks, 1):
+            on_block(done, len(layers), look)
+        made_by = {
+            "method": "distilled", "key": (0, seed), "evidence": digests,
+            "budget": {name: value for name, value in vars(budget).items() if value is not None},
+            "options": {"bits": bits, "support": support, "steps": steps, "blockwise": True},
+        }  # fmt: skip
+        own = replace(job, out=out)
+        summary = prune_parts(
+            own, lambda deltas: {name: parts[name] for name in deltas}, leafwise=True, made_by=made_by
+        )
+        return Blockwise(summary, len(held), look.loss)
+
+    if isinstance(budget, Budget):
+        return prune(budget, Path(job.out))
+    keep_inputs(job.out, job.base, job.fine)
+    with tempfile.TemporaryDirectory() as folder:
+        room = _room(job, budget, Path(folder)) / pruned_entries(job)
+        first = read(0)
+        rate = _fitting(room, lambda rate: keep(first, Budget(bytes_per_parameter=rate)))
+        for attempt in range(ATTEMPTS):
+            found = prune(Budget(bytes_per_parameter=rate), path := Path(folder) / str(attempt))
+            over = found.summary.file_bytes - budget
+            if over <= 0:
+                write_whole(job.out, path.read_bytes())
+                return found
+            rate *= 1 - 1.5 * over / (room * pruned_entries(job))
+            if rate <= 0:
+                break
+    raise TooSmall(f"no file of {budget:,} bytes was found: ask for more, or choose another support.")
+
+
+def _room(job: Job, file_bytes: int, folder: Path) -> float:
+    """How many bytes parts may take in a file of `file_bytes`: all else is written once to see."""
+    made_by: dict[str, Any] = {
+        "method": "distilled", "key": (0, 0), "evidence": {}, "budget": {}, "options": {}
     }  # fmt: skip
-    summary = prune_parts(
-        job, lambda deltas: {name: parts[name] for name in deltas}, leafwise=True, made_by=made_by
-    )
-    return Blockwise(summary, len(held), look.loss)
+    empty = prune_parts(
+        replace(job, out=folder / "empty"),
+        lambda deltas: {name: Parts((), np.shape(delta)) for name, delta in deltas.items()},
+        leafwise=True, made_by=made_by,
+    ).file_bytes  # fmt: skip
+    room = (1 - MARGIN) * file_bytes - empty
+    if room <= 0:
+        raise TooSmall(
+            f"without any part the file is {empty:,} bytes; {file_bytes:,} were asked for: ask for more."
+        )
+    return room
+
+
+def _fitting(room: float, keep: Callable[[float], dict[str, Parts]]) -> float:
+    """The budget, in bytes per parameter, with which coded parts take about `room` bytes per parameter.
+
+    Args: keep: from a budget to the parts of one layer, untrained; the others are like it.
+    """
+    rate, fits = room, 0.0
+    for _ in range(ATTEMPTS):
+        parts = keep(rate)
+        entries = sum(math.prod(each.shape) for each in parts.values())
+        coded = len(pack(parts)[1]) / entries
+        if coded <= room:
+            fits = max(fits, rate)
+            if coded >= CLOSE * room:
+                break
+        rate *= room / max(coded, 1e-12)
+    return fits or rate
 
 
 def _by_layer(match: Match, count: int) -> list[dict[str, str]]:
@@ -172,22 +247,3 @@ def _embedded(fine: Checkpoint, config: Config, material: Material) -> list[Stat
 def _wide(leaf: np.ndarray) -> jax.Array:
     """Float16 becomes float32, as everywhere where models are run."""
     return jnp.asarray(leaf, np.float32 if leaf.dtype == np.float16 else None)
-
-
-def _of_size(job: Job, file_bytes: int) -> Budget:
-    """The budget of parts with which the file has at most `file_bytes`: all else is written once to see."""
-    with tempfile.TemporaryDirectory() as folder:
-        made_by: dict[str, Any] = {
-            "method": "distilled", "key": (0, 0), "evidence": {}, "budget": {}, "options": {}
-        }  # fmt: skip
-        empty = prune_parts(
-            replace(job, out=Path(folder) / "empty"),
-            lambda deltas: {name: Parts((), np.shape(delta)) for name, delta in deltas.items()},
-            leafwise=True, made_by=made_by,
-        ).file_bytes  # fmt: skip
-    room = (1 - MARGIN) * file_bytes - empty
-    if room <= 0:
-        raise TooSmall(
-            f"without any part the file is {empty:,} bytes; {file_bytes:,} were asked for: ask for more."
-        )
-    return Budget(bytes_per_parameter=room / pruned_entries(job))

@@ -9,8 +9,9 @@ from darex_jax.study.plan import Plan
 from darex_jax.study.rows import Row
 from darex_jax.study.run import FINE_TUNED
 from darex_jax.study.shown import Finding, Verdict
-from darex_jax.study.tables import split_name
+from darex_jax.study.tables import floor_of, split_name
 
+LOW = " (not above nothing learnt)"
 SHOWN = 4  # comparisons of a claim that are written out
 
 
@@ -22,7 +23,8 @@ def findings(plan: Plan, rows: Sequence[Row]) -> list[Finding]:
       keeps, way: the way keeps this share of the fine-tuned metric; keeps_gain: of the gain over the base or
         the best constant answer.
       least, value, way: a value of the way is at least this.
-    It held if it does everywhere, held partly if in half of all cases or more.
+    A metric that is not above that of nothing learnt (`floor_of`) counts neither as better nor as kept. The
+    claim held if it does everywhere, held partly if in half of all cases or more.
     """
     return [_finding(plan, claim, rows) for claim in plan.claims]
 
@@ -54,6 +56,7 @@ def _compared(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[bool,
     known = {
         (*split_name(row["fine_tune"]), row["way"], row["at"]): row[value] for row in rows if value in row
     }
+    heads = {row["fine_tune"]: row for row in rows if row["way"] == FINE_TUNED}
     found = []
     for (training, optimizer, seed, own, at), number in known.items():
         if at not in columns:
@@ -65,8 +68,10 @@ def _compared(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[bool,
             other = known.get((training, than, seed, own, at)) if (own, optimizer) == (way, better) else None
             name = training
         if other is not None:
-            told = f"{_case(name, seed, at)}: {number:.3g} against {other:.3g}"
-            found.append((number > other, told))
+            head = heads.get("/".join((training, optimizer, seed)))
+            low = value == "mean" and head is not None and number <= floor_of(head)
+            told = f"{_case(name, seed, at)}: {number:.3g} against {other:.3g}" + (LOW if low else "")
+            found.append((number > other and not low, told))
     return found
 
 
@@ -76,12 +81,16 @@ def _kept(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[bool, str
     found = []
     for row in rows:
         if row["way"] == claim["way"] and row["at"] in claim["at"] and "mean" in row:
-            head = whole[row["fine_tune"]]
-            floor = max(head.get("constant") or 0.0, head.get("no_delta") or 0.0) if gain else 0.0
-            share = (row["mean"] - floor) / (head["mean"] - floor)
+            head, floor = whole[row["fine_tune"]], floor_of(whole[row["fine_tune"]])
             training, optimizer, seed = split_name(row["fine_tune"])
-            told = f"{_case(f'{training}, {optimizer}', seed, row['at'])}: {share:.1%}"
-            found.append((share >= claim["keeps_gain" if gain else "keeps"], told))
+            case = _case(f"{training}, {optimizer}", seed, row["at"])
+            if head["mean"] <= floor:
+                found.append((False, f"{case}: the fine-tuned model is no better than nothing learnt"))
+                continue
+            share = (row["mean"] - floor * gain) / (head["mean"] - floor * gain)
+            low = row["mean"] <= floor
+            holds = share >= claim["keeps_gain" if gain else "keeps"] and not low
+            found.append((holds, f"{case}: {share:.1%}" + (LOW if low else "")))
     return found
 
 

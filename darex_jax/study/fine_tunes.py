@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from darex_jax.tasks.word_problems import word_problem_tokenizer
 from darex_jax.training.loop import Recipe
 
 RECIPE = {each.name for each in dataclasses.fields(Recipe)}
+TRAINING = {name for name, each in signature(train_run).parameters.items() if each.kind is each.KEYWORD_ONLY}
 MODEL = {"package", "config", "train", "optimizer"}
 PACKAGES = ("minilm",)
 
@@ -90,20 +92,18 @@ def obtain(fine_tune: FineTune, place: Place) -> tuple[Path, Path]:
 
     Raises: as `train_run`; FileError for an option that no training has.
     """
+    options = dict(fine_tune.options)
+    if unknown := sorted(options.keys() - RECIPE - TRAINING):
+        raise FileError(f"fine_tunes.toml: {fine_tune.training}: no training has {', '.join(unknown)}.")
     base = base_of(fine_tune, place)
     digest = digest_of(made_from(fine_tune, base))
     folder = place.runs / f"{fine_tune.name.replace('/', '-')}-{digest}"
     out = folder / "fine-tuned"
-    if not (out / "config.json").exists():
-        options = dict(fine_tune.options)
+    if not any((out / name).exists() for name in ("config.json", "adapter_config.json")):
         recipe = {name: options.pop(name) for name in RECIPE & options.keys()}
-        try:
-            how = Recipe(**recipe)
-            place.say(f"training {fine_tune.name}")
-            train_run(
-                base, out, how, task=fine_tune.task, data_dir=place.data_dir, seed=fine_tune.seed,
-                say=place.say, on_step=place.on_step, **options,
-            )  # fmt: skip
-        except TypeError as error:
-            raise FileError(f"fine_tunes.toml: {fine_tune.training}: {error}.") from error
+        place.say(f"training {fine_tune.name}")
+        train_run(
+            base, out, Recipe(**recipe), task=fine_tune.task, data_dir=place.data_dir, seed=fine_tune.seed,
+            say=place.say, on_step=place.on_step, **options,
+        )  # fmt: skip
     return base, out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.study.plan import SCALES, Plan, find_studies, read_plan
+from darex_jax.study.plan import SCALES, NoScale, Plan, find_studies, read_plan
 from darex_jax.study.rows import Row, read_rows
-from darex_jax.study.run import FINE_TUNED
+from darex_jax.study.run import FINE_TUNED, current_rows, missing_cells
 from darex_jax.study.shown import Finding, Page, Section
-from darex_jax.study.tables import OURS, section, shares
+from darex_jax.study.tables import OURS, floor_of, section, shares, split_name
 
 FIRST = ("frontier", "methods")  # of a page; the others follow by name
 
@@ -32,7 +32,7 @@ def results_page(results: Path) -> Page:
     for name in sorted(find_studies(folder), key=lambda name: (name not in FIRST, name)):
         try:
             plan = read_plan(folder, name, scale)
-        except DarexError:  # a study without this scale
+        except NoScale:
             continue
         if rows := read_rows(plan.file):
             found.append((plan, rows))
@@ -55,52 +55,63 @@ def results_page(results: Path) -> Page:
 
 def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Finding]) -> list[str]:
     """At most five sentences, every figure from the rows."""
+    current = [(plan, current_rows(plan, rows)) for plan, rows in found]
     told = []
-    for plan, rows in found:
+    for plan, rows in current:
         if plan.name == "frontier":
             told += _trained(plan, rows)
         if plan.name == "methods":
-            told += _untrained(plan, rows)
-    counts = Counter(finding.verdict for finding in findings)
+            told += _random(plan, rows)
     if findings:
-        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+        counts = Counter(finding.verdict for finding in findings).most_common()
+        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts)
         told.append(f"Of {len(findings)} claims of the paper: {parts}.")
+        if unseen := [finding.claim for finding in findings if finding.verdict == "not seen"]:
+            told.append(f"Not seen: {'; '.join(unseen)}.")
+    measured = sum(len(rows) for _, rows in current)
+    lacks = sum(len(cells) for plan, rows in current for _, cells in missing_cells(plan, rows))
+    models = {(row["fine_tune"], row["weights"]) for _, rows in current for row in rows}
+    told.append(
+        f"{measured:,} rows of {len(current)} studies on {len(models)} fine-tuned models or sets of them"
+        + (f"; {lacks:,} declared rows are not measured yet." if lacks else ".")
+    )
     return told[:5]
 
 
 def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
-    """What trained parts keep in the largest and the smallest file that more than one fine-tune has."""
-    own = {at: values for (way, at), values in shares(rows).items() if way == "distilled" and len(values) > 1}
-    sizes = {
-        at: float(np.mean([r["file_bytes"] for r in rows if (r["way"], r["at"]) == ("distilled", at)]))
-        for at in own
-    }
-    told = [
-        f"{sizes[at] / 1000:,.0f} kB keep {np.mean(own[at]):.1%} ± {np.std(own[at], ddof=1):.1%} "
-        f"({len(own[at])} fine-tunes)"
-        for at in plan.at
-        if at in own
-    ]
+    """What trained parts keep at each size, beside the best way without training, on the same fine-tunes."""
+    known, heads = shares(rows), {row["fine_tune"]: row for row in rows if row["way"] == FINE_TUNED}
+    told = []
+    for at in plan.at:
+        own = known.get(("distilled", at), {})
+        if len(own) < 2:
+            continue
+        size = np.mean([r["file_bytes"] for r in rows if (r["way"], r["at"]) == ("distilled", at)])
+        told.append(f"{size / 1000:,.0f} kB keep {_mean(own)} ({len(own)} fine-tunes)")
     if not told:
         return []
-    return [f"Of the fine-tuned metric, 4-bit factors trained without labels in {', '.join(told)}."]
+    floor = _mean({name: floor_of(head) / head["mean"] for name, head in heads.items()})
+    return [
+        f"Of the fine-tuned metric, of which a model that learnt nothing has {floor}, 4-bit factors trained "
+        f"without labels keep nearly all: {', '.join(told)}."
+    ]
 
 
-def _untrained(plan: Plan, rows: Sequence[Row]) -> list[str]:
-    """Which way without training keeps most at 0.01 bytes per parameter, and what DARE and DAREx-q keep."""
-    told = []
-    for optimizer in dict.fromkeys(row["fine_tune"].split("/")[1] for row in rows):
-        own = shares([row for row in rows if row["fine_tune"].split("/")[1] == optimizer])
-        at = 0.01
-        means = {way: float(np.mean(values)) for (way, x), values in own.items() if x == at}
-        if {"DARE", "DAREx-q"} <= means.keys():
-            top = max(means, key=means.__getitem__)
-            told.append(
-                f"Of deltas trained with {optimizer}, at {at:g} bytes per parameter, DARE keeps "
-                f"{means['DARE']:.1%} of the metric, DAREx-q {means['DAREx-q']:.1%}, and {top}, the best "
-                f"without training, {means[top]:.1%}."
-            )
-    return told
+def _random(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """What DARE and DAREx-q keep of each optimizer's deltas at 0.01 bytes per parameter."""
+    at, parts = 0.01, []
+    for optimizer in dict.fromkeys(split_name(row["fine_tune"])[1] for row in rows):
+        known = shares([row for row in rows if split_name(row["fine_tune"])[1] == optimizer])
+        dare, with_q = known.get(("DARE", at)), known.get(("DAREx-q", at))
+        if dare and with_q and dare.keys() == with_q.keys():
+            parts.append(f"{optimizer} {_mean(dare)} and {_mean(with_q)}")
+    if not parts:
+        return []
+    return [f"At {at:g} bytes per parameter DARE and DAREx-q keep, by optimizer: {', '.join(parts)}."]
+
+
+def _mean(values: Mapping[str, float]) -> str:
+    return f"{np.mean(list(values.values())):.1%}"
 
 
 def facts(found: Sequence[tuple[Plan, Sequence[Row]]]) -> list[tuple[str, str]]:

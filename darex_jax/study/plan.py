@@ -91,6 +91,10 @@ class Plan:
         return self.folder / "results" / self.scale / f"{self.name}.jsonl"
 
 
+class NoScale(FileError):
+    """A study that is not declared at a scale."""
+
+
 def find_studies(folder: Path) -> list[str]:
     """The names of the studies in a folder."""
     return sorted(path.stem for path in folder.glob("*.toml") if path.name != FINE_TUNES)
@@ -107,13 +111,15 @@ def read_plan(folder: Path, name: str, scale: str) -> Plan:
         raise FileError(f"{path}: there is no such study; in {folder} there are: {found}.")
     study = _read(path, HEAD, needed=("title", "measure"))
     if scale not in study:
-        raise FileError(f"{path}: has no scale [{scale}]; it has {', '.join(set(SCALES) & study.keys())}.")
+        there = ", ".join(name for name in SCALES if name in study)
+        raise NoScale(f"{path}: has no scale [{scale}]; it has {there}.")
     own = study[scale]
     _known(path, own, SETTINGS, f"[{scale}]")
     if study["measure"] not in MEASURES:
         raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
+    _check_settings(path, own)
     for claim in study.get("claims", ()):
-        _known(path, claim, CLAIM, "a claim")
+        _check_claim(path, claim, {way for each in SCALES for way in study.get(each, {}).get("ways", ())})
     declared = read_fine_tunes(folder, scale)
     wanted = product(own.get("train", ()), own.get("optimizers", ("adamw",)), own.get("seeds", (0,)))
     axes = [axis for axis in ("drop_rates", "bytes") if axis in own]
@@ -157,6 +163,42 @@ def read_fine_tunes(folder: Path, scale: str) -> Any:
     return declared
 
 
+def _check_settings(path: Path, own: Mapping[str, Any]) -> None:
+    """Raises: FileError for a setting of another type than a study needs."""
+    lists: dict[str, Any] = {
+        "train": str,
+        "optimizers": str,
+        "seeds": int,
+        "drop_rates": (int, float),
+        "bytes": (int, float),
+    }
+    for name, kind in lists.items():
+        value = own.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise FileError(f"{path}: {name} is a list, {name} = [...], got {value!r}.")
+    for name in ("masks", "test_examples"):
+        if type(own.get(name, 1)) is not int or own.get(name, 1) < 1:
+            raise FileError(f"{path}: {name} is a positive integer, got {own[name]!r}.")
+    ways = own.get("ways", {})
+    if not isinstance(ways, dict) or not ways or not all(isinstance(way, dict) for way in ways.values()):
+        raise FileError(f"{path}: ways is a table of one or more tables, each with the options of a way.")
+
+
+def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
+    """Raises: FileError for a claim of no known form, or about a way that the study does not have."""
+    _known(path, claim, CLAIM, "a claim")
+    forms = ({"better", "than"}, {"keeps", "way", "at"}, {"keeps_gain", "way", "at"}, {"untestable"},
+             {"least", "value", "way", "at"})  # fmt: skip
+    if "claim" not in claim or not any(form <= claim.keys() for form in forms):
+        raise FileError(
+            f"{path}: a claim has a text, claim = ..., and better and than, or keeps, keeps_gain or least "
+            f"with way and at, or untestable; got {', '.join(claim)}."
+        )
+    named = [claim["way"]] if "way" in claim else [claim[key] for key in ("better", "than") if key in claim]
+    if unknown := [way for way in named if way not in ways]:
+        raise FileError(f"{path}: a claim names {unknown[0]!r}; the ways are {', '.join(sorted(ways))}.")
+
+
 def _read(path: Path, known: set[str], needed: Sequence[str] = ()) -> dict[str, Any]:
     try:
         found = tomllib.loads(read_text(path))
@@ -179,7 +221,7 @@ def _known(path: Path, table: Any, known: set[str], what: str) -> None:
 
 
 def chosen(plan: Plan, only: str | None) -> Sequence[FineTune]:
-    """The fine-tunes whose names contain `only`, or all. Raises: DarexError if there are none."""
+    """The fine-tunes whose names contain `only`, or all. Raises: DarexError if neither they nor a way do."""
     found = [each for each in plan.fine_tunes if only is None or only in each.name]
     if only is not None and not found and not any(only in way for way in plan.ways):
         names = ", ".join(each.name for each in plan.fine_tunes)

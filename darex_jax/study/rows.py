@@ -25,7 +25,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], 1):
         try:
             row = json.loads(line)
-            cell_of(row)
+            _ = cell_of(row), row["made"], row["weights"]
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(f"{path}: line {number} is not a row of a study.") from error
         rows.append(row)

@@ -75,7 +75,12 @@ def made(plan: Plan, group: Group, way: str, at: float | None) -> str:
 
 def _declared(fine_tune: FineTune) -> dict[str, Any]:
     begun = {} if fine_tune.start is None else {"start": _declared(fine_tune.start)}
-    told = {"model": fine_tune.model, "task": fine_tune.task, "seed": fine_tune.seed}
+    told: dict[str, Any] = {
+        "model": fine_tune.model,
+        "source": dict(fine_tune.source),
+        "task": fine_tune.task,
+    }
+    told |= {"seed": fine_tune.seed}
     return told | {"options": dict(fine_tune.options)} | begun
 
 
@@ -93,21 +98,36 @@ def missing_cells(plan: Plan, rows: Sequence[Row], only: str | None = None) -> l
     return found
 
 
+def current_rows(plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    """The rows of cells that the study has, measured with its settings."""
+    by_name = {group.name: group for group in groups(plan)}
+    known = {cell for group in by_name.values() for cell in cells(plan, group)}
+    return [
+        row
+        for row in rows
+        if (group := by_name.get(row["fine_tune"])) is not None
+        and (row["way"] == FINE_TUNED or cell_of(row) in known)
+        and row["made"] == made(plan, group, row["way"], row.get("at"))
+    ]
+
+
 def known_rows(plan: Plan) -> list[Row]:
-    """The rows of a study: its own, and those that it lacks but another of the same scale has, declared by
-    the same settings."""
+    """The rows of a study: its own, and what it lacks from another study of the same scale, measured with the
+    same settings on the same weights; of one group all from one study."""
     rows = read_rows(plan.file)
-    wanted = {
-        (*cell, made(plan, group, cell[1], cell[2]))
-        for group, lacks in missing_cells(plan, rows)
-        for cell in lacks
-    }
-    found: dict[Any, Row] = {}
-    for file in sorted(plan.file.parent.glob("*.jsonl")) if wanted else []:
-        if file != plan.file:
-            found |= {key: row for row in read_rows(file) if (key := (*cell_of(row), row["made"])) in wanted}
-    taken = {cell_of(row) for row in found.values()}
-    return ordered(plan, [row for row in rows if cell_of(row) not in taken] + list(found.values()))
+    others = [read_rows(file) for file in sorted(plan.file.parent.glob("*.jsonl")) if file != plan.file]
+    for group, lacks in missing_cells(plan, rows):
+        wanted = {(*cell, made(plan, group, cell[1], cell[2])) for cell in lacks}
+        own = {row["weights"] for row in current_rows(plan, rows) if row["fine_tune"] == group.name}
+        offered = []
+        for other in others:
+            found = [row for row in other if (*cell_of(row), row["made"]) in wanted]
+            weights = own or {row["weights"] for row in found if row["way"] == FINE_TUNED}
+            offered.append([row for row in found if row["weights"] in weights])
+        taken = max(offered, key=len, default=[])
+        cells_taken = {cell_of(row) for row in taken}
+        rows = [row for row in rows if cell_of(row) not in cells_taken] + taken
+    return ordered(plan, rows)
 
 
 def run_study(
@@ -134,8 +154,8 @@ def run_study(
         left = [cell for _, lacks in todo for cell in lacks]
         total, done = len(left), 0
         for group, lacks in todo:
-            begun = time.monotonic()
             head, measured = measure.begin(plan, group.fine_tunes, place)
+            begun = time.monotonic()
             own = [row for row in rows if row["fine_tune"] == group.name]
             if stale := [row for row in own if row["weights"] != head["weights"]]:
                 place.say(f"{group.name}: {len(stale)} rows are of other weights and are measured again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from darex_jax.study.plan import Plan
 from darex_jax.study.rows import Row
-from darex_jax.study.run import FINE_TUNED
+from darex_jax.study.run import FINE_TUNED, current_rows, missing_cells
 from darex_jax.study.shown import Figure, Section, Series, Table
 
 AXES = {"bytes": "bytes per parameter, whole file", "drop_rates": "density, 1 - drop rate"}
@@ -31,13 +32,14 @@ def by_models(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def shares(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[float]]:
+def shares(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[str, float]]:
     """By way and column, of each fine-tune the share of its metric that is kept."""
     whole = {row["fine_tune"]: row["mean"] for row in rows if row["way"] == FINE_TUNED and "mean" in row}
-    found: dict[tuple[str, float | None], list[float]] = {}
+    found: dict[tuple[str, float | None], dict[str, float]] = {}
     for row in rows:
         if row["way"] != FINE_TUNED and "mean" in row and whole.get(row["fine_tune"]):
-            found.setdefault((row["way"], row["at"]), []).append(row["mean"] / whole[row["fine_tune"]])
+            share = row["mean"] / whole[row["fine_tune"]]
+            found.setdefault((row["way"], row["at"]), {})[row["fine_tune"]] = share
     return found
 
 
@@ -73,7 +75,7 @@ def figures(plan: Plan, rows: Sequence[Row]) -> list[Figure]:
                     row["std"] for row in own if row["way"] == way and row["at"] == at and "mean" in row
                 ]
                 if values:
-                    error = float(np.std(values, ddof=1)) if len(values) > 1 else spreads[0]
+                    error = _deviation(values) if len(values) > 1 else spreads[0] or math.nan
                     x = at if plan.axis == "bytes" else 1.0 - at
                     points.append((x, float(np.mean(values)), error))
             if points:
@@ -91,65 +93,101 @@ def figures(plan: Plan, rows: Sequence[Row]) -> list[Figure]:
 
 
 def section(plan: Plan, rows: Sequence[Row], command: str) -> Section:
-    """A study as a part of a page."""
+    """A study as a part of a page. Rows of other settings than the declared ones are left out."""
     from darex_jax.study.claims import findings
 
+    rows = current_rows(plan, rows)
     text = [part.replace("\n", " ").strip() for part in plan.text.split("\n\n") if part.strip()]
     if plan.source and plan.source != OURS:
         text.append(f"Reproduces: {plan.source}.")
+    lacks = sum(len(cells) for _, cells in missing_cells(plan, rows))
+    if lacks:
+        text.append(f"Not measured yet: {lacks} of {len(rows) + lacks} rows.")
     return Section(plan.title, text, figures(plan, rows), tables(plan, rows), findings(plan, rows), command)
+
+
+def floor_of(head: Mapping[str, Any]) -> float:
+    """The metric without anything learnt, of the row "fine-tuned": the best constant answer's, or the base's
+    if that is better; 0 if neither was measured."""
+    return max(head.get("constant") or 0.0, head.get("no_delta") or 0.0)
+
+
+def best_of(values: Mapping[str, Mapping[str, float]]) -> set[str]:
+    """The best of several ways, compared on the fine-tunes that they share.
+
+    Args: values: by way, by fine-tune. A way with less than half as many fine-tunes as another is left out.
+    Returns: the best, several if they are equal; none without two ways to compare.
+    """
+    most = max((len(own) for own in values.values()), default=0)
+    able = {way: own for way, own in values.items() if 2 * len(own) >= most and own}
+    common = set.intersection(*(set(own) for own in able.values())) if able else set()
+    if len(able) < 2 or not common:
+        return set()
+    means = {way: float(np.mean([own[name] for name in common])) for way, own in able.items()}
+    top = max(means.values())
+    return {way for way, mean in means.items() if mean >= top - NEAR}
 
 
 def column_name(plan: Plan, at: float | None) -> str:
     return "" if at is None else f"{at:g}"
 
 
-def cell_text(rows: Sequence[Row], brackets: bool = True) -> str:
-    """Mean ± deviation over seeds or, of one seed, over masks; a dash where a row says why there is none."""
+def cell_text(rows: Sequence[Row], most: int = 1) -> str:
+    """Mean ± deviation, over seeds of the training if there are several, else over masks; then the agreement.
+
+    Args: most: how many seeds the best measured cell has; fewer are marked by their number.
+    """
     good = [row for row in rows if "mean" in row]
     if not good:
         return "-" if rows else ""
     means = [row["mean"] for row in good]
     if len(good) > 1:
-        text = f"{np.mean(means):.3f} ± {np.std(means, ddof=1):.3f}"
+        text = f"{np.mean(means):.3f} ± {_deviation(means):.3f}"
     elif good[0].get("std") or len(good[0].get("metrics") or ()) > 1:
         text = f"{means[0]:.3f} ± {good[0]['std']:.3f}"
     else:
         text = f"{means[0]:.3f}"
-    if brackets and all(row.get("agreement") is not None for row in good):
+    if all(row.get("agreement") is not None for row in good):
         text += f" ({np.mean([row['agreement'] for row in good]):.3f})"
-    return text
+    return text + (f" [{len(good)}]" if most > 1 and len(good) < most else "")
 
 
 def _of_model(plan: Plan, training: str, optimizer: str, rows: Sequence[Row]) -> Table:
     columns = [at for at in plan.at if any(row["at"] == at for row in rows)]
-    heads = [row for row in rows if row["way"] == FINE_TUNED]
-    body, best = [], set()
     ways = [way for way in plan.ways if any(row["way"] == way for row in rows)]
-    means = {
-        (way, at): float(np.mean(values))
+    cells = {
+        (way, at): [row for row in rows if row["way"] == way and row["at"] == at]
         for way in ways for at in columns
-        if (values := [r["mean"] for r in rows if r["way"] == way and r["at"] == at and "mean" in r])
     }  # fmt: skip
-    for i, way in enumerate(ways):
-        cells = [[row for row in rows if row["way"] == way and row["at"] == at] for at in columns]
-        body.append([way, *map(cell_text, cells)])
-        for j, at in enumerate(columns):
-            top = max((value for (_, other), value in means.items() if other == at), default=None)
-            if top is not None and means.get((way, at), -np.inf) >= top - NEAR:
-                best.add((i, j + 1))
+    most = max((len(found) for found in cells.values()), default=1)
+    body = [[way, *(cell_text(cells[way, at], most) for at in columns)] for way in ways]
+    best = set()
+    for j, at in enumerate(columns):
+        values = {way: {r["fine_tune"]: r["mean"] for r in cells[way, at] if "mean" in r} for way in ways}
+        best |= {(ways.index(way), j + 1) for way in best_of(values)}
+    heads = [row for row in rows if row["way"] == FINE_TUNED and "mean" in row]
+    note = _about(heads) if heads else ""
     seeds = sorted({split_name(row["fine_tune"])[2] for row in rows})
-    note = ""
-    if heads:
-        name, count = heads[0].get("metric_name", "metric").replace("_", " "), heads[0].get("test_examples")
-        note = f"{name} on {count} examples; fine-tuned {cell_text(heads, brackets=False)}"
-        if (constant := heads[0].get("constant")) is not None:
-            note += f", a constant answer {constant:.3f}"
-        if (no_delta := heads[0].get("no_delta")) is not None:
-            note += f", without the delta {no_delta:.3f}"
-    note += f". Seeds of the training: {', '.join(seeds)}."
+    if len(seeds) > 1:
+        note += (
+            f" Mean ± deviation over trainings of the seeds {', '.join(seeds)}, in square brackets how many"
+        )
+        note += " of them where fewer; of a single one, over masks."
     title = f"{training}, {optimizer}"
     return Table(title, ["", *(column_name(plan, at) for at in columns)], body, note, frozenset(best))
+
+
+def _about(heads: Sequence[Row]) -> str:
+    head, means = heads[0], [row["mean"] for row in heads]
+    name = str(head.get("metric_name", "metric")).replace("_", " ")
+    count = f" on {head['test_examples']} examples" if "test_examples" in head else ""
+    spread = f" ± {_deviation(means):.3f}" if len(means) > 1 else ""
+    note = f"{name[0].upper()}{name[1:]}{count}; fine-tuned {np.mean(means):.3f}{spread}"
+    if (constant := head.get("constant")) is not None:
+        note += f", a constant answer {constant:.3f}"
+    if (no_delta := head.get("no_delta")) is not None:
+        note += f", without the delta {no_delta:.3f}"
+    return f"{note}."
 
 
 def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
@@ -159,32 +197,41 @@ def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
     body: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for optimizer in optimizers:
-        own = shares([row for row in rows if split_name(row["fine_tune"])[1] == optimizer])
-        most = max((len(values) for values in own.values()), default=0)
+        own = [row for row in rows if split_name(row["fine_tune"])[1] == optimizer]
+        heads = [row for row in own if row["way"] == FINE_TUNED and row.get("mean")]
+        found = shares(own)
+        most = len(heads)
+        prefix = "" if len(optimizers) == 1 else f"{optimizer}: "
+        floor = _share_text([floor_of(head) / head["mean"] for head in heads], most)
+        body.append([f"{prefix}(nothing learnt)", *[floor] * len(columns)])
+        ways = [way for way in plan.ways if any(w == way for w, _ in found)]
         first = len(body)
-        tops: dict[int, tuple[float, int]] = {}
-        for way in [way for way in plan.ways if any(w == way for w, _ in own)]:
-            name = way if len(optimizers) == 1 else f"{optimizer}: {way}"
-            cells = []
-            for j, at in enumerate(columns):
-                values = own.get((way, at), [])
-                if not values:
-                    cells.append("")
-                    continue
-                mean = float(np.mean(values))
-                spread = f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
-                cells.append(f"{mean:.1%}{spread}" + (f" ({len(values)})" if len(values) < most else ""))
-                if len(values) == most and mean > tops.get(j, (0.0, 0))[0]:
-                    tops[j] = (mean, len(body))
-            body.append([name, *cells])
-        best |= {(row, j + 1) for j, (_, row) in tops.items() if row >= first}
+        for way in ways:
+            cells = [list(found.get((way, at), {}).values()) for at in columns]
+            body.append([f"{prefix}{way}", *(_share_text(values, most) for values in cells)])
+        for j, at in enumerate(columns):
+            winners = best_of({way: found.get((way, at), {}) for way in ways})
+            best |= {(first + ways.index(way), j + 1) for way in winners}
     note = (
-        "The share of the fine-tuned model's metric that is kept: mean ± standard deviation over fine-tunes; "
-        "in brackets their number where some are missing, which then do not compete."
+        "The share of the fine-tuned model's metric that is kept: mean ± standard deviation over fine-tunes "
+        "of all tasks, in square brackets their number where some are missing. Nothing learnt: the best "
+        "constant answer, or the base without a delta if that is better. The best is marked by the "
+        "fine-tunes that ways share."
     )
     return Table(
         "All fine-tunes", ["", *(column_name(plan, at) for at in columns)], body, note, frozenset(best)
     )
+
+
+def _share_text(values: Sequence[float], most: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {_deviation(values):.1%}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1%}{spread}" + (f" [{len(values)}]" if len(values) < most else "")
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1))
 
 
 def _statistics(plan: Plan, rows: Sequence[Row]) -> list[Table]:
@@ -232,4 +279,4 @@ def _merged(plan: Plan, rows: Sequence[Row]) -> list[Table]:
 def _spread(values: Any) -> str:
     if not isinstance(values, list):
         return f"{values:.3f}"
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.3f}" + (f" ± {_deviation(values):.3f}" if len(values) > 1 else "")
