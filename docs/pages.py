@@ -7,7 +7,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-KINDS = {".md", ".png", ".svg", ".json", ".jsonl"}  # of results
+KINDS = {".md", ".png", ".svg", ".json", ".jsonl", ".html"}  # of results
 
 
 def on_files(files, config):

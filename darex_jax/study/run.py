@@ -8,6 +8,8 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import jax
+
 from darex_jax.core.errors import FileError
 from darex_jax.files.atomic import only_one
 from darex_jax.files.manifest import run_manifest
@@ -15,6 +17,7 @@ from darex_jax.study.fine_tunes import Place
 from darex_jax.study.plan import FineTune, Plan
 from darex_jax.study.rows import Cell, Row, cell_of, digest_of, read_rows, seconds_left, write_rows
 
+CLEAR_EVERY = 8  # rows: the programs of a long study would otherwise exhaust the process's memory maps
 FINE_TUNED = "fine-tuned"  # the way of the row that a group begins with
 
 
@@ -176,6 +179,8 @@ def run_study(
                     **values, "weights": head["weights"], "seconds": round(time.monotonic() - begun, 1),
                 }  # fmt: skip
                 rows = [other for other in rows if cell_of(other) != cell] + [row]
+                if (done + 1) % CLEAR_EVERY == 0:
+                    jax.clear_caches()
                 write_rows(plan.file, ordered(plan, rows))
                 begun, done = time.monotonic(), done + 1
                 rest = [other for _, some in missing_cells(plan, rows, only) for other in some]
