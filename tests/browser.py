@@ -153,9 +153,8 @@ def axe_script(tmp_path_factory):
 
 
 def test_a_page_of_every_kind_of_content(tab, axe_script, tmp_path):
-    from tests.test_report import some_page
-
     from darex_jax.study.page import write_page
+    from tests.test_report import some_page
 
     write_page(some_page(), tmp_path / "page.html")
     assert not look(tab, tmp_path / "page.html", PAGES / "study", axe_script)
@@ -170,9 +169,8 @@ def test_the_page_of_a_delta(tab, axe_script, tmp_path, folders, family):
 
 
 def test_a_figure_answers_a_pointer(tab, tmp_path):
-    from tests.test_report import some_page
-
     from darex_jax.study.page import write_page
+    from tests.test_report import some_page
 
     write_page(some_page(), tmp_path / "page.html")
     tab.open((tmp_path / "page.html").as_uri())

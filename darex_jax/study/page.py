@@ -127,5 +127,5 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _is_number(text: str) -> bool:
-    value = text.partition(" ± ")[0].strip()
+    value = re.split(r" ± | \[| \(", text)[0].strip()  # "0.874 (0.970) [1]", "98.1% ± 0.4% [4]"
     return value in ("", "-", "all", "none") or NUMBER.fullmatch(value) is not None
