@@ -69,5 +69,5 @@ def test_a_model_of_another_task_is_explained(tmp_path):
     result = CliRunner().invoke(main, ["eval", str(demo_weights()), "--limit", "8"])
     assert result.exit_code == 1 and "no classification head; fine-tune it first" in result.stderr
     logits, labels = np.zeros((4, 3)), np.zeros(4, np.int32)
-    with pytest.raises(ValueError, match="'opinions' has 2 outputs, this model 3"):
+    with pytest.raises(ValueError, match="'opinions' has 2 outputs, this model has 3"):
         load_task("opinions").metric(logits, labels)
