@@ -95,6 +95,9 @@ def plot_metrics(lines: list[dict[str, Any]], validation_name: str, path: Path) 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a Matplotlib figure atomically, in the format of the suffix of `path`."""
+    from matplotlib import rc_context
+
     with atomic_file(path) as file, open(file, "wb", closefd=False) as stream:
         dated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-        figure.savefig(stream, format=path.suffix[1:] or "png", dpi=130, **dated)
+        with rc_context({"svg.hashsalt": "darex"}):  # the same figure is the same file
+            figure.savefig(stream, format=path.suffix[1:] or "png", dpi=130, **dated)
