@@ -41,6 +41,18 @@ def predict(model: Model, params: Params, batches: Sequence[Batch]) -> NDArray[A
     return np.concatenate(logits)[np.argsort(np.concatenate(rows))]
 
 
+def agreement(logits: NDArray[Any], reference: NDArray[Any]) -> float:
+    """The share of equal predictions; with one output the correlation of scores, NaN if either is constant.
+
+    Args: logits, reference: [N, outputs], of the same shape.
+    """
+    if reference.shape[-1] > 1:
+        return float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
+    if np.std(logits) == 0 or np.std(reference) == 0:
+        return float("nan")
+    return float(np.corrcoef(logits[:, 0], reference[:, 0])[0, 1])
+
+
 def evaluate(
     model: Model, params: Params, examples: Encoded, task: Task, batch_size: int | None = None
 ) -> dict[str, Any]:

@@ -79,7 +79,6 @@ def prune_blockwise(
       for a size out of reach; else as `prune_parts`.
     """
     match = job.match()
-    match.raise_if_faulty()
     config = read_model_config(job.fine.config, ignore_config_fields)
     layers = layer_models(config)
     by_layer = _by_layer(match, len(layers))

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from darex_jax.study.plan import Plan
-from darex_jax.study.rows import Row
+from darex_jax.study.rows import Row, floor_of, split_name
 from darex_jax.study.run import FINE_TUNED
 from darex_jax.study.shown import Finding, Verdict
-from darex_jax.study.tables import floor_of, split_name
 
 LOW = " (not above nothing learnt)"
 SHOWN = 4  # comparisons of a claim that are written out

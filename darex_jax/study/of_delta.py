@@ -650,16 +650,14 @@ def _evaluate(
 
 
 def _agreement(own: np.ndarray, reference: np.ndarray) -> float:
-    """The share of equal classes; of scores their correlation."""
+    """See `agreement`. Raises: DarexError for another number of outputs."""
+    from darex_jax.evaluation.classification import agreement
+
     if own.shape != reference.shape:
         raise DarexError(
             f"the fine-tuned model has {reference.shape[-1]} outputs, the restored one {own.shape[-1]}."
         )
-    if reference.shape[-1] > 1:
-        return float(np.mean(own.argmax(-1) == reference.argmax(-1)))
-    if np.std(own) == 0 or np.std(reference) == 0:
-        return math.nan
-    return float(np.corrcoef(own[:, 0], reference[:, 0])[0, 1])
+    return agreement(own, reference)
 
 
 def _summary(facts: Mapping[str, Any], restored: int, total: Leaf, scores: Scores | None) -> list[str]:

@@ -12,10 +12,10 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.study.plan import SCALES, NoScale, Plan, find_studies, read_plan
-from darex_jax.study.rows import Row, read_rows
+from darex_jax.study.rows import Row, floor_of, read_rows, split_name
 from darex_jax.study.run import FINE_TUNED, current_rows, missing_cells
 from darex_jax.study.shown import Finding, Page, Section
-from darex_jax.study.tables import OURS, floor_of, section, shares, split_name
+from darex_jax.study.tables import OURS, section, shares
 
 FIRST = ("frontier", "methods")  # of a page; the others follow by name
 

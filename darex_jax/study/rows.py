@@ -43,6 +43,18 @@ def cell_of(row: Row) -> Cell:
     return row["fine_tune"], row["way"], row.get("at")
 
 
+def split_name(name: str) -> tuple[str, str, str]:
+    """Training, optimizer and seed of a fine-tune's name."""
+    training, optimizer, seed = name.split("/")
+    return training, optimizer, seed
+
+
+def floor_of(head: Mapping[str, Any]) -> float:
+    """The metric without anything learnt, of the row "fine-tuned": the best constant answer's, or the base's
+    if that is better; 0 if neither was measured."""
+    return max(head.get("constant") or 0.0, head.get("no_delta") or 0.0)
+
+
 def digest_of(made_from: Any) -> str:
     """12 hexadecimal digits for what JSON holds: a setting that changed is another digest."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]

@@ -8,20 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from darex_jax.study.claims import findings
 from darex_jax.study.plan import Plan
-from darex_jax.study.rows import Row
+from darex_jax.study.rows import Row, floor_of, split_name
 from darex_jax.study.run import FINE_TUNED, current_rows, missing_cells
 from darex_jax.study.shown import Figure, Section, Series, Table
 
 AXES = {"bytes": "bytes per parameter, whole file", "drop_rates": "density, 1 - drop rate"}
 NEAR = 1e-9
 OURS = "this project"  # the source of a study or a claim that is not the paper's
-
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """Training, optimizer and seed of a fine-tune's name."""
-    training, optimizer, seed = name.split("/")
-    return training, optimizer, seed
 
 
 def by_models(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -94,8 +89,6 @@ def figures(plan: Plan, rows: Sequence[Row]) -> list[Figure]:
 
 def section(plan: Plan, rows: Sequence[Row], command: str) -> Section:
     """A study as a part of a page. Rows of other settings than the declared ones are left out."""
-    from darex_jax.study.claims import findings
-
     rows = current_rows(plan, rows)
     text = [part.replace("\n", " ").strip() for part in plan.text.split("\n\n") if part.strip()]
     if plan.source and plan.source != OURS:
@@ -104,12 +97,6 @@ def section(plan: Plan, rows: Sequence[Row], command: str) -> Section:
     if lacks:
         text.append(f"Not measured yet: {lacks} of {len(rows) + lacks} rows.")
     return Section(plan.title, text, figures(plan, rows), tables(plan, rows), findings(plan, rows), command)
-
-
-def floor_of(head: Mapping[str, Any]) -> float:
-    """The metric without anything learnt, of the row "fine-tuned": the best constant answer's, or the base's
-    if that is better; 0 if neither was measured."""
-    return max(head.get("constant") or 0.0, head.get("no_delta") or 0.0)
 
 
 def best_of(values: Mapping[str, Mapping[str, float]]) -> set[str]:

@@ -16,9 +16,9 @@ from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.files.manifest import params_digest
 from darex_jax.study.fine_tunes import Place, obtain
-from darex_jax.study.measures.methods import CALIBRATION, difficulty
+from darex_jax.study.measures.tested import CALIBRATION, texts_of
 from darex_jax.study.plan import FineTune, Plan
-from darex_jax.tasks.source import Source, read_material
+from darex_jax.tasks.source import read_material
 
 GAMMA = 0.05  # the bound holds with probability 1 - gamma
 
@@ -39,9 +39,7 @@ def begin(
     def measured(way: str, told: Mapping[str, Any], at: float | None) -> dict[str, Any]:
         if at is None:
             return statistics(deltas)
-        source = Source(
-            task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune), limit=CALIBRATION
-        )
+        source = texts_of(fine_tune, place, CALIBRATION)
         batches = read_material(fine, source, held_out=False).batches()
         means = {name: np.asarray(s.mean) for name, s in input_statistics(model, params, batches).items()}
         return against_bound(deltas, means, at, plan.masks)

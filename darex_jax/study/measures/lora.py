@@ -17,7 +17,7 @@ from darex_jax.files.manifest import params_digest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig
 from darex_jax.study.fine_tunes import Place, obtain
-from darex_jax.study.measures.methods import difficulty
+from darex_jax.study.measures.tested import texts_of
 from darex_jax.study.plan import FineTune, Plan
 from darex_jax.tasks.answers import answer_batches, encode_problems, load_problems
 from darex_jax.tasks.batching import load_tokenizer
@@ -45,7 +45,9 @@ def begin(
         raise DarexError(f"{fine_tune.name}: the measure lora is for decoders.")
     config, adapter, _ = load_adapter(path)
     scales = config.scales(adapter)
-    _, held_out = load_problems(fine_tune.task, place.data_dir, difficulty(fine_tune), fine_tune.seed)
+    _, held_out = load_problems(
+        fine_tune.task, place.data_dir, texts_of(fine_tune, place).difficulty, fine_tune.seed
+    )
     problems = held_out[: plan.test_examples]
     batches = list(answer_batches(encode_problems(load_tokenizer(base_path), problems), ROWS, 0, 0))
     delta = adapter_delta(adapter, scales)

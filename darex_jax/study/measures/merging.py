@@ -16,10 +16,8 @@ from darex_jax.core.tree import flatten_names
 from darex_jax.merging.merge import merge
 from darex_jax.merging.table import MERGES
 from darex_jax.study.fine_tunes import Place, obtain
-from darex_jax.study.measures.methods import CALIBRATION
-from darex_jax.study.measures.tested import open_tested
+from darex_jax.study.measures.tested import CALIBRATION, open_tested, texts_of
 from darex_jax.study.plan import FineTune, Plan
-from darex_jax.tasks.source import Source
 
 
 def begin(
@@ -39,7 +37,7 @@ def begin(
     def chosen(objective: str, drop_rate: float) -> list[float]:
         found = []
         for each, base, fine in models:
-            source = Source(task=each.task, data_dir=place.data_dir, limit=CALIBRATION)
+            source = texts_of(each, place, CALIBRATION)
             found.append(choose_q(base, fine, drop_rate, Choice(objective=objective), source)["q"])
         return found
 

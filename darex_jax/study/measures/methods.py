@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.core.scope import choose_scope
@@ -25,11 +23,9 @@ from darex_jax.runs.evidence import gather
 from darex_jax.runs.prune import prune_by, pruned_entries
 from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.labels import rivals
-from darex_jax.study.measures.tested import open_tested
+from darex_jax.study.measures.tested import CALIBRATION, about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
-from darex_jax.tasks.source import Source
 
-CALIBRATION = 50  # training texts, without labels, for statistics of inputs and for q
 TEXTS, STEPS = 10_000, 300  # at most so many training texts, and steps of 16, for methods that train
 
 
@@ -69,9 +65,7 @@ class Writer:
 
     def __init__(self, plan: Plan, fine_tune: FineTune, base: Path, fine: Path, place: Place):
         self.plan, self.base, self.fine = plan, base, fine
-        self.source = Source(
-            task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune)
-        )  # fmt: skip
+        self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
         self.known: dict[tuple[str, ...], Any] = {}
 
@@ -114,23 +108,3 @@ class Writer:
         source = replace(self.source, limit=CALIBRATION)
         found = choose_q(self.base, self.fine, drop_rate, Choice(objective=objective), source)
         return float(found["q"])
-
-
-def about(tested: Any) -> dict[str, Any]:
-    """What a fine-tuned model's row says of the test."""
-    return {
-        "metric_name": tested.metric_name, "test_examples": tested.examples, "weights": tested.weights,
-        "constant": tested.constant,
-    }  # fmt: skip
-
-
-def spread(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of the metric over masks; means of what else was measured."""
-    metrics = [each["metric"] for each in seen]
-    others = {name: float(np.mean([each[name] for each in seen])) for name in seen[0] if name != "metric"}
-    std = float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0
-    return {"mean": float(np.mean(metrics)), "std": std, "metrics": metrics, **others}
-
-
-def difficulty(fine_tune: FineTune) -> int:
-    return int(fine_tune.options.get("difficulty", 3))

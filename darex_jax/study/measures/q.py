@@ -9,10 +9,8 @@ from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.choosing.pair import Pair, load_pair, split_in_scope
 from darex_jax.study.fine_tunes import Place, obtain
-from darex_jax.study.measures.methods import about, difficulty, spread
-from darex_jax.study.measures.tested import open_tested
+from darex_jax.study.measures.tested import about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
-from darex_jax.tasks.source import Source
 
 OF_SOURCE = {"limit"}
 
@@ -41,9 +39,7 @@ def begin(
             if options.pop("slow", False):
                 options["learning_rate"] = pair.density / 10
             limit = options.pop("limit", None)
-            source = Source(
-                task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty(fine_tune), limit=limit
-            )
+            source = texts_of(fine_tune, place, limit)
             found = choose_q(base, fine, at, Choice(**options), source)
             found = {name: found[name] for name in KEPT if name in found}
         scores = [tested.values(model, pruned(found["q"])) for pruned in pair.models]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from darex_jax.evaluation.classification import predict
+from darex_jax.evaluation.classification import agreement, predict
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
@@ -19,10 +20,12 @@ from darex_jax.tasks import load_task
 from darex_jax.tasks.answers import answer_batches, encode_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.gsm8k import load_gsm8k
+from darex_jax.tasks.source import Source
 from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores
 
 ROWS = 50  # of a batch of problems
+CALIBRATION = 50  # training texts, without labels, for statistics of inputs and for q
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
 
     def classified(model: Model, params: Any) -> dict[str, float]:
         logits = predict(model, params, batches)
-        return {"metric": task.metric(logits, test.labels), "agreement": agreement(logits, reference)}
+        agrees = agreement(logits, reference)
+        found = {"metric": task.metric(logits, test.labels)}
+        return found | {"agreement": 0.0 if math.isnan(agrees) else agrees}
 
     constant = 0.0
     if task.kind != "regression":
@@ -76,14 +81,29 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
     return Tested(model, params, weights, task.metric_name, len(test), constant, classified)
 
 
-def agreement(logits: np.ndarray, reference: np.ndarray) -> float:
-    """The share of equal predictions; with one output, the correlation of the scores."""
-    if logits.shape[1] > 1:
-        return float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
-    return float(np.corrcoef(logits[:, 0], reference[:, 0])[0, 1]) if np.std(logits) > 0 else 0.0
+def texts_of(fine_tune: FineTune, place: Place, limit: int | None = None) -> Source:
+    """The examples of a fine-tune's task, at most `limit`."""
+    difficulty = fine_tune.options.get("difficulty", 3)
+    return Source(task=fine_tune.task, data_dir=place.data_dir, difficulty=difficulty, limit=limit)
+
+
+def about(tested: Tested) -> dict[str, Any]:
+    """What a fine-tuned model's row says of the test."""
+    return {
+        "metric_name": tested.metric_name, "test_examples": tested.examples, "weights": tested.weights,
+        "constant": tested.constant,
+    }  # fmt: skip
+
+
+def spread(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean and sample standard deviation of the metric over masks; means of what else was measured."""
+    metrics = [each["metric"] for each in seen]
+    others = {name: float(np.mean([each[name] for each in seen])) for name in seen[0] if name != "metric"}
+    std = float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0
+    return {"mean": float(np.mean(metrics)), "std": std, "metrics": metrics, **others}
 
 
 def _problems(fine_tune: FineTune, place: Place) -> Any:
     if fine_tune.task == "gsm8k":
         return load_gsm8k("test", place.data_dir)
-    return word_problems(fine_tune.seed, fine_tune.options.get("difficulty", 3)).test
+    return word_problems(fine_tune.seed, texts_of(fine_tune, place).difficulty).test
