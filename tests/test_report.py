@@ -18,7 +18,8 @@ from darex_jax.core.tree import flatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.study.draw import figure_rows, number_text
-from darex_jax.study.of_delta import _leaves, delta_page
+from darex_jax.study.leaves import leaves_of
+from darex_jax.study.of_delta import delta_page
 from darex_jax.study.page import html_of, write_page
 from darex_jax.study.shown import Figure, Finding, Page, Section, Series, Table
 
@@ -229,7 +230,7 @@ def test_what_is_said_of_a_delta_is_so(folders, tmp_path, way):
     folder, delta = folders / "llama", tmp_path / "delta"
     prune(folder, delta, *WAYS[way])
     with Checkpoint(folder / "base") as b, Checkpoint(folder / "fine") as f, DeltaFile(delta) as d:
-        leaves = {leaf.name: leaf for leaf in _leaves(b, d, f, lambda _: None)}
+        leaves = {leaf.name: leaf for leaf in leaves_of(b, d, f, lambda _: None)}
         bytes_of_all = sum(leaf.size for leaf in leaves.values())
         held = [
             info.nbytes for name, info in d.tensors.items() if name == "parts" or name.startswith("values/")

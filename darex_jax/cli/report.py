@@ -138,7 +138,8 @@ def _of_delta(
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.stream import keep_inputs
-    from darex_jax.study.of_delta import delta_page, page_bytes
+    from darex_jax.study.leaves import page_bytes
+    from darex_jax.study.of_delta import delta_page
     from darex_jax.tasks.source import Source
 
     base, fine = models[0], models[1] if len(models) > 1 else None

@@ -5,32 +5,23 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import blake3
-import numpy as np
+from typing import Any
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.scope import NUMBER, starred
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.contents import contents
 from darex_jax.files.recipe import versions
-from darex_jax.files.restore import check_base_tensors, check_digest, layout_bytes, restored_layout
-from darex_jax.files.safetensors import CHUNK, DTYPES, as_bytes, element_count
+from darex_jax.files.restore import check_base_tensors, layout_bytes, restored_layout
 from darex_jax.files.stream import Progress
-from darex_jax.parts.low_rank import LowRank
-from darex_jax.parts.values import reciprocal
 from darex_jax.study.draw import COLOURS, number_text
+from darex_jax.study.leaves import Leaf, grouped, kind_of, leaves_of, together
+from darex_jax.study.scores import Scores, score_models
 from darex_jax.study.shown import Figure, Page, Section, Series, Table
 from darex_jax.tasks.source import Source
 
-LARGEST = 1 << 28  # entries of a matrix that is made whole for its largest singular value
-THIN = 0.1  # of a matrix stored: below it a product goes over its entries
 SHOWN = 10  # bars of kinds of parameters
 WIDE_RANGE = 30.0  # from which on an axis is logarithmic
 BYTES_OF = {
@@ -41,68 +32,6 @@ BYTES_OF = {
     "recipe": "recipe: how it was made",
     "header": "header",
 }
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """What a delta holds of one parameter, or of several together.
-
-    Attributes:
-      name: with `*` for numbers, of several; layer: the number in it; matrix: whether it has two axes.
-      count: of parameters; entries: of them; numbers: stored for them; nonzero: of the restored delta.
-      form: kinds of parts, with their bits; q: what their values are divided by.
-      size: bytes, what they share with others included by the share of the numbers.
-      base, delta, true, lost: sums of squares: of the base's entries, of the restored delta's, of the
-        fine-tuned model's delta and of what is between these two; the last two None without that model.
-      ranks: stable ranks |D|_F^2 / |D|_2^2 of the restored delta's matrices.
-    """
-
-    name: str
-    layer: int | None
-    matrix: bool
-    entries: int
-    numbers: int
-    nonzero: int
-    form: tuple[str, ...]
-    q: tuple[float, ...]
-    size: float
-    base: float
-    delta: float
-    true: float | None = None
-    lost: float | None = None
-    ranks: tuple[float, ...] = ()
-    count: int = 1
-
-    @property
-    def relative(self) -> float:
-        """The root mean square of the restored delta in terms of the base's."""
-        return math.sqrt(self.delta / self.base) if self.base else math.nan
-
-    @property
-    def error(self) -> float:
-        """|delta - what is restored|^2 / |delta|^2."""
-        if self.true is None or self.lost is None:
-            return math.nan
-        return self.lost / self.true if self.true else (0.0 if not self.lost else math.inf)
-
-    @property
-    def rank(self) -> float:
-        return float(np.median(self.ranks)) if self.ranks else math.nan
-
-
-class Scores(NamedTuple):
-    """How models do on the same examples.
-
-    Attributes:
-      metric, agreement: what the numbers are, "" for none; examples: so many, of `source`.
-      of: by the model: its metric and its agreement with the fine-tuned model, NaN where there is none.
-    """
-
-    metric: str
-    agreement: str
-    examples: int
-    source: str
-    of: dict[str, tuple[float, float]]
 
 
 def delta_page(
@@ -134,21 +63,21 @@ def delta_page(
         check_base_tensors(b, d)
         scores = None
         if source is not None:
-            scores = _evaluate(
+            scores = score_models(
                 delta, base, fine, source, on_model,
                 allow_changed_files=allow_changed_files, ignore_config_fields=ignore_config_fields,
             )  # fmt: skip
         facts, restored = contents(d), layout_bytes(restored_layout(b, d))
         if fine is None:
-            leaves = list(_leaves(b, d, None, progress))
+            leaves = list(leaves_of(b, d, None, progress))
         else:
             with Checkpoint(fine) as f:
-                leaves = list(_leaves(b, d, f, progress))
+                leaves = list(leaves_of(b, d, f, progress))
         whole = {n: d.tensors[f"{kind}/{n}"].nbytes for kind in ("dense", "rows") for n in d.names(kind)}
         d.check_data()
     if not leaves:
         raise DarexError(f"{delta}: prunes no parameter, so there is nothing to show.")
-    total = _together(leaves, "all parameters")
+    total = together(leaves, "all parameters")
     sections = [
         *([_score_section(scores)] if scores is not None else []),
         _bytes_section(facts, leaves),
@@ -164,211 +93,6 @@ def delta_page(
     )
 
 
-def page_bytes(base: Checkpoint, delta: DeltaFile, fine: Checkpoint | None) -> int:
-    """So many bytes are read for a page."""
-    names = delta.recipe.parameters
-    read = [base.tensors.get(delta.base_name(name)) for name in names]
-    read += [fine.tensors.get(name) for name in names] if fine is not None else []
-    return sum(tensor.info.nbytes for tensor in read if tensor is not None)
-
-
-class _Stored(NamedTuple):
-    """How a file holds a parameter: see `Leaf`."""
-
-    form: tuple[str, ...]
-    numbers: int
-    q: tuple[float, ...]
-    size: float
-
-
-def _stored(file: DeltaFile) -> dict[str, _Stored]:
-    """By the parameter's name; of a stream that several share each has the share of its numbers."""
-    recipe = file.recipe
-    if recipe.format == 1:
-        found = {}
-        for name, entry in recipe.parameters.items():
-            info = file.tensors[f"values/{name}"]
-            form = (f"random, {info.dtype.name}",)
-            found[name] = _Stored(form, info.size, (entry["q"],), float(info.nbytes))
-        return found
-    found = {}
-    for block in recipe.blocks or ():
-        streams = {group: (count, length) for group, _, _, count, length in block["streams"]}
-        for name, parts in block["parameters"].items():
-            numbers, size = 0, 0.0
-            for part in parts:
-                for array, (dtype, count) in part["counts"].items():
-                    all_of_it, length = streams[f"{part['kind']} {array} {dtype}"]
-                    size += length * count / max(1, all_of_it)
-                    if array == "packed":
-                        numbers += element_count(tuple(recipe.parameters[name]["shape"]))
-                    elif array.rpartition(".")[2] not in ("scales", "positions", "columns"):
-                        numbers += count
-            q = tuple(float(part["q"]) for part in parts)
-            found[name] = _Stored(tuple(map(_form, parts)), numbers, q, size)
-    return found
-
-
-def _form(part: Mapping[str, Any]) -> str:
-    """A part in words: its kind, its bits."""
-    kind = str(part["kind"]).replace("_", " ")
-    if "rank" in part:
-        kind += f" {part['rank']}"
-    if part["kind"] == "sign":
-        return f"{kind}, 1 bit"
-    bits = {(part.get(f) or {}).get("bits") for f in ("values", "a", "b") if f in part}
-    floats = {dtype for array, (dtype, _) in part["counts"].items() if array.rpartition(".")[2] == "values"}
-    names = [f"{b} bit{'s' * (b != 1)}" for b in sorted(b for b in bits if b)]
-    names += sorted(DTYPES[dtype].name for dtype in floats)
-    return ", ".join([kind, *names])
-
-
-def _leaves(
-    base: Checkpoint, delta: DeltaFile, fine: Checkpoint | None, progress: Progress
-) -> Iterator[Leaf]:
-    """Every pruned parameter; besides what a file holds of one, a stretch of its entries is in memory, and of
-    a matrix its delta: thin where it is."""
-    stored = _stored(delta)
-    for name, entry in delta.recipe.parameters.items():
-        own, shape = base.tensors[delta.base_name(name)], tuple(entry["shape"])
-        other = _fine_chunks(fine, name, shape)
-        digest, start, nonzero = blake3.blake3(), 0, 0
-        squares: dict[str, Any] = dict.fromkeys(("base", "delta", "true", "lost"), 0.0)
-        collect = _Matrix(delta, name, shape, stored[name]) if len(shape) == 2 and min(shape) > 1 else None
-        for chunk, (kept, values) in zip(own.chunks(), delta.chunks_of(name), strict=True):
-            digest.update(as_bytes(chunk))
-            progress(chunk.nbytes)
-            with np.errstate(invalid="ignore", over="ignore"):
-                numbers, moved = chunk.astype(np.float32), values.astype(np.float32, copy=False)
-                squares["base"] += _square(numbers)
-                squares["delta"] += _square(moved)
-                if other is not None:
-                    tuned = next(other)[: chunk.size]
-                    progress(tuned.nbytes)
-                    true = tuned.astype(np.float32) - numbers
-                    squares["true"] += _square(true)
-                    true[kept] -= moved
-                    squares["lost"] += _square(true)
-            nonzero += int(np.count_nonzero(moved))
-            if collect is not None:
-                collect.take(start, kept, moved)
-            start += chunk.size
-        check_digest(delta, delta.base_name(name), digest.hexdigest())
-        if fine is None:
-            del squares["true"], squares["lost"]
-        norm = collect.norm() if collect is not None and squares["delta"] > 0 else math.nan
-        number = NUMBER.search(name)
-        has_rank = math.isfinite(norm) and norm > 0
-        yield Leaf(
-            name=name, layer=int(number.group()) if number else None, matrix=len(shape) > 1,
-            entries=start, nonzero=nonzero, **stored[name]._asdict(), **squares,
-            ranks=(squares["delta"] / norm**2,) if has_rank else (),
-        )  # fmt: skip
-
-
-def _fine_chunks(fine: Checkpoint | None, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray] | None:
-    """The fine-tuned model's entries; those of rows that the base does not have come last and stay unread."""
-    if fine is None:
-        return None
-    tensor = fine.tensors.get(name)
-    if tensor is None or not tensor.floating:
-        raise DarexError(
-            f"{fine.source} is not what this delta was made from: it has no '{name}' to subtract."
-        )
-    found = tensor.info.shape
-    if found[1:] != shape[1:] or found[:1] < shape[:1]:
-        raise DarexError(
-            f"{fine.source} is not what this delta was made from: '{name}' has shape {list(found)} there, "
-            f"{list(shape)} in the delta."
-        )
-    return tensor.chunks()
-
-
-def _square(x: np.ndarray) -> float:
-    return float(np.dot(x.reshape(-1), x.reshape(-1)))
-
-
-class _Matrix:
-    """The restored delta of a matrix, as far as its largest singular value needs it."""
-
-    def __init__(self, delta: DeltaFile, name: str, shape: tuple[int, ...], stored: _Stored) -> None:
-        self.shape, size = shape, element_count(shape)
-        self.parts = delta.parts(name) if all(form.startswith("low rank") for form in stored.form) else None
-        scattered = all(form.startswith(("random", "sparse")) for form in stored.form)
-        self.thin = scattered and stored.numbers < THIN * size and len(stored.form) == 1
-        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []
-        whole = self.parts is None and not self.thin and size <= LARGEST
-        self.flat = np.zeros(size, np.float32) if whole else None
-
-    def take(self, start: int, kept: np.ndarray | slice, values: np.ndarray) -> None:
-        if self.parts is not None:
-            return
-        if self.thin and isinstance(kept, np.ndarray):
-            self.pieces.append((kept.astype(np.int64) + start, values))
-        elif self.flat is not None:
-            self.flat[start : start + CHUNK][kept] = values
-
-    def norm(self) -> float:
-        """Of factors by two QR decompositions, else by Lanczos's method; NaN where that is too much."""
-        if self.parts is not None:
-            factors = []
-            for part in self.parts.parts:
-                assert isinstance(part, LowRank)
-                a, b = part.factors()
-                factors.append((np.asarray(a) * reciprocal(np.asarray(part.q)), np.asarray(b)))
-            left = np.linalg.qr(np.concatenate([a for a, _ in factors], 1), mode="r")
-            right = np.linalg.qr(np.concatenate([b for _, b in factors], 0).T, mode="r")
-            return float(np.linalg.norm(np.asarray(left) @ np.asarray(right).T, 2))
-        from scipy.sparse import csr_matrix
-        from scipy.sparse.linalg import ArpackError, svds
-
-        if self.flat is not None:
-            matrix: Any = self.flat.reshape(self.shape)
-        elif self.thin:
-            places = np.concatenate([place for place, _ in self.pieces])
-            values = np.concatenate([value for _, value in self.pieces])
-            matrix = csr_matrix((values, np.divmod(places, self.shape[1])), self.shape)
-        else:
-            return math.nan
-        if not np.isfinite(matrix.data if self.thin else matrix).all():
-            return math.nan
-        if min(self.shape) < 32:
-            return float(np.linalg.norm(matrix.toarray() if self.thin else matrix, 2))
-        start = np.random.default_rng(0).normal(size=min(self.shape)).astype(np.float32)
-        try:
-            return float(svds(matrix, k=1, tol=0.05, v0=start, return_singular_vectors=False)[0])
-        except ArpackError:
-            return math.nan
-
-
-def _together(leaves: Sequence[Leaf], name: str) -> Leaf:
-    """Several as one."""
-    forms = tuple(dict.fromkeys(", ".join(form.split(", ")) for leaf in leaves for form in leaf.form))
-    sums = {
-        k: sum(getattr(leaf, k) for leaf in leaves)
-        for k in ("entries", "numbers", "nonzero", "size", "base", "delta", "count")
-    }
-    known = all(leaf.true is not None for leaf in leaves)
-    more = {k: sum(getattr(leaf, k) for leaf in leaves) for k in ("true", "lost")} if known else {}
-    return Leaf(
-        name=name, layer=leaves[0].layer, matrix=leaves[0].matrix, form=forms,
-        q=tuple(sorted({q for leaf in leaves for q in leaf.q})),
-        ranks=tuple(r for leaf in leaves for r in leaf.ranks), **sums, **more,
-    )  # fmt: skip
-
-
-def _grouped(leaves: Iterable[Leaf], key: Callable[[Leaf], Any]) -> dict[Any, list[Leaf]]:
-    found: dict[Any, list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        found[key(leaf)].append(leaf)
-    return found
-
-
-def _kind(name: str) -> str:
-    """Which parameter of its layer: what stands behind the layer's number."""
-    return starred(name).split("*.", 1)[-1].removesuffix(".weight")
-
-
 def _bytes_section(facts: Mapping[str, Any], leaves: Sequence[Leaf]) -> Section:
     size = facts["bytes"]
     named = {
@@ -376,7 +100,7 @@ def _bytes_section(facts: Mapping[str, Any], leaves: Sequence[Leaf]) -> Section:
     }
     named = dict(sorted(named.items(), key=lambda item: -item[1]))
     kinds = {
-        name: _together(group, name) for name, group in _grouped(leaves, lambda x: _kind(x.name)).items()
+        name: together(group, name) for name, group in grouped(leaves, lambda x: kind_of(x.name)).items()
     }
     largest = sorted(kinds.values(), key=lambda leaf: -leaf.size)
     rest = largest[SHOWN - 1 :] if len(largest) > SHOWN else []
@@ -419,10 +143,10 @@ def _layers_section(leaves: Sequence[Leaf], has_fine: bool) -> Section:
         groups = {leaf.name: {0: leaf} for leaf in matrices}
         layered = False
     else:
-        by_kind = _grouped(matrices, lambda leaf: _kind(leaf.name))
+        by_kind = grouped(matrices, lambda leaf: kind_of(leaf.name))
         largest = sorted(by_kind, key=lambda kind: -sum(leaf.entries for leaf in by_kind[kind]))[:COLOURS]
         groups = {
-            kind: {k: _together(v, kind) for k, v in _grouped(by_kind[kind], lambda leaf: leaf.layer).items()}
+            kind: {k: together(v, kind) for k, v in grouped(by_kind[kind], lambda leaf: leaf.layer).items()}
             for kind in by_kind
             if kind in largest
         }
@@ -468,7 +192,7 @@ def _layers_section(leaves: Sequence[Leaf], has_fine: bool) -> Section:
 
 
 def _parameters_section(leaves: Sequence[Leaf], whole: Mapping[str, int], has_fine: bool) -> Section:
-    kinds = [_together(group, name) for name, group in _grouped(leaves, lambda x: _kind(x.name)).items()]
+    kinds = [together(group, name) for name, group in grouped(leaves, lambda x: kind_of(x.name)).items()]
     heads = [
         "parameter",
         "entries",
@@ -558,106 +282,6 @@ def _score_section(scores: Scores) -> Section:
 
 def _score_text(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
-
-
-def _evaluate(
-    delta: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    fine: str | os.PathLike[str] | None,
-    source: Source,
-    on_model: Callable[[str], None],
-    **opening: Any,
-) -> Scores:
-    """One model after the other; beside it at most a parameter of another is held."""
-    from darex_jax.core.tree import flatten_names, unflatten_names
-    from darex_jax.evaluation.classification import predict
-    from darex_jax.evaluation.objectives import prediction_objective
-    from darex_jax.files.model import companions
-    from darex_jax.models import DecoderConfig
-    from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-    from darex_jax.tasks.opening import open_model
-    from darex_jax.tasks.source import read_material
-    from darex_jax.training.causal_lm import answer_scores
-
-    changed = opening["allow_changed_files"]
-    with companions(base, delta, allow_changed_files=changed) as folder:
-        try:
-            material = read_material(folder, source, held_out=True)
-        except DarexError as error:  # which names the folder that stands for the restored model
-            raise DarexError(str(error).replace(str(folder), f"the model of {delta}")) from error
-        task, batches = material.task, material.batches()
-        count, labels, where = len(material.encoded), None, f"{material.source}, held out"
-        if task is not None:
-            test = task.test.select(slice(source.limit))
-            batches = evaluation_batches(encode(load_tokenizer(folder), test), 16)
-            count, labels, where = len(test), test.labels, f"{task.name}, test split"
-    if source.text is not None:
-        where = str(source.text)
-    if task is None and fine is None and not source.labelled:
-        raise DarexError(
-            "texts without labels are compared with the fine-tuned model's answers: give --fine."
-        )
-    found: dict[str, tuple[float, float]] = {}
-    names = {"metric": "", "agreement": ""}
-    compare: Callable[[Any, Any], float] | None = None
-
-    def measure(name: str, model: Any, params: Any) -> None:
-        nonlocal compare
-        if isinstance(model.config, DecoderConfig):
-            metric = answer_scores(model, params, batches).tokens
-            names["metric"] = "share of right tokens"
-            if name == "fine-tuned":
-                agreement = prediction_objective(model, params, batches)
-                names["agreement"], compare = "agreement of next tokens", lambda _, p: agreement.measure(p)
-            found[name] = metric, math.nan if compare is None else compare(model, params)
-            return
-        logits = predict(model, params, batches)
-        metric = math.nan
-        if task is not None and labels is not None:
-            metric, names["metric"] = task.metric(logits, labels), task.metric_name.replace("_", " ")
-        if name == "fine-tuned":
-            reference, one = logits, logits.shape[-1] == 1
-            names["agreement"] = "correlation of scores" if one else "agreement of predictions"
-            compare = lambda own, _: _agreement(own, reference)  # noqa: E731
-        found[name] = metric, math.nan if compare is None else compare(logits, params)
-
-    if fine is not None:
-        on_model("fine-tuned")
-        opened = open_model(fine, ignore_config_fields=opening["ignore_config_fields"])
-        measure("fine-tuned", opened.model, opened.params)
-        del opened
-    on_model("restored")
-    opened = open_model(base, delta=delta, **opening)
-    measure("restored", opened.model, opened.params)
-    on_model("base alone")
-    own = flatten_names(opened.params)
-    model = opened.model
-    del opened
-    with Checkpoint(base) as b, DeltaFile(delta) as d:
-        for name in d.recipe.parameters:
-            if name in own:
-                numbers = b.tensors[d.base_name(name)].read().astype(own[name].dtype)
-                own[name] = (
-                    np.concatenate([numbers, np.asarray(own[name])[len(numbers) :]])
-                    if numbers.ndim
-                    else numbers
-                )
-    measure("base alone", model, unflatten_names(own))
-    order = ("base alone", "restored", "fine-tuned")
-    return Scores(
-        names["metric"], names["agreement"], count, where, {n: found[n] for n in order if n in found}
-    )
-
-
-def _agreement(own: np.ndarray, reference: np.ndarray) -> float:
-    """See `agreement`. Raises: DarexError for another number of outputs."""
-    from darex_jax.evaluation.classification import agreement
-
-    if own.shape != reference.shape:
-        raise DarexError(
-            f"the fine-tuned model has {reference.shape[-1]} outputs, the restored one {own.shape[-1]}."
-        )
-    return agreement(own, reference)
 
 
 def _summary(facts: Mapping[str, Any], restored: int, total: Leaf, scores: Scores | None) -> list[str]:
