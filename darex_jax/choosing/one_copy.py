@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.choosing.pair import MASK_SEEDS, Pair, Params, PrunedModel, Q, base_leaf, load_fine
+from darex_jax.choosing.pair import MASK_SEEDS, Pair, Params, PrunedModel, Q, base_leaf, dare_q, load_fine
 from darex_jax.core.delta import apply_delta, compute_delta, rescale
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import survivor_indices
@@ -63,7 +63,7 @@ class OneCopy:
     @property
     def density(self) -> float:
         """DARE's q."""
-        return round(1.0 - self.drop_rate, 12)
+        return dare_q(self.drop_rate)
 
     def dare(self, scope: str) -> Q:
         """DARE's q."""

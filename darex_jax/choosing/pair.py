@@ -52,7 +52,7 @@ class Pair:
     @property
     def density(self) -> float:
         """DARE's q."""
-        return round(1.0 - self.drop_rate, 12)
+        return dare_q(self.drop_rate)
 
     @property
     def models(self) -> list[PrunedModel]:
@@ -63,6 +63,11 @@ class Pair:
     def dare(self, scope: str) -> Q:
         """DARE's q: a number, or with the scope "layer" the same for every name of the delta."""
         return dict.fromkeys(flatten_names(self.delta), self.density) if scope == "layer" else self.density
+
+
+def dare_q(drop_rate: float) -> float:
+    """1 - p, without the rounding error of the difference: 0.01 at 0.99."""
+    return round(1.0 - drop_rate, 12)
 
 
 def open_pair(

@@ -10,7 +10,7 @@ import numpy as np
 
 from darex_jax.choosing.choice import Choice, OnValue, uninformative
 from darex_jax.choosing.one_copy import AnyPair
-from darex_jax.choosing.pair import Pair, Params, PrunedModel, Q
+from darex_jax.choosing.pair import Pair, Params, PrunedModel, Q, dare_q
 from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.calibration import (
     InputStatistics,
@@ -151,7 +151,7 @@ def find_q(
 
 def q_grid(drop_rate: float) -> list[float]:
     """The coarse grid for q: from DARE's 1 - p to 1 by factors of the square root of 2."""
-    return geometric_grid(round(1.0 - drop_rate, 12), 1.0)
+    return geometric_grid(dare_q(drop_rate), 1.0)
 
 
 def eta_grid() -> list[float]:
