@@ -14,6 +14,7 @@ from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import init_model, read_model_config
 from darex_jax.parts.random import Random
 from darex_jax.parts.sparse import Sparse
+from darex_jax.parts.total import Parts
 from darex_jax.training.distill import distill
 
 STEPS = 60
@@ -158,15 +159,36 @@ def test_whole_vectors_and_sums_of_parts_are_trained_too():
         assert not np.array_equal(part.numbers, old.numbers)
 
 
+def signs(delta):
+    return {name: dx.sign({name: leaf}, dx.Budget(drop_rate=0.5))[name] for name, leaf in delta.items()}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_scales_of_signs_are_trained_and_their_signs_kept(bits):
+    """BitDelta. A sum with factors, which `bits` rounds and which the scales' own rate must not reach."""
+    model, fine, start, delta = pair("bert")
+    chosen = signs(delta)
+    name = next(iter(chosen))
+    low = dx.svd({name: delta[name]}, dx.Budget(drop_rate=0.9))[name]
+    chosen[name] = Parts((*chosen[name].parts, *low.parts), chosen[name].shape)
+    held_out = make_batches(seed=1)
+    found = distill(model, fine, start, chosen, texts, held_out, steps=STEPS, learning_rate=3e-3, bits=bits)
+    assert found.looks[-1].loss < 0.95 * found.looks[0].loss
+    assert found.parts[name].parts[1].a.bits == bits
+    for own, parts in ((chosen[name], found.parts[name]) for name in chosen):
+        np.testing.assert_array_equal(parts.parts[0].packed, own.parts[0].packed)
+        assert parts.parts[0].scales.dtype == jnp.bfloat16 and parts.parts[0].scales.shape == (1,)
+    moved = [abs(float(found.parts[n].parts[0].scales[0] / chosen[n].parts[0].scales[0]) - 1) for n in chosen]
+    assert 0.005 < max(moved) < 1.0
+
+
 def test_wrong_arguments_are_explained():
     model, fine, start, _ = pair("bert")
     with pytest.raises(dx.DarexError, match="distillation needs at least one part"):
         distill(model, fine, start, {}, texts, make_batches(), steps=9)
     few = dx.magnitude(pair("bert")[3], dx.Budget(drop_rate=0.7), bits=4)
-    signs = dx.sign(pair("bert")[3], dx.Budget(drop_rate=0.5))
-    for wrong in (few, {name: parts for name, parts in signs.items() if parts.parts[0].kind == "sign"}):
-        with pytest.raises(dx.DarexError, match="parts with float values"):
-            distill(model, fine, start, wrong, texts, make_batches(), steps=9)
+    with pytest.raises(dx.DarexError, match="parts with float values"):
+        distill(model, fine, start, few, texts, make_batches(), steps=9)
     many, params = init_model(
         read_model_config(FAMILIES["bert"] | {"problem_type": "multi_label_classification"}),
         jax.random.key(0),

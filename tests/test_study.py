@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_tasks import write_glue
 
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexError
@@ -268,6 +269,25 @@ def test_rivals_are_trained_with_labels(studies, place, monkeypatch):
     (studies / "rivals.toml").write_text(RIVALS.replace('"lora", at', '"lore", at'))
     with pytest.raises(DarexError, match=r'labels has support = "lora" or "random"'):
         run_study(read_plan(studies, "rivals", "small"), place)
+
+
+def test_texts_may_be_of_another_task(studies, place, tmp_path, monkeypatch):
+    """Statistics are taken on them, the metric stays that of the fine-tune's own task."""
+    from darex_jax.study.measures import methods
+
+    write_glue(tmp_path / "cola", "cola")
+    seen = []
+    gather = methods.gather
+    monkeypatch.setattr(
+        methods, "gather", lambda *given, **more: seen.append(given[2]) or gather(*given, **more)
+    )
+    ways = 'own = { method = "wanda" }\nother = { method = "wanda", texts = "cola" }\n'
+    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
+    (studies / "tiny.toml").write_text(text + ways)
+    plan = read_plan(studies, "tiny", "small")
+    fine, *rows = run_study(plan, place._replace(data_dir=tmp_path))
+    assert [source.task for source in seen] == ["opinions", "cola"]
+    assert fine["metric_name"] == "accuracy" and len(rows) == 4 and all("mean" in row for row in rows)
 
 
 def test_scattered_values_train_as_a_dense_delta_at_their_places():

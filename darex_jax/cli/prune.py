@@ -88,9 +88,10 @@ ENOUGH = 256  # minimum number of texts for which best trains
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinity instead of refusing them.")
 @click.option("--steps", default=600, show_default=True, type=click.IntRange(3),
               help="Training steps of distilled.")  # fmt: skip
-@click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random"]),
+@click.option("--support", type=click.Choice(["low-rank", "allocated", "largest", "random", "sign"]),
               help="What distilled keeps of matrices: low-rank factors (default), allocated's choice, the "
-              "largest entries, or random ones, whose indices are not stored.")  # fmt: skip
+              "largest entries, random ones, whose indices are not stored, or every sign and a scale of each "
+              "matrix (BitDelta, from 0.126 bytes a parameter).")  # fmt: skip
 @click.option("--block-wise", is_flag=True,
               help="For distilled on a decoder: train one layer after another; memory holds one layer of "
               "both models, whatever their size.")  # fmt: skip

@@ -15,12 +15,13 @@ from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.dare import dare
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.magnitude import magnitude
+from darex_jax.methods.sign import check_room, sign_part
 from darex_jax.methods.svd import choose_ranks, decompose, low_rank
 from darex_jax.methods.vectors import is_matrix
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 
-Support = Literal["allocated", "low-rank", "largest", "random"]
+Support = Literal["allocated", "low-rank", "largest", "random", "sign"]
 OTHERS = 0.2  # largest share of the budget for one rank of an embedding
 
 
@@ -39,7 +40,8 @@ def distilled(
     `support`: "low-rank", the best low rank, with ranks allocated over all of them as in `svd`, except that
     an embedding gets none if one rank would take more than a fifth of the budget; "allocated", the parts of
     `allocated`; "largest", the largest entries of linear layers, with stored indices; "random", those of the
-    key's mask, without. Initialising with inputs weighted by their second moments gave no better result.
+    key's mask, without; "sign", the sign of every entry, one bit, and a scale of each matrix, which alone is
+    trained (BitDelta). Initialising with inputs weighted by their second moments gave no better result.
 
     Args:
       evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without `train`
@@ -47,7 +49,8 @@ def distilled(
       key: scalar typed Threefry key, for support "random".
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Source: spec 13; a random subspace: arXiv:1804.08838.
+    Raises: TooSmall for support "sign" and a budget below one bit per parameter.
+    Source: spec 13; a random subspace: arXiv:1804.08838; BitDelta: arXiv:2402.10193.
     """
     leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
@@ -61,6 +64,9 @@ def distilled(
     elif support == "allocated":
         width = bits or RAW_BITS
         chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature)
+    elif support == "sign":
+        check_room(budget)
+        chosen |= {name: _signs(leaf) for name, leaf in matrices.items()}
     elif linear:
         chosen |= _survivors(linear, support, (room - spent) * (bits or RAW_BITS) / 8, bits, key)
 
@@ -81,6 +87,11 @@ def _factors(matrices: Mapping[str, Any], room: float) -> dict[str, Parts]:
         name: Parts((low_rank(factors[name], rank, None, jnp.float32),), tuple(np.shape(matrices[name])))
         for name, rank in ranks.items()
     }
+
+
+def _signs(leaf: Any) -> Parts:
+    part = sign_part(leaf, "matrix")
+    return Parts((part,), part.shape)
 
 
 def _survivors(

@@ -1,7 +1,8 @@
 """Distillation of parts: trains their values to reproduce the fine-tuned model's outputs.
 
 No labels are used. All numbers stored in a delta's parts are trained, whatever their kind: survivors of a
-random mask, largest entries, columns, factors, vectors. Indices, keys and shapes are fixed.
+random mask, largest entries, columns, factors, vectors, the scales of signs. Indices, keys, signs and shapes
+are fixed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from darex_jax.models import Model as WholeModel
 from darex_jax.models.layerwise import LayerModel
 from darex_jax.models.logits import of_logits
 from darex_jax.parts.random import Random
-from darex_jax.parts.rounding import rounded
+from darex_jax.parts.rounding import rounded_part
+from darex_jax.parts.sign import Sign
 from darex_jax.parts.total import Part, Parts, values_of
 from darex_jax.parts.values import Values, largest_integer, reciprocal
 from darex_jax.tasks.batching import Batch, model_inputs, real_parts
@@ -98,13 +100,12 @@ def distill(
     """
     if not parts or not held_out or steps < 3:
         raise DarexError("distillation needs at least one part, held-out text, and three steps.")
-    trainable = _split(dict(parts))[0]
-    if not trainable or any(values.bits is not None for values in trainable):
+    placed = {name: each.map(_placed) for name, each in parts.items()}
+    if not _split(placed)[0] or any(values.bits is not None for values in _split(dict(parts))[0]):
         raise DarexError("distillation needs parts with float values; pass `bits` to quantise the result.")
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise DarexError("distillation does not support multi-label classification.")
     pair = _Pair(model, fine, start)
-    placed = {name: each.map(_placed) for name, each in parts.items()}
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
     begun = {m: _look_at(pair, _times(placed, m), held_out) for m in multiples}
     multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
@@ -123,14 +124,18 @@ def distill(
     if bits is not None:
         delta = {name: _in_bits(each, bits) for name, each in delta.items()}
         values, fixed = _split(delta)
-        rates = [replace(each, numbers=INTEGER_RATE, scales=SCALE_RATE) for each in values]
+        rates = [
+            own if each.bits is None else replace(each, numbers=INTEGER_RATE, scales=SCALE_RATE)
+            for each, own in zip(values, rates, strict=True)
+        ]
         saved = None if checkpoints is None else checkpoints / "rounded"
         begun_again = _look_at(pair, _joined(values, fixed), held_out).loss
         span = (steps - through, steps)
         delta = _train(pair, delta, rates, stream, held_out, span, saved, emit, begun_again)
     stored = {name: _stored(each) for name, each in delta.items()}
     emit(_look_at(pair, stored, held_out)._replace(step=steps))
-    return Distilled({name: _unplaced(each, parts[name]) for name, each in stored.items()}, multiple, looks)
+    found = {name: _unplaced(each, parts[name]) for name, each in _bare(stored).items()}
+    return Distilled(found, multiple, looks)
 
 
 class _Pair(NamedTuple):
@@ -155,7 +160,7 @@ def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch
 
 
 def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
-    return look_at(pair.model, pair.fine, _applied(pair.start, delta), held_out)
+    return look_at(pair.model, pair.fine, _applied(pair.start, _bare(delta)), held_out)
 
 
 _applied = jax.jit(apply_delta)
@@ -223,7 +228,7 @@ def _step(
     batch: Batch,
 ) -> tuple[Any, Any, jax.Array]:
     def loss(trained: Any) -> jax.Array:
-        params = apply_delta(start, _joined(trained, fixed))
+        params = apply_delta(start, _bare(_joined(trained, fixed)))
         total, rows = _compared(model, fine, params, batch)[0]
         return total / rows
 
@@ -311,16 +316,28 @@ def _through(values: Values) -> Values:
     return replace(values, numbers=straight, scales=jnp.exp(jnp.asarray(values.scales)))
 
 
-def _placed(part: Any) -> Part:
-    """A part in trainable form: float32, divisor multiplied in, random masks as indices."""
+def _placed(part: Any) -> Any:
+    """A part in trainable form: float32, divisor multiplied in, random masks as indices, scales of signs as
+    values."""
     if isinstance(part, Random):
         part = part.located()
+    if isinstance(part, Sign):
+        part = replace(part, scales=Values(part.scales))
     numbers = {name: jnp.asarray(v.numbers, jnp.float32) for name, v in values_of(part).items()}
     if not numbers:
         return part
     numbers[next(iter(numbers))] *= reciprocal(np.asarray(part.q))
     found = {name: Values(x) for name, x in numbers.items()}
     return replace(part, q=np.asarray(np.float32(1)), **found)
+
+
+def _bare(delta: Delta) -> Delta:
+    """Undoes `_placed` for signs: their scales as an array."""
+
+    def of(part: Any) -> Part:
+        return replace(part, scales=part.scales.numbers) if isinstance(part, Sign) else part
+
+    return {name: each.map(of) for name, each in delta.items()}
 
 
 def _unplaced(parts: Parts, original: Parts) -> Parts:
@@ -346,16 +363,24 @@ def _times(delta: Delta, multiple: float) -> Delta:
 
 
 def _rates(learning_rate: float, part: Any) -> Part:
-    """Learning rates: a dense delta's rate divided by the density, for factors by its root."""
+    """Learning rates: a dense delta's rate divided by the density, for factors by its root; for the scales of
+    signs, each of which moves many entries, as it is."""
+    if isinstance(part, Sign):
+        return replace(part, scales=Values(np.float32(learning_rate)))
     density = max(1, sum(map(len, values_of(part).values()))) / max(1, math.prod(part.shape))
     rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
     return replace(part, **{name: Values(np.float32(rate)) for name in values_of(part)})
 
 
 def _in_bits(parts: Parts, bits: int) -> Parts:
-    """Values as numbers relative to their scales, and the logarithms of the scales."""
+    """Values as numbers relative to their scales, and the logarithms of the scales; signs stay."""
+    quantised = parts.map(
+        lambda part: part if isinstance(part, Sign) else rounded_part(part, bits, jnp.float32)
+    )
 
     def of(values: Values, fitted: Values) -> Values:
+        if fitted.bits is None:
+            return values
         scales = jnp.maximum(jnp.asarray(fitted.scales), 1e-12)
         per: Any = fitted.per
         own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[per]
@@ -364,7 +389,7 @@ def _in_bits(parts: Parts, bits: int) -> Parts:
     return jax.tree.map(
         lambda one, other: of(one, other) if _is_values(one) else one,
         parts,
-        rounded(parts, bits, jnp.float32),
+        quantised,
         is_leaf=_is_values,
     )
 

@@ -25,6 +25,7 @@ from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.labels import rivals
 from darex_jax.study.measures.tested import CALIBRATION, about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
+from darex_jax.tasks.source import Source
 
 TEXTS, STEPS = 10_000, 300  # at most so many training texts, and steps of 16, for methods that train
 
@@ -33,7 +34,8 @@ def begin(
     plan: Plan, fine_tunes: Sequence[FineTune], place: Place
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
     """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`, `block_wise`
-    that layers are distilled one at a time; or the method `labels` and the options of `rivals`.
+    that layers are distilled one at a time, `texts` the task whose texts are used instead of its own; or the
+    method `labels` and the options of `rivals`.
 
     Returns: values of the row "fine-tuned"; a function from way, options and column to a row's values.
     """
@@ -67,14 +69,16 @@ class Writer:
         self.plan, self.base, self.fine = plan, base, fine
         self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
-        self.known: dict[tuple[str, ...], Any] = {}
+        self.known: dict[tuple[Source, tuple[str, ...]], Any] = {}
 
     def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
         """Writes `job.out` again and again, one file after each mask.
 
         Raises: TooSmall if no file of the way is so small.
         """
-        name, objective, block_wise = (told.pop(key, None) for key in ("method", "q", "block_wise"))
+        own = ("method", "q", "block_wise", "texts")
+        name, objective, block_wise, texts = (told.pop(key, None) for key in own)
+        source = self.source if texts is None else replace(self.source, task=texts)
         by_bytes = self.plan.axis == "bytes"
         budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
         if name == "labels":
@@ -82,13 +86,13 @@ class Writer:
             return
         method = METHODS[name]
         if block_wise:
-            source = replace(self.source, limit=TEXTS)
-            yield prune_blockwise(job, source, budget, steps=STEPS, **told).summary
+            many = replace(source, limit=TEXTS)
+            yield prune_blockwise(job, many, budget, steps=STEPS, **told).summary
             return
-        choose = None if objective is None else partial(self.choose, objective)
+        choose = None if objective is None else partial(self.choose, source, objective)
         if choose is not None and not by_bytes:
             told["q"] = choose(at)
-        write = partial(prune_by, job, name, gathered=self.evidence(name, told.get("support")))
+        write = partial(prune_by, job, name, gathered=self.evidence(source, name, told.get("support")))
         first = write(budget, options=told, seed=0, choose=choose if by_bytes else None)
         yield first
         spent, q = Budget(**(first.recipe.budget or {})), (first.recipe.options or {}).get("q")
@@ -96,15 +100,14 @@ class Writer:
         for seed in range(1, self.plan.masks if method.random and not method.trains else 1):
             yield write(spent, options=again, seed=seed)
 
-    def evidence(self, method: str, support: str | None) -> Any:
+    def evidence(self, source: Source, method: str, support: str | None) -> Any:
         needs = METHODS[method].needs_with(support)
-        if needs not in self.known:
-            limit = TEXTS if METHODS[method].trains else CALIBRATION
-            source = replace(self.source, limit=limit)
-            self.known[needs] = gather(self.base, self.fine, source, needs, steps=STEPS)
-        return self.known[needs]
+        source = replace(source, limit=TEXTS if METHODS[method].trains else CALIBRATION)
+        if (source, needs) not in self.known:
+            self.known[source, needs] = gather(self.base, self.fine, source, needs, steps=STEPS)
+        return self.known[source, needs]
 
-    def choose(self, objective: str, drop_rate: float) -> float:
-        source = replace(self.source, limit=CALIBRATION)
+    def choose(self, source: Source, objective: str, drop_rate: float) -> float:
+        source = replace(source, limit=CALIBRATION)
         found = choose_q(self.base, self.fine, drop_rate, Choice(objective=objective), source)
         return float(found["q"])
