@@ -14,9 +14,10 @@ from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import build_model, init_model, read_model_config
 from darex_jax.models.config import INERT
-from darex_jax.models.decoder import DecoderConfig, Rope, empty_cache
+from darex_jax.models.decoder import DecoderConfig, empty_cache
 from darex_jax.models.gemma3 import READ
 from darex_jax.models.qwen2 import WINDOW_FIELDS
+from darex_jax.models.rotary import Rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

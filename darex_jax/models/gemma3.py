@@ -31,9 +31,9 @@ from darex_jax.models.decoder import (
     Layer,
     Past,
     read_decoder_config,
-    read_rope,
 )
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, RMSNorm
+from darex_jax.models.rotary import read_rope
 
 Array = jax.Array
 

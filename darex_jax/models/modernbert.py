@@ -24,9 +24,9 @@ from darex_jax.models.config import (
     shown,
     type_faults,
 )
-from darex_jax.models.decoder import Rope, read_rope, rotate
 from darex_jax.models.encoder import EncoderConfig, EncoderOutput, read_encoder_fields
 from darex_jax.models.layers import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, remat, split_key
+from darex_jax.models.rotary import Rope, read_rope, rotate
 
 Array = jax.Array
 

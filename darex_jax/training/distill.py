@@ -106,8 +106,9 @@ def distill(
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise DarexError("distillation does not support multi-label classification.")
     pair = _Pair(model, fine, start)
+    seen = [(batch, _reference(model, fine, batch)) for batch in held_out]
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
-    begun = {m: _look_at(pair, _times(placed, m), held_out) for m in multiples}
+    begun = {m: _look_at(pair, _times(placed, m), seen) for m in multiples}
     multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
     delta, looks = _times(placed, multiple), [begun[multiple]]
     on_look(looks[0])
@@ -120,7 +121,7 @@ def distill(
         on_look(look)
 
     rates, _ = _split({name: each.map(partial(_rates, learning_rate)) for name, each in delta.items()})
-    delta = _train(pair, delta, rates, stream, held_out, (0, steps - through), saved, emit, looks[0].loss)
+    delta = _train(pair, delta, rates, stream, seen, (0, steps - through), saved, emit, looks[0].loss)
     if bits is not None:
         delta = {name: _in_bits(each, bits) for name, each in delta.items()}
         values, fixed = _split(delta)
@@ -129,11 +130,11 @@ def distill(
             for each, own in zip(values, rates, strict=True)
         ]
         saved = None if checkpoints is None else checkpoints / "rounded"
-        begun_again = _look_at(pair, _joined(values, fixed), held_out).loss
+        begun_again = _look_at(pair, _joined(values, fixed), seen).loss
         span = (steps - through, steps)
-        delta = _train(pair, delta, rates, stream, held_out, span, saved, emit, begun_again)
+        delta = _train(pair, delta, rates, stream, seen, span, saved, emit, begun_again)
     stored = {name: _stored(each) for name, each in delta.items()}
-    emit(_look_at(pair, stored, held_out)._replace(step=steps))
+    emit(_look_at(pair, stored, seen)._replace(step=steps))
     found = {name: _unplaced(each, parts[name]) for name, each in _bare(stored).items()}
     return Distilled(found, multiple, looks)
 
@@ -144,9 +145,23 @@ class _Pair(NamedTuple):
     start: Params
 
 
+class _Reference(NamedTuple):
+    """The fine-tuned model's outputs for a batch: last hidden states, and an encoder's logits."""
+
+    hidden: jax.Array
+    logits: jax.Array | None
+
+
+Seen = Sequence[tuple[Batch, _Reference]]
+
+
 def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
     """Loss and agreement with the fine-tuned model, over texts or, for decoders, over tokens."""
-    compared = [_compared(model, fine, params, batch) for batch in held_out]
+    return _look(model, fine, params, [(batch, _reference(model, fine, batch)) for batch in held_out])
+
+
+def _look(model: Model, fine: Params, params: Params, held_out: Seen) -> Look:
+    compared = [_compared(model, fine, params, batch, reference) for batch, reference in held_out]
     total, rows = np.sum([np.asarray(s[0], np.float64) for s in compared], axis=0)
     a, b, real = (np.concatenate([np.asarray(s[i]).reshape(-1) for s in compared]) for i in (1, 2, 3))
     a, b = a[real > 0], b[real > 0]
@@ -159,8 +174,8 @@ def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch
     return Look(0, float(total / rows), agreement)
 
 
-def _look_at(pair: _Pair, delta: Delta, held_out: Sequence[Batch]) -> Look:
-    return look_at(pair.model, pair.fine, _applied(pair.start, _bare(delta)), held_out)
+def _look_at(pair: _Pair, delta: Delta, held_out: Seen) -> Look:
+    return _look(pair.model, pair.fine, _applied(pair.start, _bare(delta)), held_out)
 
 
 _applied = jax.jit(apply_delta)
@@ -175,7 +190,7 @@ def _train(
     delta: Delta,
     rates: Trained,
     stream: Callable[[int, int], Iterable[Batch]],
-    held_out: Sequence[Batch],
+    held_out: Seen,
     span: tuple[int, int],
     folder: Path | None,
     emit: Callable[[Look], None],
@@ -194,8 +209,18 @@ def _train(
             done, (trained, state, values, loss) = found
             best = float(loss), values
     for number, batch in enumerate(stream(first + done, stop), done):
+        reference = _reference(pair.model, pair.fine, batch)
         trained, state, loss = _step(
-            pair.model, pair.fine, pair.start, trained, state, fixed, rates, schedule(number), batch
+            pair.model,
+            pair.fine,
+            pair.start,
+            trained,
+            state,
+            fixed,
+            rates,
+            schedule(number),
+            batch,
+            reference,
         )
         if (number + 1) % every == 0 or number + 1 == stop - first:
             if not math.isfinite(float(loss)):
@@ -226,10 +251,11 @@ def _step(
     rates: Any,
     rate: jax.Array,
     batch: Batch,
+    reference: _Reference,
 ) -> tuple[Any, Any, jax.Array]:
     def loss(trained: Any) -> jax.Array:
         params = apply_delta(start, _bare(_joined(trained, fixed)))
-        total, rows = _compared(model, fine, params, batch)[0]
+        total, rows = _compared(model, fine, params, batch, reference)[0]
         return total / rows
 
     value, gradient = jax.value_and_grad(loss)(trained)
@@ -239,8 +265,15 @@ def _step(
 
 
 @partial(jax.jit, static_argnums=0)
+def _reference(model: Model, fine: Params, batch: Batch) -> _Reference:
+    out: Any = model(fine, **model_inputs(batch))
+    decodes = isinstance(model.config, DecoderConfig)  # its logits would take much more memory
+    return _Reference(out.last_hidden_state, None if decodes else out.logits)
+
+
+@partial(jax.jit, static_argnums=0)
 def _compared(
-    model: Model, fine: Params, params: Params, batch: Batch
+    model: Model, fine: Params, params: Params, batch: Batch, reference: _Reference
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The summed loss and its count; both models' predictions, and which of them count.
 
@@ -249,7 +282,6 @@ def _compared(
     """
     inputs = model_inputs(batch)
     rows, real = real_parts(batch)
-    reference: Any = model(fine, **inputs)
     if isinstance(model.config, DecoderConfig):
         head = model.module(fine)
 
@@ -257,15 +289,15 @@ def _compared(
             theirs = head.logits(hidden).astype(jnp.float32)
             return _divergence(theirs, logits), theirs.argmax(-1), logits.argmax(-1)
 
-        divergence, theirs, ours = of_logits(of, model, params, inputs, reference.last_hidden_state)
+        divergence, theirs, ours = of_logits(of, model, params, inputs, reference.hidden)
         return (jnp.stack([jnp.sum(divergence * real), jnp.sum(real)]), theirs, ours, real)
     out: Any = model(params, **inputs)
-    a, b = (x.last_hidden_state.astype(jnp.float32) * real[..., None] for x in (reference, out))
+    a, b = (x.astype(jnp.float32) * real[..., None] for x in (reference.hidden, out.last_hidden_state))
     change = jnp.sum(jnp.square(a - b), (1, 2)) / jnp.maximum(jnp.sum(jnp.square(a), (1, 2)), 1e-12)
-    if out.logits is None:
+    if reference.logits is None:
         nothing = jnp.zeros(0, jnp.int32)
         return jnp.stack([jnp.sum(change * rows), jnp.sum(rows)]), nothing, nothing, nothing
-    theirs, ours = (x.logits.astype(jnp.float32) for x in (reference, out))
+    theirs, ours = (x.astype(jnp.float32) for x in (reference.logits, out.logits))
     if ours.shape[-1] == 1:
         change = change + jnp.square(theirs - ours)[:, 0]
         theirs, ours = theirs[:, 0], ours[:, 0]
