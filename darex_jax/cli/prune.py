@@ -5,9 +5,9 @@ model.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -158,25 +158,12 @@ def prune(
 
         texts = Source(**places, limit=limit or TRAINING_TEXTS) if has_texts else None
         method, q, why = _best(fine, texts, max_loss is not None)
-    trains = METHODS[method].trains
-    if max_loss is not None and not trains:
-        raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
     chooses = q == "auto" or q in WAYS
-    if checkpoints is not None and not trains:
-        raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
-    if support is not None and not trains:
-        raise click.UsageError(f"{method} has a fixed support; leave out --support.")
-    if block_wise and not trains:
-        raise click.UsageError(
-            f"--block-wise is for distilled; {method} does not train. Say --method distilled."
-        )
-    if block_wise and (max_loss is not None or support == "allocated"):
-        stray = "--support allocated" if support == "allocated" else "--max-loss"
-        raise click.UsageError(f"--block-wise never runs the whole model, which {stray} needs.")
-    if bits is not None and not METHODS[method].quantises:
-        raise click.UsageError(f"{method} has fixed bits; leave out --bits.")
-    if q is not None and not METHODS[method].divides:
-        raise click.UsageError(f"{method} does not use q; leave out --q.")
+    stray = {
+        "--max-loss": max_loss, "--checkpoints": checkpoints, "--support": support, "--bits": bits, "--q": q,
+        "--block-wise": block_wise or None,
+    }  # fmt: skip
+    _refuse_stray(method, {name: value for name, value in stray.items() if value is not None})
     if (has_texts or data_dir) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
             "--task, --data-dir, --text and --data are for --q auto or an objective of find-q, and for "
@@ -186,8 +173,8 @@ def prune(
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
 
-        seen = limit if chooses else limit or (TRAINING_TEXTS if trains else CALIBRATION_SIZE)
-        source = Source(**places, limit=seen)
+        enough = TRAINING_TEXTS if METHODS[method].trains else CALIBRATION_SIZE
+        source = Source(**places, limit=limit if chooses else limit or enough)
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
@@ -209,62 +196,131 @@ def prune(
         choose(drop_rate)
     elif q is not None and not chooses:
         divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
-    blocks: Any = None
     with Checkpoint(base) as b, Checkpoint(fine) as f:
-        family = family_of(f, b)
+        family, fine_bytes = family_of(f, b), f.nbytes
         scope = choose_scope(family, include, exclude, f.shapes)
-        fine_bytes = f.nbytes
-        total = fine_bytes + b.nbytes
         scope_text = _scope_text(family, include, exclude)
         if not (include or known_family(family)):
             _say_scope(b, f, scope, family, renaming(rename))
-        with byte_bar("pruning", total, as_json) as progress, look_bar(steps, as_json) as on_look:
+        with byte_bar("pruning", b.nbytes + fine_bytes, as_json) as progress:
             job = Job(b, f, out, scope, scope_text, allow_nonfinite, progress, renaming(rename))
             if method == "dare" and drop_rate is not None and bits is None:
-                summary = prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor)
+                done = _Done(prune_checkpoints(job, key=(0, seed), drop_rate=drop_rate, q=divisor))
             else:
                 from darex_jax.methods.budget import Budget
-                from darex_jax.runs.prune import prune_by, prune_within, wanted_bytes
+                from darex_jax.runs.prune import wanted_bytes
 
-                budget: Any = None
+                budget: Any = max_loss
                 if drop_rate is not None:
                     budget = Budget(drop_rate=drop_rate)
                 elif max_loss is None:
                     budget = wanted_bytes(job, size, bytes_per_parameter)
-                known: dict[str, Any] = {}
-                if METHODS[method].needs and not block_wise:
-                    from darex_jax.runs.evidence import gather
-
-                    training = (
-                        {"steps": steps, "checkpoints": checkpoints, "on_look": on_look} if trains else {}
-                    )
-                    known["gathered"] = gather(
-                        base, fine, source, METHODS[method].needs_with(support), scope=scope,
-                        ignore_config_fields=ignore_config_fields, **training,
-                    )  # fmt: skip
                 options = _options(method, bits, divisor) | ({"support": support} if support else {})
-                if chooses and drop_rate is None:
-                    known["choose"] = choose
-                if block_wise:
-                    from darex_jax.runs.blockwise import prune_blockwise
+                training = {"steps": steps, "checkpoints": checkpoints} if METHODS[method].trains else {}
+                done = _by_method(
+                    job, method, budget, source, seed=seed, options=options, training=training,
+                    ignore=ignore_config_fields, choose=choose if chooses and drop_rate is None else None,
+                    block_wise=block_wise, quiet=as_json,
+                )  # fmt: skip
+    summary = done.summary
+    if as_json:
+        report = {"out": as_given(str(out)), "method": summary.recipe.method, "drop_rate": drop_rate}
+        report |= {"seed": seed, **_figures(done, fine_bytes), "warnings": warned()}
+        report |= {} if why is None else {"method_chosen_by": why}
+        report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
+        click.echo(json.dumps(report | _looks(done), indent=2))
+        return
+    print_table(as_given(str(out)), _rows(done, fine_bytes, why, divisor, q_by, METHODS[method].what))
 
-                    with block_bar(as_json) as on_block:
-                        blocks = prune_blockwise(
-                            job, source, budget, seed=seed, steps=steps, checkpoints=checkpoints,
-                            ignore_config_fields=ignore_config_fields, on_block=on_block, **options,
-                        )  # fmt: skip
-                    summary = blocks.summary
-                elif max_loss is None:
-                    summary = prune_by(job, method, budget, seed=seed, options=options, **known)
-                else:
-                    summary = prune_within(
-                        job, method, max_loss, options=options, on_size=_tried(as_json), **known
-                    )
-    report = {
-        "out": as_given(str(out)),
-        "method": summary.recipe.method,
-        "drop_rate": drop_rate,
-        "seed": seed,
+
+class _Done(NamedTuple):
+    """A file that was written; of a training with texts also its last evaluation and what it was on.
+
+    Attributes: look, trainer: of `distill`; blocks: of `prune_blockwise`.
+    """
+
+    summary: Any
+    look: Any = None
+    trainer: Any = None
+    blocks: Any = None
+
+
+def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
+    """Raises: UsageError for an option that the method does not have. Args: given: by option, those given."""
+    chosen = METHODS[method]
+    if "--max-loss" in given and not chosen.trains:
+        raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
+    if "--checkpoints" in given and not chosen.trains:
+        raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
+    if "--support" in given and not chosen.trains:
+        raise click.UsageError(f"{method} has a fixed support; leave out --support.")
+    if "--block-wise" in given:
+        if not chosen.trains:
+            raise click.UsageError(
+                f"--block-wise is for distilled; {method} does not train. Say --method distilled."
+            )
+        allocated = given.get("--support") == "allocated"
+        if allocated or "--max-loss" in given:
+            stray = "--support allocated" if allocated else "--max-loss"
+            raise click.UsageError(f"--block-wise never runs the whole model, which {stray} needs.")
+    if "--bits" in given and not chosen.quantises:
+        raise click.UsageError(f"{method} has fixed bits; leave out --bits.")
+    if "--q" in given and not chosen.divides:
+        raise click.UsageError(f"{method} does not use q; leave out --q.")
+
+
+def _by_method(
+    job: Any,
+    method: str,
+    budget: Any,
+    source: Any,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+    training: Mapping[str, Any],
+    ignore: tuple[str, ...],
+    choose: Callable[[float], Any] | None,
+    block_wise: bool,
+    quiet: bool,
+) -> _Done:
+    """Prunes by any method. Args: budget: a `Budget`, bytes, or a float: the largest loss."""
+    from darex_jax.runs.evidence import gather
+    from darex_jax.runs.prune import prune_by, prune_within
+
+    if block_wise:
+        from darex_jax.runs.blockwise import prune_blockwise
+
+        with block_bar(quiet) as on_block:
+            blocks = prune_blockwise(
+                job, source, budget, seed=seed, ignore_config_fields=ignore, on_block=on_block,
+                **training, **options,
+            )  # fmt: skip
+        return _Done(blocks.summary, blocks=blocks)
+    known: dict[str, Any] = {}
+    with look_bar(training.get("steps", 0), quiet) as on_look:
+        if METHODS[method].needs:
+            needs = METHODS[method].needs_with(options.get("support"))
+            told = {**training, "on_look": on_look} if training else {}
+            known["gathered"] = gather(
+                job.base.path,
+                job.fine.path,
+                source,
+                needs,
+                scope=job.scope,
+                ignore_config_fields=ignore,
+                **told,
+            )
+        if isinstance(budget, float):
+            summary = prune_within(job, method, budget, options=options, on_size=_tried(quiet), **known)
+        else:
+            summary = prune_by(job, method, budget, seed=seed, options=options, choose=choose, **known)
+    trainer = known["gathered"][0].train if training else None
+    return _Done(summary, None if trainer is None else trainer.result, trainer)
+
+
+def _figures(done: _Done, fine_bytes: int) -> dict[str, Any]:
+    summary = done.summary
+    return {
         "survivors": summary.survivors,
         "pruned_entries": summary.pruned_size,
         "bytes": summary.file_bytes,
@@ -273,43 +329,49 @@ def prune(
         "inexact": summary.recipe.inexact,
         "nonfinite": summary.recipe.nonfinite,
         "digest": summary.recipe.digest(),
-        "warnings": warned(),
     }
-    report |= {} if why is None else {"method_chosen_by": why}
-    report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
-    trainer: Any = known["gathered"][0].train if trains and not block_wise else None
-    look = None if trainer is None else trainer.result
-    if look is not None:
-        seen, measure = len(trainer.held_out.encoded), trainer.measure
-        agreed = look.loss if measure is None else look.agreement
-        report |= {"held_out": seen, "held_out_loss": look.loss}
-        report |= {} if measure is None else {"agreement": look.agreement, "agreement_is": measure}
-    if blocks is not None:
-        report |= {"held_out": blocks.held_out, "last_layer_error": blocks.error}
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
-    density = summary.survivors / max(1, summary.pruned_size)
+
+
+def _looks(done: _Done) -> dict[str, Any]:
+    """What was measured on held-out texts."""
+    found: dict[str, Any] = {}
+    if done.look is not None:
+        found = {"held_out": len(done.trainer.held_out.encoded), "held_out_loss": done.look.loss}
+        if (measure := done.trainer.measure) is not None:
+            found |= {"agreement": done.look.agreement, "agreement_is": measure}
+    if done.blocks is not None:
+        found = {"held_out": done.blocks.held_out, "last_layer_error": done.blocks.error}
+    return found
+
+
+def _rows(
+    done: _Done, fine_bytes: int, why: str | None, divisor: Any, q_by: str | None, what: str
+) -> list[tuple[str, str]]:
+    """The table that people read."""
+    summary, figures, seen = done.summary, _figures(done, fine_bytes), _looks(done)
     random = summary.recipe.format == 1
+    density = summary.survivors / max(1, summary.pruned_size)
     kept = f"{summary.survivors:,} of {summary.pruned_size:,} ({density:.4%})"
-    rows = [
-        ("method", f"{summary.recipe.method}: {METHODS[method].what}"),
-        *([("because", why)] if why else []),
-        ("survivors", kept) if random else ("stored numbers", kept),
-        *([("q", q_text({n: e["q"] for n, e in summary.recipe.parameters.items()}))] if random else []),
-        *([("q chosen by", q_by)] if q_by else []),
-        *([("q", q_text(divisor))] if divisor is not None and not random else []),
-        *([(measure or "loss", f"{agreed:.4f} with the fine-tuned model, on {seen} held-out texts")]
-          if look is not None else []),
-        *([("last layer", f"relative squared error {blocks.error:.4f} on {blocks.held_out} held-out texts")]
-          if blocks is not None else []),
-        ("size", f"{bytes_text(summary.file_bytes)}, {fine_bytes / summary.file_bytes:.1f} times smaller "
-                 f"than the fine-tuned model ({bytes_text(fine_bytes)})"),
-        ("bytes per parameter", f"{report['bytes_per_parameter']:.5f}"),
-        *([("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)")]
-          if random else []),
-    ]  # fmt: skip
-    print_table(as_given(str(out)), rows)
+    rows = [("method", f"{summary.recipe.method}: {what}")]
+    rows += [("because", why)] if why else []
+    rows += [("survivors" if random else "stored numbers", kept)]
+    if random:
+        rows += [("q", q_text({name: each["q"] for name, each in summary.recipe.parameters.items()}))]
+    rows += [("q chosen by", q_by)] if q_by else []
+    rows += [("q", q_text(divisor))] if divisor is not None and not random else []
+    if done.look is not None:
+        agreed, measure = seen.get("agreement", done.look.loss), seen.get("agreement_is", "loss")
+        text = f"{agreed:.4f} with the fine-tuned model, on {seen['held_out']} held-out texts"
+        rows += [(measure, text)]
+    if done.blocks is not None:
+        text = f"relative squared error {done.blocks.error:.4f} on {done.blocks.held_out} held-out texts"
+        rows += [("last layer", text)]
+    smaller = f"{fine_bytes / summary.file_bytes:.1f} times smaller than the fine-tuned model"
+    rows += [("size", f"{bytes_text(summary.file_bytes)}, {smaller} ({bytes_text(fine_bytes)})")]
+    rows += [("bytes per parameter", f"{figures['bytes_per_parameter']:.5f}")]
+    if random:
+        rows += [("inexact values", f"{summary.recipe.inexact:,} (rounded to the fine-tuned model's dtype)")]
+    return rows
 
 
 def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str]:

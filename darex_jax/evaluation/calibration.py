@@ -117,26 +117,6 @@ def squared_influences(
     return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
 
 
-def influences_from_moments(
-    statistics: Mapping[str, InputStatistics], delta: Params
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """As `squared_influences`, for any delta, from H = E[x x^T] instead of another pass.
-
-    Q = sum_j delta_W[i, j]^2 H[j, j] and S^2 = (delta_W H delta_W^T)[i, i].
-
-    Args: statistics: from `input_statistics`; layers without a second moment are ignored.
-    """
-    deltas, highest = flatten_names(delta), jax.lax.Precision.HIGHEST
-    found = {}
-    for name, layer in statistics.items():
-        if name in deltas and layer.second_moment is not None:
-            weight = deltas[name].astype(jnp.float32)
-            energy = jnp.einsum("D,OD->O", layer.square, jnp.square(weight), precision=highest)
-            moved = jnp.einsum("OD,DE->OE", weight, layer.second_moment, precision=highest)
-            found[name] = energy, jnp.maximum(jnp.sum(moved * weight, axis=1), 0.0)
-    return found
-
-
 def summed(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the batches, leaf by leaf. Raises: DarexError if there are none."""
     total = reduce(_added, sums, None)
