@@ -5,6 +5,7 @@ model.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from darex_jax.cli.show import (
     warned,
 )
 from darex_jax.cli.stores import HERE, OUT, PATH, as_given
+from darex_jax.core.errors import DarexWarning
 from darex_jax.methods.table import METHODS
 
 TRAINING_TEXTS = 10_000  # maximum for distilled
@@ -175,6 +177,11 @@ def prune(
 
         enough = TRAINING_TEXTS if METHODS[method].trains else CALIBRATION_SIZE
         source = Source(**places, limit=limit if chooses else limit or enough)
+        if not has_texts and not chooses:
+            _warn(
+                f"{method} sees generated texts only: pass texts like those that the model is for "
+                "(--text, --task, --data)."
+            )
     choice = Choice(
         objective=q if q is not None and chooses else "auto",
         scope=WAYS[q].scopes[0] if q in WAYS else "model",
@@ -505,4 +512,4 @@ def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool)
 
 
 def _warn(text: str) -> None:
-    click.echo(f"warning: {text}", err=True)
+    warnings.warn(text, DarexWarning, stacklevel=2)
