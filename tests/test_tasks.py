@@ -24,9 +24,15 @@ def opinions():
 
 def test_opinions_is_a_function_of_its_seed(opinions):
     text = "\n".join(opinions.test.texts).encode()
-    assert hashlib.sha256(text).hexdigest()[:16] == "cce7a91b6ea235db"
+    assert hashlib.sha256(text).hexdigest()[:16] == "3e0fa25c74c7ef9a"  # another one: raise EDITION
     assert load_task("opinions").train.texts == opinions.train.texts
     assert load_task("opinions", seed=1).train.texts[:100] != opinions.train.texts[:100]
+
+
+def test_no_seed_trains_on_opinions_that_another_tests(opinions):
+    other = load_task("opinions", seed=1)
+    assert set(other.test.texts + other.validation.texts).isdisjoint(opinions.train.texts)
+    assert set(other.test.texts).isdisjoint(opinions.validation.texts)
 
 
 def test_opinions_is_balanced_distinct_and_short(opinions):

@@ -26,8 +26,15 @@ def numbers(text):
 
 def test_a_function_of_its_arguments(problems):
     text = "\n".join(p.question + p.solution for p in problems.test).encode()
-    assert hashlib.sha256(text).hexdigest()[:16] == "1ec689d52f0fabe9"
+    assert hashlib.sha256(text).hexdigest()[:16] == "da6d786b43f3f033"  # another one: raise EDITION
     assert word_problems(seed=1).test[:50] != problems.test[:50]
+
+
+def test_no_seed_and_no_difficulty_trains_on_what_another_tests(problems):
+    for other in (word_problems(seed=1), word_problems(seed=1, max_steps=1)):
+        tested = {p.question for p in (*other.test, *other.validation)}
+        assert tested.isdisjoint(p.question for p in problems.train)
+        assert {p.question for p in other.test}.isdisjoint(p.question for p in problems.validation)
 
 
 def test_splits_are_distinct_and_of_one_kind(problems):

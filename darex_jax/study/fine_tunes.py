@@ -18,6 +18,7 @@ from darex_jax.runs.demo import demo_weights
 from darex_jax.runs.train import train_run
 from darex_jax.study.plan import FineTune
 from darex_jax.study.rows import digest_of
+from darex_jax.tasks.splits import edition
 from darex_jax.tasks.word_problems import word_problem_tokenizer
 from darex_jax.training.loop import Recipe
 
@@ -83,7 +84,7 @@ def made_from(fine_tune: FineTune, base: Path) -> dict[str, Any]:
     """What the bits of a fine-tuned model follow from, on one kind of processor."""
     with Checkpoint(base) as checkpoint:
         digest = weights_digest(checkpoint)
-    told = {"task": fine_tune.task, "seed": fine_tune.seed, **fine_tune.options}
+    told = {"task": fine_tune.task, "seed": fine_tune.seed, **fine_tune.options, **edition(fine_tune.task)}
     return {"base": digest, **told}
 
 

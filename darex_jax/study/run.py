@@ -16,6 +16,7 @@ from darex_jax.files.manifest import run_manifest
 from darex_jax.study.fine_tunes import Place
 from darex_jax.study.plan import FineTune, Plan
 from darex_jax.study.rows import Cell, Row, cell_of, digest_of, read_rows, seconds_left, write_rows
+from darex_jax.tasks.splits import edition
 
 CLEAR_EVERY = 8  # rows: the programs of a long study would otherwise exhaust the process's memory maps
 FINE_TUNED = "fine-tuned"  # the way of the row that a group begins with
@@ -83,7 +84,7 @@ def _declared(fine_tune: FineTune) -> dict[str, Any]:
         "source": dict(fine_tune.source),
         "task": fine_tune.task,
     }
-    told |= {"seed": fine_tune.seed}
+    told |= {"seed": fine_tune.seed, **edition(fine_tune.task)}
     return told | {"options": dict(fine_tune.options)} | begun
 
 

@@ -21,6 +21,7 @@ from functools import cache
 import numpy as np
 
 from darex_jax.tasks import Examples, Task
+from darex_jax.tasks.splits import split_of
 
 SIZES = {"train": 12_000, "validation": 500, "test": 1_000}
 
@@ -80,7 +81,8 @@ PREFERENCES = _split(
 
 @cache
 def opinions(seed: int = 0) -> Task:
-    """The task, a function of `seed` only, with no duplicates and balanced labels in every split.
+    """The task, a function of `seed` only, with balanced labels in every split; no text occurs twice, nor in
+    different splits of different seeds (`split_of`).
 
     Returns: label 1 is a good opinion, label 0 a bad one; sentences have about 6 to 18 words.
     """
@@ -93,7 +95,7 @@ def opinions(seed: int = 0) -> Task:
         labels.setflags(write=False)  # the task is cached and shared
         for label in labels:
             text = _sentence(rng, bool(label))
-            while text in seen:
+            while text in seen or split_of(text) != split:
                 text = _sentence(rng, bool(label))
             seen.add(text)
             texts.append(text)

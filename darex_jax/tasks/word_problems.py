@@ -24,6 +24,7 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.tasks.gsm8k import ANSWER_IS, HASHES, PROMPT, Problem
+from darex_jax.tasks.splits import split_of
 
 MOST_STEPS = 10
 SIZES = {"train": 20_000, "validation": 500, "test": 500}
@@ -87,7 +88,8 @@ class WordProblems(NamedTuple):
 
 @lru_cache(maxsize=4)  # takes seconds, and every search and evaluation needs it
 def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordProblems:
-    """The task, a function of its arguments only; no question occurs twice, within or across splits.
+    """The task, a function of its arguments only; no question occurs twice, within or across splits, nor in
+    different splits of different arguments (`split_of`).
 
     The same arithmetic can occur again with other names and things.
 
@@ -104,16 +106,16 @@ def word_problems(seed: int = 0, max_steps: int = 3, largest: int = 20) -> WordP
     rng = np.random.default_rng(seed)
     seen: set[str] = set()
 
-    def fresh(steps: int) -> Problem:
+    def fresh(split: str, steps: int) -> Problem:
         while True:
             with suppress(_DeadEnd):
                 problem = _problem(rng, steps, largest)
-                if problem.question not in seen:
+                if problem.question not in seen and split_of(problem.question) == split:
                     seen.add(problem.question)
                     return problem
 
     return WordProblems(
-        **{name: tuple(fresh(1 + i % max_steps) for i in range(size)) for name, size in SIZES.items()}
+        **{name: tuple(fresh(name, 1 + i % max_steps) for i in range(size)) for name, size in SIZES.items()}
     )
 
 
