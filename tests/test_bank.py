@@ -107,6 +107,36 @@ def test_activating_restores_the_file_s_model_and_then_the_base(encoders):
     assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
 
 
+def test_what_a_delta_keeps_whole_is_its_own_bits(tmp_path, encoders):
+    """A base of 1 and a fine-tuned value of 1e-9: their float32 difference has lost the latter."""
+    body, params = dx.load_model(encoders[0])
+    model, own = classifier_from_pretrained(body, params, 2, jax.random.key(0))
+    norm = own["bert"]["encoder"]["layer"]["0"]["output"]["LayerNorm"]["weight"]
+    own["bert"]["encoder"]["layer"]["0"]["output"]["LayerNorm"]["weight"] = jnp.full_like(norm, 1e-9)
+    fine = saved(tmp_path / "fine", model, own)
+    delta = pruned(
+        encoders[0], fine, tmp_path / "d", "--method", "svd", "-p", "0.5", "--exclude", "LayerNorm"
+    )
+    bank = dx.DeltaBank(body, params)
+    bank.add("a", delta)
+    bank.activate(None)
+    given = flatten_names(bank.activate("a"))["bert.encoder.layer.0.output.LayerNorm.weight"]
+    assert np.all(given == np.float32(1e-9))
+
+
+def test_bodies_with_and_without_a_pooler_do_not_mix(tmp_path):
+    hf = FAMILIES["bert"] | {"architectures": ["BertModel"], "vocab_size": 97}
+    body, params = init_model(read_model_config(hf), jax.random.key(0))
+    base = saved(tmp_path / "base", body, {n: x for n, x in params.items() if n != "pooler"})
+    bank, deltas = dx.DeltaBank(*dx.load_model(base)), {}
+    for name, own in (("without", {n: x for n, x in params.items() if n != "pooler"}), ("with", params)):
+        fine = saved(tmp_path / name, body, jax.tree.map(lambda x: x + 0.01, own))
+        deltas[name] = pruned(base, fine, tmp_path / f"{name}.d", "-p", "0.5")
+    bank.add("without", deltas["without"])
+    with pytest.raises(DarexError, match="differs from that of 'without' in pooler"):
+        bank.add("with", deltas["with"])
+
+
 def test_a_bank_of_sparse_deltas_writes_only_their_entries(encoders):
     base, files = encoders
     bank = filled(base, {name: files[name] for name in ("dare", "magnitude")})

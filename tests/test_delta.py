@@ -45,6 +45,28 @@ def test_prune_is_the_published_rule(dtype, q):
     assert delta.is_deleted()
 
 
+def test_an_array_that_two_leaves_share_is_not_donated():
+    tied = jnp.ones((4, 5))
+    delta = {"embedding": tied, "head": tied, "other": jnp.ones(3)}
+    expected = dx.prune(jax.random.key(0), delta, 0.5)
+    assert_bits(dx.prune(jax.random.key(0), delta, 0.5, donate=True), expected)
+    assert not tied.is_deleted() and delta["other"].is_deleted()
+
+
+@pytest.mark.parametrize("q", [jnp.float32(-1.0), jnp.float32(0.0), jnp.float32(jnp.nan)])
+def test_a_q_on_the_device_is_checked_like_any_other(q):
+    delta = {"w": jnp.ones(8)}
+    with pytest.raises(dx.DarexError, match="must be positive"):
+        dx.prune(jax.random.key(0), delta, 0.5, q)
+    good = jnp.float32(0.037)
+    assert_bits(dx.prune(jax.random.key(0), delta, 0.5, good), dx.prune(jax.random.key(0), delta, 0.5, 0.037))
+
+
+def test_complex_leaves_are_refused():
+    with pytest.raises(dx.DarexError, match="'w' is complex"):
+        dx.compute_delta({"w": np.array([3 + 0j])}, {"w": np.array([1 + 0j])})
+
+
 @pytest.mark.parametrize("size", [1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (1 << 19) + 12345])
 def test_chunk_borders(size):
     delta = jax.random.normal(jax.random.key(0), (size,))

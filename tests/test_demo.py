@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,6 +63,15 @@ def test_train_writes_what_transformers_loads(tmp_path):
     assert evaluated["manifest"]["inputs"]["model"] == manifests[0]["outputs"]["model"]
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     assert loaded.config.num_labels == 2
+
+
+def test_a_base_that_the_demo_would_replace_is_refused(folders, tmp_path):
+    base = tmp_path / "fine-tuned"
+    shutil.copytree(folders / "bert" / "base", base)
+    before = (base / "model.safetensors").read_bytes()
+    result = CliRunner().invoke(main, ["demo", "--base", str(base), "--out", str(tmp_path)])
+    assert result.exit_code == 1 and "would replace" in result.stderr
+    assert (base / "model.safetensors").read_bytes() == before
 
 
 @needs_weights

@@ -5,6 +5,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ from darex_jax.evaluation.objectives import output_objective
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.atomic import only_one
+from darex_jax.methods.budget import TooSmall
 from darex_jax.runs.evidence import gather
+from darex_jax.runs.prune import fit_to_size
 from darex_jax.tasks import load_task
 from darex_jax.tasks.answers import encode_problems, load_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
@@ -429,7 +432,7 @@ def test_mistakes_are_explained(folders, tmp_path):
     assert "has no line of text" in fails(*find, "--objective", "outputs", "--text", tmp_path / "empty")
     assert "pass --task" in fails(*find, "--objective", "labels")
     assert "choosing q needs a drop rate between 0 and 1" in fails("find-q", base, fine, "-p", 0.0)
-    assert "--task, --data-dir, --text and --data are for --q auto or an objective" in fails(
+    assert "--task, --data-dir, --text, --data and --limit are for --q auto or an" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--task", "sst2"
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
@@ -438,7 +441,45 @@ def test_mistakes_are_explained(folders, tmp_path):
     assert "chosen for a drop rate of 0.99, not 0.9" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"
     )
+    prune = ("prune", base, fine, tmp_path / "d")
+    assert "pass --drop-rate 0.99, not a size" in fails(
+        *prune, "--method", "dare", "--size", "3x", "--q", tmp_path / "other.json"
+    )
+    (tmp_path / "named.json").write_text('{"q": {"x": 0.1}}')
+    for method, q, told in (
+        ("dare", 0, "must be a positive float32 number, got 0"),
+        ("dare", "nan", "must be a positive float32 number"),
+        ("dare", tmp_path / "named.json", "q has no entry for"),
+        ("structured", tmp_path / "named.json", "one q, not by one for each parameter"),
+        ("structured", "learned", "one q for each layer"),
+    ):
+        assert told in fails(*prune, "--method", method, "-p", 0.9, "--bits", 4, "--q", q)
+    for stray, told in (
+        (("-p", 0.9, "--steps", 5), "dare does not train; leave out --steps"),
+        (("-p", 0.9, "--limit", 5), "and --limit are for"),
+        (("-p", 0.9, "--q", "auto", "--data-dir", tmp_path), "pass the task as well"),
+        (("-p", 0.9, "--method", "sign"), "keeps the sign of every entry"),
+        (("--method", "distilled", "--support", "sign", "--max-loss", 0.1), "--support sign has one size"),
+        (("--method", "svd", "--size", "1e12x"), "less than a byte"),
+    ):
+        assert told in fails(*prune, *stray)
     assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("asked", [126, 127, 139, 200])
+def test_a_method_that_needs_some_room_gets_it_where_there_is(tmp_path, asked):
+    """Signs of a thousand parameters take 125 bytes, and refuse less; the file has one byte more."""
+    tried = []
+
+    def write(room, path):
+        tried.append(room)
+        if room < 125:
+            raise TooSmall("signs alone take 125 bytes")
+        return SimpleNamespace(file_bytes=126, recipe=SimpleNamespace(blocks=[{"bytes": 125}]))
+
+    assert fit_to_size(write, asked, tmp_path)[0].file_bytes == 126 and max(tried) <= 2 * asked
+    with pytest.raises(TooSmall, match="signs alone"):
+        fit_to_size(write, 100, tmp_path)
 
 
 def test_statistics_are_of_all_the_texts_that_are_given(folders, tmp_path):
@@ -511,6 +552,11 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
     texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
     line = ["prune", base, fine, tmp_path / "d", "--method", "distilled", "--text", texts, "--steps", 9]
     loose, strict = (darex(*line, "--max-loss", loss) for loss in (0.9, 0.2))
+    seeded = [
+        darex(*line, "--max-loss", 0.9, "--support", "random", "--seed", seed)["digest"] for seed in (0, 3)
+    ]
+    assert seeded[0] != seeded[1]
+    darex(*line, "--max-loss", 0.2)
     for loss, report in ((0.9, loose), (0.2, strict)):
         assert 1 - report["agreement"] <= loss and report["held_out"] == 20
     assert (tmp_path / "d").stat().st_size == strict["bytes"] >= loose["bytes"]
@@ -521,7 +567,7 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
         (("--size", "3x", "--method", "sign", "--bits", 4), "sign has fixed bits"),
         (("--size", "3x", "--method", "svd", "--support", "random"), "svd has a fixed support"),
     ):
-        refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
+        refused = CliRunner().invoke(main, list(map(str, [*line[:-2], *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr
     own = fine / "model.safetensors"
     before = own.read_bytes()

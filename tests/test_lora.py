@@ -600,14 +600,15 @@ def test_float64_tensors_are_merged_in_float64(tmp_path, wide):
 
 
 def test_a_classifiers_adapter_on_the_body_it_was_made_of(tmp_path):
-    for hf in (BERT, ROBERTA):
-        folder, family = tmp_path / hf["model_type"], hf["model_type"]
+    xlm = {"model_type": "xlm-roberta", "architectures": ["XLMRobertaForSequenceClassification"]}
+    for hf in (BERT, ROBERTA, ROBERTA | xlm):
+        folder, family = tmp_path / hf["model_type"], hf["model_type"].removeprefix("xlm-")
         fine, params = init_model(read_model_config(hf), KEY)
         config = LoraConfig(2, 4, ("query",))
         model, adapter = add_adapters(fine, config, KEY)
         adapter, dense = trained(adapter), {"classifier": params["classifier"]}
         dx.save_adapter(folder / "lora", config, adapter, dense, task_type="SEQ_CLS")
-        body = fine.config.to_hf() | {"architectures": [f"{type_name(family)}Model"]}
+        body = fine.config.to_hf() | {"architectures": [f"{type_name(hf['model_type'])}Model"]}
         dx.save_params(folder / "base", params[family], {n: x for n, x in body.items() if "2" not in n})
         merge_adapter(folder / "base", folder / "lora", folder / "out")
         merged = dx.load_model(folder / "out")
@@ -622,7 +623,7 @@ def test_a_classifiers_adapter_on_the_body_it_was_made_of(tmp_path):
 
 
 def type_name(family):
-    return {"bert": "Bert", "roberta": "Roberta"}[family]
+    return {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}[family]
 
 
 def test_merging_what_the_base_lacks(tmp_path):

@@ -25,6 +25,7 @@ NAME, SHAPE, KEY = "layer.weight", (12, 20), jax.random.key(3)
 DELTAS = [np.random.default_rng(i).normal(0, 1e-2, SHAPE).astype(np.float32) for i in range(3)]
 WEIGHTS = [1.0, 0.5, 2.0]
 OPTIONS = {
+    "task-arithmetic": {},
     "linear": {},
     "ties": {"drop_rate": 0.75},
     "dare-linear": {"drop_rate": 0.75, "key": KEY},
@@ -49,7 +50,7 @@ def thinned(method, number, delta):
     order = np.argsort(flat, kind="stable")
     options = OPTIONS[method]
     own = leaf_key(jax.random.fold_in(KEY, number), NAME)
-    if method == "linear":
+    if method in ("linear", "task-arithmetic"):
         return delta
     if method == "ties":
         kept = np.zeros(flat.size, bool)
@@ -72,7 +73,7 @@ def thinned(method, number, delta):
 def test_merges_are_the_published_ones(method):
     parts = np.stack([thinned(method, i, delta) for i, delta in enumerate(DELTAS)])
     weights = np.array(WEIGHTS)[:, None, None]
-    if method in ("linear", "dare-linear", "breadcrumbs"):
+    if method in ("linear", "task-arithmetic", "dare-linear", "breadcrumbs"):
         expected = (weights * parts).sum(0)
     else:
         sign = np.where(parts.sum(0) >= 0, 1, -1)
@@ -115,6 +116,18 @@ def test_one_delta_of_which_nothing_is_dropped_is_itself(method, seed):
     np.testing.assert_array_equal(dx.merge([{"w": delta}], method, **options[method])["w"], delta)
 
 
+@pytest.mark.parametrize("method", MERGES)
+def test_empty_leaves_stay_empty(method):
+    for shape in ((0,), (3, 0), (0, 3)):
+        found = dx.merge([{"w": np.zeros(shape, np.float32)}] * 2, method, **OPTIONS[method])
+        assert found["w"].shape == shape
+
+
+def test_a_drop_rate_out_of_range_is_named_as_such():
+    with pytest.raises(dx.DarexError, match=r"drop_rate is a probability in \[0, 1\), got -0.5"):
+        dx.merge(trees(), "breadcrumbs", drop_rate=-0.5)
+
+
 def test_q_is_one_or_one_for_each_delta():
     one, each = merged("dare-linear", q=0.5), merged("dare-linear", q=[0.5, 0.25, 0.1])
     parts = [np.asarray(thinned("dare-linear", i, d)) * 0.25 for i, d in enumerate(DELTAS)]
@@ -137,7 +150,7 @@ def test_della_has_the_stated_drop_rates_and_keeps_the_mean():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"method": "slerp"}, "'slerp' is not a merging method; choose from linear, ties"),
+        ({"method": "slerp"}, "'slerp' is not a merging method; choose from task-arithmetic, linear"),
         ({"method": "ties"}, "ties requires drop_rate"),
         ({"method": "dare-ties", "drop_rate": 0.5}, "dare-ties requires key"),
         ({"method": "linear", "drop_rate": 0.5}, "linear does not accept drop_rate"),

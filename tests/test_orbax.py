@@ -118,7 +118,7 @@ def test_every_way_that_trees_are_saved(tmp_path):
     assert set(flatten_names(dx.load_params(tmp_path / "nnx"))) == names
 
 
-def test_a_branch_is_selected_and_other_names_are_mapped(tmp_path):
+def test_a_branch_is_selected_and_other_names_are_mapped(tmp_path, monkeypatch):
     save(tmp_path / "base", {"ema": tree(0), "params": tree(2)})
     save(tmp_path / "fine", {"ema": tree(1), "params": tree(2)})
     pair = tmp_path / "base", tmp_path / "fine"
@@ -129,6 +129,15 @@ def test_a_branch_is_selected_and_other_names_are_mapped(tmp_path):
     )
     wrong = darex("apply", tmp_path / "base", tmp_path / "delta", tmp_path / "p", code=1)
     assert "does not" in wrong.output or "differs" in wrong.output or "not the" in wrong.output
+    from darex_jax.runs import evidence
+
+    def gather(base, fine, *given, **more):
+        raise dx.DarexError(f"{base}|{fine}")
+
+    monkeypatch.setattr(evidence, "gather", gather)
+    line = ("prune", *pair, tmp_path / "wanda", "--method", "wanda", "-p", 0.5, "--task", "opinions")
+    told = darex(*line, "--params", "ema", code=1).output.replace("\n", "")
+    assert "base#ema|" in told and "fine#ema" in told
     missing = darex("check", *pair, "--params", "teacher", code=1)
     assert "has no array under 'teacher'; it has ema, params" in " ".join(missing.output.split())
 

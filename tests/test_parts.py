@@ -311,6 +311,111 @@ def test_leafwise_methods_take_leaves_alone(name):
     np.testing.assert_array_equal(whole, alone)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dare", {}),
+        ("dare", {"bits": 4}),
+        ("svd", {"bits": 4}),
+        ("structured", {"bits": 4}),
+        ("sign_svd", {"bits": 4}),
+    ],
+)
+@pytest.mark.parametrize("vectors", [8, 900])
+def test_a_budget_of_bytes_is_kept_to_without_a_file(method, options, vectors):
+    """In memory, in float32 as `compute_delta` gives it; only scales come on top."""
+    rng = np.random.default_rng(0)
+    delta = {name: rng.normal(size=(96, 128)).astype(np.float32) for name in "abc"}
+    delta["v"] = rng.normal(size=vectors).astype(np.float32)
+    key = {"key": jax.random.key(0)} if method in ("dare", "structured") else {}
+    room = 0.3
+    parts = getattr(dx, method)(delta, Budget(bytes_per_parameter=room), Evidence(), **key, **options)
+    stored = 0.0
+    for name, each in parts.items():
+        for part in each.parts:
+            for array, x in part.arrays().items():
+                places = array in ("positions", "columns")
+                bits = 4 if array.endswith("int4") else 0 if "scales" in array else 8 * x.dtype.itemsize
+                stored += delta[name].size * entropy(x.size / delta[name].size) if places else bits * x.size
+    entries = sum(x.size for x in delta.values())
+    assert 0.75 * room < stored / 8 / entries < 1.04 * room
+
+
+@pytest.mark.parametrize("q", [0.0, -1.0, float("nan"), float("inf"), {"a": 0.1}])
+def test_a_q_that_no_file_could_hold_is_refused(q):
+    delta = {name: np.ones((8, 8), np.float32) for name in "ab"}
+    for method in (dx.dare, dx.structured):
+        with pytest.raises(DarexError, match="q"):
+            method(delta, Budget(drop_rate=0.5), key=jax.random.key(0), q=q)
+
+
+def test_a_random_part_of_which_nothing_survives_is_zero():
+    delta = {"layer": {"weight": DELTA, "bias": np.ones(5, np.float32)}}
+    parts = dx.dare(delta, Budget(drop_rate=0.999), key=jax.random.key(0))
+    bias = parts["layer"]["bias"]
+    assert not len(bias.parts[0].values) and not np.any(bias.to_dense())
+    empty = Random(Values(np.zeros(0, np.float32)), KEY, Q, 0.99999, SHAPE)
+    assert not np.any(empty.to_dense()) and not np.any(empty.matmul(np.ones((2, SHAPE[1]), np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["random", "sparse", "sign", "low_rank", "columns", "dense"])
+def test_a_product_outside_of_jit_is_compiled_once(kind):
+    part, x = make(kind, FORMS[0]), np.ones((3, SHAPE[1]), np.float32)
+    part.matmul(x)
+    compiled = []
+
+    def seen(event, *_, **__):
+        compiled.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+        part.matmul(x)
+        assert not compiled
+        part.matmul(np.ones((5, SHAPE[1]), np.float32))
+        assert compiled  # what is counted happens
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seen)
+
+
+@pytest.mark.parametrize("method", ["allocated", "structured", "svd", "sign", "magnitude", "dare"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,), ()])
+def test_empty_leaves_and_scalars_are_pruned(method, shape):
+    delta = {"w": DELTA, "x": np.zeros(shape, np.float32)}
+    key = {"key": jax.random.key(0)} if method in ("dare", "structured") else {}
+    parts = getattr(dx, method)(delta, Budget(bytes_per_parameter=0.6), Evidence(curvature={"w": 1.0}), **key)
+    assert parts["x"].to_dense().shape == shape and np.any(parts["w"].to_dense())
+
+
+def test_vectors_alone_are_pruned_by_structured_too():
+    vectors = {"v": np.arange(1000.0, dtype=np.float32)}
+    found = dx.structured(vectors, Budget(drop_rate=0.9), key=jax.random.key(0))
+    assert np.count_nonzero(found["v"].to_dense()) == 100
+
+
+def test_evidence_is_found_by_name_or_nested_and_its_absence_is_told():
+    delta, budget = {"l": {"weight": np.array([[1.0, 2.0]], np.float32)}}, Budget(drop_rate=0.5)
+    norms = np.array([9.0, 1.0], np.float32)
+    for given in ({"l.weight": norms}, {"l": {"weight": norms}}):
+        kept = dx.wanda(delta, budget, Evidence(input_norms=given))["l"]["weight"]
+        np.testing.assert_array_equal(kept.to_dense(), [[1.0, 0.0]])
+    for method, needed in ((dx.wanda, "input_norms"), (dx.resolved, "second_moments")):
+        with pytest.raises(DarexError, match=needed):
+            method(delta, budget, Evidence())
+    with pytest.raises(DarexError, match="NaN"):
+        dx.svd({"w": np.full((3, 3), np.nan, np.float32)}, budget)
+
+
+def test_a_support_is_one_of_those_that_there_are():
+    delta, options = {"w": DELTA}, {"key": jax.random.key(0)}
+    for support, told in (
+        ("lowrank", "support is one of"),
+        ("largest", "names none"),
+        ("random", "names none"),
+    ):
+        with pytest.raises(DarexError, match=told):
+            dx.distilled(delta, Budget(drop_rate=0.5), Evidence(), support=support, **options)
+
+
 def test_signs_are_refused_for_small_budgets():
     with pytest.raises(DarexError, match=r"0\.125 bytes per parameter"):
         run("sign", Budget(bytes_per_parameter=0.1))

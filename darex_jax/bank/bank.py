@@ -54,7 +54,7 @@ class DeltaBank:
 
     The base's arrays are never changed. Sums are float32, rounded to the base's dtype: for a float32 base,
     low-rank and sign parts may differ in the last bits from what `darex apply` writes; sparse parts give the
-    same bits.
+    same bits, and so do parameters that a delta keeps whole, but for `mixed`, which adds their difference.
     """
 
     def __init__(self, model: Model, base: Params):
@@ -165,7 +165,8 @@ class DeltaBank:
         if held is None:
             return unflatten_names(self._base | {self._base_name(n): x for n, x in self._working.items()})
         heads = {n: jnp.asarray(self._whole(held, n)) for n in self._heads}
-        return unflatten_names({**self._params, **self._working, **heads})
+        kept = {n: self._kept(n, held.kept[n]) for n in self._working.keys() & held.kept.keys()}
+        return unflatten_names({**self._params, **self._working, **kept, **heads})
 
     def mixed(self, names: Sequence[str | None]) -> dict[str, Any]:
         """Parameters for `model` on a batch whose row i uses the delta names[i]; None is the base.
@@ -287,6 +288,11 @@ class DeltaBank:
         self._stacks = found
         return found
 
+    def _kept(self, name: str, own: np.ndarray) -> Array:
+        """A parameter that a delta keeps whole, in its dtype or the base's wider one, where the base's is."""
+        leaf = self._params[name]
+        return jax.device_put(own.astype(jnp.promote_types(leaf.dtype, own.dtype)), leaf.sharding)
+
     def _delta(self, held: _Held, name: str) -> Parts | None:
         if name not in held.kept:
             return held.parts.get(name)
@@ -335,6 +341,8 @@ def _differing(one: Model, other: Model) -> list[str]:
     """The config fields in which two models of a bank differ, except labels."""
     if type(one.config) is not type(other.config):
         return ["model_type"]
+    if one.options != other.options:
+        return [name for name, _ in one.options] or [name for name, _ in other.options]
     pairs = [(f.name, getattr(one.config, f.name), getattr(other.config, f.name))
              for f in dataclasses.fields(one.config) if f.compare and f.name != "num_labels"]  # fmt: skip
     return [name for name, a, b in pairs if a != b]

@@ -130,6 +130,8 @@ def evaluate(
     }
     if table is not None:
         task_name, options["table"] = table.name, vars(table)
+        if table.label is not None:
+            _refuse_decoder(model, "classification (--label)")
         opened = open_model(model, dtype, **opening)
         score = _complete_examples if table.prompt is not None else _classify_table
         result, inputs = score(opened, table, split, limit, seed, batch_size)
@@ -153,6 +155,7 @@ def evaluate(
             f"{result['unanswered']} without a number"
         )
     else:
+        _refuse_decoder(model, task_name)
         result, inputs = _classify_examples(
             open_model(model, dtype, **opening),
             task_name,
@@ -170,6 +173,17 @@ def evaluate(
         rows = [(f"{task_name} {split} {result['metric_name']}", text)]
         rows += [("answers", result["records"])] if "records" in result else []
         print_table(f"{model} with {delta}" if delta else str(model), rows)
+
+
+def _refuse_decoder(model: Path, what: str) -> None:
+    """Raises: DarexError for a model that has no classes, before its weights are read."""
+    from darex_jax.core.scope import DECODERS
+    from darex_jax.files.checkpoint import read_config
+
+    if (family := read_config(model).get("model_type")) in DECODERS:
+        raise DarexError(
+            f"{what} is for encoders, but {model} is a {family}: pass --task gsm8k, for example."
+        )
 
 
 def _many_rows(

@@ -26,7 +26,7 @@ from darex_jax.merging.table import MERGES
               help="Weight of a delta: one for all, or one per delta in order. Default: 1.")  # fmt: skip
 @click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
               help="Share of each delta that is dropped; 1 - the density of other tools. For all but "
-              "linear.")  # fmt: skip
+              "task-arithmetic.")  # fmt: skip
 @click.option("--q", "qs", multiple=True, type=click.FloatRange(0, min_open=True),
               help="Divisor of random survivors (DAREx), one for all or one each. Default: 1 - drop rate."
               )  # fmt: skip

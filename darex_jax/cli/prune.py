@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
 from darex_jax.cli.options import (
@@ -161,16 +162,19 @@ def prune(
         texts = Source(**places, limit=limit or TRAINING_TEXTS) if has_texts else None
         method, q, why = _best(fine, texts, max_loss is not None)
     chooses = q == "auto" or q in WAYS
+    typed = click.get_current_context().get_parameter_source("steps") == ParameterSource.COMMANDLINE
     stray = {
         "--max-loss": max_loss, "--checkpoints": checkpoints, "--support": support, "--bits": bits, "--q": q,
-        "--block-wise": block_wise or None,
+        "--block-wise": block_wise or None, "--drop-rate": drop_rate, "--steps": steps if typed else None,
     }  # fmt: skip
     _refuse_stray(method, {name: value for name, value in stray.items() if value is not None})
-    if (has_texts or data_dir) and not (chooses or METHODS[method].needs):
+    if (has_texts or data_dir or limit) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
-            "--task, --data-dir, --text and --data are for --q auto or an objective of find-q, and for "
-            "methods that use texts."
+            "--task, --data-dir, --text, --data and --limit are for --q auto or an objective of find-q, and "
+            "for methods that use texts."
         )
+    if data_dir and task is None:
+        raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
     source: Any = None
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source
@@ -189,6 +193,8 @@ def prune(
     )  # fmt: skip
     if rename is not None and source is not None:
         raise click.UsageError("--rename is only for methods that use no texts and run no model.")
+    if method == "structured" and q in WAYS and "model" not in WAYS[q].scopes:
+        raise click.UsageError(f"--q {q} is one q for each layer; structured has one for all columns.")
     if chooses and method != "dare" and drop_rate is None:
         raise click.UsageError(f"--q {q} needs a drop rate: pass --drop-rate, not a size.")
     divisor: Any = None
@@ -259,6 +265,12 @@ def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
         raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
     if "--checkpoints" in given and not chosen.trains:
         raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
+    if "--steps" in given and not chosen.trains:
+        raise click.UsageError(f"{method} does not train; leave out --steps.")
+    if "--drop-rate" in given and method in ("sign", "sign-svd"):
+        raise click.UsageError(f"{method} keeps the sign of every entry: pass a size instead of --drop-rate.")
+    if given.get("--support") == "sign" and "--max-loss" in given:
+        raise click.UsageError("--support sign has one size: pass --size or --bytes-per-parameter.")
     if "--support" in given and not chosen.trains:
         raise click.UsageError(f"{method} has a fixed support; leave out --support.")
     if "--block-wise" in given:
@@ -309,8 +321,8 @@ def _by_method(
             needs = METHODS[method].needs_with(options.get("support"))
             told = {**training, "on_look": on_look} if training else {}
             known["gathered"] = gather(
-                job.base.path,
-                job.fine.path,
+                job.base.source,
+                job.fine.source,
                 source,
                 needs,
                 scope=job.scope,
@@ -318,7 +330,9 @@ def _by_method(
                 **told,
             )
         if isinstance(budget, float):
-            summary = prune_within(job, method, budget, options=options, on_size=_tried(quiet), **known)
+            summary = prune_within(
+                job, method, budget, seed=seed, options=options, on_size=_tried(quiet), **known
+            )
         else:
             summary = prune_by(job, method, budget, seed=seed, options=options, choose=choose, **known)
     trainer = known["gathered"][0].train if training else None
@@ -469,6 +483,11 @@ def _read_q(
 
     content = read_json(Path(text))
     q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
+    if drop_rate is None and chosen_for is not None:
+        raise click.BadParameter(
+            f"{text} was chosen for a drop rate of {chosen_for}: pass --drop-rate {chosen_for}, not a size.",
+            param_hint="--q",
+        )
     if chosen_for != drop_rate:
         raise click.BadParameter(
             f"{text} was chosen for a drop rate of {chosen_for}, not {drop_rate}.", param_hint="--q"

@@ -120,6 +120,11 @@ def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool
         options["epochs" if "steps" in typed else "steps"] = None
     elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
+    given = {name for name in options if ctx.get_parameter_source(name) == COMMAND_LINE}
+    if "norm" in given and options["optimizer"] != "adamr":
+        raise click.UsageError("--norm is of --optimizer adamr.")
+    if options["lora_rank"] is None and (stray := given & {"lora_alpha", "lora_targets", "rslora"}):
+        raise click.UsageError(f"--{min(stray).replace('_', '-')} needs --lora-rank.")
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
     table = take_only_table(ctx, options, "task")
     with training_bar("fine-tuning", as_json) as on_step:

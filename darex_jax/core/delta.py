@@ -7,6 +7,7 @@ shard_map a leaf is the slice that the function gets: one example, one device's 
 by calling `prune` on it directly, outside of shard_map: it is elementwise and needs no communication.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -39,13 +40,16 @@ def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
 
     Args: fine, base: trees with the same names and shapes, any floating dtypes.
     Returns: a tree like `fine`.
-    Raises: ValueError naming every leaf that is in one tree only, differs in shape, or is not an array.
+    Raises: ValueError naming every leaf that is in one tree only, differs in shape, or is not an array, and
+      for complex leaves.
     """
     bases = flatten_names(base)
     check_same(flatten_names(fine), bases, "fine", "base")
 
     def subtract(name: str, leaf: Any) -> jax.Array:
         f, b = as_array(name, leaf), as_array(name, bases[name])
+        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (f, b)):
+            raise DarexError(f"'{name}' is complex: take deltas of its real and imaginary parts.")
         if not jnp.issubdtype(f.dtype, jnp.floating):
             return jnp.zeros(f.shape, jnp.float32)
         dtype = working_dtype(f.dtype, b.dtype)
@@ -136,13 +140,15 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
       q: divisor of the survivors, a number or one per leaf (a tree, or a dict by name); it may be traced.
         None is 1 - drop_rate, which keeps the mean (DARE).
       donate: donate the delta's buffers to the result, which saves one copy of the model; the delta is
-        invalid afterwards. Ignored under tracing: use `jax.jit(..., donate_argnums=...)` there.
+        invalid afterwards. An array that several leaves share is kept. Ignored under tracing: use
+        `jax.jit(..., donate_argnums=...)` there.
     Returns: a tree like `delta`: same names, shapes, dtypes and shardings.
     Raises: ValueError for a drop_rate or q out of range; TypeError for a key of another type.
     Source: DARE, arXiv:2311.03099; free q: DAREx, arXiv:2410.09344, section 3. Unlike the authors' code the
       rate and q are never rounded to the leaf's dtype.
     """
-    keys = leaf_keys(key, flatten_names(delta))
+    leaves = flatten_names(delta)
+    keys, uses = leaf_keys(key, leaves), Counter(map(id, leaves.values()))
     threshold = traced_threshold(drop_rate)
     scales = _scale_of(1.0 - drop_rate if q is None else q, delta)
 
@@ -151,7 +157,7 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
         if any(isinstance(argument, jax.core.Tracer) for argument in arguments):
             return _traced_prune(*arguments)  # traced into the caller's program, whose compiler options apply
         platform = next(iter(arguments[0].devices())).platform
-        return _compiled_prune(platform, donate)(*arguments)
+        return _compiled_prune(platform, donate and uses[id(leaf)] == 1)(*arguments)
 
     return map_named(prune_leaf, delta)
 
@@ -236,8 +242,9 @@ def _traced_reciprocal(q: jax.Array, dtype: Any) -> jax.Array:
 def _reciprocal(q: Any, dtype: Any) -> Any:
     if np.shape(q) != ():
         raise DarexError(f"q is a number, or one number per leaf; got an array of shape {np.shape(q)}.")
-    if isinstance(q, jax.Array):  # may be a tracer, so its value is not checked
+    if isinstance(q, jax.core.Tracer):  # its value is not known
         return _traced_reciprocal(q, dtype)
+    q = np.asarray(q) if isinstance(q, jax.Array) else q
     if not isinstance(q, int | float | np.generic | np.ndarray):
         raise DarexError(f"q is a number, or one number per leaf; got {q!r:.80}.")
     if not float(q) > 0.0:

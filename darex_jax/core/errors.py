@@ -4,8 +4,9 @@
 class DarexError(ValueError):
     """Invalid input; the message says what is wrong, where, and how to fix it.
 
-    Every deliberate input check of this library raises a subclass. The command line shows it as one line;
-    any other exception is a bug, whose traceback `darex --debug` shows.
+    Checks of input raise it, except that an argument of a wrong type is a TypeError and a diverged training
+    a FloatingPointError. The command line shows it as one line, and other exceptions' tracebacks with
+    `darex --debug`.
     """
 
 

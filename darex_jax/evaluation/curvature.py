@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import combine, flatten_names
 from darex_jax.evaluation.calibration import summed
 from darex_jax.models import DecoderConfig, Model
@@ -32,10 +33,12 @@ def curvature(
       names: dotted, of parameters in `params`.
       batches: one gradient each; padding, and rows whose `weight` is 0, are excluded.
       key: scalar typed key for sampling labels, folded with the batch index.
-    Raises: DarexError without a batch.
+    Raises: DarexError without a batch, or for a name that `params` lacks.
     Source: labels sampled from the model, arXiv:1905.12558.
     """
     known = flatten_names(params)
+    if unknown := sorted(set(names) - known.keys()):
+        raise DarexError(f"there is no parameter '{unknown[0]}'.")
     chosen = {name: known[name] for name in sorted(set(names))}
     total = summed(
         _squares(model, params, chosen, batch, jax.random.fold_in(key, number))

@@ -21,9 +21,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[ND
 
     Raises: ValueError for a prompt without tokens, or longer than the largest bucket.
     """
-    longest = max(map(len, rows))
-    if not min(map(len, rows)) or longest > PROMPT_BUCKETS[-1]:
-        raise DarexError(f"a prompt has {longest} tokens, expected 1 to {PROMPT_BUCKETS[-1]}.")
+    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    if not shortest or longest > PROMPT_BUCKETS[-1]:
+        wrong = longest if shortest else 0
+        raise DarexError(f"a prompt has {wrong} tokens, expected 1 to {PROMPT_BUCKETS[-1]}.")
     width = next(bucket for bucket in PROMPT_BUCKETS if longest <= bucket)
     ids, mask = np.full((batch, width), pad, np.int32), np.zeros((batch, width), np.int32)
     for i in range(batch):

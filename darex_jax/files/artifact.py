@@ -369,9 +369,22 @@ def load_delta(
         file.check_entries(max_entries, MOST_VERIFIED_ENTRIES if parts else MOST_DENSE_ENTRIES)
         for name in file.recipe.parameters:
             whole = None if parts else file.dense(name)
-            named[name] = jax.tree.map(jnp.asarray, file.parts(name) if whole is None else whole)
+            named[name] = jax.tree.map(
+                jnp.asarray, _checked(path, file.parts(name)) if whole is None else whole
+            )
         file.check_data()
     return unflatten_names(named)
+
+
+def _checked(path: str | os.PathLike[str], parts: Parts) -> Parts:
+    """The same parts. Raises: FileError for a random one with fewer or more values than its mask keeps."""
+    for part in parts.parts:
+        if isinstance(part, Random):
+            try:
+                part.check_count()
+            except DarexError as error:
+                raise FileError(f"{path}: damaged: {error}.") from error
+    return parts
 
 
 def load_kept(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> t
         return model, flatten_names(params)
     old = flatten_names(params)
     shapes = build_model(config.as_classifier(rows))[1]
-    kept = {f"{config.model_type}.{name}" if config.headless else name for name in old}
+    kept = {f"{config.prefix}.{name}" if config.headless else name for name in old}
     kept = {name for name in kept if not name.startswith("classifier.")}
     missing = sorted(shapes.keys() - kept - dense.keys())
     if missing:

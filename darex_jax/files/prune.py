@@ -17,6 +17,7 @@ from typing import Any
 import blake3
 import numpy as np
 
+from darex_jax.core.divisor import resolve_q
 from darex_jax.core.errors import DarexWarning, FileError
 from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
 from darex_jax.core.scope import Scope
@@ -32,7 +33,6 @@ from darex_jax.files.recipe import (
     CUT,
     Recipe,
     fingerprint,
-    resolve_q,
     tensor_line,
     versions,
     warn_of_little,

@@ -6,11 +6,12 @@ from typing import Any
 import blake3
 import numpy as np
 
+from darex_jax.core.divisor import resolve_q
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import survivor_indices
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
-from darex_jax.files.recipe import Recipe, is_name, resolve_q, tensor_line, versions, warn_of_little
+from darex_jax.files.recipe import Recipe, is_name, tensor_line, versions, warn_of_little
 from darex_jax.files.safetensors import DTYPE_NAMES, as_bytes, write_tensors
 
 

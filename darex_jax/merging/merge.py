@@ -50,11 +50,14 @@ def merge(
         raise DarexError(f"{len(deltas)} deltas need {len(deltas)} weights, got {len(weights)}.")
     for number, delta in enumerate(deltas[1:], 1):
         check_same(flatten_names(deltas[0]), flatten_names(delta), "the first delta", f"delta {number + 1}")
-    named = [{name: _wide(name, leaf) for name, leaf in flatten_names(delta).items()} for delta in deltas]
-    thinned = [way.thin(delta, **_own(given, i, len(deltas))) for i, delta in enumerate(named)]
+    named = [flatten_names(delta) for delta in deltas]
+    own = [_own(given, i, len(deltas)) for i in range(len(deltas))]
 
     def together(name: str, _: Any) -> jax.Array:
-        arrays = [delta[name] for delta in thinned]
+        wide = [{name: _wide(name, delta[name])} for delta in named]
+        arrays = [
+            way.thin(delta, **_of_leaf(options, name))[name] for delta, options in zip(wide, own, strict=True)
+        ]
         dtype = working_dtype(*(array.dtype for array in arrays))
         return _together(jnp.stack([array.astype(dtype) for array in arrays]), weights, way.elects)
 
@@ -78,6 +81,12 @@ def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
             raise DarexError(f"{count} deltas need one q or {count}, got {len(own['q'])}.")
         own["q"] = own["q"][number]
     return own
+
+
+def _of_leaf(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options for one leaf: its q, if there is one by name."""
+    q = options.get("q")
+    return dict(options) if not isinstance(q, Mapping) else {**options, "q": {name: flatten_names(q)[name]}}
 
 
 def _together(stack: jax.Array, weights: Sequence[float], elects: bool) -> jax.Array:

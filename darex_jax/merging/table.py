@@ -34,7 +34,8 @@ class Merge(NamedTuple):
 
 
 MERGES = {
-    "linear": Merge("the weighted sum (task arithmetic)", "whole"),
+    "task-arithmetic": Merge("the weighted sum", "whole"),
+    "linear": Merge("another name of task-arithmetic", "whole"),
     "ties": Merge("the largest entries, signs elected", "largest", True, ("drop_rate",)),
     "dare-linear": Merge("random survivors, summed", "random", False, RANDOM),
     "dare-ties": Merge("random survivors, signs elected", "random", True, RANDOM),

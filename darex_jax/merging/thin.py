@@ -42,6 +42,7 @@ def middle(delta: PyTree, *, drop_rate: float, outliers: float | None = None) ->
       `drop_rate` if that is smaller.
     Source: Model Breadcrumbs, arXiv:2312.06795, where the two shares are gamma and beta.
     """
+    keep_threshold(drop_rate)
     outliers = min(OUTLIERS, drop_rate) if outliers is None else outliers
     if not 0.0 <= outliers <= drop_rate:
         raise DarexError(f"outliers must lie between 0 and the drop rate, {drop_rate}; got {outliers}.")
@@ -74,6 +75,8 @@ def ranked(
 
     def of(name: str, leaf: Any) -> jax.Array:
         array = as_array(name, leaf)
+        if not array.size:
+            return array
         numbers = array.astype(working_dtype(array.dtype))
         rows = numbers.reshape(-1, array.shape[-1] if array.ndim > 1 else array.size)
         order = jnp.argsort(jnp.abs(rows), axis=-1, stable=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.divisor import resolve_q
 from darex_jax.core.mask import survivor_indices
 from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
@@ -35,29 +37,43 @@ def dare(
       delta: tree of floating arrays.
       budget: bytes pay for values only, since no indices are stored.
       key: scalar typed Threefry key.
-      q: divisor, one for all or by name; None is 1 - drop rate, which is DARE.
+      q: divisor, one for all or by name (names of other parameters are ignored); None is 1 - drop rate, which
+        is DARE.
       bits: 8, 4, 2 or 1 per value, with least-squares scales, per row if rows have many survivors; None keeps
         floats.
       dtype: dtype of floats; None keeps each leaf's.
     Returns: a tree like `delta` with a `Parts` for each leaf.
+    Raises: DarexError for a q that is missing for a parameter, or not a positive float32 number.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344; quantised survivors: arXiv:2504.13237.
     """
     names = flatten_names(delta)
-    stored = bits or 8 * np.dtype(dtype or "bfloat16").itemsize if budget.drop_rate is None else RAW_BITS
+    stored = bits or _bits_of(names.values(), dtype)
     drop_rate = budget.drop_rate
     if drop_rate is None:
         drop_rate = 1.0 - budget.density(stored, places=False)
+    by_name = flatten_names(q) if isinstance(q, Mapping) else q
+    divisors = resolve_q(by_name, drop_rate, list(names), by_name if isinstance(by_name, Mapping) else ())
     keys = {name: jax.random.key_data(k) for name, k in leaf_keys(key, names).items()}
 
     def prune_leaf(name: str, leaf: Any) -> Parts:
-        divisor = 1.0 - drop_rate if q is None else q[name] if isinstance(q, Mapping) else q
         flat, shape = np.asarray(leaf).reshape(-1), tuple(np.shape(leaf))
         own_key = np.asarray(keys[name])
         places = survivor_indices(own_key, flat.size, keep_threshold(drop_rate))
         values = survivors_values(flat, places, shape, bits, dtype)
-        return Parts((Random(values, own_key, np.asarray(np.float32(divisor)), drop_rate, shape),), shape)
+        return Parts(
+            (Random(values, own_key, np.asarray(np.float32(divisors[name])), drop_rate, shape),), shape
+        )
 
     return map_named(prune_leaf, delta)
+
+
+def _bits_of(leaves: Iterable[Any], dtype: Any) -> float:
+    """Bits per value as floats: of `dtype`, or on average of the leaves' own."""
+    if dtype is not None:
+        return 8 * np.dtype(dtype).itemsize
+    sizes = [(int(np.size(leaf)), np.dtype(jnp.result_type(leaf)).itemsize) for leaf in leaves]
+    entries = sum(size for size, _ in sizes)
+    return 8 * sum(size * width for size, width in sizes) / entries if entries else RAW_BITS
 
 
 def survivors_values(

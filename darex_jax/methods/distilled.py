@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.allocated import affordable_vectors, divide
 from darex_jax.methods.budget import RAW_BITS, Budget
@@ -49,9 +50,12 @@ def distilled(
       key: scalar typed Threefry key, for support "random".
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
-    Raises: TooSmall for support "sign" and a budget below one bit per parameter.
+    Raises: DarexError for another support, or one of linear layers without any of them; TooSmall for support
+      "sign" and a budget below one bit per parameter.
     Source: spec 13; a random subspace: arXiv:1804.08838; BitDelta: arXiv:2402.10193.
     """
+    if support not in get_args(Support):
+        raise DarexError(f"support is one of {', '.join(get_args(Support))}, got {support!r}.")
     leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
     chosen = affordable_vectors(leaves, room)
@@ -67,7 +71,11 @@ def distilled(
     elif support == "sign":
         check_room(budget)
         chosen |= {name: _signs(leaf) for name, leaf in matrices.items()}
-    elif linear:
+    else:
+        if not linear:
+            raise DarexError(
+                f"support {support!r} is of linear layers, and input_norms names none in the delta."
+            )
         chosen |= _survivors(linear, support, (room - spent) * (bits or RAW_BITS) / 8, bits, key)
 
     stored = {name: parts for name, parts in chosen.items() if parts.parts}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import wanda_mask
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import Budget
@@ -36,19 +37,22 @@ def resolved(
 
     Args: evidence: with `second_moments`; bits, dtype: as in `magnitude`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
+    Raises: DarexError without second moments.
     Source: spec 13; ridge regression on a fixed support as in SparseGPT, arXiv:2301.00774.
     """
     density = budget.density(value_bits(bits, dtype), places=True)
     names = flatten_names(delta).keys()
-    known = evidence.second_moments
-    moments = {name: np.asarray(known[name], np.float64) for name in known if name in names}
-    norms = {name: np.sqrt(np.diag(h)).astype(np.float32) for name, h in moments.items()}
+    known = flatten_names(evidence.second_moments)
+    if not known:
+        raise DarexError("resolved needs evidence with second_moments, by parameter name.")
+    moments = {name: np.asarray(known[name]) for name in known if name in names}
+    norms = {name: np.sqrt(np.diag(h).astype(np.float64)).astype(np.float32) for name, h in moments.items()}
     masks = wanda_mask(delta, norms, 1.0 - density, "row")
 
     def solve(name: str, leaf: Any, mask: Any) -> Parts:
         matrix, kept = np.asarray(leaf, np.float32), np.asarray(mask)
         if name in moments and kept.any():
-            matrix = solved(matrix, kept, moments[name])
+            matrix = solved(matrix, kept, moments[name].astype(np.float64))
         return kept_parts(matrix, kept, bits, dtype)
 
     return map_named(solve, delta, jax.tree.map(np.asarray, masks))

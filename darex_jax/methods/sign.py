@@ -27,7 +27,7 @@ def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = 
     Source: BitDelta, arXiv:2402.10193, before its scales are distilled.
     """
     check_room(budget)
-    small = vector_parts(delta, budget)
+    small, _ = vector_parts(delta, budget)
 
     def prune_leaf(name: str, leaf: Any) -> Parts:
         part = sign_part(leaf, per) if is_matrix(leaf) else None
@@ -39,8 +39,7 @@ def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = 
 def check_room(budget: Budget) -> None:
     if budget.bytes_per_parameter is not None and budget.bytes_per_parameter < BYTES:
         raise TooSmall(
-            f"signs alone take {BYTES} bytes per parameter, more than {budget.bytes_per_parameter:g}; "
-            "choose another method or a larger size."
+            f"signs alone take {BYTES} bytes per parameter: choose another method or a larger size."
         )
 
 

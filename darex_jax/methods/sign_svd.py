@@ -32,15 +32,14 @@ def sign_svd(
     """
     check_room(budget)
     leaves = flatten_names(delta)
-    small = vector_parts(delta, budget)
+    small, room = vector_parts(delta, budget, bits or RAW_BITS)
     signs = {name: sign_part(leaf, per) for name, leaf in leaves.items() if is_matrix(leaf)}
     rest = {
         name: decompose(np.asarray(leaves[name], np.float32) - np.asarray(part.to_dense()))
         for name, part in signs.items()
     }
-    entries = sum(int(np.size(leaf)) for leaf in leaves.values())
-    room = budget.numbers(entries, bits or RAW_BITS) - BYTES * entries * 8 / (bits or RAW_BITS)
-    ranks = choose_ranks(rest, room)
+    entries = sum(int(np.size(leaves[name])) for name in signs)
+    ranks = choose_ranks(rest, room - BYTES * entries * 8 / (bits or RAW_BITS))
 
     def prune_leaf(name: str, leaf: Any) -> Parts:
         if name in small:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
-from darex_jax.methods.vectors import is_matrix, numbers_stored, vector_parts
+from darex_jax.methods.vectors import is_matrix, vector_parts
 from darex_jax.parts.low_rank import LowRank
 from darex_jax.parts.rounding import rounded_part
 from darex_jax.parts.total import Parts
@@ -35,10 +36,7 @@ def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None
       budget: of numbers stored; bits: of factors, None is bfloat16; scales per column of A and row of B.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     """
-    small = vector_parts(delta, budget)
-    sizes = {name: int(np.size(leaf)) for name, leaf in flatten_names(delta).items()}
-    spent = sum(numbers_stored(parts) for parts in small.values())
-    room = budget.numbers(sum(sizes.values()), bits or RAW_BITS) - spent
+    small, room = vector_parts(delta, budget, bits or RAW_BITS)
     factors = {name: decompose(leaf) for name, leaf in flatten_names(delta).items() if is_matrix(leaf)}
     ranks = choose_ranks(factors, room)
 
@@ -57,11 +55,13 @@ def decompose(matrix: Any) -> Factors:
     In float64, so that singular values down to 1e-7 of the largest are accurate; smaller ones are set to 0.
     For a tall matrix (an embedding) this is many times faster than an SVD of the matrix itself.
 
-    Args: matrix: [out, in].
+    Args: matrix: [out, in]. Raises: DarexError if it is not finite.
     """
     wide = np.asarray(matrix, np.float64)
     tall = wide.shape[0] >= wide.shape[1]
     thin = wide if tall else wide.T
+    if not np.isfinite(wide.sum()) and not np.isfinite(wide).all():
+        raise DarexError("a matrix holds NaN or infinity, which has no singular values.")
     squares, vectors = np.linalg.eigh(thin.T @ thin)
     squares, vectors = squares[::-1], vectors[:, ::-1]
     values = np.sqrt(np.maximum(squares, 0.0))

@@ -16,28 +16,26 @@ from darex_jax.parts.values import Values
 
 
 def is_matrix(leaf: Any) -> bool:
-    return np.ndim(leaf) == 2
+    """Whether a leaf is pruned as a matrix: two axes, and not empty."""
+    return np.ndim(leaf) == 2 and np.size(leaf) > 0
 
 
-def vector_parts(delta: PyTree, budget: Budget) -> dict[str, Parts]:
-    """Parts for every leaf that is not a matrix, by name.
+def vector_parts(delta: PyTree, budget: Budget, bits: int = RAW_BITS) -> tuple[dict[str, Parts], float]:
+    """Parts for every leaf that is not a matrix, by name, and what is left of the budget's numbers of `bits`.
 
     Whole in bfloat16 if together they take at most a tenth of the budget, else the largest entries of each.
     """
     leaves = flatten_names(delta)
     vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
-    entries = sum(int(np.size(leaf)) for leaf in leaves.values())
-    if sum(int(np.size(leaf)) for leaf in vectors.values()) > WHOLE * budget.numbers(entries, RAW_BITS):
-        return magnitude(vectors, budget) if vectors else {}
-    return {name: whole(leaf, jnp.bfloat16) for name, leaf in vectors.items()}
+    entries, own = (sum(int(np.size(leaf)) for leaf in some.values()) for some in (leaves, vectors))
+    room = budget.numbers(entries, bits)
+    if own > WHOLE * budget.numbers(entries, RAW_BITS):
+        return magnitude(vectors, budget), room - budget.numbers(own, bits)
+    spent = own if budget.bytes_per_parameter is None else own * RAW_BITS / bits
+    return {name: whole(leaf, jnp.bfloat16) for name, leaf in vectors.items()}, room - spent
 
 
 def whole(leaf: Any, dtype: Any) -> Parts:
     """A parameter with all its values, rounded to `dtype`."""
     shape = tuple(np.shape(leaf))
     return Parts((Dense(Values(jnp.asarray(leaf, dtype)), np.asarray(np.float32(1)), shape),), shape)
-
-
-def numbers_stored(parts: Parts) -> int:
-    """How many numbers a sum of parts stores, indices and scales included."""
-    return sum(int(np.size(x)) for part in parts.parts for x in part.arrays().values())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import wanda_mask
 from darex_jax.core.tree import PyTree, flatten_names
 from darex_jax.methods.budget import Budget
@@ -31,10 +32,14 @@ def wanda(
       evidence: with `input_norms`.
       group, bits, dtype: as in `wanda_mask` and `magnitude`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
+    Raises: DarexError without input norms.
     Source: WANDA, arXiv:2306.11695, applied to deltas as in DAREx (arXiv:2410.09344).
     """
     density = budget.density(value_bits(bits, dtype), places=True)
     names = flatten_names(delta).keys()
-    norms = {name: norm for name, norm in evidence.input_norms.items() if name in names}
+    known = flatten_names(evidence.input_norms)
+    if not known:
+        raise DarexError("wanda needs evidence with input_norms, by parameter name.")
+    norms = {name: norm for name, norm in known.items() if name in names}
     masks = wanda_mask(delta, norms, 1.0 - density, group)
     return jax.tree.map(lambda leaf, mask: kept_parts(leaf, mask, bits, dtype), delta, masks)

@@ -203,6 +203,7 @@ def _at(part: Any, number: Array) -> Any:
     return jax.tree.map(lambda array: jnp.asarray(array)[number], part)
 
 
+@jax.jit  # closures are new at every call
 def _product(part: Any, number: jax.Array, x: jax.Array) -> jax.Array:
     """Multiplies each row of x [B, ..., in] by the part at its index [B]: [B, ..., out]."""
     if isinstance(part, LowRank):  # batched einsum: half the time of vmap on a CPU

@@ -44,7 +44,10 @@ class Random:
 
     def to_dense(self) -> jax.Array:
         """float32 [shape]; the mask is recomputed."""
-        part = on_device(self)
+        return _dense(on_device(self))
+
+    def _to_dense(self) -> jax.Array:
+        part = self
         leaf_key = jax.random.wrap_key_data(part.key, impl="threefry2x32")
         mask = survivors(leaf_key, self.shape, *traced_threshold(self.drop_rate)).reshape(-1)
         index = jnp.arange(mask.size, dtype=jnp.int32)
@@ -54,8 +57,13 @@ class Random:
         """`x @ dense.T`, [..., in] -> [..., out]; the mask is generated a block of rows at a time.
 
         For many products use `located().matmul`, which generates the mask once.
+
+        Raises: DarexError for a drop rate of 0, and for 2^32 entries or more.
         """
-        part = on_device(self)
+        return _matmul(on_device(self), x)
+
+    def _matmul(self, x: jax.Array) -> jax.Array:
+        part = self
         (out, width), threshold = self.shape, np.uint32(min(keep_threshold(self.drop_rate), 2**32 - 1))
         if out * width >= 2**32 or self.drop_rate == 0.0:
             raise DarexError("matmul needs a drop_rate above 0 and fewer than 2^32 entries: use to_dense().")
@@ -73,6 +81,13 @@ class Random:
         firsts = jnp.arange(0, out, rows, dtype=jnp.int32)
         products = jax.lax.scan(block, jnp.int32(0), firsts)[1]
         return jnp.moveaxis(products.reshape(-1, *x.shape[:-1])[:out], 0, -1)
+
+    def check_count(self) -> None:
+        """Raises: DarexError unless the number of values is the mask's number of survivors; on the host."""
+        size, threshold = int(np.prod(self.shape, dtype=np.int64)), keep_threshold(self.drop_rate)
+        count = sum(len(kept) for _, kept in survivor_chunks(np.asarray(self.key), size, threshold, BLOCK))
+        if count != len(self.values):
+            raise DarexError(f"there are {len(self.values)} values, the mask has {count} survivors")
 
     def located(self) -> Sparse:
         """The same part with stored indices; on the host.
@@ -124,7 +139,13 @@ class Random:
         return cls(values, key, np.asarray(check_q(fields.get("q"))), float(rate), shape)
 
 
+# Compiled once for each shape of a part: the closures of their loops are new at every call.
+_dense, _matmul = jax.jit(Random._to_dense), jax.jit(Random._matmul)
+
+
 def _spread(part: Random, mask: jax.Array, used: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Scatters the values, from index `used` on, to where the flat mask is True; zero elsewhere."""
+    if not len(part.values):
+        return jnp.zeros(mask.shape, jnp.float32)
     place = jnp.maximum(used + jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
     return jnp.where(mask, part.values.read(place, rows, columns) * reciprocal(part.q), 0.0)

@@ -51,7 +51,10 @@ class Sign:
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ dense.T`, [..., in] -> [..., out]; unpacked a block of rows at a time."""
-        part, (out, width) = on_device(self), self.shape
+        return _matmul(on_device(self), x)
+
+    def _matmul(self, x: jax.Array) -> jax.Array:
+        part, (out, width) = self, self.shape
         whole = 8 // np.gcd(width, 8)  # number of rows that fill whole bytes
         rows = int(min(-(-out // whole), max(1, BLOCK // (width * whole))) * whole)
         blocks = -(-out // rows)
@@ -99,6 +102,9 @@ class Sign:
         if per not in groups or scales is None or scales.dtype.kind not in "fV" or scales.size != groups[per]:
             raise DarexError("the scales are missing, or their number does not match")
         return cls(packed, scales, np.asarray(check_q(fields.get("q"))), per, shape)
+
+
+_matmul = jax.jit(Sign._matmul)  # once for each shape: the closure of its loop is new at every call
 
 
 def _unpacked(packed: jax.Array) -> jax.Array:

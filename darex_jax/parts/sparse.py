@@ -50,7 +50,10 @@ class Sparse:
         For few inputs relative to the stored entries, a gather and a segment sum; for many, an eighth of the
         matrix is materialised at a time.
         """
-        part, (out, width) = on_device(self), self.shape
+        return _matmul(on_device(self), x)
+
+    def _matmul(self, x: jax.Array) -> jax.Array:
+        part, (out, width) = self, self.shape
         numbers, flat = part.numbers(), x.reshape(-1, width)
         by = _by_blocks if len(flat) * len(numbers) > out * width / 2 else _by_entries
         return by(part.positions, numbers, flat, out).reshape(*x.shape[:-1], out)
@@ -63,8 +66,11 @@ class Sparse:
         """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
         part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
         numbers = part.numbers()
-        for start in range(0, size, length):
-            first, stop = np.searchsorted(part.positions, (start, start + length))
+        starts = range(0, size, length)
+        # Of the same dtype: otherwise all positions would be converted, for each chunk.
+        edges = np.asarray([*starts, size], part.positions.dtype)
+        bounds = np.searchsorted(part.positions, edges)
+        for start, first, stop in zip(starts, bounds, bounds[1:], strict=False):
             yield part.positions[first:stop].astype(np.int64) - start, numbers[first:stop]
 
     def fields(self) -> dict[str, Any]:
@@ -85,6 +91,9 @@ class Sparse:
         rows = size // width if width else 0
         values = values_from(fields.get("values") or {}, arrays, positions.shape, rows, width)
         return cls(values, positions, np.asarray(check_q(fields.get("q"))), shape)
+
+
+_matmul = jax.jit(Sparse._matmul)  # once for each shape: the closures of its loops are new at every call
 
 
 def _by_entries(positions: jax.Array, numbers: jax.Array, x: jax.Array, out: int) -> jax.Array:

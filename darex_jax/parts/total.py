@@ -24,7 +24,7 @@ PARTS = {part.kind: part for part in (Random, Sparse, Columns, LowRank, Sign, De
 
 
 def values_of(part: Part) -> dict[str, Values]:
-    """The `Values` of a part by field name; a `Sign` has none."""
+    """The `Values` of a part by field name; the scales of a `Sign` are none of them."""
     return {f.name: x for f in fields(part) if isinstance(x := getattr(part, f.name), Values)}
 
 

@@ -23,6 +23,7 @@ from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.restore import apply_artifact
+from darex_jax.files.stream import keep_inputs
 from darex_jax.runs.figures import log_ticks
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
@@ -87,6 +88,8 @@ def run_demo(
         return task.metric(predict(model, params, test_batches), test.labels)
 
     body, body_params = load_model(base)
+    fine_path = out / "fine-tuned"
+    keep_inputs(fine_path, base)
     model, fresh = classifier_for(task, body, body_params, jax.random.fold_in(key, 0))
     say(f"fine-tuning on {task.name}: {steps} steps of {batch_size}, learning rate {learning_rate:g}")
     fine, _ = fine_tune(
@@ -97,7 +100,6 @@ def run_demo(
         key=jax.random.fold_in(key, 1),
         on_step=on_step,
     )
-    fine_path = out / "fine-tuned"
     save_params(fine_path, fine, model.config.to_hf(), companions_from=base, overwrite=True)
     _, fine, base_params = load_pair(base, fine_path)
     start, delta = split_in_scope(fine, base_params)

@@ -23,6 +23,7 @@ from darex_jax.files.manifest import weights_digest
 from darex_jax.files.model import load_model
 from darex_jax.methods.evidence import Evidence
 from darex_jax.models import DecoderConfig, Model
+from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts, values_of
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
@@ -78,7 +79,13 @@ class Trainer:
         stored = {
             name: [len(v) for part in p.parts for v in values_of(part).values()] for name, p in parts.items()
         }
-        made_from = [dict(self.made_from), stored, bits, self.steps]
+        drawn = [
+            np.asarray(part.key).tolist()
+            for p in parts.values()
+            for part in p.parts
+            if isinstance(part, Random)
+        ]
+        made_from = [dict(self.made_from), stored, drawn, bits, self.steps]
         with own_place(self.checkpoints, made_from, "training") as place:
             result = distill(
                 self.model, self.fine, self.start, parts, self.texts.epoch, self.held_out.batches(),

@@ -105,6 +105,7 @@ def prune_within(
     method: str,
     max_loss: float,
     *,
+    seed: int = 0,
     gathered: tuple[Evidence, Mapping[str, str]],
     options: Mapping[str, Any] | None = None,
     on_size: Callable[[int, float], None] = lambda size, agreement: None,
@@ -115,7 +116,7 @@ def prune_within(
     steps; it is then trained in full and, if it is not sufficient, the next larger one, and so on.
 
     Args:
-      method: one that trains; gathered: with a `Trainer`.
+      method: one that trains; seed: as for `prune_by`; gathered: with a `Trainer`.
       max_loss: one minus the agreement, whose resolution is one text.
       on_size: called with every size tried and its agreement.
     Raises: DarexError for a method without training, a model without predictions, or if no size is
@@ -132,7 +133,9 @@ def prune_within(
     def disagrees(size: int, path: Path, train: Trainer) -> float:
         evidence, train.result = (replace(known, train=train), digests), None
         try:
-            found = prune_by(replace(job, out=path), method, size, gathered=evidence, options=options)
+            found = prune_by(
+                replace(job, out=path), method, size, seed=seed, gathered=evidence, options=options
+            )
         except TooSmall:
             return 1.0
         if train.result is None:  # nothing was kept
@@ -146,7 +149,9 @@ def prune_within(
         path = Path(folder) / "delta"
         nothing = replace(known, train=lambda parts, bits: parts), digests
         empty = Budget(bytes_per_parameter=1e-12)
-        summary = prune_by(replace(job, out=path), method, empty, gathered=nothing, options=options)
+        summary = prune_by(
+            replace(job, out=path), method, empty, seed=seed, gathered=nothing, options=options
+        )
         rooms = np.geomspace(SIZES[0], SIZES[1], PLACES) * summary.pruned_size
         sizes = [summary.file_bytes + round(float(room)) for room in rooms]
         low, high = -1, len(sizes)  # indices of an insufficient and a sufficient size
@@ -175,7 +180,9 @@ def wanted_bytes(job: Job, size: float | None, bytes_per_parameter: float | None
     if bytes_per_parameter is not None:
         return round(bytes_per_parameter * pruned_entries(job))
     assert size is not None
-    return round(job.fine.nbytes / size)
+    if (wanted := round(job.fine.nbytes / size)) < 1:
+        raise TooSmall(f"{size:g} times smaller than {job.fine.nbytes:,} bytes is less than a byte.")
+    return wanted
 
 
 def pruned_entries(job: Job) -> int:
@@ -189,16 +196,24 @@ def fit_to_size(
 ) -> tuple[PruneSummary, Path]:
     """Writes files until one is just below `file_bytes`; returns the largest that fits.
 
-    Args: write: (bytes of parts before coding, path) -> summary of the file written.
+    Args: write: (bytes of parts before coding, path) -> summary of the file written, or TooSmall for fewer
+      bytes than the method can do with.
     Raises: TooSmall if none fits.
     """
     best: tuple[PruneSummary, Path] | None = None
     least: int | None = None
+    refused: TooSmall | None = None
     room = 0.9 * file_bytes
     low, high = 0.0, float("inf")  # part sizes that fit and that do not
     for attempt in range(ATTEMPTS):
         path = folder / str(attempt)
-        summary = write(room, path)
+        try:
+            summary = write(room, path)
+        except TooSmall as error:
+            if room >= file_bytes:
+                raise
+            refused, low, room = error, max(low, room), min(file_bytes, 0.5 * (room + file_bytes) + 1)
+            continue
         size = summary.file_bytes
         least = size if least is None else min(least, size)
         coded = sum(block["bytes"] for block in summary.recipe.blocks or ())
@@ -215,6 +230,8 @@ def fit_to_size(
         room = room * target / max(coded, 1) if target > 0 else room / 4
         if not low < room < high:
             room = (low + high) / 2 if np.isfinite(high) else 2 * low
+    if best is None and refused is not None and least is None:
+        raise refused
     if best is None:
         raise TooSmall(
             f"the file needs at least {least:,} bytes, {file_bytes:,} were requested: the head, the "

@@ -235,6 +235,8 @@ def _mesh_of(text: str | None, recipe: Recipe) -> Any:
     data, _, model = text.partition("x")
     if not (data.isdigit() and model.isdigit()):
         raise DarexError(f"mesh must be DATAxMODEL, such as 4x2, got {text!r}.")
+    if not int(data) or not int(model):
+        raise DarexError(f"mesh {text}: both numbers must be positive.")
     if recipe.batch_size // recipe.accumulate % int(data):
         part = recipe.batch_size // recipe.accumulate
         raise DarexError(f"mesh {text}: {part} examples per micro-batch are not divisible by {data}.")

@@ -108,7 +108,7 @@ def _stored(file: DeltaFile) -> dict[str, _Stored]:
                 for array, (dtype, count) in part["counts"].items():
                     all_of_it, length = streams[f"{part['kind']} {array} {dtype}"]
                     size += length * count / max(1, all_of_it)
-                    if array == "packed":
+                    if array == "signs":  # eight a byte
                         numbers += element_count(tuple(recipe.parameters[name]["shape"]))
                     elif array.rpartition(".")[2] not in ("scales", "positions", "columns"):
                         numbers += count

@@ -86,8 +86,8 @@ def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
         own = known.get(("distilled", at), {})
         if len(own) < 2:
             continue
-        size = np.mean([r["file_bytes"] for r in rows if (r["way"], r["at"]) == ("distilled", at)])
-        told.append(f"{size / 1000:,.0f} kB keep {_mean(own)} ({len(own)} fine-tunes)")
+        sizes = [r["file_bytes"] for r in rows if (r["way"], r["at"]) == ("distilled", at) and "mean" in r]
+        told.append(f"{np.mean(sizes) / 1000:,.0f} kB keep {_mean(own)} ({len(own)} fine-tunes)")
     if not told:
         return []
     floor = _mean({name: floor_of(head) / head["mean"] for name, head in heads.items()})

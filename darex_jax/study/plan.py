@@ -223,7 +223,8 @@ def _known(path: Path, table: Any, known: set[str], what: str) -> None:
 def chosen(plan: Plan, only: str | None) -> Sequence[FineTune]:
     """The fine-tunes whose names contain `only`, or all. Raises: DarexError if neither they nor a way do."""
     found = [each for each in plan.fine_tunes if only is None or only in each.name]
-    if only is not None and not found and not any(only in way for way in plan.ways):
+    sets = any(only in "+".join(names) for names in plan.sets) if only is not None else False
+    if only is not None and not found and not sets and not any(only in way for way in plan.ways):
         names = ", ".join(each.name for each in plan.fine_tunes)
         raise DarexError(
             f"--only {only}: matches no way and no fine-tune of {plan.name}; these are: {names}."

@@ -102,9 +102,6 @@ def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "hidden", "target")
 
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "hidden", "target")
-
-
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """A model's inputs in a batch: input_ids, attention_mask, token_type_ids; a `LayerModel`'s hidden states
     and target."""

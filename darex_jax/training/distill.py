@@ -106,7 +106,7 @@ def distill(
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise DarexError("distillation does not support multi-label classification.")
     pair = _Pair(model, fine, start)
-    seen = [(batch, _reference(model, fine, batch)) for batch in held_out]
+    seen = [(batch, jax.device_get(_reference(model, fine, batch))) for batch in held_out]
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
     begun = {m: _look_at(pair, _times(placed, m), seen) for m in multiples}
     multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
@@ -152,12 +152,12 @@ class _Reference(NamedTuple):
     logits: jax.Array | None
 
 
-Seen = Sequence[tuple[Batch, _Reference]]
+Seen = Iterable[tuple[Batch, _Reference]]
 
 
 def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
     """Loss and agreement with the fine-tuned model, over texts or, for decoders, over tokens."""
-    return _look(model, fine, params, [(batch, _reference(model, fine, batch)) for batch in held_out])
+    return _look(model, fine, params, ((batch, _reference(model, fine, batch)) for batch in held_out))
 
 
 def _look(model: Model, fine: Params, params: Params, held_out: Seen) -> Look:
@@ -266,7 +266,7 @@ def _step(
 
 @partial(jax.jit, static_argnums=0)
 def _reference(model: Model, fine: Params, batch: Batch) -> _Reference:
-    out: Any = model(fine, **model_inputs(batch))
+    out: Any = model(fine, **model_inputs(batch))  # of a layer the batch's target
     decodes = isinstance(model.config, DecoderConfig)  # its logits would take much more memory
     return _Reference(out.last_hidden_state, None if decodes else out.logits)
 
