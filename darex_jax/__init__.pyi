@@ -13,6 +13,8 @@ from .core.lora import adapter_delta as adapter_delta
 from .core.mask import random_mask as random_mask
 from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
+from .evaluation.calibration import input_statistics as input_statistics
+from .evaluation.calibration import squared_influences as squared_influences
 from .evaluation.curvature import curvature as curvature
 from .files.adapter import load_adapter as load_adapter
 from .files.adapter import save_adapter as save_adapter

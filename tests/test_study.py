@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,11 +14,12 @@ from test_tasks import write_glue
 
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexError
+from darex_jax.study import of_results
 from darex_jax.study import run as running
 from darex_jax.study.claims import findings
 from darex_jax.study.fine_tunes import Place
 from darex_jax.study.of_results import results_page
-from darex_jax.study.plan import read_plan
+from darex_jax.study.plan import chosen, read_plan
 from darex_jax.study.rows import cell_of, digest_of, read_rows, seconds_left, write_rows
 from darex_jax.study.run import current_rows, groups, known_rows, missing_cells, run_study
 from darex_jax.study.tables import best_of, figures, section, tables
@@ -412,6 +414,24 @@ def test_a_faulty_declaration_is_named(studies, old, new, told):
     (studies / "tiny.toml").write_text(text)
     with pytest.raises(DarexError, match=f"tiny.toml.*{told}"):
         read_plan(studies, "tiny", "small")
+
+
+def test_a_set_is_chosen_by_its_name_and_a_size_that_is_not_reached_is_left_out(studies):
+    plan = read_plan(studies, "merged", "small")
+    assert chosen(plan, "one+two") == [] and chosen(plan, "one") == plan.fine_tunes[:1]
+    with pytest.raises(DarexError, match="matches no way and no fine-tune"):
+        chosen(plan, "one+three")
+    plan = replace(read_plan(studies, "tiny", "small"), name="frontier", at=[0.5])
+    rows = [
+        {"fine_tune": f"one/adamw/{seed}", "way": way, "at": at, "made": "", "weights": "", **values}
+        for seed in range(3)
+        for way, at, values in (
+            ("fine-tuned", None, {"mean": 0.8, "constant": 0.5}),
+            ("distilled", 0.5, {"mean": 0.6, "file_bytes": 4000} if seed else {"why": "too small"}),
+        )
+    ]
+    (told,) = of_results._trained(plan, rows)
+    assert "4 kB keep 75.0% (2 fine-tunes)" in told
 
 
 def test_a_damaged_results_file_is_named(studies):

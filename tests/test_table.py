@@ -261,6 +261,8 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
         (("train", base, tmp_path / "x", *own, "--task", "sst2"), "pass either --task or --data"),
         (("eval", fine, *own, "--task", "sst2"), "pass either --task or --data"),
         (("check", base, fine, "--params", "ema"), "--params is a branch of an orbax checkpoint"),
+        (("train", base, tmp_path / "x", *own, "--norm", "l1"), "--norm is of --optimizer adamr"),
+        (("train", base, tmp_path / "x", *own, "--rslora"), "--rslora needs --lora-rank"),
     ):
         assert said in darex(*command, code=2).output
 
@@ -282,6 +284,9 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
     scored = json.loads(darex("eval", tmp_path / "merged", *own, "--metric", "loss", "--json").stdout)
     assert scored["metric"] == scored["loss"] > 0 and scored["n"] == 3
     assert 0 <= scored["exact_match"] <= scored["token_accuracy"] <= 1
+    for asked in ((), ("--data", data, "--text", "ask", "--label", "say")):
+        told = " ".join(darex("eval", tmp_path / "merged", *asked, code=1).output.split())
+        assert "is for encoders, but" in told and "is a llama" in told
     known = Table(data=str(data), text="ask")
     material = read_material(base, Source(table=known, limit=4), held_out=False)
     assert len(material.encoded) == 4 and material.encoded.prompt_lengths == [1] * 4

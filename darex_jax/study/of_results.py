@@ -79,7 +79,7 @@ def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Find
 
 
 def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
-    """What trained parts keep at each size, beside the best way without training, on the same fine-tunes."""
+    """What trained parts keep at each size."""
     known, heads = shares(rows), {row["fine_tune"]: row for row in rows if row["way"] == FINE_TUNED}
     told = []
     for at in plan.at:
@@ -93,7 +93,7 @@ def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
     floor = _mean({name: floor_of(head) / head["mean"] for name, head in heads.items()})
     return [
         f"Of the fine-tuned metric, of which a model that learnt nothing has {floor}, 4-bit factors trained "
-        f"without labels keep nearly all: {', '.join(told)}."
+        f"without labels keep: {', '.join(told)}."
     ]
 
 
