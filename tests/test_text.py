@@ -94,7 +94,7 @@ def test_padding_of_prompts():
     assert mask.sum(axis=1).tolist() == [2, 1, 2]
     with pytest.raises(ValueError, match="expected 1 to 4096"):
         left_padded([[1] * 5000], 1, 1)
-    with pytest.raises(ValueError, match="a prompt has 1 tokens, expected 1"):
+    with pytest.raises(ValueError, match="a prompt has 0 tokens, expected 1"):
         left_padded([[1], []], 1, 2)
 
 
