@@ -111,11 +111,11 @@ def _say_missing(todo: list[Any], rows: list[Any], as_json: bool) -> None:
             json.dumps({"rows": len(rows), "missing": [list(cell) for cell in lacks], "seconds": left})
         )
         return
-    print_table(
-        f"{len(rows)} rows, {len(lacks)} missing",
-        [(group.name, f"{len(cells)} rows") for group, cells in todo],
-    )
-    if lacks:
+    title = f"{len(rows)} rows, {len(lacks)} missing"
+    if not lacks:
+        click.echo(title)
+    else:
+        print_table(title, [(group.name, f"{len(cells)} rows") for group, cells in todo])
         click.echo(f"Estimated time, trainings not counted: {time_text(left)}.")
 
 

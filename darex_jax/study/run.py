@@ -8,9 +8,8 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import jax
-
 from darex_jax.core.errors import FileError
+from darex_jax.core.programs import release_programs
 from darex_jax.files.atomic import only_one
 from darex_jax.files.manifest import run_manifest
 from darex_jax.study.fine_tunes import Place
@@ -18,7 +17,6 @@ from darex_jax.study.plan import FineTune, Plan
 from darex_jax.study.rows import Cell, Row, cell_of, digest_of, read_rows, seconds_left, write_rows
 from darex_jax.tasks.splits import edition
 
-CLEAR_EVERY = 8  # rows: the programs of a long study would otherwise exhaust the process's memory maps
 FINE_TUNED = "fine-tuned"  # the way of the row that a group begins with
 
 
@@ -180,8 +178,7 @@ def run_study(
                     **values, "weights": head["weights"], "seconds": round(time.monotonic() - begun, 1),
                 }  # fmt: skip
                 rows = [other for other in rows if cell_of(other) != cell] + [row]
-                if (done + 1) % CLEAR_EVERY == 0:
-                    jax.clear_caches()
+                release_programs()
                 write_rows(plan.file, ordered(plan, rows))
                 begun, done = time.monotonic(), done + 1
                 rest = [other for _, some in missing_cells(plan, rows, only) for other in some]
