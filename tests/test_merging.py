@@ -128,6 +128,17 @@ def test_a_drop_rate_out_of_range_is_named_as_such():
         dx.merge(trees(), "breadcrumbs", drop_rate=-0.5)
 
 
+def test_a_q_by_name_is_for_the_leaves_that_there_are():
+    options = {"drop_rate": 0.5, "key": KEY}
+    by_name = dx.merge(trees(), "dare-linear", q={"layer": {"weight": 0.5, "bias": 0.25}}, **options)
+    one = dx.merge(trees(), "dare-linear", q=0.5, **options)
+    np.testing.assert_array_equal(by_name["layer"]["weight"], one["layer"]["weight"])
+    np.testing.assert_array_equal(by_name["layer"]["bias"], 2 * one["layer"]["bias"])
+    for wrong in ({NAME: 0.5}, {NAME: 0.5, "layer.bias": 0.5, "more": 0.5}):
+        with pytest.raises(dx.DarexError, match="q by name does not match"):
+            dx.merge(trees(), "dare-linear", q=wrong, **options)
+
+
 def test_q_is_one_or_one_for_each_delta():
     one, each = merged("dare-linear", q=0.5), merged("dare-linear", q=[0.5, 0.25, 0.1])
     parts = [np.asarray(thinned("dare-linear", i, d)) * 0.25 for i, d in enumerate(DELTAS)]

@@ -349,6 +349,12 @@ def test_a_q_that_no_file_could_hold_is_refused(q):
             method(delta, Budget(drop_rate=0.5), key=jax.random.key(0), q=q)
 
 
+def test_positions_of_any_width_are_read_in_chunks():
+    narrow = Sparse(Values(np.ones(2, np.float32)), np.array([3, 255], np.uint8), Q, (2, 1000))
+    chunks = [(index + 500 * i).tolist() for i, (index, _) in enumerate(narrow.chunks(500))]
+    assert chunks == [[3, 255], [], [], []]
+
+
 def test_a_random_part_of_which_nothing_survives_is_zero():
     delta = {"layer": {"weight": DELTA, "bias": np.ones(5, np.float32)}}
     parts = dx.dare(delta, Budget(drop_rate=0.999), key=jax.random.key(0))

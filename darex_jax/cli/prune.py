@@ -247,15 +247,19 @@ def prune(
 
 
 class _Done(NamedTuple):
-    """A file that was written; of a training with texts also its last evaluation and what it was on.
+    """A file that was written, and how its values were trained.
 
-    Attributes: look, trainer: of `distill`; blocks: of `prune_blockwise`.
+    Attributes: trainer: the `Trainer`, with its last evaluation; blocks: of `prune_blockwise`.
     """
 
     summary: Any
-    look: Any = None
     trainer: Any = None
     blocks: Any = None
+
+    @property
+    def look(self) -> Any:
+        """The last evaluation on held-out texts, or None."""
+        return None if self.trainer is None else self.trainer.result
 
 
 def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
@@ -263,10 +267,9 @@ def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
     chosen = METHODS[method]
     if "--max-loss" in given and not chosen.trains:
         raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
-    if "--checkpoints" in given and not chosen.trains:
-        raise click.UsageError(f"{method} does not train; leave out --checkpoints.")
-    if "--steps" in given and not chosen.trains:
-        raise click.UsageError(f"{method} does not train; leave out --steps.")
+    for option in ("--checkpoints", "--steps"):
+        if option in given and not chosen.trains:
+            raise click.UsageError(f"{method} does not train; leave out {option}.")
     if "--drop-rate" in given and method in ("sign", "sign-svd"):
         raise click.UsageError(f"{method} keeps the sign of every entry: pass a size instead of --drop-rate.")
     if given.get("--support") == "sign" and "--max-loss" in given:
@@ -335,8 +338,7 @@ def _by_method(
             )
         else:
             summary = prune_by(job, method, budget, seed=seed, options=options, choose=choose, **known)
-    trainer = known["gathered"][0].train if training else None
-    return _Done(summary, None if trainer is None else trainer.result, trainer)
+    return _Done(summary, known["gathered"][0].train if training else None)
 
 
 def _figures(done: _Done, fine_bytes: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def merge(
     for number, delta in enumerate(deltas[1:], 1):
         check_same(flatten_names(deltas[0]), flatten_names(delta), "the first delta", f"delta {number + 1}")
     named = [flatten_names(delta) for delta in deltas]
-    own = [_own(given, i, len(deltas)) for i in range(len(deltas))]
+    own = [_own(given, i, len(deltas), named[0]) for i in range(len(deltas))]
 
     def together(name: str, _: Any) -> jax.Array:
         wide = [{name: _wide(name, delta[name])} for delta in named]
@@ -71,8 +71,8 @@ def _wide(name: str, leaf: Any) -> jax.Array:
     return array.astype(working_dtype(array.dtype))
 
 
-def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
-    """The options for one delta."""
+def _own(options: Mapping[str, Any], number: int, count: int, names: Iterable[str]) -> dict[str, Any]:
+    """The options for one delta. Args: names: of its leaves."""
     own = dict(options)
     if "key" in own:
         own["key"] = jax.random.fold_in(own["key"], number)
@@ -80,13 +80,17 @@ def _own(options: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
         if len(own["q"]) != count:
             raise DarexError(f"{count} deltas need one q or {count}, got {len(own['q'])}.")
         own["q"] = own["q"][number]
+    if isinstance(own.get("q"), Mapping):
+        own["q"] = flatten_names(own["q"])
+        if differing := sorted(own["q"].keys() ^ set(names)):
+            raise DarexError(f"q by name does not match the deltas: only one of them has {differing}.")
     return own
 
 
 def _of_leaf(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The options for one leaf: its q, if there is one by name."""
     q = options.get("q")
-    return dict(options) if not isinstance(q, Mapping) else {**options, "q": {name: flatten_names(q)[name]}}
+    return {**options, "q": {name: q[name]}} if isinstance(q, Mapping) else dict(options)
 
 
 def _together(stack: jax.Array, weights: Sequence[float], elects: bool) -> jax.Array:

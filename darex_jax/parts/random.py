@@ -47,11 +47,10 @@ class Random:
         return _dense(on_device(self))
 
     def _to_dense(self) -> jax.Array:
-        part = self
-        leaf_key = jax.random.wrap_key_data(part.key, impl="threefry2x32")
+        leaf_key = jax.random.wrap_key_data(self.key, impl="threefry2x32")
         mask = survivors(leaf_key, self.shape, *traced_threshold(self.drop_rate)).reshape(-1)
         index = jnp.arange(mask.size, dtype=jnp.int32)
-        return _spread(part, mask, jnp.int32(0), *cell(index, self.shape)).reshape(self.shape)
+        return _spread(self, mask, jnp.int32(0), *cell(index, self.shape)).reshape(self.shape)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x @ dense.T`, [..., in] -> [..., out]; the mask is generated a block of rows at a time.
@@ -63,7 +62,6 @@ class Random:
         return _matmul(on_device(self), x)
 
     def _matmul(self, x: jax.Array) -> jax.Array:
-        part = self
         (out, width), threshold = self.shape, np.uint32(min(keep_threshold(self.drop_rate), 2**32 - 1))
         if out * width >= 2**32 or self.drop_rate == 0.0:
             raise DarexError("matmul needs a drop_rate above 0 and fewer than 2^32 entries: use to_dense().")
@@ -72,9 +70,9 @@ class Random:
 
         def block(used: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             flat = first.astype(jnp.uint32) * np.uint32(width) + index
-            high, low = threefry2x32(part.key, jnp.zeros_like(flat), flat)
+            high, low = threefry2x32(self.key, jnp.zeros_like(flat), flat)
             mask = ((high ^ low) < threshold) & (flat < np.uint32(out * width))
-            weights = _spread(part, mask, used, *cell(flat.astype(jnp.int32), self.shape))
+            weights = _spread(self, mask, used, *cell(flat.astype(jnp.int32), self.shape))
             product = jnp.einsum("...D,OD->O...", x, weights.reshape(rows, width))
             return used + jnp.sum(mask, dtype=jnp.int32), product
 

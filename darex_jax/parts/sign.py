@@ -54,12 +54,12 @@ class Sign:
         return _matmul(on_device(self), x)
 
     def _matmul(self, x: jax.Array) -> jax.Array:
-        part, (out, width) = self, self.shape
+        out, width = self.shape
         whole = 8 // np.gcd(width, 8)  # number of rows that fill whole bytes
         rows = int(min(-(-out // whole), max(1, BLOCK // (width * whole))) * whole)
         blocks = -(-out // rows)
-        padded = jnp.pad(part.packed, (0, blocks * rows * width // 8 - len(part.packed)))
-        scale = part.scales.astype(jnp.float32) * reciprocal(part.q)
+        padded = jnp.pad(self.packed, (0, blocks * rows * width // 8 - len(self.packed)))
+        scale = self.scales.astype(jnp.float32) * reciprocal(self.q)
         scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
         inputs = x * scale if self.per == "column" else x
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -53,10 +53,10 @@ class Sparse:
         return _matmul(on_device(self), x)
 
     def _matmul(self, x: jax.Array) -> jax.Array:
-        part, (out, width) = self, self.shape
-        numbers, flat = part.numbers(), x.reshape(-1, width)
+        out, width = self.shape
+        numbers, flat = self.numbers(), x.reshape(-1, width)
         by = _by_blocks if len(flat) * len(numbers) > out * width / 2 else _by_entries
-        return by(part.positions, numbers, flat, out).reshape(*x.shape[:-1], out)
+        return by(self.positions, numbers, flat, out).reshape(*x.shape[:-1], out)
 
     def numbers(self) -> Array:
         """The entries at `positions`, float32 [S]."""
@@ -65,13 +65,13 @@ class Sparse:
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
         part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
-        numbers = part.numbers()
         starts = range(0, size, length)
-        # Of the same dtype: otherwise all positions would be converted, for each chunk.
-        edges = np.asarray([*starts, size], part.positions.dtype)
-        bounds = np.searchsorted(part.positions, edges)
+        # One dtype, which holds every edge: otherwise all positions would be converted for each chunk.
+        positions = part.positions.astype(np.uint32 if size < 2**32 else np.uint64, copy=False)
+        numbers = replace(part, positions=positions).numbers()
+        bounds = np.searchsorted(positions, np.asarray([*starts, size], positions.dtype))
         for start, first, stop in zip(starts, bounds, bounds[1:], strict=False):
-            yield part.positions[first:stop].astype(np.int64) - start, numbers[first:stop]
+            yield positions[first:stop].astype(np.int64) - start, numbers[first:stop]
 
     def fields(self) -> dict[str, Any]:
         return {"q": float(self.q), "values": self.values.fields()}
