@@ -14,6 +14,7 @@ from darex_jax.evaluation.calibration import (
     load_statistics,
     save_statistics,
     squared_influences,
+    token_counts,
 )
 from darex_jax.evaluation.curvature import curvature
 from darex_jax.evaluation.outputs import output_change, reference_outputs
@@ -123,6 +124,32 @@ def test_padding_changes_nothing_and_observing_neither():
         np.testing.assert_allclose(one[name].mean, other[name].mean, atol=1e-5)
     with pytest.raises(ValueError, match="calibration needs at least one batch"):
         input_statistics(model, params, [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_counted_for_each_row_of_each_table(family):
+    model, params = make(family)
+    batches = make_batches()
+    found = {name: np.asarray(counts) for name, counts in token_counts(model, params, batches).items()}
+    assert set(found) == {name for name in flatten_names(params) if "_embeddings" in name or "embed_" in name}
+    real = [(b["attention_mask"] > 0) & (b["weight"] > 0)[:, None] for b in batches]
+    ids = np.concatenate([b["input_ids"][kept] for b, kept in zip(batches, real, strict=True)])
+    for name, counts in found.items():
+        assert counts.sum() == len(ids) and counts.shape == flatten_names(params)[name].shape[:1]
+        if "word" in name or "tokens" in name:
+            np.testing.assert_array_equal(counts, np.bincount(ids, minlength=40))
+        elif "position" in name:
+            first = 2 if family == "roberta" else 0
+            here = np.sum([np.sum(kept, axis=0) for kept in real], axis=0)
+            np.testing.assert_array_equal(counts[first : first + 12], here)
+        else:
+            assert counts[0] == len(ids)
+
+
+def test_no_tokens_are_counted_for_a_table_that_is_the_head_as_well():
+    config = FAMILIES["llama"] | {"tie_word_embeddings": True}
+    model, params = init_model(read_model_config(config), jax.random.key(0))
+    assert token_counts(model, params, make_batches()) == {}
 
 
 def test_many_tokens_in_float32_stay_near_float64():

@@ -466,6 +466,34 @@ def test_resolved_values_are_those_of_least_squares():
     assert error[0] < error[1]
 
 
+def test_resolved_weights_the_rows_of_a_table_by_their_tokens():
+    """As least squares over one-hot inputs does: one row of x for each token."""
+    ids = np.random.default_rng(1).zipf(1.5, 400)
+    ids = ids[ids < 30]
+    counts = np.bincount(ids, minlength=64).astype(np.float32)
+    delta = np.asarray(TREE["layer"]["weight"])
+    tree, evidence = (
+        {"table": {"weight": TREE["layer"]["weight"]}, "other": TREE["other"]},
+        dataclasses.replace(EVIDENCE, token_counts={"table.weight": counts}),
+    )
+    parts = dx.resolved(tree, Budget(drop_rate=0.8), evidence, dtype=np.float32)
+    found = np.asarray(parts["table"]["weight"].to_dense())
+    assert not np.any(found[counts == 0])
+    x = np.eye(64)[ids]
+    moments = x.T @ x / len(x)
+    scores = np.abs(delta) * np.sqrt(np.diag(moments))[:, None]
+    kept = scores > np.sort(scores, axis=None)[-round(0.2 * scores.size) - 1]
+    wanted = np.linalg.solve(
+        moments + 0.01 * np.mean(np.diag(moments)) * np.eye(64), moments @ (delta * kept)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-8)
+    few = np.zeros(64, np.float32)
+    few[3] = 5
+    evidence = dataclasses.replace(EVIDENCE, token_counts={"table.weight": few})
+    found = dx.resolved(tree, Budget(drop_rate=0.8), evidence)["table"]["weight"]
+    assert np.flatnonzero(found.to_dense()).size == 96 == len(found.parts[0].positions)  # no zero is stored
+
+
 def test_distilled_hands_its_support_to_training_and_takes_what_comes_back():
     seen = {}
 

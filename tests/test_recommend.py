@@ -25,7 +25,7 @@ def darex(*arguments):
 def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     base, fine, texts = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "texts"
     texts.write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
-    line = ["recommend", base, fine, "--size", "2.5x", "--text", texts, "--steps", 3]
+    line = ["recommend", base, fine, "--size", "2.5x", "--text", texts, "--steps", 3, "--seed", 5]
     report = darex(*line)
     tried = {(t["method"], *t["options"]): t for t in report["tried"]}
     assert {name for name, *_ in tried} == {"dare", "magnitude", "wanda", "svd", "allocated", "distilled"}
@@ -35,6 +35,7 @@ def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     assert report["measure"] == "agreement of predictions"
     command = shlex.split(report["command"])
     assert command[:2] == ["darex", "prune"] and "--size" in command
+    assert command[command.index("--seed") + 1] == "5" and "--difficulty" not in command
     out = tmp_path / "d"
     steps = ["--steps", "3"] if report["chosen"]["steps"] else []
     made = darex(*[str(out) if word == "OUT" else word for word in command[1:]], *steps)

@@ -11,6 +11,7 @@ import click
 from darex_jax.choosing.table import WAYS, curve_axis
 from darex_jax.cli.options import (
     DATA_DIR,
+    DIFFICULTY,
     EXCLUDE,
     IGNORE,
     INCLUDE,
@@ -41,8 +42,7 @@ from darex_jax.cli.stores import HERE, PATH
 @click.option("--task", help="Source of the examples: opinions (generated), cola, sst2, mrpc, stsb; "
               "word-problems (generated), gsm8k. Default: a generated one, without its labels.")  # fmt: skip
 @DATA_DIR
-@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Maximum number of steps of a generated word problem.")  # fmt: skip
+@DIFFICULTY
 @TEXT
 @own_examples
 @click.option("--out", type=HERE, default="q.json", show_default=True,

@@ -12,6 +12,7 @@ from darex_jax.cli.options import (
     BESIDE,
     DATA_DIR,
     DELTAS,
+    DIFFICULTY,
     DTYPE,
     IGNORE,
     JSON,
@@ -23,6 +24,7 @@ from darex_jax.cli.options import (
     TEXT_COLUMN,
     own_examples,
     take_only_table,
+    typed,
     with_params,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, say_if_large, step_bar
@@ -50,17 +52,13 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
               help="Maximum length of an answer to a problem, in tokens.")  # fmt: skip
 @click.option("--records", type=HERE, help="File for the answers to problems. Default: under runs/.")
-@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Maximum number of steps of a generated problem.")  # fmt: skip
+@DIFFICULTY
 @DTYPE
 @PARAMS
 @IGNORE
 @SEED
 @JSON
-@click.pass_context
 def evaluate(
-    ctx: click.Context,
-    /,
     model: Path,
     task_names: tuple[str, ...],
     deltas: tuple[Path, ...],
@@ -89,10 +87,16 @@ def evaluate(
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
+    from darex_jax.tasks.answers import PROBLEM_TASKS
     from darex_jax.tasks.opening import open_model
 
     (model,) = with_params(params, model)
-    table = take_only_table(ctx, own, "task_names")
+    table = take_only_table(own, "task_names")
+    if table is not None or not set(task_names) & set(PROBLEM_TASKS):
+        for option in filter(typed, ("records", "max_new_tokens", "difficulty")):
+            raise click.UsageError(
+                f"--{option.replace('_', '-')} is for problems: pass --task {' or '.join(PROBLEM_TASKS)}."
+            )
     say_if_large("eval", model)
     if beside and not deltas:
         raise click.UsageError("--beside needs --delta.")
@@ -136,7 +140,7 @@ def evaluate(
         score = _complete_examples if table.prompt is not None else _classify_table
         result, inputs = score(opened, table, split, limit, seed, batch_size)
         text = f"{result['metric']:.4f} on {result['n']} examples"
-    elif task_name in ("gsm8k", "word-problems"):
+    elif task_name in PROBLEM_TASKS:
         problems = _problems(task_name, data_dir, split, seed, difficulty)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty

@@ -35,6 +35,8 @@ EXCLUDE = click.option("--exclude", multiple=True, metavar="REGEX", help="Do not
 TASK = click.option("--task", "task_name", default="opinions", show_default=True,
                     help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
 DATA_DIR = click.option("--data-dir", type=HERE, help="Folder of the task's parquet files. Default: the hub.")
+DIFFICULTY = click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
+                          help="Maximum number of steps of a generated word problem.")  # fmt: skip
 TEXT = click.option("--text", type=PATH, help="A file with one text per line, instead of a task.")
 DATA = click.option("--data", metavar="FILE|DIR|NAME", help="Your own examples: parquet, CSV, JSON lines or "
                     "Arrow, a folder of them, or a data set of the hub.")  # fmt: skip
@@ -79,6 +81,11 @@ def with_params(params: str | None, *paths: Path) -> tuple[Path, ...]:
     )
 
 
+def typed(option: str) -> bool:
+    """Whether the user gave this option of the running command."""
+    return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
+
+
 def renaming(rename: str | None) -> Callable[[str], str] | None:
     """The function described by --rename."""
     if rename is None:
@@ -108,7 +115,7 @@ def own_examples(command: Any) -> Any:
     return command
 
 
-def take_only_table(ctx: click.Context, options: dict[str, Any], task: str) -> Any:
+def take_only_table(options: dict[str, Any], task: str) -> Any:
     """`take_table` for a command whose --text is only a column.
 
     Args: task: the parameter of --task, which excludes --data.
@@ -116,7 +123,7 @@ def take_only_table(ctx: click.Context, options: dict[str, Any], task: str) -> A
     table = take_table(options)
     if options.pop("text") is not None:
         raise click.UsageError("--text is a column of --data: pass --data as well.")
-    if table is not None and ctx.get_parameter_source(task) == ParameterSource.COMMANDLINE:
+    if table is not None and typed(task):
         raise click.UsageError("pass either --task or --data, not both.")
     return table
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from click.core import ParameterSource
 
 from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
 from darex_jax.cli.options import (
     BYTES_PER_PARAMETER,
     DATA_DIR,
+    DIFFICULTY,
     EXCLUDE,
     IGNORE,
     INCLUDE,
@@ -30,6 +30,7 @@ from darex_jax.cli.options import (
     own_examples,
     renaming,
     take_table,
+    typed,
     with_params,
 )
 from darex_jax.cli.show import (
@@ -79,6 +80,7 @@ ENOUGH = 256  # minimum number of texts for which best trains
 @click.option("--task", help="Source of examples, as in find-q: for --q auto or OBJECTIVE, and "
               "for wanda, resolved and distilled.")  # fmt: skip
 @DATA_DIR
+@DIFFICULTY
 @TEXT
 @own_examples
 @LIMIT
@@ -113,6 +115,7 @@ def prune(
     q: str | None,
     task: str | None,
     data_dir: Path | None,
+    difficulty: int,
     text: Path | None,
     limit: int | None,
     seed: int,
@@ -150,7 +153,7 @@ def prune(
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
     places: dict[str, Any] = {"task": task, "data_dir": data_dir, "text": said["text"], "table": table}
-    places["seed"] = seed
+    places |= {"difficulty": difficulty, "seed": seed}
     why = None
     if method is None:
         method = "dare" if drop_rate is not None or q is not None else "best"
@@ -162,10 +165,10 @@ def prune(
         texts = Source(**places, limit=limit or TRAINING_TEXTS) if has_texts else None
         method, q, why = _best(fine, texts, max_loss is not None)
     chooses = q == "auto" or q in WAYS
-    typed = click.get_current_context().get_parameter_source("steps") == ParameterSource.COMMANDLINE
     stray = {
         "--max-loss": max_loss, "--checkpoints": checkpoints, "--support": support, "--bits": bits, "--q": q,
-        "--block-wise": block_wise or None, "--drop-rate": drop_rate, "--steps": steps if typed else None,
+        "--block-wise": block_wise or None, "--drop-rate": drop_rate,
+        "--steps": steps if typed("steps") else None,
     }  # fmt: skip
     _refuse_stray(method, {name: value for name, value in stray.items() if value is not None})
     if (has_texts or data_dir or limit) and not (chooses or METHODS[method].needs):

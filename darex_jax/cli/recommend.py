@@ -11,15 +11,18 @@ import click
 from darex_jax.cli.options import (
     BYTES_PER_PARAMETER,
     DATA_DIR,
+    DIFFICULTY,
     EXCLUDE,
     IGNORE,
     INCLUDE,
     JSON,
     LIMIT,
+    SEED,
     TEXT,
     Ratio,
     own_examples,
     take_table,
+    typed,
 )
 from darex_jax.cli.prune import TRAINING_TEXTS
 from darex_jax.cli.show import bytes_text, family_of, print_table, tried_bar, warned
@@ -40,9 +43,11 @@ TAILED = 0.5  # share of the squared norm in the largest 1 % of entries
 @BYTES_PER_PARAMETER
 @click.option("--task", help="Source of texts (labels are not used); or pass --text.")
 @DATA_DIR
+@DIFFICULTY
 @TEXT
 @own_examples
 @LIMIT
+@SEED
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(3),
               help="Steps of the trial training.")  # fmt: skip
 @click.option("--can-retrain", is_flag=True, help="The fine-tuning can be repeated.")
@@ -57,8 +62,10 @@ def recommend(
     bytes_per_parameter: float | None,
     task: str | None,
     data_dir: Path | None,
+    difficulty: int,
     text: Path | None,
     limit: int | None,
+    seed: int,
     steps: int,
     can_retrain: bool,
     include: tuple[str, ...],
@@ -90,23 +97,26 @@ def recommend(
         raise click.UsageError("--data-dir and --limit are for texts: pass --task, --text or --data.")
     if has_texts:
         source = Source(
-            task=task, data_dir=data_dir, text=options["text"], table=table, limit=limit or TRAINING_TEXTS
-        )
+            task=task, data_dir=data_dir, difficulty=difficulty, text=options["text"], table=table,
+            limit=limit or TRAINING_TEXTS, seed=seed,
+        )  # fmt: skip
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude, f.shapes))
         fine_bytes, size = f.nbytes, 100.0 if size is None else size
         file_bytes = wanted_bytes(job, size, bytes_per_parameter)
         with tried_bar(as_json) as on_try:
             advice = advise(
-                job, file_bytes, source, steps=steps, ignore_config_fields=ignore_config_fields, on_try=on_try
-            )
+                job, file_bytes, source, steps=steps, seed=seed, ignore_config_fields=ignore_config_fields,
+                on_try=on_try,
+            )  # fmt: skip
     budget = {"size": f"{size:g}x"}
     if bytes_per_parameter is not None:
         budget = {"bytes-per-parameter": str(bytes_per_parameter)}
     scope = {"include": include, "exclude": exclude, "ignore-config-field": ignore_config_fields}
-    always = _options({**budget, **scope})
-    texts = _options({"task": task, "data-dir": data_dir, "text": text, "limit": limit, **own})
-    command = _command(advice.chosen, base, fine, always, texts)
+    always = _options({**budget, **scope, "seed": seed or None})
+    texts = {"task": task, "data-dir": data_dir, "text": text, "limit": limit, **own}
+    texts["difficulty"] = difficulty if typed("difficulty") else None
+    command = _command(advice.chosen, base, fine, always, _options(texts))
     command = as_given(command)
     sentences = _sentences(advice, file_bytes, source is not None, can_retrain)
     if as_json:

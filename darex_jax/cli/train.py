@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from darex_jax.cli.options import (
     BATCH_SIZE,
     DATA_DIR,
+    DIFFICULTY,
     IGNORE,
     JSON,
     LEARNING_RATE,
@@ -20,11 +20,10 @@ from darex_jax.cli.options import (
     TEXT_COLUMN,
     own_examples,
     take_only_table,
+    typed,
 )
 from darex_jax.cli.show import print_table, training_bar
 from darex_jax.cli.stores import HERE, PATH
-
-COMMAND_LINE = ParameterSource.COMMANDLINE
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -58,8 +57,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @DATA_DIR
 @own_examples
 @TEXT_COLUMN
-@click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
-              help="Maximum number of steps of a generated problem.")  # fmt: skip
+@DIFFICULTY
 @click.option("--limit", type=click.IntRange(1), help="Number of training examples to use, the first ones.")
 @click.option("--steps", type=click.IntRange(1), help="Length; or pass --epochs.")
 @click.option("--epochs", type=float, help="Length; or pass --steps. Default: 3 epochs.")
@@ -104,8 +102,7 @@ CONFIG = click.option("--config", type=PATH, is_eager=True, expose_value=False, 
 @IGNORE
 @SEED
 @JSON
-@click.pass_context
-def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
+def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> None:
     """Fine-tune BASE on a task and write the model to OUT.
 
     Linear warm-up and decay. OUT is a Hugging Face directory (with --lora-rank, an adapter) with a manifest
@@ -115,18 +112,17 @@ def train(ctx: click.Context, /, base: Path, out: Path, task: str, as_json: bool
     from darex_jax.runs.train import train_run
     from darex_jax.training.loop import Recipe
 
-    typed = {name for name in ("steps", "epochs") if ctx.get_parameter_source(name) == COMMAND_LINE}
-    if len(typed) == 1:  # it takes precedence over the other one in a config
-        options["epochs" if "steps" in typed else "steps"] = None
+    if typed("steps") != typed("epochs"):  # it takes precedence over the other one in a config
+        options["epochs" if typed("steps") else "steps"] = None
     elif options["steps"] is None and options["epochs"] is None:
         options["epochs"] = 3.0
-    given = {name for name in options if ctx.get_parameter_source(name) == COMMAND_LINE}
+    given = set(filter(typed, options))
     if "norm" in given and options["optimizer"] != "adamr":
         raise click.UsageError("--norm is of --optimizer adamr.")
     if options["lora_rank"] is None and (stray := given & {"lora_alpha", "lora_targets", "rslora"}):
         raise click.UsageError(f"--{min(stray).replace('_', '-')} needs --lora-rank.")
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
-    table = take_only_table(ctx, options, "task")
+    table = take_only_table(options, "task")
     with training_bar("fine-tuning", as_json) as on_step:
         report = train_run(
             base, out, recipe, task=task, table=table, **options,

@@ -1,4 +1,4 @@
-"""Statistics of each linear layer's inputs over calibration data, in one compiled pass."""
+"""Statistics over calibration data, in one compiled pass: of linear layers' inputs, of looked-up rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.safetensors import SafetensorsFile, write_tensors
-from darex_jax.models import Model
+from darex_jax.models import DecoderConfig, Model
 from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 
 Params = Any
@@ -117,6 +117,17 @@ def squared_influences(
     return {name: (energy / count, square / count) for name, (count, energy, square) in total.items()}
 
 
+def token_counts(model: Model, params: Params, batches: Iterable[Batch]) -> dict[str, jax.Array]:
+    """How many tokens look up each row of each embedding table, without padding: float32 [rows], by name.
+
+    A table that is the head as well is left out: every one of its rows takes part in every output.
+
+    Args: batches: as for `input_statistics`.
+    Raises: ValueError without a batch.
+    """
+    return summed(_counts(model, params, batch) for batch in batches)
+
+
 def summed(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the batches, leaf by leaf. Raises: DarexError if there are none."""
     total = reduce(_added, sums, None)
@@ -144,6 +155,21 @@ def _sums(
         found[name] = (jnp.sum(real), jnp.sum(x, axis=0), jnp.sum(jnp.square(x), axis=0), outer)
 
     model(params, **model_inputs(batch), observe=observe)
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _counts(model: Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    tables, found = flatten_names(params), {}
+    tied = isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings
+
+    def observe_ids(name: str, ids: jax.Array) -> None:
+        if not tied:
+            _, real = real_parts(batch)
+            rows = jnp.broadcast_to(ids, real.shape)
+            found[name] = jnp.zeros(len(tables[name]), jnp.float32).at[rows].add(real, mode="drop")
+
+    model(params, **model_inputs(batch), observe_ids=observe_ids)
     return found
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Calibration data for methods; statistics are of each linear layer's inputs over calibration tokens, by
-    weight name.
+    """Calibration data for methods; statistics are of each linear layer's inputs over calibration tokens.
+    Mappings are by parameter name.
 
     Attributes:
       input_norms: the L2 norm [in] of each input feature, `sqrt(sum x_j^2)`.
       second_moments: `E[x x^T]`, [in, in].
+      token_counts: how many calibration tokens look up each row of an embedding table, [rows]; gathered with
+        second_moments, whose diagonal it is but for a factor.
       curvature: mean squared gradient of the outputs per entry, for any parameter.
       train: (float parts by name, bits) -> the same parts with trained values, quantised to `bits`, for which
         the outputs are close to the fine-tuned model's.
@@ -22,5 +24,6 @@ class Evidence:
 
     input_norms: Mapping[str, Any] = field(default_factory=dict)
     second_moments: Mapping[str, Any] = field(default_factory=dict)
+    token_counts: Mapping[str, Any] = field(default_factory=dict)
     curvature: Mapping[str, float] = field(default_factory=dict)
     train: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] | None = None

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.importance import wanda_mask
+from darex_jax.core.importance import kept_count, wanda_mask
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.magnitude import kept_parts, value_bits
+from darex_jax.methods.magnitude import kept_parts, largest, value_bits
 from darex_jax.parts.total import Parts
 
 DAMPING = 0.01  # of the mean diagonal of the second moments
@@ -32,30 +31,42 @@ def resolved(
     """WANDA's survivors, with the values that minimise the change of a layer's outputs.
 
     For each row d and its support: argmin_v (d - v)^T H (d - v) + lambda |v|^2, H the second moments of the
-    layer's inputs, lambda a hundredth of its mean diagonal. Parameters without second moments (biases,
-    embeddings) keep their own largest entries.
+    layer's inputs, lambda a hundredth of its mean diagonal. The input of an embedding table is the index of
+    a row: its H is diagonal, the frequency of each row in `token_counts`. So entries compete over the whole
+    table, and a row that no text looks up keeps nothing. Other parameters keep their own largest entries.
 
-    Args: evidence: with `second_moments`; bits, dtype: as in `magnitude`.
+    Args: evidence: with `second_moments`, and `token_counts` if any; bits, dtype: as in `magnitude`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Raises: DarexError without second moments.
     Source: spec 13; ridge regression on a fixed support as in SparseGPT, arXiv:2301.00774.
     """
     density = budget.density(value_bits(bits, dtype), places=True)
-    names = flatten_names(delta).keys()
-    known = flatten_names(evidence.second_moments)
-    if not known:
+    moments, counts = flatten_names(evidence.second_moments), flatten_names(evidence.token_counts)
+    if not moments:
         raise DarexError("resolved needs evidence with second_moments, by parameter name.")
-    moments = {name: np.asarray(known[name]) for name in known if name in names}
-    norms = {name: np.sqrt(np.diag(h).astype(np.float64)).astype(np.float32) for name, h in moments.items()}
-    masks = wanda_mask(delta, norms, 1.0 - density, "row")
 
-    def solve(name: str, leaf: Any, mask: Any) -> Parts:
-        matrix, kept = np.asarray(leaf, np.float32), np.asarray(mask)
-        if name in moments and kept.any():
-            matrix = solved(matrix, kept, moments[name].astype(np.float64))
+    def solve(name: str, leaf: Any) -> Parts:
+        matrix = np.asarray(leaf, np.float32)
+        if name in counts:
+            matrix, kept = _of_a_table(matrix, density, np.asarray(counts[name], np.float32))
+        elif name in moments:
+            h = np.asarray(moments[name], np.float64)
+            norms = np.sqrt(np.diag(h)).astype(np.float32)
+            kept = np.asarray(wanda_mask({name: leaf}, {name: norms}, 1.0 - density, "row")[name])
+            matrix = solved(matrix, kept, h) if kept.any() else matrix
+        else:
+            kept = largest(matrix, kept_count(1.0 - density, matrix.size))
         return kept_parts(matrix, kept, bits, dtype)
 
-    return map_named(solve, delta, jax.tree.map(np.asarray, masks))
+    return map_named(solve, delta)
+
+
+def _of_a_table(matrix: np.ndarray, density: float, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Refitted values and the mask of an embedding table [rows, out] whose row i occurs `counts[i]` times."""
+    scores = np.abs(matrix) * np.sqrt(counts)[:, None]
+    kept = largest(scores, kept_count(1.0 - density, matrix.size)) & (scores > 0)
+    ridge = DAMPING * max(float(np.mean(counts)), 1e-30)
+    return matrix * (counts / (counts + ridge))[:, None], kept
 
 
 def solved(matrix: np.ndarray, kept: np.ndarray, moments: np.ndarray) -> np.ndarray:

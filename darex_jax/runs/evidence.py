@@ -16,7 +16,7 @@ from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
 from darex_jax.core.tree import combine, flatten_names
-from darex_jax.evaluation.calibration import InputStatistics, input_statistics
+from darex_jax.evaluation.calibration import InputStatistics, input_statistics, token_counts
 from darex_jax.evaluation.curvature import curvature
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
@@ -142,6 +142,9 @@ def _statistics(model: Model, params: Any, material: Material, needs: Collection
     evidence = Evidence()
     if {"input_norms", "second_moments"} & set(needs):
         evidence = evidence_of(input_statistics(model, params, material.batches(), moments))
+    if "second_moments" in needs:  # those of embedding tables are diagonal
+        counts = token_counts(model, params, material.batches())
+        evidence = replace(evidence, token_counts=jax.tree.map(np.asarray, counts))
     if "curvature" not in needs:
         return evidence
     batches = material.batches(CURVATURE_ROWS)

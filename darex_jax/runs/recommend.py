@@ -103,6 +103,7 @@ def recommend(
     source: Source | None,
     *,
     steps: int = STEPS,
+    seed: int = 0,
     ignore_config_fields: Collection[str] = (),
     on_try: Callable[[str], None] = lambda what: None,
 ) -> Advice:
@@ -113,7 +114,7 @@ def recommend(
     Args:
       job: its `out` is not used.
       source: of texts, labels are not used; None without texts.
-      steps: of the trial training.
+      steps: of the trial training; seed: of random methods, as for `prune_by`.
       on_try: called with the name of the next measurement.
     Raises: DarexError if no method has so small a file, or the models do not match.
     """
@@ -144,8 +145,8 @@ def recommend(
             path = Path(folder) / "delta"
             try:
                 summary = prune_by(
-                    replace(job, out=path), method, file_bytes, gathered=(evidence, digests), options=given,
-                    choose=choose,
+                    replace(job, out=path), method, file_bytes, seed=seed, gathered=(evidence, digests),
+                    options=given, choose=choose,
                 )  # fmt: skip
             except (DarexError, FloatingPointError) as refusal:
                 failed[method] = str(refusal)
