@@ -148,11 +148,11 @@ def quantise(
     else:
         group = xp.broadcast_to(xp.asarray(rows if per == "row" else columns, np.int32), x.shape)
         groups = (shape or x.shape)[0 if per == "row" else 1]
-    # Padded to a power of two, with a separate group, so that few programs are compiled.
+    # Padded to powers of two, with a separate group, so that few programs are compiled.
     more = (1 << max(0, x.size - 1).bit_length()) - x.size
     filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
     of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
-    integers, scales = _fit(filled, of, groups + 1, bits)
+    integers, scales = _fit(filled, of, 1 << groups.bit_length(), bits)
     if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
     return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)

@@ -17,6 +17,7 @@ from darex_jax.files.prune import Job, PruneSummary, prune_parts
 from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.evidence import Evidence
+from darex_jax.methods.svd import Decompose, remembering
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer
 
@@ -36,6 +37,7 @@ def prune_by(
     gathered: tuple[Evidence, Mapping[str, str]] = (Evidence(), {}),
     options: Mapping[str, Any] | None = None,
     choose: Callable[[float], Any] | None = None,
+    decompose: Decompose | None = None,
 ) -> PruneSummary:
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
@@ -46,6 +48,7 @@ def prune_by(
       gathered: the method's evidence and digests of its sources, from `gather`.
       options: of the method: bits, q, ...
       choose: for dare with a size, drop rate -> q.
+      decompose: as in `svd`; the sizes tried share one.
     Raises: DarexError for missing evidence, or an unreachable size; otherwise as `prune_parts`.
     """
     chosen, (known, digests) = METHODS[method], gathered
@@ -54,6 +57,7 @@ def prune_by(
             raise DarexError(f"{method} needs {need.replace('_', ' ')}: pass texts (--text, --task).")
     given = {name: value for name, value in (options or {}).items() if value is not None}
     key = {"key": jax.random.key(seed)} if chosen.random else {}
+    shared = {"decompose": decompose or remembering()} if chosen.decomposes else {}
     trained = {"steps": known.train.steps} if isinstance(known.train, Trainer) else {}
 
     def write(job: Job, budget: Budget, known: Evidence = known) -> PruneSummary:
@@ -64,7 +68,7 @@ def prune_by(
         }  # fmt: skip
 
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
-            return chosen.prune(deltas, budget, known, **key, **given)
+            return chosen.prune(deltas, budget, known, **key, **shared, **given)
 
         return prune_parts(job, make_parts, leafwise=chosen.leafwise, made_by=made_by)
 
@@ -134,8 +138,9 @@ def prune_within(
         evidence, train.result = (replace(known, train=train), digests), None
         try:
             found = prune_by(
-                replace(job, out=path), method, size, seed=seed, gathered=evidence, options=options
-            )
+                replace(job, out=path), method, size, seed=seed, gathered=evidence, options=options,
+                decompose=decompose,
+            )  # fmt: skip
         except TooSmall:
             return 1.0
         if train.result is None:  # nothing was kept
@@ -145,6 +150,7 @@ def prune_within(
         return 1.0 - train.result.agreement
 
     written: dict[int, PruneSummary] = {}
+    decompose = remembering()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "delta"
         nothing = replace(known, train=lambda parts, bits: parts), digests
