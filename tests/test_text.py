@@ -16,7 +16,7 @@ import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.evaluation.text import complete, left_padded, stream_text
+from darex_jax.evaluation.text import complete, left_padded, sample_texts, stream_text
 from darex_jax.models import init_model, read_model_config
 from darex_jax.tasks.opening import open_model
 from tests.test_decoders import LLAMA
@@ -86,6 +86,80 @@ def test_end_tokens_end_a_text(opened):
     length = tokens.tolist().index(end)
     (text,) = complete(*opened, [PROMPTS[1]], max_new_tokens=20, eos_token_id=[end])
     assert text == tokenizer.decode(tokens[:length], skip_special_tokens=True)
+
+
+def test_sampled_texts_are_what_the_model_draws(opened):
+    model, params, tokenizer = opened
+    options = {"max_new_tokens": 12, "eos_token_id": 2, "key": jax.random.key(4), "temperature": 0.7}
+    done = []
+    texts = sample_texts(*opened, 40, **options, on_texts=done.append)
+    assert len(texts) == 40 and len(set(texts)) > 30 and done == [32, 40]
+    assert sample_texts(*opened, 3, **options) == texts[:3]
+    given = np.zeros((32, 1), np.int32)  # <s>, which this tokenizer does not add by itself, so it is written
+    own = jax.random.fold_in(jax.random.key(4), 0)
+    drawn = dx.generate(
+        model, params, given, np.ones_like(given), max_new_tokens=12, eos_token_id=2, key=own, temperature=0.7
+    )
+    ended = [[*row, 2] for row in np.asarray(drawn).tolist()]
+    expected = [tokenizer.decode([0, *row[: row.index(2)]]) for row in ended]
+    assert texts[:32] == [text for text in expected if text.strip()]
+    assert all(tokenizer(text)["input_ids"][0] == 0 for text in texts)  # read again as it was written
+    continued = sample_texts(*opened, 5, prompts=PROMPTS, **options)
+    assert all(text.startswith(PROMPTS[i % 3]) for i, text in enumerate(continued))
+    assert len(set(continued)) == 5
+
+
+def test_the_start_of_sampled_texts_depends_on_the_tokenizer(opened):
+    model, params, tokenizer = opened
+
+    class Known:
+        bos_token_id, eos_token_id, adds = None, None, ()
+
+        def __call__(self, text):
+            return {"input_ids": [*self.adds, *tokenizer(text)["input_ids"]]}
+
+        def decode(self, tokens, **options):
+            return tokenizer.decode(tokens, **options)
+
+    options = {"max_new_tokens": 6, "eos_token_id": None, "key": jax.random.key(0)}
+    known = Known()
+    with pytest.raises(ValueError, match="no start or end token"):
+        sample_texts(model, params, known, 2, **options)
+    known.eos_token_id = 2
+    assert not any("</s>" in text[:4] for text in sample_texts(model, params, known, 9, **options))
+    known.adds = (0,)
+    texts = sample_texts(model, params, known, 9, **options)
+    assert not any(text.startswith("<s>") for text in texts)  # the tokenizer adds it again
+    assert sample_texts(model, params, known, 9, prompts=["we"], **options)[0].startswith("we")
+    ends = list(range(259))  # every token
+    with pytest.raises(ValueError, match="ended at their first token: pass prompts"):
+        sample_texts(model, params, known, 2, **options | {"eos_token_id": ends})
+
+
+def test_sample_writes_texts_that_prune_trains_on(folder, tmp_path):
+    model, params = dx.load_model(folder)
+    fine = jax.tree.map(lambda x: x + 0.01 * jnp.sin(100 * x), params)
+    dx.save_params(tmp_path / "fine", fine, model.config.to_hf())
+    for file in folder.glob("*token*"):
+        (tmp_path / "fine" / file.name).write_bytes(file.read_bytes())
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "own.jsonl"
+    prompts.write_text("\n".join(PROMPTS))
+    line = ["sample", tmp_path / "fine", out, "--count", 12, "--max-new-tokens", 8, "--text", prompts]
+    shown = CliRunner().invoke(main, [str(x) for x in line])
+    assert shown.exit_code == 0 and "12 of them distinct" in shown.output and "--data" in shown.output
+    texts = [json.loads(line)["text"] for line in out.read_text().split("\n")[:-1]]
+    assert len(texts) == 12 and texts[1].startswith("we")
+    report = json.loads(CliRunner().invoke(main, [*map(str, line), "--json"]).stdout)
+    assert (
+        report["texts"] == 12 and [json.loads(x)["text"] for x in out.read_text().split("\n")[:-1]] == texts
+    )
+    pruned = ["prune", folder, tmp_path / "fine", tmp_path / "d", "--method", "distilled", "--size", "2x",
+              "--steps", 3, "--data", out, "--text", "text", "--json"]  # fmt: skip
+    done = CliRunner().invoke(main, [str(x) for x in pruned])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["warnings"] == []
+    missing = CliRunner().invoke(main, ["sample", str(folder.parent / "none"), str(out)])
+    assert missing.exit_code == 1 and len(out.read_text().split("\n")) == 13
 
 
 def test_padding_of_prompts():

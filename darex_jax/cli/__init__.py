@@ -83,6 +83,7 @@ for command in (
     choose.find_q,
     learn.demo,
     text.generate,
+    text.sample,
     report.report,
     experiment.experiment,
 ):

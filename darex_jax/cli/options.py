@@ -133,7 +133,9 @@ def take_table(options: dict[str, Any]) -> Any:
 
     Without --data, --text is kept: it is a file.
     """
-    given = {name: options.pop(name) for name in ("data", "pair", "label", "prompt", "completion", "metric")}
+    given = {
+        name: options.pop(name, None) for name in ("data", "pair", "label", "prompt", "completion", "metric")
+    }
     if given["data"] is None:
         if stray := next((name for name, value in given.items() if value is not None), None):
             raise click.UsageError(f"--{stray} is a column or a metric of --data: pass --data as well.")

@@ -211,6 +211,13 @@ def problem_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int, 
 
 
 @contextmanager
+def text_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of texts that a model writes."""
+    with _bar(desc="writing", total=total, unit="text", disable=quiet) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+@contextmanager
 def look_bar(total: int, quiet: bool) -> Iterator[Callable[[Any], None]]:
     """A bar for a training that reports evaluations; shown from the first one on."""
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`darex generate`: continues a prompt with a model or its deltas."""
+"""`darex generate` continues a prompt with a model or its deltas; `darex sample` has a model write texts."""
 
 import json
 import time
@@ -10,18 +10,24 @@ import click
 from darex_jax.cli.options import (
     ALLOW_CHANGED_FILES,
     BESIDE,
+    DATA,
+    DATA_DIR,
     DELTAS,
+    DIFFICULTY,
     DTYPE,
     IGNORE,
     JSON,
     SEED,
+    take_table,
 )
-from darex_jax.cli.show import plain, say_if_large
-from darex_jax.cli.stores import PATH
+from darex_jax.cli.show import plain, print_table, say_if_large, text_bar
+from darex_jax.cli.stores import OUT, PATH, as_given
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
     from darex_jax.tasks.opening import Opened
+
+SHOWN = 200  # characters of the first text
 
 
 @click.command()
@@ -119,6 +125,87 @@ def generate(
         click.echo(json.dumps(report | {"text": text, "seconds": _since(begun)}))
     else:
         click.echo()
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("out", type=OUT)
+@click.option("--count", default=1000, show_default=True, type=click.IntRange(1), help="Number of texts.")
+@click.option("--task", type=click.Choice(["gsm8k", "word-problems"]), help="Continue its prompts.")
+@DATA_DIR
+@DIFFICULTY
+@click.option("--text", type=PATH, help="Continue prompts: a file with one per line, or a column of --data. "
+              "Without any prompts whole texts are written.")  # fmt: skip
+@DATA
+@click.option("--chat", is_flag=True, help="Format prompts as user messages with the model's chat template.")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@DTYPE
+@IGNORE
+@SEED
+@JSON
+def sample(
+    model: Path,
+    out: Path,
+    count: int,
+    task: str | None,
+    data_dir: Path | None,
+    difficulty: int,
+    text: Path | None,
+    data: str | None,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    dtype: str | None,
+    ignore_config_fields: tuple[str, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Have a decoder write texts, for a method that trains on the model's own answers.
+
+    The texts continue prompts, in turn, and begin with them. OUT is a file of JSON lines, replaced if it
+    exists, for darex prune --data OUT --text text.
+    """
+    import jax
+
+    from darex_jax.evaluation.text import sample_texts
+    from darex_jax.files.atomic import write_whole
+    from darex_jax.files.paths import check_output
+    from darex_jax.tasks.source import Source, read_prompts
+
+    check_output(out)
+    places: dict[str, Any] = {"data": data, "text": text}
+    table = take_table(places)
+    source = Source(task=task, data_dir=data_dir, difficulty=difficulty, text=places["text"], table=table)
+    prompts = read_prompts(source)
+    if chat and not prompts:
+        raise click.UsageError("--chat formats prompts: pass --text, --data or --task.")
+    say_if_large("sample", model)
+    loaded, params, tokenizer, ends = open_text_model(model, dtype, ignore_config_fields=ignore_config_fields)
+    if chat:
+        prompts = [as_chat(model, tokenizer, prompt) for prompt in prompts]
+    begun = time.monotonic()
+    with text_bar(count, as_json) as on_texts:
+        texts = sample_texts(
+            loaded, params, tokenizer, count, prompts=prompts, max_new_tokens=max_new_tokens,
+            eos_token_id=ends, key=jax.random.key(seed), temperature=temperature, on_texts=on_texts,
+        )  # fmt: skip
+    write_whole(out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    report = {
+        "model": str(model), "out": as_given(str(out)), "texts": len(texts), "seed": seed,
+        "distinct": len(set(texts)), "mean_length": round(sum(map(len, texts)) / len(texts), 1),
+        "seconds": _since(begun),
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    rows = [
+        ("texts", f"{len(texts):,}, {report['distinct']:,} of them distinct"),
+        ("length", f"{report['mean_length']} characters on average"),
+        ("first", plain(texts[0])[:SHOWN]),
+        ("use", f"darex prune BASE {model} DELTA --method distilled --data {report['out']} --text text ..."),
+    ]
+    print_table(str(report["out"]), rows)
 
 
 def as_chat(model: Path, tokenizer: Any, prompt: str) -> str:

@@ -1,6 +1,6 @@
 """Text generation from strings: tokenisation, the generation loop, decoding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from darex_jax.models.generate import decode, end_tokens, padding_token, prefill
 # Prompts are padded to these lengths, so that a data set compiles few programs.
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 PIECE = 32  # tokens generated per compiled call, after which stop strings are checked
+SAMPLED = 32  # texts drawn at a time
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, batch: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -55,9 +56,8 @@ def stream_text(
       piece: tokens generated at a time.
     """
     shown = text = ""
-    for tokens in _pieces(
-        model, params, tokenizer, [prompt], 1, max_new_tokens, eos_token_id, key, temperature, piece
-    ):
+    rows = [tokenizer(prompt)["input_ids"]]
+    for tokens in _pieces(model, params, rows, 1, max_new_tokens, eos_token_id, key, temperature, piece):
         text, ended = _text(tokenizer, tokens[0], eos_token_id, stop)
         # The last characters may still change: an incomplete character, or the start of a stop string.
         safe = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -92,9 +92,9 @@ def complete(
       key, temperature: as for `generate`.
     """
     texts: list[tuple[str, bool]] = []
-    rows = batch_size or len(prompts)
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for tokens in _pieces(
-        model, params, tokenizer, prompts, rows, max_new_tokens, eos_token_id, key, temperature
+        model, params, rows, batch_size or len(rows), max_new_tokens, eos_token_id, key, temperature
     ):
         texts = [_text(tokenizer, row, eos_token_id, stop) for row in tokens[: len(prompts)]]
         if all(ended for _, ended in texts):
@@ -102,11 +102,63 @@ def complete(
     return [text for text, _ in texts]
 
 
-def _pieces(
+def sample_texts(
     model: Model,
     params: Params,
     tokenizer: Any,
-    prompts: Sequence[str],
+    count: int,
+    *,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    key: jax.Array,
+    temperature: float = 1.0,
+    on_texts: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Texts that a model writes itself, such as training values on its own answers takes.
+
+    The first texts are the same for every `count`.
+
+    Args:
+      prompts: the texts continue them, in turn, and begin with them; without any, they continue the start
+        token, or of a tokenizer without one the end token, behind which the next document begins.
+      key: typed key of everything drawn.
+      on_texts: called with the number of texts so far.
+    Returns: `count` texts, none of them blank. Special tokens within a text are written out, so that the
+      tokenizer reads them again; those that it adds itself, and the end token, are left out.
+    Raises: DarexError without prompts if the tokenizer has neither token, or the model writes nothing.
+    Source: data-free distillation from samples, arXiv:2305.17888.
+    """
+    added = tokenizer("")["input_ids"]  # by the tokenizer to every text, so it is not written out
+    rows: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not rows:
+        starts = (added, [tokenizer.bos_token_id], [tokenizer.eos_token_id])
+        rows = [start for start in starts if start and start[0] is not None][:1]
+        if not rows:
+            raise DarexError("the tokenizer has no start or end token to begin a text with: pass prompts.")
+        if rows[0] == [tokenizer.eos_token_id]:  # the end of another document
+            added = rows[0]
+    ends, texts, batch = end_tokens(eos_token_id), list[str](), 0
+    while len(texts) < count:
+        given = [rows[i % len(rows)] for i in range(batch * SAMPLED, (batch + 1) * SAMPLED)]
+        own = jax.random.fold_in(key, batch)
+        *_, drawn = _pieces(model, params, given, SAMPLED, max_new_tokens, eos_token_id, own, temperature)
+        for prompt, new in zip(given, drawn, strict=True):
+            length = next((i for i, token in enumerate(new) if token in ends), None)
+            begun = prompt[len(added) :] if prompt[: len(added)] == added else prompt
+            text = tokenizer.decode([*begun, *new[:length]], clean_up_tokenization_spaces=False)
+            texts += [text] if text.strip() else []
+        batch += 1
+        if not texts:
+            raise DarexError(f"{SAMPLED} texts of the model ended at their first token: pass prompts.")
+        on_texts(min(len(texts), count))
+    return texts[:count]
+
+
+def _pieces(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
     batch: int,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None,
@@ -117,7 +169,7 @@ def _pieces(
     """Yields all new tokens so far, by row, after each piece."""
     stops, sampling = stop_tokens(eos_token_id), sampling_of(key, temperature)
     pad = padding_token(model, eos_token_id)
-    ids, mask = left_padded([tokenizer(prompt)["input_ids"] for prompt in prompts], pad, batch)
+    ids, mask = left_padded(prompts, pad, batch)
     slots = ids.shape[1] + 1 + -(-(max_new_tokens - 1) // piece) * piece
     state = prefill(model, params, ids, mask, slots=slots, stops=stops, sampling=sampling)
     columns = [np.asarray(state.token)[:, None]]

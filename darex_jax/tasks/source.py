@@ -32,6 +32,7 @@ from darex_jax.tasks.batching import (
     load_tokenizer,
     training_batches,
 )
+from darex_jax.tasks.gsm8k import gsm8k_prompt
 from darex_jax.tasks.lines import read_lines
 from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
 
@@ -134,6 +135,23 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
     loaded = load_task(task, source.data_dir)
     chosen = (loaded.validation if held_out else loaded.train).select(slice(source.limit))
     return Material(encode(load_tokenizer(fine), chosen), loaded, name)
+
+
+def read_prompts(source: Source) -> list[str]:
+    """The texts of a source's training split, of problems the prompts alone: for a decoder to continue.
+
+    Returns: [] for no task, text or table. Raises: DarexError for a task without prompts.
+    """
+    if source.text is not None:
+        return read_lines(source.text)[: source.limit]
+    if source.table is not None:
+        return list(read_texts(source.table, source.seed).texts[: source.limit])
+    if source.task is None:
+        return []
+    if source.task not in PROBLEM_TASKS:
+        raise DarexError(f"{source.task} has no prompts; the tasks with prompts: {', '.join(PROBLEM_TASKS)}.")
+    problems = load_problems(source.task, source.data_dir, source.difficulty)[0]
+    return [gsm8k_prompt(problem.question) for problem in problems[: source.limit]]
 
 
 def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, source: Source) -> Material:

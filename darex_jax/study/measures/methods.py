@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,9 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.core.scope import choose_scope
+from darex_jax.evaluation.text import sample_texts
+from darex_jax.files.atomic import write_whole
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, PruneSummary
@@ -25,8 +30,11 @@ from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.labels import rivals
 from darex_jax.study.measures.tested import CALIBRATION, about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
-from darex_jax.tasks.source import Source
+from darex_jax.tasks.opening import open_model
+from darex_jax.tasks.source import Source, read_prompts
+from darex_jax.tasks.table import Table
 
+SAMPLES, LONGEST = 2_000, 128  # texts that a fine-tuned model writes, and tokens of each
 TEXTS, STEPS = 10_000, 300  # at most so many training texts, and steps of 16, for methods that train
 
 
@@ -34,8 +42,9 @@ def begin(
     plan: Plan, fine_tunes: Sequence[FineTune], place: Place
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
     """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`, `block_wise`
-    that layers are distilled one at a time, `texts` the task whose texts are used instead of its own; or the
-    method `labels` and the options of `rivals`.
+    that layers are distilled one at a time, `texts` the task whose texts are used instead of its own, or
+    "sampled" for its prompts with answers that the fine-tuned model writes; or the method `labels` and the
+    options of `rivals`.
 
     Returns: values of the row "fine-tuned"; a function from way, options and column to a row's values.
     """
@@ -69,6 +78,7 @@ class Writer:
         self.plan, self.base, self.fine = plan, base, fine
         self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
+        self.sampled: tempfile.TemporaryDirectory[str] | None = None
         self.known: dict[tuple[Source, tuple[str, ...]], Any] = {}
 
     def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
@@ -78,7 +88,7 @@ class Writer:
         """
         own = ("method", "q", "block_wise", "texts")
         name, objective, block_wise, texts = (told.pop(key, None) for key in own)
-        source = self.source if texts is None else replace(self.source, task=texts)
+        source = self.texts(texts)
         by_bytes = self.plan.axis == "bytes"
         budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
         if name == "labels":
@@ -99,6 +109,21 @@ class Writer:
         again = told | ({} if q is None else {"q": q})
         for seed in range(1, self.plan.masks if method.random and not method.trains else 1):
             yield write(spent, options=again, seed=seed)
+
+    def texts(self, of: str | None) -> Source:
+        """Its own texts, those of another task, or "sampled": prompts, answered by the fine-tuned model."""
+        if of != "sampled":
+            return self.source if of is None else replace(self.source, task=of)
+        if self.sampled is None:
+            model, params, tokenizer, ends = open_model(self.fine)
+            texts = sample_texts(
+                model, params, tokenizer, SAMPLES, prompts=read_prompts(self.source), max_new_tokens=LONGEST,
+                eos_token_id=ends, key=jax.random.key(0),
+            )  # fmt: skip
+            self.sampled = tempfile.TemporaryDirectory()
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            write_whole(Path(self.sampled.name) / "texts.jsonl", lines)
+        return Source(table=Table(data=f"{self.sampled.name}/texts.jsonl", text="text"))
 
     def evidence(self, source: Source, method: str, support: str | None) -> Any:
         needs = METHODS[method].needs_with(support)
