@@ -15,6 +15,7 @@ from .core.sharding import make_mesh as make_mesh
 from .core.sharding import param_shardings as param_shardings
 from .evaluation.calibration import input_statistics as input_statistics
 from .evaluation.calibration import squared_influences as squared_influences
+from .evaluation.calibration import token_counts as token_counts
 from .evaluation.curvature import curvature as curvature
 from .files.adapter import load_adapter as load_adapter
 from .files.adapter import save_adapter as save_adapter

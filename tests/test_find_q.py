@@ -569,6 +569,21 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
     ):
         refused = CliRunner().invoke(main, list(map(str, [*line[:-2], *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr
+    labelled = tmp_path / "rows.jsonl"
+    rows = [{"said": f"{'abc'[i % 3]}{i % 7} some words", "is": i % 3 % 2} for i in range(60)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_metric = [*line[:-4], "--data", labelled, "--text", "said", "--label", "is", "--steps", 9]
+    metric = darex(*of_metric, "--max-loss", 0.5, "--loss-of", "metric")
+    assert metric["metric_name"] == "accuracy"
+    scored = ["--data", labelled, "--text", "said", "--label", "is", "--split", "validation"]
+    assert darex("eval", base, "--delta", tmp_path / "d", *scored)["metric"] == metric["metric"]
+    assert darex("eval", fine, *scored)["metric"] - metric["metric"] <= 0.5
+    for wrong, code, text in (
+        (("--max-loss", 0.1, "--loss-of", "metric"), 1, "a metric is measured on labels"),
+        (("--size", "3x", "--loss-of", "metric"), 2, "--loss-of says what --max-loss is of"),
+    ):
+        refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
+        assert refused.exit_code == code and text in refused.stderr
     own = fine / "model.safetensors"
     before = own.read_bytes()
     over = [own if x == tmp_path / "d" else x for x in line]

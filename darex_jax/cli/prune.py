@@ -70,6 +70,9 @@ ENOUGH = 256  # minimum number of texts for which best trains
 @click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
               help="Find a small file that disagrees with the fine-tuned model on at most this share of "
               "held-out texts (decoders: next tokens; scores: 1 - correlation); for distilled.")  # fmt: skip
+@click.option("--loss-of", type=click.Choice(["agreement", "metric"]),
+              help="What --max-loss is of: the agreement with the fine-tuned model (default), or the metric "
+              "on the labels of --task or --data.")  # fmt: skip
 @click.option("--bits", type=click.Choice(["16", "8", "4", "2", "1"]),
               help="Bits per value: 16 is bfloat16, fewer are integers with scales. Default: 16; 4 "
               "for allocated and distilled; the fine-tuned dtype for dare at a drop rate.")  # fmt: skip
@@ -111,6 +114,7 @@ def prune(
     size: float | None,
     bytes_per_parameter: float | None,
     max_loss: float | None,
+    loss_of: str | None,
     bits: str | None,
     q: str | None,
     task: str | None,
@@ -149,6 +153,8 @@ def prune(
         raise click.UsageError(
             "pass exactly one of --drop-rate, --size, --bytes-per-parameter and --max-loss."
         )
+    if loss_of is not None and max_loss is None:
+        raise click.UsageError("--loss-of says what --max-loss is of: pass that as well.")
     said = {**own, "text": text}
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
@@ -236,7 +242,7 @@ def prune(
                 done = _by_method(
                     job, method, budget, source, seed=seed, options=options, training=training,
                     ignore=ignore_config_fields, choose=choose if chooses and drop_rate is None else None,
-                    block_wise=block_wise, quiet=as_json,
+                    block_wise=block_wise, loss_of=loss_of or "agreement", quiet=as_json,
                 )  # fmt: skip
     summary = done.summary
     if as_json:
@@ -306,6 +312,7 @@ def _by_method(
     ignore: tuple[str, ...],
     choose: Callable[[float], Any] | None,
     block_wise: bool,
+    loss_of: Any,
     quiet: bool,
 ) -> _Done:
     """Prunes by any method. Args: budget: a `Budget`, bytes, or a float: the largest loss."""
@@ -326,6 +333,7 @@ def _by_method(
         if METHODS[method].needs:
             needs = METHODS[method].needs_with(options.get("support"))
             told = {**training, "on_look": on_look} if training else {}
+            told |= {"with_metric": True} if loss_of == "metric" else {}
             known["gathered"] = gather(
                 job.base.source,
                 job.fine.source,
@@ -337,8 +345,9 @@ def _by_method(
             )
         if isinstance(budget, float):
             summary = prune_within(
-                job, method, budget, seed=seed, options=options, on_size=_tried(quiet), **known
-            )
+                job, method, budget, of=loss_of, seed=seed, options=options,
+                on_size=_tried(quiet, loss_of), **known,
+            )  # fmt: skip
         else:
             summary = prune_by(job, method, budget, seed=seed, options=options, choose=choose, **known)
     return _Done(summary, known["gathered"][0].train if training else None)
@@ -365,6 +374,8 @@ def _looks(done: _Done) -> dict[str, Any]:
         found = {"held_out": len(done.trainer.held_out.encoded), "held_out_loss": done.look.loss}
         if (measure := done.trainer.measure) is not None:
             found |= {"agreement": done.look.agreement, "agreement_is": measure}
+        if done.trainer.score is not None:
+            found |= {"metric": done.trainer.score, "metric_name": done.trainer.metric_name}
     if done.blocks is not None:
         found = {"held_out": done.blocks.held_out, "last_layer_error": done.blocks.error}
     return found
@@ -389,6 +400,8 @@ def _rows(
         agreed, measure = seen.get("agreement", done.look.loss), seen.get("agreement_is", "loss")
         text = f"{agreed:.4f} with the fine-tuned model, on {seen['held_out']} held-out texts"
         rows += [(measure, text)]
+    if "metric" in seen:
+        rows += [(seen["metric_name"], f"{seen['metric']:.4f}, on held-out labels")]
     if done.blocks is not None:
         text = f"relative squared error {done.blocks.error:.4f} on {done.blocks.held_out} held-out texts"
         rows += [("last layer", text)]
@@ -417,10 +430,10 @@ def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str
     return "dare", "two-point", f"{count:,} texts choose q; {ENOUGH} or more would train the values"
 
 
-def _tried(quiet: bool) -> Callable[[int, float], None]:
-    def say(size: int, agreement: float) -> None:
+def _tried(quiet: bool, what: str) -> Callable[[int, float], None]:
+    def say(size: int, kept: float) -> None:
         if not quiet:
-            click.echo(f"tried {bytes_text(size)}: agreement {agreement:.4f}", err=True)
+            click.echo(f"tried {bytes_text(size)}: {what} {kept:.4f}", err=True)
 
     return say
 

@@ -56,7 +56,7 @@ def svd(
 
     Args:
       budget: of numbers stored; bits: of factors, None is bfloat16; scales per column of A and row of B.
-      decompose: one of `remembering`, which other calls with this delta share.
+      decompose: from `darex_jax.methods.svd.remembering`, to be shared by calls with the same delta.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     """
     small, room = vector_parts(delta, budget, bits or RAW_BITS)

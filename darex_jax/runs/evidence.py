@@ -17,6 +17,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
 from darex_jax.core.tree import combine, flatten_names
 from darex_jax.evaluation.calibration import InputStatistics, input_statistics, token_counts
+from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.curvature import curvature
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.manifest import weights_digest
@@ -26,11 +27,14 @@ from darex_jax.models import DecoderConfig, Model
 from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts, values_of
+from darex_jax.tasks.answers import EncodedAnswers
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
+from darex_jax.training.causal_lm import answer_scores
 from darex_jax.training.checkpoints import own_place
 from darex_jax.training.distill import STEPS, Look, distill, look_at
 
 CURVATURE_ROWS = 8  # per gradient: smaller batches give a better estimate, and take longer
+SCORED = 1000  # maximum number of labelled texts for a metric
 HELD_OUT = 200  # maximum number of held-out texts for evaluation during training
 
 
@@ -42,7 +46,8 @@ class Trainer:
       model, fine, start, steps, checkpoints, on_look: as for `distill`.
       texts, held_out: examples.
       made_from: digests of the models and the texts, for `checkpoints`.
-      result: the evaluation of the last training's result.
+      metric: of parameters, on labelled texts; None if it is not asked for. metric_name: its name.
+      result: the evaluation of the last training's result; score: its metric.
     """
 
     model: Model
@@ -54,7 +59,10 @@ class Trainer:
     steps: int = STEPS
     checkpoints: Path | None = None
     on_look: Callable[[Look], None] = lambda look: None
+    metric: Callable[[Any], float] | None = None
+    metric_name: str = ""
     result: Look | None = None
+    score: float | None = None
 
     @property
     def measure(self) -> str | None:
@@ -92,6 +100,8 @@ class Trainer:
                 steps=self.steps, bits=bits, checkpoints=place, on_look=self.on_look,
             )  # fmt: skip
         self.result = result.looks[-1]
+        if self.metric is not None:
+            self.score = self.metric(apply_delta(self.start, result.parts))
         return result.parts | aside
 
 
@@ -103,6 +113,7 @@ def gather(
     *,
     scope: Scope | None = None,
     ignore_config_fields: Collection[str] = (),
+    with_metric: bool = False,
     **training: Any,
 ) -> tuple[Evidence, dict[str, str]]:
     """The required evidence, and digests of the model and the examples that it comes from.
@@ -113,10 +124,13 @@ def gather(
       needs: names of fields of `Evidence`.
       scope: of pruning; None is the family's default.
       ignore_config_fields: see `read_model_config`.
+      with_metric: the `Trainer` measures its result on the labels of the source's held-out split.
       training: steps, checkpoints and on_look of the `Trainer`.
     """
     if not needs:
         return Evidence(), {}
+    if with_metric and not source.labelled:
+        raise DarexError("a metric is measured on labels: pass --task, or --data with labels or completions.")
     material = read_material(fine, source, held_out=False)
     with Checkpoint(fine) as checkpoint:
         digests = {"fine_weights": weights_digest(checkpoint), "data": material.encoded.digest()}
@@ -133,8 +147,20 @@ def gather(
         with Checkpoint(base) as checkpoint:
             made_from["base_weights"] = weights_digest(checkpoint)
     train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
-    some = texts.select(np.arange(min(HELD_OUT, len(texts.encoded))))
-    return replace(_statistics(model, params, some, needs), train=train), digests
+    if with_metric:
+        others = read_material(fine, source, held_out=True)
+        some = others.select(np.arange(min(SCORED, len(others.encoded))))
+        train.metric_name, train.metric = _metric(model, some)
+    first = texts.select(np.arange(min(HELD_OUT, len(texts.encoded))))
+    return replace(_statistics(model, params, first, needs), train=train), digests
+
+
+def _metric(model: Model, material: Material) -> tuple[str, Callable[[Any], float]]:
+    """The name of a task's metric, and it as a function of a model's parameters."""
+    batches, task, encoded = material.batches(), material.task, material.encoded
+    if task is None or isinstance(encoded, EncodedAnswers):
+        return "answers", lambda params: answer_scores(model, params, batches).answers
+    return task.metric_name, lambda params: task.metric(predict(model, params, batches), encoded.labels)
 
 
 def _statistics(model: Model, params: Any, material: Material, needs: Collection[str]) -> Evidence:

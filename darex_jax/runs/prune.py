@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -109,22 +110,24 @@ def prune_within(
     method: str,
     max_loss: float,
     *,
+    of: Literal["agreement", "metric"] = "agreement",
     seed: int = 0,
     gathered: tuple[Evidence, Mapping[str, str]],
     options: Mapping[str, Any] | None = None,
-    on_size: Callable[[int, float], None] = lambda size, agreement: None,
+    on_size: Callable[[int, float], None] = lambda size, kept: None,
 ) -> PruneSummary:
-    """A small artifact whose disagreement with the fine-tuned model on held-out texts is at most `max_loss`.
+    """A small artifact that loses at most `max_loss` of the agreement, or of the metric, on held-out texts.
 
     The smallest sufficient size is found by bisection over a grid of sizes, with trainings of a third of the
     steps; it is then trained in full and, if it is not sufficient, the next larger one, and so on.
 
     Args:
       method: one that trains; seed: as for `prune_by`; gathered: with a `Trainer`.
-      max_loss: one minus the agreement, whose resolution is one text.
-      on_size: called with every size tried and its agreement.
-    Raises: DarexError for a method without training, a model without predictions, or if no size is
-      sufficient.
+      max_loss: one minus the agreement with the fine-tuned model, whose resolution is one text.
+      of: "metric" is the fine-tuned model's metric less that of the pruned one.
+      on_size: called with every size tried and its agreement or metric.
+    Raises: DarexError for a method without training, a model without predictions, evidence
+      without the metric, or if no size is sufficient.
     """
     keep_inputs(job.out, job.base, job.fine)
     known, digests = gathered
@@ -132,9 +135,12 @@ def prune_within(
         raise DarexError(f"{method} does not train, so its loss is not measured: choose a size instead.")
     if known.train.measure is None:
         raise DarexError("a model without a head has no predictions to compare: choose a size instead.")
+    if of == "metric" and known.train.metric is None:
+        raise DarexError("evidence for a loss of the metric is gathered with_metric.")
+    best = 1.0 if of == "agreement" or known.train.metric is None else known.train.metric(known.train.fine)
     full, quick = known.train, replace(known.train, steps=max(3, round(PROBE * known.train.steps)))
 
-    def disagrees(size: int, path: Path, train: Trainer) -> float:
+    def lost(size: int, path: Path, train: Trainer) -> float:
         evidence, train.result = (replace(known, train=train), digests), None
         try:
             found = prune_by(
@@ -142,12 +148,14 @@ def prune_within(
                 decompose=decompose,
             )  # fmt: skip
         except TooSmall:
-            return 1.0
+            return math.inf
         if train.result is None:  # nothing was kept
-            return 1.0
-        on_size(found.file_bytes, train.result.agreement)
+            return math.inf
+        kept = train.result.agreement if of == "agreement" else train.score
+        assert kept is not None
+        on_size(found.file_bytes, kept)
         written[size] = found
-        return 1.0 - train.result.agreement
+        return best - kept
 
     written: dict[int, PruneSummary] = {}
     decompose = remembering()
@@ -163,14 +171,14 @@ def prune_within(
         low, high = -1, len(sizes)  # indices of an insufficient and a sufficient size
         while high - low > 1:
             middle = (low + high) // 2
-            sufficient = disagrees(sizes[middle], path, quick) <= max_loss + ROUNDING
+            sufficient = lost(sizes[middle], path, quick) <= max_loss + ROUNDING
             low, high = (low, middle) if sufficient else (middle, high)
         for size in sizes[min(high, len(sizes) - 1) :]:
-            if disagrees(size, path, full) <= max_loss + ROUNDING:
+            if lost(size, path, full) <= max_loss + ROUNDING:
                 write_whole(job.out, path.read_bytes())
                 return written[size]
     raise DarexError(
-        f"no file of up to {sizes[-1]:,} bytes disagrees on {max_loss:.1%} of the held-out texts or less: "
+        f"no file of up to {sizes[-1]:,} bytes loses at most {max_loss:.1%} of the {of} on held-out texts: "
         "allow a larger loss, train longer (--steps), or choose another method."
     )
 
