@@ -18,6 +18,7 @@ from darex_jax.core.errors import DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.text import complete, left_padded, sample_texts, stream_text
 from darex_jax.models import init_model, read_model_config
+from darex_jax.tasks.answers import encode_texts
 from darex_jax.tasks.opening import open_model
 from tests.test_decoders import LLAMA
 
@@ -160,6 +161,11 @@ def test_sample_writes_texts_that_prune_trains_on(folder, tmp_path):
     assert json.loads(done.stdout)["warnings"] == []
     missing = CliRunner().invoke(main, ["sample", str(folder.parent / "none"), str(out)])
     assert missing.exit_code == 1 and len(out.read_text().split("\n")) == 13
+
+
+def test_long_texts_are_cut(opened):
+    encoded = encode_texts(opened[2], ["a" * 600, "b"])
+    assert [len(ids) for ids in encoded.input_ids] == [512, 1]
 
 
 def test_padding_of_prompts():

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from darex_jax.core.errors import DarexError
 from darex_jax.tasks import hold_out_tenth
-from darex_jax.tasks.batching import BUCKETS, MAX_LENGTH, Batch, right_padded, training_rows
+from darex_jax.tasks.batching import BUCKETS, Batch, right_padded, training_rows
 from darex_jax.tasks.gsm8k import Problem, gsm8k_prompt, load_gsm8k, metamath_solution
 from darex_jax.tasks.word_problems import word_problems
 
 PROBLEM_TASKS = ("gsm8k", "word-problems")
 
 ANSWER_BUCKETS = (*BUCKETS, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # the lengths batches are padded to
+TEXT_LENGTH = 512  # of a plain text, in tokens
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def encode_problems(tokenizer: Any, problems: Sequence[Problem]) -> EncodedAnswe
     return encode_answers(tokenizer, prompts, [metamath_solution(problem.solution) for problem in problems])
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int = MAX_LENGTH) -> EncodedAnswers:
-    """Plain texts, truncated to `max_length` tokens; all tokens but the first are the answer."""
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> EncodedAnswers:
+    """Plain texts, truncated to `TEXT_LENGTH` tokens; all tokens but the first are the answer."""
+    rows = tokenizer(list(texts), truncation=True, max_length=TEXT_LENGTH)["input_ids"]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return EncodedAnswers(rows, [1] * len(rows), pad or 0)
 
