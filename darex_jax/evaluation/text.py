@@ -138,7 +138,8 @@ def sample_texts(
             raise DarexError("the tokenizer has no start or end token to begin a text with: pass prompts.")
         if rows[0] == [tokenizer.eos_token_id]:  # the end of another document
             added = rows[0]
-    ends, texts, batch = end_tokens(eos_token_id), list[str](), 0
+    texts: list[str] = []
+    ends, batch = end_tokens(eos_token_id), 0
     while len(texts) < count:
         given = [rows[i % len(rows)] for i in range(batch * SAMPLED, (batch + 1) * SAMPLED)]
         own = jax.random.fold_in(key, batch)

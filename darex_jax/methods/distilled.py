@@ -57,7 +57,7 @@ def distilled(
     """
     if support not in get_args(Support):
         raise DarexError(f"support is one of {', '.join(get_args(Support))}, got {support!r}.")
-    leaves, decompose = flatten_names(delta), decompose or remembering()
+    leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
     chosen = affordable_vectors(leaves, room)
     spent = sum(int(np.size(leaves[name])) for name in chosen)
@@ -65,10 +65,10 @@ def distilled(
     linear = {name: leaf for name, leaf in matrices.items() if name in evidence.input_norms}
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
-        chosen |= _factors(linear | cheap, room - spent, decompose)
+        chosen |= _factors(linear | cheap, room - spent, decompose or remembering())
     elif support == "allocated":
-        width = bits or RAW_BITS
-        chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature, decompose)
+        width, curvature = bits or RAW_BITS, evidence.curvature
+        chosen |= divide(matrices, (room - spent) * width, width, curvature, decompose or remembering())
     elif support == "sign":
         check_room(budget)
         chosen |= {name: _signs(leaf) for name, leaf in matrices.items()}

@@ -18,7 +18,7 @@ from darex_jax.files.prune import Job, PruneSummary, prune_parts
 from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.svd import Decompose, remembering
+from darex_jax.methods.svd import remembering
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer
 
@@ -38,7 +38,6 @@ def prune_by(
     gathered: tuple[Evidence, Mapping[str, str]] = (Evidence(), {}),
     options: Mapping[str, Any] | None = None,
     choose: Callable[[float], Any] | None = None,
-    decompose: Decompose | None = None,
 ) -> PruneSummary:
     """Prunes `fine - base` by a method of `METHODS` and writes the artifact.
 
@@ -49,7 +48,6 @@ def prune_by(
       gathered: the method's evidence and digests of its sources, from `gather`.
       options: of the method: bits, q, ...
       choose: for dare with a size, drop rate -> q.
-      decompose: as in `svd`; the sizes tried share one.
     Raises: DarexError for missing evidence, or an unreachable size; otherwise as `prune_parts`.
     """
     chosen, (known, digests) = METHODS[method], gathered
@@ -58,7 +56,7 @@ def prune_by(
             raise DarexError(f"{method} needs {need.replace('_', ' ')}: pass texts (--text, --task).")
     given = {name: value for name, value in (options or {}).items() if value is not None}
     key = {"key": jax.random.key(seed)} if chosen.random else {}
-    shared = {"decompose": decompose or remembering()} if chosen.decomposes else {}
+    shared: dict[str, Any] = {}  # by the sizes tried
     trained = {"steps": known.train.steps} if isinstance(known.train, Trainer) else {}
 
     def write(job: Job, budget: Budget, known: Evidence = known) -> PruneSummary:
@@ -76,6 +74,7 @@ def prune_by(
     if isinstance(budget, Budget):
         return write(job, budget)
     entries = pruned_entries(job)
+    shared |= {"decompose": remembering()} if chosen.decomposes else {}
     # Training is slow and hardly changes the size: sizes are tried without it, with a small margin.
     quick = replace(known, train=None)
     target = round(CLOSE * budget) if chosen.trains else budget
@@ -90,6 +89,7 @@ def prune_by(
             given["q"] = choose(_drop_rate(summary))
             summary, path = fit_to_size(of_size, target, Path(folder))
         while chosen.trains:
+            shared.clear()  # the singular vectors would lie in memory while values are trained
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)
             if summary.file_bytes <= budget:
@@ -144,9 +144,8 @@ def prune_within(
         evidence, train.result = (replace(known, train=train), digests), None
         try:
             found = prune_by(
-                replace(job, out=path), method, size, seed=seed, gathered=evidence, options=options,
-                decompose=decompose,
-            )  # fmt: skip
+                replace(job, out=path), method, size, seed=seed, gathered=evidence, options=options
+            )
         except TooSmall:
             return math.inf
         if train.result is None:  # nothing was kept
@@ -158,7 +157,6 @@ def prune_within(
         return best - kept
 
     written: dict[int, PruneSummary] = {}
-    decompose = remembering()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "delta"
         nothing = replace(known, train=lambda parts, bits: parts), digests

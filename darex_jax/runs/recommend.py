@@ -18,7 +18,6 @@ from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import load_delta
 from darex_jax.files.prune import Job
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.svd import remembering
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer, gather
 from darex_jax.runs.prune import prune_by
@@ -110,7 +109,7 @@ def recommend(
 ) -> Advice:
     """Tries those of `TRIED` that the inputs allow, in temporary files of at most `file_bytes`.
 
-    Memory holds the delta, the singular vectors of its matrices and one restored delta.
+    Memory holds the delta and one restored delta.
 
     Args:
       job: its `out` is not used.
@@ -131,7 +130,6 @@ def recommend(
         trainer = evidence.train if isinstance(evidence.train, Trainer) else None
         if trainer is not None and trainer.measure is None:
             trainer, evidence = None, replace(evidence, train=None)
-    decompose = remembering()
     total = sum(map(_square, deltas.values()))
     tried: list[Tried] = []
     failed: dict[str, str] = {}
@@ -148,7 +146,7 @@ def recommend(
             try:
                 summary = prune_by(
                     replace(job, out=path), method, file_bytes, seed=seed, gathered=(evidence, digests),
-                    options=given, choose=choose, decompose=decompose,
+                    options=given, choose=choose,
                 )  # fmt: skip
             except (DarexError, FloatingPointError) as refusal:
                 failed[method] = str(refusal)
