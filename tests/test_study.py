@@ -24,6 +24,8 @@ from darex_jax.study.rows import cell_of, digest_of, read_rows, seconds_left, wr
 from darex_jax.study.run import current_rows, groups, known_rows, missing_cells, run_study
 from darex_jax.study.tables import best_of, figures, section, tables
 from darex_jax.study.written import markdown, write_section
+from darex_jax.tasks.gsm8k import gsm8k_prompt
+from darex_jax.tasks.word_problems import word_problems
 
 FINE_TUNES = """
 [small.models.tiny]
@@ -32,6 +34,7 @@ FINE_TUNES = """
 lora = { model = "llama", task = "word-problems", steps = 2, learning_rate = 1e-2, limit = 16, lora_rank = 2 }
 one = { model = "tiny", task = "opinions", steps = 3, learning_rate = 1e-3, limit = 40 }
 two = { model = "tiny", task = "opinions", steps = 2, learning_rate = 1e-3, limit = 40 }
+words = { model = "llama", task = "word-problems", steps = 2, learning_rate = 1e-2, limit = 16 }
 [small.optimizers]
 adamw = { optimizer = "adamw", batch_size = 8, validation_limit = 8 }
 adamr = { optimizer = "adamr", weight_decay = 0.1, batch_size = 8, validation_limit = 8 }
@@ -290,6 +293,33 @@ def test_texts_may_be_of_another_task(studies, place, tmp_path, monkeypatch):
     fine, *rows = run_study(plan, place._replace(data_dir=tmp_path))
     assert [source.task for source in seen] == ["opinions", "cola"]
     assert fine["metric_name"] == "accuracy" and len(rows) == 4 and all("mean" in row for row in rows)
+
+
+def test_a_decoder_may_write_the_texts_itself(studies, place, monkeypatch):
+    from darex_jax.study.measures import methods
+
+    prompts, texts = [], []
+
+    def sample(*model, **options):
+        prompts.append(options["prompts"])
+        texts.append(written(*model, **options))
+        return texts[-1]
+
+    def gather(base, fine, source, *needs, **more):
+        lines = Path(source.table.data).read_text().split("\n")[:-1]
+        assert [json.loads(line)["text"] for line in lines] == texts[-1]
+        return known(base, fine, source, *needs, **more)
+
+    known, written = methods.gather, methods.sample_texts
+    for name, value in (("gather", gather), ("sample_texts", sample), ("SAMPLES", 12), ("LONGEST", 4)):
+        monkeypatch.setattr(methods, name, value)
+    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
+    (studies / "tiny.toml").write_text(
+        text.replace('["one"]', '["words"]') + 'own = { method = "wanda", texts = "sampled" }\n'
+    )
+    _, *rows = run_study(read_plan(studies, "tiny", "small"), place)
+    assert prompts == [[gsm8k_prompt(problem.question) for problem in word_problems(0, 3).train]]
+    assert len(set(texts[0])) == 12 and len(rows) == 2 and all("mean" in row for row in rows)
 
 
 def test_scattered_values_train_as_a_dense_delta_at_their_places():

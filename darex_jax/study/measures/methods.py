@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -78,7 +80,7 @@ class Writer:
         self.plan, self.base, self.fine = plan, base, fine
         self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
-        self.sampled: tempfile.TemporaryDirectory[str] | None = None
+        self.sampled: Path | None = None
         self.known: dict[tuple[Source, tuple[str, ...]], Any] = {}
 
     def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
@@ -120,10 +122,11 @@ class Writer:
                 model, params, tokenizer, SAMPLES, prompts=read_prompts(self.source), max_new_tokens=LONGEST,
                 eos_token_id=ends, key=jax.random.key(0),
             )  # fmt: skip
-            self.sampled = tempfile.TemporaryDirectory()
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            write_whole(Path(self.sampled.name) / "texts.jsonl", lines)
-        return Source(table=Table(data=f"{self.sampled.name}/texts.jsonl", text="text"))
+            folder = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, folder)
+            self.sampled = folder / "texts.jsonl"
+            write_whole(self.sampled, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return Source(table=Table(data=str(self.sampled), text="text"))
 
     def evidence(self, source: Source, method: str, support: str | None) -> Any:
         needs = METHODS[method].needs_with(support)
