@@ -12,8 +12,6 @@ import zstandard
 from test_artifact import darex, encoder, read_all, write
 
 import darex_jax as dx
-import darex_jax.methods.svd as svd
-import darex_jax.runs.prune as runs
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names
@@ -140,33 +138,6 @@ def test_a_file_of_the_requested_size(tmp_path, pair):
     with pytest.raises(DarexError, match="bytes, 700 were requested"):
         prune(*pair, tmp_path / "small", "magnitude", file_bytes=700)
     assert not (tmp_path / "small").exists()
-
-
-@pytest.mark.parametrize("method", [name for name, each in METHODS.items() if each.decomposes])
-def test_the_sizes_tried_share_one_decomposition_of_each_matrix(tmp_path, pair, method, monkeypatch):
-    shapes, tried = [], []
-
-    def counted(matrix):
-        shapes.append(np.shape(matrix))
-        return decompose(matrix)
-
-    def parts_of(job, make, **options):
-        tried.append(job.out)
-        return prune_parts(job, make, **options)
-
-    decompose, prune_parts = svd.decompose, runs.prune_parts
-    monkeypatch.setattr(svd, "decompose", counted)
-    monkeypatch.setattr(runs, "prune_parts", parts_of)
-    summary = prune(*pair, tmp_path / "d", method, file_bytes=3300)
-    matrices = [x for n, x in encoder(1).items() if x.ndim == 2 and n.startswith("bert.")]
-    trains = METHODS[method].trains  # once more, so that nothing is held while values are trained
-    assert len(tried) > 1 + trains and 0 < len(shapes) <= (1 + trains) * len(matrices)
-    monkeypatch.undo()
-    with Checkpoint(pair[0]) as b, Checkpoint(pair[1]) as f:
-        job = Job(b, f, tmp_path / "alone", choose_scope("bert"))
-        prune_by(job, method, Budget(**summary.recipe.budget), gathered=(EVIDENCE, {}))
-    one, other = (flatten_names(dx.load_delta(tmp_path / name)) for name in ("d", "alone"))
-    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def verify(path):

@@ -29,7 +29,7 @@ from darex_jax.parts.rounding import rounded
 from darex_jax.parts.sign import Sign, pack_signs
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import PARTS, Parts
-from darex_jax.parts.values import Values, quantise
+from darex_jax.parts.values import Values, _fit, quantise
 
 SHAPE = (24, 37)
 DELTA = np.random.default_rng(0).normal(0, 1e-2, SHAPE).astype(np.float32)
@@ -589,6 +589,16 @@ def test_decompositions_are_numpys(shape):
         best = np.linalg.svd(matrix)
         expected = best[0][:, :rank] * best[1][:rank] @ best[2][:rank]
         np.testing.assert_allclose(left[:, :rank] * values[:rank] @ right[:rank], expected, atol=1e-5)
+
+
+def test_quantising_compiles_one_program_for_similar_shapes():
+    matrix = np.random.default_rng(0).normal(size=(100, 7)).astype(np.float32)
+
+    def compiled(rank):
+        quantise(matrix[:, :rank], 4, "column", columns=np.arange(rank)[None], shape=(100, rank))
+        return _fit._cache_size()
+
+    assert compiled(6) == compiled(7)
 
 
 def test_svd_spends_where_it_explains_most():

@@ -118,9 +118,11 @@ def squared_influences(
 
 
 def token_counts(model: Model, params: Params, batches: Iterable[Batch]) -> dict[str, jax.Array]:
-    """How many tokens look up each row of each embedding table, without padding: float32 [rows], by name.
+    """How often each token occurs, without padding: float32 [vocabulary], by the name of its table.
 
-    A table that is the head as well is left out: every one of its rows takes part in every output.
+    Tables of positions and of types are left out: texts shorter than those that the model will see would say
+    that later positions do not occur. So is a table that is the head as well: every row of it takes part in
+    every output.
 
     Args: batches: as for `input_statistics`.
     Raises: ValueError without a batch.
@@ -164,7 +166,7 @@ def _counts(model: Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
     tied = isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings
 
     def observe_ids(name: str, ids: jax.Array) -> None:
-        if not tied:
+        if not tied and len(tables[name]) == model.config.vocab_size:
             _, real = real_parts(batch)
             rows = jnp.broadcast_to(ids, real.shape)
             found[name] = jnp.zeros(len(tables[name]), jnp.float32).at[rows].add(real, mode="drop")

@@ -12,7 +12,7 @@ from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget, entropy
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.magnitude import kept_parts, largest
-from darex_jax.methods.svd import Decompose, Factors, low_rank, remembering
+from darex_jax.methods.svd import decompose, low_rank
 from darex_jax.methods.vectors import is_matrix, whole
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.rounding import rounded
@@ -24,14 +24,7 @@ STEPS = 64  # candidate numbers of entries, between one and all
 HALVINGS = 60
 
 
-def allocated(
-    delta: PyTree,
-    budget: Budget,
-    evidence: Evidence,
-    *,
-    bits: int | None = None,
-    decompose: Decompose | None = None,
-) -> PyTree:
+def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | None = None) -> PyTree:
     """For each matrix a low rank, its largest entries or its largest columns, at one price per byte for all.
 
     The worth of a part is the squared error that it removes, times the square root of the parameter's mean
@@ -43,7 +36,6 @@ def allocated(
     Args:
       evidence: with `curvature`; a parameter without one gets the mean of the others.
       bits: of every value; None is bfloat16.
-      decompose: as in `svd`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: spec 13; bit allocation at equal slope, as in Shoham and Gersho, 1988.
     """
@@ -53,7 +45,7 @@ def allocated(
     chosen = affordable_vectors(leaves, room)
     spent = sum(int(np.size(leaves[name])) for name in chosen)
     matrices = {name: leaf for name, leaf in leaves.items() if is_matrix(leaf)}
-    chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature, decompose or remembering())
+    chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature)
 
     def stored(name: str, leaf: Any) -> Parts:
         return rounded(chosen[name], bits) if name in chosen else Parts((), tuple(np.shape(leaf)))
@@ -83,22 +75,16 @@ class Offer(NamedTuple):
 
 
 def divide(
-    matrices: Mapping[str, Any],
-    room: float,
-    width: int,
-    curvature: Mapping[str, float],
-    decompose: Decompose,
+    matrices: Mapping[str, Any], room: float, width: int, curvature: Mapping[str, float]
 ) -> dict[str, Parts]:
     """Divides `room` bits among matrices; returns float32 parts of those that get any.
 
-    Args:
-      width: bits per value; curvature: per matrix; its square root weights squared errors.
-      decompose: as in `svd`.
+    Args: width: bits per value; curvature: per matrix; its square root weights squared errors.
     """
     roots = {name: float(np.sqrt(curvature[name])) for name in matrices if name in curvature}
     mean = float(np.mean(list(roots.values()))) if roots else 1.0
     offers = {
-        name: _offers(np.asarray(leaf, np.float32), decompose(name, leaf), roots.get(name, mean), width)
+        name: _offers(np.asarray(leaf, np.float32), roots.get(name, mean), width)
         for name, leaf in matrices.items()
     }
 
@@ -123,20 +109,17 @@ def divide(
     return {name: offer.make(size) for name, (offer, size) in bought(high).items() if size}
 
 
-def _offers(matrix: np.ndarray, factors: Factors, weight: float, width: int) -> list[Offer]:
-    return [
-        _ranks(factors, matrix.shape, weight, width),
-        _entries(matrix, weight, width),
-        _columns(matrix, weight, width),
-    ]
+def _offers(matrix: np.ndarray, weight: float, width: int) -> list[Offer]:
+    return [_ranks(matrix, weight, width), _entries(matrix, weight, width), _columns(matrix, weight, width)]
 
 
-def _ranks(factors: Factors, shape: tuple[int, ...], weight: float, width: int) -> Offer:
+def _ranks(matrix: np.ndarray, weight: float, width: int) -> Offer:
+    factors = decompose(matrix)
     worth = weight * np.cumsum(np.square(factors.values, dtype=np.float64))
-    bits = width * sum(shape) * np.arange(1, len(worth) + 1)
+    bits = width * sum(matrix.shape) * np.arange(1, len(worth) + 1)
 
     def make(rank: int) -> Parts:
-        return Parts((low_rank(factors, rank, None, jnp.float32),), shape)
+        return Parts((low_rank(factors, rank, None, jnp.float32),), matrix.shape)
 
     return Offer(_from_nothing(bits), _from_nothing(worth), make)
 

@@ -17,7 +17,7 @@ from darex_jax.methods.dare import dare
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.magnitude import magnitude
 from darex_jax.methods.sign import check_room, sign_part
-from darex_jax.methods.svd import Decompose, choose_ranks, low_rank, remembering
+from darex_jax.methods.svd import choose_ranks, decompose, low_rank
 from darex_jax.methods.vectors import is_matrix
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
@@ -34,7 +34,6 @@ def distilled(
     key: jax.Array,
     support: Support = "low-rank",
     bits: int | None = None,
-    decompose: Decompose | None = None,
 ) -> PyTree:
     """Chooses what is kept of each parameter; its values are then trained, with quantisation in the loop.
 
@@ -49,7 +48,7 @@ def distilled(
       evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without `train`
         values are quantised only.
       key: scalar typed Threefry key, for support "random".
-      bits: of every value; None is bfloat16. decompose: as in `svd`.
+      bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Raises: DarexError for another support, or one of linear layers without any of them; TooSmall for support
       "sign" and a budget below one bit per parameter.
@@ -65,10 +64,10 @@ def distilled(
     linear = {name: leaf for name, leaf in matrices.items() if name in evidence.input_norms}
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
-        chosen |= _factors(linear | cheap, room - spent, decompose or remembering())
+        chosen |= _factors(linear | cheap, room - spent)
     elif support == "allocated":
-        width, curvature = bits or RAW_BITS, evidence.curvature
-        chosen |= divide(matrices, (room - spent) * width, width, curvature, decompose or remembering())
+        width = bits or RAW_BITS
+        chosen |= divide(matrices, (room - spent) * width, width, evidence.curvature)
     elif support == "sign":
         check_room(budget)
         chosen |= {name: _signs(leaf) for name, leaf in matrices.items()}
@@ -88,9 +87,9 @@ def distilled(
     return map_named(lambda name, leaf: trained.get(name, Parts((), tuple(np.shape(leaf)))), delta)
 
 
-def _factors(matrices: Mapping[str, Any], room: float, decompose: Decompose) -> dict[str, Parts]:
+def _factors(matrices: Mapping[str, Any], room: float) -> dict[str, Parts]:
     """Low-rank parts of `room` numbers in all; matrices of rank 0 are left out."""
-    factors = {name: decompose(name, leaf) for name, leaf in matrices.items()}
+    factors = {name: decompose(leaf) for name, leaf in matrices.items()}
     ranks = {name: rank for name, rank in choose_ranks(factors, room).items() if rank}
     return {
         name: Parts((low_rank(factors[name], rank, None, jnp.float32),), tuple(np.shape(matrices[name])))

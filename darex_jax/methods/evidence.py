@@ -15,7 +15,7 @@ class Evidence:
     Attributes:
       input_norms: the L2 norm [in] of each input feature, `sqrt(sum x_j^2)`.
       second_moments: `E[x x^T]`, [in, in].
-      token_counts: how many calibration tokens look up each row of an embedding table, [rows]; gathered with
+      token_counts: how often each token occurs, [vocabulary], for the table that it looks up; gathered with
         second_moments, whose diagonal it is but for a factor.
       curvature: mean squared gradient of the outputs per entry, for any parameter.
       train: (float parts by name, bits) -> the same parts with trained values, quantised to `bits`, for which

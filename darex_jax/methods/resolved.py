@@ -31,9 +31,10 @@ def resolved(
     """WANDA's survivors, with the values that minimise the change of a layer's outputs.
 
     For each row d and its support: argmin_v (d - v)^T H (d - v) + lambda |v|^2, H the second moments of the
-    layer's inputs, lambda a hundredth of its mean diagonal. The input of an embedding table is the index of
-    a row: its H is diagonal, the frequency of each row in `token_counts`. So entries compete over the whole
-    table, and a row that no text looks up keeps nothing. Other parameters keep their own largest entries.
+    layer's inputs, lambda a hundredth of its mean diagonal. The input of the table of tokens is the index
+    of a row: its H is diagonal, the frequencies of `token_counts`. So entries compete over the whole table,
+    and a token that no text has keeps nothing, even where less than the budget is kept then. Other
+    parameters keep their own largest entries.
 
     Args: evidence: with `second_moments`, and `token_counts` if any; bits, dtype: as in `magnitude`.
     Returns: a tree like `delta` with a `Parts` for each leaf.
@@ -62,9 +63,9 @@ def resolved(
 
 
 def _of_a_table(matrix: np.ndarray, density: float, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Refitted values and the mask of an embedding table [rows, out] whose row i occurs `counts[i]` times."""
+    """Refitted values and the mask of a table [vocabulary, out] whose row i occurs `counts[i]` times."""
     scores = np.abs(matrix) * np.sqrt(counts)[:, None]
-    kept = largest(scores, kept_count(1.0 - density, matrix.size)) & (scores > 0)
+    kept = largest(scores, kept_count(1.0 - density, matrix.size)) & (scores != 0)
     ridge = DAMPING * max(float(np.mean(counts)), 1e-30)
     return matrix * (counts / (counts + ridge))[:, None], kept
 

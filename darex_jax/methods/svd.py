@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,29 +26,7 @@ class Factors(NamedTuple):
     right: Any
 
 
-Decompose = Callable[[str, Any], Factors]  # (name, matrix) -> its SVD
-
-
-def remembering() -> Decompose:
-    """`decompose` that computes each name once: to prune one delta to several sizes."""
-    known: dict[str, Factors] = {}
-
-    def once(name: str, matrix: Any) -> Factors:
-        if name not in known:
-            known[name] = decompose(matrix)
-        return known[name]
-
-    return once
-
-
-def svd(
-    delta: PyTree,
-    budget: Budget,
-    evidence: Any = None,
-    *,
-    bits: int | None = None,
-    decompose: Decompose | None = None,
-) -> PyTree:
+def svd(delta: PyTree, budget: Budget, evidence: Any = None, *, bits: int | None = None) -> PyTree:
     """The best low-rank approximations of all matrices together; vectors as in `vector_parts`.
 
     Singular values of all matrices are kept in order of s^2 / (out + in), the error removed per stored
@@ -56,12 +34,10 @@ def svd(
 
     Args:
       budget: of numbers stored; bits: of factors, None is bfloat16; scales per column of A and row of B.
-      decompose: from `darex_jax.methods.svd.remembering`, to be shared by calls with the same delta.
     Returns: a tree like `delta` with a `Parts` for each leaf.
     """
     small, room = vector_parts(delta, budget, bits or RAW_BITS)
-    decompose = decompose or remembering()
-    factors = {name: decompose(name, leaf) for name, leaf in flatten_names(delta).items() if is_matrix(leaf)}
+    factors = {name: decompose(leaf) for name, leaf in flatten_names(delta).items() if is_matrix(leaf)}
     ranks = choose_ranks(factors, room)
 
     def prune_leaf(name: str, leaf: Any) -> Parts:

@@ -20,7 +20,6 @@ class Method(NamedTuple):
       quantises: takes `bits`.
       needs: fields of `Evidence` that it reads.
       leafwise: a leaf's parts do not depend on other leaves, so that models can be streamed.
-      decomposes: takes `decompose`.
       bits: default bits per value; None is bfloat16.
     """
 
@@ -31,7 +30,6 @@ class Method(NamedTuple):
     quantises: bool = True
     needs: tuple[str, ...] = ()
     leafwise: bool = True
-    decomposes: bool = False
     bits: int | None = None
 
     @property
@@ -56,13 +54,12 @@ METHODS = {
         "resolved", "the entries of wanda, with values refitted by least squares", needs=("second_moments",)
     ),
     "structured": Method("structured", "random input features divided by q", True, True, leafwise=False),
-    "svd": Method("svd", "low-rank factors", leafwise=False, decomposes=True),
+    "svd": Method("svd", "low-rank factors", leafwise=False),
     "allocated": Method(
         "allocated",
         "a low rank, entries or columns of each matrix, by error reduction per byte",
         needs=("curvature",),
         leafwise=False,
-        decomposes=True,
         bits=4,
     ),
     "distilled": Method(
@@ -71,11 +68,8 @@ METHODS = {
         random=True,
         needs=("input_norms", "train"),
         leafwise=False,
-        decomposes=True,
         bits=4,
     ),
     "sign": Method("sign", "the sign of every entry and a scale", quantises=False, leafwise=False),
-    "sign-svd": Method(
-        "sign_svd", "signs, then low-rank factors of the residual", leafwise=False, decomposes=True
-    ),
+    "sign-svd": Method("sign_svd", "signs, then low-rank factors of the residual", leafwise=False),
 }

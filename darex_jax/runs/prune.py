@@ -18,7 +18,6 @@ from darex_jax.files.prune import Job, PruneSummary, prune_parts
 from darex_jax.files.stream import keep_inputs
 from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.svd import remembering
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import Trainer
 
@@ -56,7 +55,6 @@ def prune_by(
             raise DarexError(f"{method} needs {need.replace('_', ' ')}: pass texts (--text, --task).")
     given = {name: value for name, value in (options or {}).items() if value is not None}
     key = {"key": jax.random.key(seed)} if chosen.random else {}
-    shared: dict[str, Any] = {}  # by the sizes tried
     trained = {"steps": known.train.steps} if isinstance(known.train, Trainer) else {}
 
     def write(job: Job, budget: Budget, known: Evidence = known) -> PruneSummary:
@@ -67,14 +65,13 @@ def prune_by(
         }  # fmt: skip
 
         def make_parts(deltas: dict[str, np.ndarray]) -> Any:
-            return chosen.prune(deltas, budget, known, **key, **shared, **given)
+            return chosen.prune(deltas, budget, known, **key, **given)
 
         return prune_parts(job, make_parts, leafwise=chosen.leafwise, made_by=made_by)
 
     if isinstance(budget, Budget):
         return write(job, budget)
     entries = pruned_entries(job)
-    shared |= {"decompose": remembering()} if chosen.decomposes else {}
     # Training is slow and hardly changes the size: sizes are tried without it, with a small margin.
     quick = replace(known, train=None)
     target = round(CLOSE * budget) if chosen.trains else budget
@@ -89,7 +86,6 @@ def prune_by(
             given["q"] = choose(_drop_rate(summary))
             summary, path = fit_to_size(of_size, target, Path(folder))
         while chosen.trains:
-            shared.clear()  # the singular vectors would lie in memory while values are trained
             spent = summary.recipe.budget or {}
             summary = write(replace(job, out=path), Budget(**spent), known)
             if summary.file_bytes <= budget:
