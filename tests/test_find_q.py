@@ -20,19 +20,26 @@ from darex_jax.choosing.learned import LearnedQ, hold_out_quarter
 from darex_jax.choosing.pair import load_pair, open_pair, split_in_scope
 from darex_jax.choosing.table import WAYS
 from darex_jax.cli import main
+from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.evaluation.objectives import output_objective
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.atomic import only_one
+from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.prune import Job
 from darex_jax.methods.budget import TooSmall
+from darex_jax.methods.table import METHODS
 from darex_jax.runs.evidence import gather
 from darex_jax.runs.prune import fit_to_size
 from darex_jax.tasks import load_task
 from darex_jax.tasks.answers import encode_problems, load_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
 from darex_jax.tasks.source import Source, read_material
+from darex_jax.tasks.table import Table
+from darex_jax.training.causal_lm import answer_scores
 
 
 def darex(*arguments, json_too=True):
@@ -542,6 +549,54 @@ def test_the_default_method_depends_on_the_inputs(folders, tmp_path, monkeypatch
         assert refused.exit_code == 2 and text in refused.stderr
 
 
+def test_a_loss_of_the_metric_is_the_metrics(folders, tmp_path, monkeypatch):
+    """A metric that says the opposite of the agreement: larger files are worse."""
+    from darex_jax.runs import prune as module
+
+    monkeypatch.setattr(module, "SIZES", (0.05, 1.5))
+    monkeypatch.setattr(module, "PLACES", 3)
+    base, fine = folders / "bert" / "base", folders / "bert" / "fine"
+    source = Source(task="opinions", limit=30)
+    evidence, digests = gather(base, fine, source, METHODS["distilled"].needs, steps=3, with_metric=True)
+    assert evidence.train.metric.name == "accuracy" and evidence.train.metric.examples == 30
+    scores, told = [0.7, 0.8, 0.95], []
+    evidence.train.metric = evidence.train.metric._replace(fine=1.0, of=lambda params: scores[len(told)])
+    with Checkpoint(base) as b, Checkpoint(fine) as f:
+        job = Job(b, f, tmp_path / "d", choose_scope("bert"))
+        options = {"gathered": (evidence, digests), "on_size": lambda *seen: told.append(seen)}
+        module.prune_within(job, "distilled", 0.1, of="metric", **options)
+        assert [score for _, score in told] == scores
+        sizes = [size for size, _ in told]
+        assert sizes[0] < sizes[1] == pytest.approx(sizes[2], rel=0.01)
+        assert (tmp_path / "d").stat().st_size == sizes[2]
+        bare = replace(evidence.train, metric=None)
+        options["gathered"] = replace(evidence, train=bare), digests
+        with pytest.raises(DarexError, match="with_metric"):
+            module.prune_within(job, "distilled", 0.1, of="metric", **options)
+
+
+@pytest.mark.parametrize("metric", ["token_accuracy", None, "loss"])
+def test_the_metric_of_a_decoder_is_of_completions(folders, tmp_path, metric):
+    base, fine, rows = folders / "llama" / "base", folders / "llama" / "fine", tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"{i} and", "a": f" {i % 3}"}) + "\n" for i in range(40)))
+    table = Table(data=str(rows), prompt="q", completion="a", metric=metric)
+    needs = METHODS["distilled"].needs
+    if metric == "loss":
+        with pytest.raises(DarexError, match="not loss"):
+            gather(base, fine, Source(table=table), needs, with_metric=True)
+        return
+    evidence, _ = gather(base, fine, Source(table=table), needs, with_metric=True)
+    found = evidence.train.metric
+    assert found.name == (metric or "exact_match") and found.examples == 4
+    model, params = dx.load_model(fine)
+    batches = read_material(fine, Source(table=table), held_out=True).batches()
+    scores = answer_scores(model, params, batches)
+    assert found.fine == (scores.tokens if metric else scores.answers)
+    for wrong in (Source(table=Table(data=str(rows), text="q", label="a")), Source(text=rows)):
+        with pytest.raises(DarexError, match="a decoder: --prompt and --completion"):
+            gather(base, fine, wrong, needs, with_metric=True)
+
+
 def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypatch):
     from darex_jax.runs import prune as module
 
@@ -578,11 +633,14 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
     scored = ["--data", labelled, "--text", "said", "--label", "is", "--split", "validation"]
     assert darex("eval", base, "--delta", tmp_path / "d", *scored)["metric"] == metric["metric"]
     assert darex("eval", fine, *scored)["metric"] - metric["metric"] <= 0.5
+    assert metric["labelled"] == 6 and metric["fine_metric"] == darex("eval", fine, *scored)["metric"]
     for wrong, code, text in (
+        (("--max-loss", 0.99, "--loss-of", "metric", *of_metric[-8:-2]), 1, "would leave nothing of it"),
         (("--max-loss", 0.1, "--loss-of", "metric"), 1, "a metric is measured on labels"),
         (("--size", "3x", "--loss-of", "metric"), 2, "--loss-of says what --max-loss is of"),
     ):
-        refused = CliRunner().invoke(main, list(map(str, [*line, *wrong])))
+        texts_or_rows = line[:-4] if "--data" in wrong else line
+        refused = CliRunner().invoke(main, list(map(str, [*texts_or_rows, *wrong])))
         assert refused.exit_code == code and text in refused.stderr
     own = fine / "model.safetensors"
     before = own.read_bytes()

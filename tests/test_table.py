@@ -264,7 +264,7 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
             ("eval", fine, *own, "--records", tmp_path / "r"),
             "--records is for problems: pass --task gsm8k or",
         ),
-        (("eval", fine, "--difficulty", 3), "--difficulty is for problems"),
+        (("eval", fine, "--difficulty", 3), "--difficulty is of generated problems"),
         (("eval", fine, "--max-new-tokens", 3), "--max-new-tokens is for problems"),
         (("check", base, fine, "--params", "ema"), "--params is a branch of an orbax checkpoint"),
         (("train", base, tmp_path / "x", *own, "--norm", "l1"), "--norm is of --optimizer adamr"),

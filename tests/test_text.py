@@ -18,7 +18,7 @@ from darex_jax.core.errors import DarexWarning
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.evaluation.text import complete, left_padded, sample_texts, stream_text
 from darex_jax.models import init_model, read_model_config
-from darex_jax.tasks.answers import encode_texts
+from darex_jax.tasks.answers import encode_prompts, encode_texts
 from darex_jax.tasks.opening import open_model
 from tests.test_decoders import LLAMA
 
@@ -101,8 +101,9 @@ def test_sampled_texts_are_what_the_model_draws(opened):
     drawn = dx.generate(
         model, params, given, np.ones_like(given), max_new_tokens=12, eos_token_id=2, key=own, temperature=0.7
     )
-    ended = [[*row, 2] for row in np.asarray(drawn).tolist()]
-    expected = [tokenizer.decode([0, *row[: row.index(2)]]) for row in ended]
+    ended = [(row, [*row, 2].index(2)) for row in np.asarray(drawn).tolist()]
+    whole = [(tokenizer.decode([0, *row[:length]]), length == 12) for row, length in ended]
+    expected = [text.rstrip("\N{REPLACEMENT CHARACTER}") if cut else text for text, cut in whole]
     assert texts[:32] == [text for text in expected if text.strip()]
     assert all(tokenizer(text)["input_ids"][0] == 0 for text in texts)  # read again as it was written
     continued = sample_texts(*opened, 5, prompts=PROMPTS, **options)
@@ -114,10 +115,13 @@ def test_the_start_of_sampled_texts_depends_on_the_tokenizer(opened):
     model, params, tokenizer = opened
 
     class Known:
-        bos_token_id, eos_token_id, adds = None, None, ()
+        bos_token_id, eos_token_id, adds, ends = None, None, (), ()
 
-        def __call__(self, text):
-            return {"input_ids": [*self.adds, *tokenizer(text)["input_ids"]]}
+        def __call__(self, text, add_special_tokens=True):
+            if not isinstance(text, str):
+                return {"input_ids": [self(each, add_special_tokens)["input_ids"] for each in text]}
+            before, behind = (self.adds, self.ends) if add_special_tokens else ((), ())
+            return {"input_ids": [*before, *tokenizer(text)["input_ids"], *behind]}
 
         def decode(self, tokens, **options):
             return tokenizer.decode(tokens, **options)
@@ -132,6 +136,11 @@ def test_the_start_of_sampled_texts_depends_on_the_tokenizer(opened):
     texts = sample_texts(model, params, known, 9, **options)
     assert not any(text.startswith("<s>") for text in texts)  # the tokenizer adds it again
     assert sample_texts(model, params, known, 9, prompts=["we"], **options)[0].startswith("we")
+    known.ends = (2,)
+    assert encode_prompts(known, ["we", "<s>we", ""]) == [[0, *tokenizer("we")["input_ids"]]] * 2 + [[0]]
+    assert sample_texts(model, params, known, 9, **options) == texts
+    (text,) = sample_texts(model, params, known, 1, prompts=["<s>we"], **options)
+    assert text.startswith("we") and "</s>" not in text[:5]
     ends = list(range(259))  # every token
     with pytest.raises(ValueError, match="ended at their first token: pass prompts"):
         sample_texts(model, params, known, 2, **options | {"eos_token_id": ends})

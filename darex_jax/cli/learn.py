@@ -22,6 +22,7 @@ from darex_jax.cli.options import (
     SEED,
     TASK,
     TEXT_COLUMN,
+    check_difficulty,
     own_examples,
     take_only_table,
     typed,
@@ -93,10 +94,11 @@ def evaluate(
     (model,) = with_params(params, model)
     table = take_only_table(own, "task_names")
     if table is not None or not set(task_names) & set(PROBLEM_TASKS):
-        for option in filter(typed, ("records", "max_new_tokens", "difficulty")):
+        for option in filter(typed, ("records", "max_new_tokens")):
             raise click.UsageError(
                 f"--{option.replace('_', '-')} is for problems: pass --task {' or '.join(PROBLEM_TASKS)}."
             )
+    check_difficulty(None if table is not None else task_names[0])
     say_if_large("eval", model)
     if beside and not deltas:
         raise click.UsageError("--beside needs --delta.")

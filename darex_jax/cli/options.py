@@ -86,6 +86,12 @@ def typed(option: str) -> bool:
     return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
+def check_difficulty(task: str | None) -> None:
+    """Raises: UsageError if --difficulty is given and the task is another than word-problems."""
+    if typed("difficulty") and task != "word-problems":
+        raise click.UsageError("--difficulty is of generated problems: pass --task word-problems.")
+
+
 def renaming(rename: str | None) -> Callable[[str], str] | None:
     """The function described by --rename."""
     if rename is None:

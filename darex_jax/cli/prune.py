@@ -27,6 +27,7 @@ from darex_jax.cli.options import (
     SEED,
     TEXT,
     Ratio,
+    check_difficulty,
     own_examples,
     renaming,
     take_table,
@@ -182,6 +183,7 @@ def prune(
             "--task, --data-dir, --text, --data and --limit are for --q auto or an objective of find-q, and "
             "for methods that use texts."
         )
+    check_difficulty(task)
     if data_dir and task is None:
         raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
     source: Any = None
@@ -375,7 +377,9 @@ def _looks(done: _Done) -> dict[str, Any]:
         if (measure := done.trainer.measure) is not None:
             found |= {"agreement": done.look.agreement, "agreement_is": measure}
         if done.trainer.score is not None:
-            found |= {"metric": done.trainer.score, "metric_name": done.trainer.metric_name}
+            metric = done.trainer.metric
+            found |= {"metric": done.trainer.score, "metric_name": metric.name}
+            found |= {"fine_metric": metric.fine, "labelled": metric.examples}
     if done.blocks is not None:
         found = {"held_out": done.blocks.held_out, "last_layer_error": done.blocks.error}
     return found
@@ -401,7 +405,8 @@ def _rows(
         text = f"{agreed:.4f} with the fine-tuned model, on {seen['held_out']} held-out texts"
         rows += [(measure, text)]
     if "metric" in seen:
-        rows += [(seen["metric_name"], f"{seen['metric']:.4f}, on held-out labels")]
+        text = f"{seen['metric']:.4f}, fine-tuned {seen['fine_metric']:.4f}"
+        rows += [(seen["metric_name"], f"{text}, on {seen['labelled']} held-out examples")]
     if done.blocks is not None:
         text = f"relative squared error {done.blocks.error:.4f} on {done.blocks.held_out} held-out texts"
         rows += [("last layer", text)]

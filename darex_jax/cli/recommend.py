@@ -20,6 +20,7 @@ from darex_jax.cli.options import (
     SEED,
     TEXT,
     Ratio,
+    check_difficulty,
     own_examples,
     take_table,
     typed,
@@ -87,6 +88,7 @@ def recommend(
     from darex_jax.runs.recommend import recommend as advise
     from darex_jax.tasks.source import Source
 
+    check_difficulty(task)
     if size is not None and bytes_per_parameter is not None:
         raise click.UsageError("pass only one of --size and --bytes-per-parameter.")
     source = None

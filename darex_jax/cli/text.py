@@ -1,6 +1,7 @@
 """`darex generate` continues a prompt with a model or its deltas; `darex sample` has a model write texts."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from darex_jax.cli.options import (
     IGNORE,
     JSON,
     SEED,
+    check_difficulty,
     take_table,
 )
 from darex_jax.cli.show import plain, print_table, say_if_large, text_bar
@@ -174,9 +176,19 @@ def sample(
     from darex_jax.tasks.source import Source, read_prompts
 
     check_output(out)
+    if out.suffix != ".jsonl":
+        raise click.UsageError(f"OUT is a file of JSON lines: {out} must end in .jsonl.")
+    if data_dir and task is None:
+        raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
+    check_difficulty(task)
     places: dict[str, Any] = {"data": data, "text": text}
     table = take_table(places)
-    source = Source(task=task, data_dir=data_dir, difficulty=difficulty, text=places["text"], table=table)
+    source = Source(
+        task=task, data_dir=data_dir, difficulty=difficulty, text=places["text"], table=table, seed=seed
+    )
+    for given in (text, data):
+        if given is not None and Path(given).resolve() == out.resolve():
+            raise click.UsageError(f"OUT would replace the prompts of {given}; choose another path.")
     prompts = read_prompts(source)
     if chat and not prompts:
         raise click.UsageError("--chat formats prompts: pass --text, --data or --task.")
@@ -199,11 +211,12 @@ def sample(
     if as_json:
         click.echo(json.dumps(report))
         return
+    used = ["--method", "distilled", "--size", "100x", "--data", str(report["out"]), "--text", "text"]
     rows = [
         ("texts", f"{len(texts):,}, {report['distinct']:,} of them distinct"),
         ("length", f"{report['mean_length']} characters on average"),
         ("first", plain(texts[0])[:SHOWN]),
-        ("use", f"darex prune BASE {model} DELTA --method distilled --data {report['out']} --text text ..."),
+        ("use", shlex.join(["darex", "prune", "BASE", as_given(str(model)), "DELTA", *used])),
     ]
     print_table(str(report["out"]), rows)
 

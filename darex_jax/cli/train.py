@@ -18,6 +18,7 @@ from darex_jax.cli.options import (
     LEARNING_RATE,
     SEED,
     TEXT_COLUMN,
+    check_difficulty,
     own_examples,
     take_only_table,
     typed,
@@ -112,6 +113,7 @@ def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> No
     from darex_jax.runs.train import train_run
     from darex_jax.training.loop import Recipe
 
+    check_difficulty(task)
     if typed("steps") != typed("epochs"):  # it takes precedence over the other one in a config
         options["epochs" if typed("steps") else "steps"] = None
     elif options["steps"] is None and options["epochs"] is None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from darex_jax.core.errors import DarexError
 from darex_jax.models import Model, Params
 from darex_jax.models.generate import decode, end_tokens, padding_token, prefill, sampling_of, stop_tokens
+from darex_jax.tasks.answers import encode_prompts, start_tokens
 
 # Prompts are padded to these lengths, so that a data set compiles few programs.
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -56,7 +57,7 @@ def stream_text(
       piece: tokens generated at a time.
     """
     shown = text = ""
-    rows = [tokenizer(prompt)["input_ids"]]
+    rows = encode_prompts(tokenizer, [prompt])
     for tokens in _pieces(model, params, rows, 1, max_new_tokens, eos_token_id, key, temperature, piece):
         text, ended = _text(tokenizer, tokens[0], eos_token_id, stop)
         # The last characters may still change: an incomplete character, or the start of a stop string.
@@ -92,7 +93,7 @@ def complete(
       key, temperature: as for `generate`.
     """
     texts: list[tuple[str, bool]] = []
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = encode_prompts(tokenizer, prompts)
     for tokens in _pieces(
         model, params, rows, batch_size or len(rows), max_new_tokens, eos_token_id, key, temperature
     ):
@@ -121,7 +122,7 @@ def sample_texts(
 
     Args:
       prompts: the texts continue them, in turn, and begin with them; without any, they continue the start
-        token, or of a tokenizer without one the end token, behind which the next document begins.
+        token, or of a tokenizer without one the end token, behind which another document begins.
       key: typed key of everything drawn.
       on_texts: called with the number of texts so far.
     Returns: `count` texts, none of them blank. Special tokens within a text are written out, so that the
@@ -129,15 +130,14 @@ def sample_texts(
     Raises: DarexError without prompts if the tokenizer has neither token, or the model writes nothing.
     Source: data-free distillation from samples, arXiv:2305.17888.
     """
-    added = tokenizer("")["input_ids"]  # by the tokenizer to every text, so it is not written out
-    rows: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows, hidden = encode_prompts(tokenizer, prompts), len(start_tokens(tokenizer))
     if not rows:
-        starts = (added, [tokenizer.bos_token_id], [tokenizer.eos_token_id])
-        rows = [start for start in starts if start and start[0] is not None][:1]
-        if not rows:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        rows = [start_tokens(tokenizer) or [first]]
+        if rows == [[None]]:
             raise DarexError("the tokenizer has no start or end token to begin a text with: pass prompts.")
-        if rows[0] == [tokenizer.eos_token_id]:  # the end of another document
-            added = rows[0]
+        if tokenizer.bos_token_id is None:  # the end of another document is not of this text
+            hidden = len(rows[0])
     texts: list[str] = []
     ends, batch = end_tokens(eos_token_id), 0
     while len(texts) < count:
@@ -146,8 +146,9 @@ def sample_texts(
         *_, drawn = _pieces(model, params, given, SAMPLED, max_new_tokens, eos_token_id, own, temperature)
         for prompt, new in zip(given, drawn, strict=True):
             length = next((i for i, token in enumerate(new) if token in ends), None)
-            begun = prompt[len(added) :] if prompt[: len(added)] == added else prompt
-            text = tokenizer.decode([*begun, *new[:length]], clean_up_tokenization_spaces=False)
+            text = tokenizer.decode([*prompt[hidden:], *new[:length]], clean_up_tokenization_spaces=False)
+            if length is None:  # it may end within a character
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}")
             texts += [text] if text.strip() else []
         batch += 1
         if not texts:

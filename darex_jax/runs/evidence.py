@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts, values_of
 from darex_jax.tasks.answers import EncodedAnswers
+from darex_jax.tasks.batching import Encoded
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.training.causal_lm import answer_scores
 from darex_jax.training.checkpoints import own_place
@@ -38,6 +39,15 @@ SCORED = 1000  # maximum number of labelled texts for a metric
 HELD_OUT = 200  # maximum number of held-out texts for evaluation during training
 
 
+class Metric(NamedTuple):
+    """Attributes: name; examples: their number; fine: the fine-tuned model's; of: parameters -> metric."""
+
+    name: str
+    examples: int
+    fine: float
+    of: Callable[[Any], float]
+
+
 @dataclass
 class Trainer:
     """Trains parts by `distill` on texts, some of which are held out; `Evidence.train`.
@@ -46,7 +56,7 @@ class Trainer:
       model, fine, start, steps, checkpoints, on_look: as for `distill`.
       texts, held_out: examples.
       made_from: digests of the models and the texts, for `checkpoints`.
-      metric: of parameters, on labelled texts; None if it is not asked for. metric_name: its name.
+      metric: on labels; None if it is not asked for.
       result: the evaluation of the last training's result; score: its metric.
     """
 
@@ -59,8 +69,7 @@ class Trainer:
     steps: int = STEPS
     checkpoints: Path | None = None
     on_look: Callable[[Look], None] = lambda look: None
-    metric: Callable[[Any], float] | None = None
-    metric_name: str = ""
+    metric: Metric | None = None
     result: Look | None = None
     score: float | None = None
 
@@ -101,7 +110,7 @@ class Trainer:
             )  # fmt: skip
         self.result = result.looks[-1]
         if self.metric is not None:
-            self.score = self.metric(apply_delta(self.start, result.parts))
+            self.score = self.metric.of(apply_delta(self.start, result.parts))
         return result.parts | aside
 
 
@@ -120,7 +129,7 @@ def gather(
 
     Args:
       base, fine: directories of the models.
-      source: its training split is used, never the reported one.
+      source: its training split is used, for a metric the held-out one, never the reported one.
       needs: names of fields of `Evidence`.
       scope: of pruning; None is the family's default.
       ignore_config_fields: see `read_model_config`.
@@ -129,8 +138,6 @@ def gather(
     """
     if not needs:
         return Evidence(), {}
-    if with_metric and not source.labelled:
-        raise DarexError("a metric is measured on labels: pass --task, or --data with labels or completions.")
     material = read_material(fine, source, held_out=False)
     with Checkpoint(fine) as checkpoint:
         digests = {"fine_weights": weights_digest(checkpoint), "data": material.encoded.digest()}
@@ -150,17 +157,39 @@ def gather(
     if with_metric:
         others = read_material(fine, source, held_out=True)
         some = others.select(np.arange(min(SCORED, len(others.encoded))))
-        train.metric_name, train.metric = _metric(model, some)
+        train.metric = _metric(model, params, some, source)
     first = texts.select(np.arange(min(HELD_OUT, len(texts.encoded))))
     return replace(_statistics(model, params, first, needs), train=train), digests
 
 
-def _metric(model: Model, material: Material) -> tuple[str, Callable[[Any], float]]:
-    """The name of a task's metric, and it as a function of a model's parameters."""
-    batches, task, encoded = material.batches(), material.task, material.encoded
-    if task is None or isinstance(encoded, EncodedAnswers):
-        return "answers", lambda params: answer_scores(model, params, batches).answers
-    return task.metric_name, lambda params: task.metric(predict(model, params, batches), encoded.labels)
+def _metric(model: Model, fine: Any, material: Material, source: Source) -> Metric:
+    """The metric on a source's labels; for a decoder its scores of answers, each token given those before it.
+
+    Raises: DarexError for a source without labels, or without completions for a decoder.
+    """
+    batches, encoded, task, own = material.batches(), material.encoded, material.task, source.table
+    answers = isinstance(encoded, EncodedAnswers)
+    if not source.labelled or (answers and own is not None and own.completion is None):
+        raise DarexError(
+            "a metric is measured on labels: pass --task, or --data with --label (a decoder: --prompt and "
+            "--completion)."
+        )
+    if isinstance(encoded, Encoded):
+        assert task is not None  # its labels are read
+        name, metric, labels = task.metric_name, task.metric, encoded.labels
+
+        def of(params: Any) -> float:
+            return metric(predict(model, params, batches), labels)
+    else:
+        name = (own and own.metric) or "exact_match"
+        if name == "loss":
+            raise DarexError("--loss-of metric takes exact_match or token_accuracy of completions, not loss.")
+
+        def of(params: Any) -> float:
+            scores = answer_scores(model, params, batches)
+            return scores.answers if name == "exact_match" else scores.tokens
+
+    return Metric(name, len(encoded), of(fine), of)
 
 
 def _statistics(model: Model, params: Any, material: Material, needs: Collection[str]) -> Evidence:

@@ -131,9 +131,15 @@ def prune_within(
         raise DarexError(f"{method} does not train, so its loss is not measured: choose a size instead.")
     if known.train.measure is None:
         raise DarexError("a model without a head has no predictions to compare: choose a size instead.")
-    if of == "metric" and known.train.metric is None:
-        raise DarexError("evidence for a loss of the metric is gathered with_metric.")
-    best = 1.0 if of == "agreement" or known.train.metric is None else known.train.metric(known.train.fine)
+    best, metric = 1.0, known.train.metric
+    if of == "metric":
+        if metric is None:
+            raise DarexError("evidence for a loss of the metric is gathered with_metric.")
+        if (best := metric.fine) <= max_loss:
+            raise DarexError(
+                f"the fine-tuned model's {metric.name} is {best:.4f} on {metric.examples} held-out examples: "
+                f"a loss of {max_loss:g} would leave nothing of it; allow less."
+            )
     full, quick = known.train, replace(known.train, steps=max(3, round(PROBE * known.train.steps)))
 
     def lost(size: int, path: Path, train: Trainer) -> float:
@@ -172,7 +178,7 @@ def prune_within(
                 write_whole(job.out, path.read_bytes())
                 return written[size]
     raise DarexError(
-        f"no file of up to {sizes[-1]:,} bytes loses at most {max_loss:.1%} of the {of} on held-out texts: "
+        f"no file of up to {sizes[-1]:,} bytes loses at most {max_loss:g} of the {of} on held-out texts: "
         "allow a larger loss, train longer (--steps), or choose another method."
     )
 

@@ -52,8 +52,24 @@ class EncodedAnswers:
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before every text."""
+    whole, own = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    return list(whole[: next((i for i in range(len(whole)) if whole[i : i + len(own)] == own), 0)])
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as they are continued: behind the tokenizer's start tokens, without its end tokens.
+
+    A prompt that begins with the start tokens itself, as chat templates write them, does not get them twice.
+    """
+    start = start_tokens(tokenizer)
+    own = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    return [list(ids) if ids[: len(start)] == start else [*start, *ids] for ids in own]
+
+
 def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> EncodedAnswers:
-    """Tokenises prompts as generation does, and answers without special tokens but for the end token.
+    """Tokenises prompts by `encode_prompts`, and answers without special tokens but for the end token.
 
     Nothing is truncated: half a solution would teach a model to stop early.
 
@@ -68,7 +84,7 @@ def encode_answers(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str
         raise DarexError(
             "the tokenizer has no end token (eos_token), so the model would never learn to stop."
         )
-    before = tokenizer(list(prompts))["input_ids"]
+    before = encode_prompts(tokenizer, prompts)
     after = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     rows = [[*p, *a, tokenizer.eos_token_id] for p, a in zip(before, after, strict=True)]
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
