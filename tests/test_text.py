@@ -168,6 +168,16 @@ def test_sample_writes_texts_that_prune_trains_on(folder, tmp_path):
     done = CliRunner().invoke(main, [str(x) for x in pruned])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["warnings"] == []
+    for wrong, told in (
+        (["--data", out, "--text", "text"], "OUT would replace the prompts"),
+        (["--data-dir", tmp_path], "pass the task as well"),
+        (["--difficulty", 2], "--difficulty is of generated problems"),
+        (["--chat"], "--chat formats prompts"),
+    ):
+        refused = CliRunner().invoke(main, [str(x) for x in (*line[:3], *wrong)])
+        assert refused.exit_code == 2 and told in refused.stderr
+    refused = CliRunner().invoke(main, ["sample", str(tmp_path / "fine"), str(tmp_path / "own.txt")])
+    assert refused.exit_code == 2 and "must end in .jsonl" in refused.stderr
     missing = CliRunner().invoke(main, ["sample", str(folder.parent / "none"), str(out)])
     assert missing.exit_code == 1 and len(out.read_text().split("\n")) == 13
 
