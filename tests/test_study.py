@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +322,14 @@ def test_a_decoder_may_write_the_texts_itself(studies, place, monkeypatch):
     _, *rows = run_study(read_plan(studies, "tiny", "small"), place)
     assert prompts == [[gsm8k_prompt(problem.question) for problem in word_problems(0, 3).train]]
     assert len(set(texts[0])) == 12 and len(rows) == 2 and all("mean" in row for row in rows)
+
+
+def test_a_list_that_is_read_in_part_ends_quietly():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "darex_jax", "experiment"]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 1
 
 
 def test_scattered_values_train_as_a_dense_delta_at_their_places():

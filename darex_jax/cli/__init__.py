@@ -33,7 +33,11 @@ class FriendlyGroup(click.Group):
         except click.ClickException as error:
             vars(error)["message"] = plain(error.message)  # it may quote a file
             raise
-        except (click.exceptions.Exit, click.Abort):
+        except (
+            click.exceptions.Exit,
+            click.Abort,
+            BrokenPipeError,
+        ):  # click ends quietly behind a closed pipe
             raise
         except (DarexError, OSError, FloatingPointError) as error:
             _show_traceback(ctx)
