@@ -624,6 +624,8 @@ def test_prune_finds_the_smallest_file_within_a_loss(folders, tmp_path, monkeypa
     ):
         refused = CliRunner().invoke(main, list(map(str, [*line[:-2], *wrong])))
         assert refused.exit_code == 2 and text in refused.stderr
+    monkeypatch.setattr(module, "SIZES", (1.5, 1.5))
+    monkeypatch.setattr(module, "PLACES", 1)
     labelled = tmp_path / "rows.jsonl"
     rows = [{"said": f"{'abc'[i % 3]}{i % 7} some words", "is": i % 3 % 2} for i in range(60)]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))

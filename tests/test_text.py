@@ -146,7 +146,7 @@ def test_the_start_of_sampled_texts_depends_on_the_tokenizer(opened):
         sample_texts(model, params, known, 2, **options | {"eos_token_id": ends})
 
 
-def test_sample_writes_texts_that_prune_trains_on(folder, tmp_path):
+def test_sample_writes_texts_that_prune_reads(folder, tmp_path):
     model, params = dx.load_model(folder)
     fine = jax.tree.map(lambda x: x + 0.01 * jnp.sin(100 * x), params)
     dx.save_params(tmp_path / "fine", fine, model.config.to_hf())
@@ -163,8 +163,8 @@ def test_sample_writes_texts_that_prune_trains_on(folder, tmp_path):
     assert (
         report["texts"] == 12 and [json.loads(x)["text"] for x in out.read_text().split("\n")[:-1]] == texts
     )
-    pruned = ["prune", folder, tmp_path / "fine", tmp_path / "d", "--method", "distilled", "--size", "2x",
-              "--steps", 3, "--data", out, "--text", "text", "--json"]  # fmt: skip
+    pruned = ["prune", folder, tmp_path / "fine", tmp_path / "d", "--method", "wanda", "--drop-rate", 0.9,
+              "--data", out, "--text", "text", "--json"]  # fmt: skip
     done = CliRunner().invoke(main, [str(x) for x in pruned])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["warnings"] == []
