@@ -33,11 +33,7 @@ class FriendlyGroup(click.Group):
         except click.ClickException as error:
             vars(error)["message"] = plain(error.message)  # it may quote a file
             raise
-        except (
-            click.exceptions.Exit,
-            click.Abort,
-            BrokenPipeError,
-        ):  # click ends quietly behind a closed pipe
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):  # click's own: it ends quietly
             raise
         except (DarexError, OSError, FloatingPointError) as error:
             _show_traceback(ctx)

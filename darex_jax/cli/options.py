@@ -86,6 +86,12 @@ def typed(option: str) -> bool:
     return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
+def check_data_dir(task: str | None, data_dir: Path | None) -> None:
+    """Raises: UsageError if --data-dir is given without a --task."""
+    if data_dir is not None and task is None:
+        raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
+
+
 def check_difficulty(task: str | None) -> None:
     """Raises: UsageError if --difficulty is given and the task is another than word-problems."""
     if typed("difficulty") and task != "word-problems":

@@ -27,6 +27,7 @@ from darex_jax.cli.options import (
     SEED,
     TEXT,
     Ratio,
+    check_data_dir,
     check_difficulty,
     own_examples,
     renaming,
@@ -184,8 +185,7 @@ def prune(
             "for methods that use texts."
         )
     check_difficulty(task)
-    if data_dir and task is None:
-        raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
+    check_data_dir(task, data_dir)
     source: Any = None
     if chooses or METHODS[method].needs:
         from darex_jax.tasks.source import Source

@@ -19,6 +19,7 @@ from darex_jax.cli.options import (
     IGNORE,
     JSON,
     SEED,
+    check_data_dir,
     check_difficulty,
     take_table,
 )
@@ -171,16 +172,15 @@ def sample(
     import jax
 
     from darex_jax.evaluation.text import sample_texts
-    from darex_jax.files.atomic import write_whole
     from darex_jax.files.paths import check_output
+    from darex_jax.tasks.lines import write_texts
     from darex_jax.tasks.source import Source, read_prompts
 
     check_output(out)
     if out.suffix != ".jsonl":
         raise click.UsageError(f"OUT is a file of JSON lines: {out} must end in .jsonl.")
-    if data_dir and task is None:
-        raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
     check_difficulty(task)
+    check_data_dir(task, data_dir)
     places: dict[str, Any] = {"data": data, "text": text}
     table = take_table(places)
     source = Source(
@@ -202,7 +202,7 @@ def sample(
             loaded, params, tokenizer, count, prompts=prompts, max_new_tokens=max_new_tokens,
             eos_token_id=ends, key=jax.random.key(seed), temperature=temperature, on_texts=on_texts,
         )  # fmt: skip
-    write_whole(out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    write_texts(out, texts)
     report = {
         "model": str(model), "out": as_given(str(out)), "texts": len(texts), "seed": seed,
         "distinct": len(set(texts)), "mean_length": round(sum(map(len, texts)) / len(texts), 1),

@@ -1,4 +1,4 @@
-"""Statistics over calibration data, in one compiled pass: of linear layers' inputs, of looked-up rows."""
+"""Statistics over calibration data, in one compiled pass: of linear layers' inputs, and of tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.safetensors import SafetensorsFile, write_tensors
 from darex_jax.models import DecoderConfig, Model
+from darex_jax.models.layers import Embedding
 from darex_jax.tasks.batching import Batch, model_inputs, real_parts
 
 Params = Any
@@ -127,7 +129,16 @@ def token_counts(model: Model, params: Params, batches: Iterable[Batch]) -> dict
     Args: batches: as for `input_statistics`.
     Raises: ValueError without a batch.
     """
-    return summed(_counts(model, params, batch) for batch in batches)
+    vocabulary = model.config.vocab_size
+    total = summed(_counts(vocabulary, batch) for batch in batches)
+    if isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings:
+        return {}
+    tables = [
+        path
+        for path, layer in nnx.iter_modules(model.module(params))
+        if isinstance(layer, Embedding) and len(layer.weight[...]) == vocabulary
+    ]
+    return {".".join(map(str, (*path, "weight"))): total["tokens"] for path in tables}
 
 
 def summed(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -161,18 +172,9 @@ def _sums(
 
 
 @partial(jax.jit, static_argnums=0)
-def _counts(model: Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    tables, found = flatten_names(params), {}
-    tied = isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings
-
-    def observe_ids(name: str, ids: jax.Array) -> None:
-        if not tied and len(tables[name]) == model.config.vocab_size:
-            _, real = real_parts(batch)
-            rows = jnp.broadcast_to(ids, real.shape)
-            found[name] = jnp.zeros(len(tables[name]), jnp.float32).at[rows].add(real, mode="drop")
-
-    model(params, **model_inputs(batch), observe_ids=observe_ids)
-    return found
+def _counts(vocabulary: int, batch: Batch) -> dict[str, jax.Array]:
+    _, real = real_parts(batch)
+    return {"tokens": jnp.zeros(vocabulary, jnp.float32).at[batch["input_ids"]].add(real, mode="drop")}
 
 
 @partial(jax.jit, static_argnums=0)

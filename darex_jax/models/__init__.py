@@ -105,7 +105,6 @@ class Model:
         *,
         dropout_key: Array | None = None,
         observe: Callable[[str, Array], None] | None = None,
-        observe_ids: Callable[[str, Array], None] | None = None,
     ) -> Any:
         """Runs the model: a pure function of its arguments, under jit and grad as well.
 
@@ -120,8 +119,6 @@ class Model:
             have no dropout.
           observe: called while tracing, with the name of each linear layer's weight and the layer's input,
             [B, T, D] or, after a pooler, [B, D].
-          observe_ids: the same of embedding tables: the name of each and the rows that are looked up,
-            integers [B, T], or [1, T] where they are the same for all of the batch.
         Returns: `EncoderOutput` or `DecoderOutput`: hidden states [B, T, D] and, with a head, logits:
           [B, labels] of an encoder, [B, T, V] of a decoder.
         Raises: ValueError if shapes do not match or the text is longer than the position table; TypeError if
@@ -139,21 +136,16 @@ class Model:
         if isinstance(self.config, DecoderConfig):
             if token_type_ids is not None:
                 raise DarexError(f"a {self.config.model_type} model has no token_type_ids.")
-            return self.module(params, observe, observe_ids)(input_ids, mask != 0)
+            return self.module(params, observe)(input_ids, mask != 0)
         if input_ids.shape[1] > self.config.max_length:
             raise DarexError(
                 f"input_ids has {input_ids.shape[1]} positions, the model "
                 f"{self.config.max_length}; truncate the text."
             )
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
-        return self.module(params, observe, observe_ids)(input_ids, mask != 0, types, dropout_key)
+        return self.module(params, observe)(input_ids, mask != 0, types, dropout_key)
 
-    def module(
-        self,
-        params: Params,
-        observe: Callable[[str, Array], None] | None = None,
-        observe_ids: Callable[[str, Array], None] | None = None,
-    ) -> Any:
+    def module(self, params: Params, observe: Callable[[str, Array], None] | None = None) -> Any:
         """The Flax module with these parameters; it shares their arrays."""
         mixed: dict[str, dict[str, Mixed]] = {}  # layer -> parameter -> its value for every row
         params = _without_mixed(params, "", mixed)
@@ -168,11 +160,10 @@ class Model:
             for _, part in nnx.iter_modules(module):
                 if isinstance(part, Encoder | ModernBertModel | Decoder):
                     part.remat = True
-        for kind, observer in ((Linear, observe), (Embedding, observe_ids)):
-            if observer is not None:
-                for path, layer in nnx.iter_modules(module):
-                    if isinstance(layer, kind):
-                        layer.observe = partial(observer, ".".join(map(str, (*path, "weight"))))
+        if observe is not None:
+            for path, layer in nnx.iter_modules(module):
+                if isinstance(layer, Linear):
+                    layer.observe = partial(observe, ".".join(map(str, (*path, "weight"))))
         return module
 
 

@@ -90,7 +90,6 @@ class Embedding(nnx.Module):
     As in PyTorch, the row `padding_idx` starts at zero and gets no gradient.
     """
 
-    observe: Callable[[Array], None] | None = None  # called with the ids of each call, see `Model.module`
     mixed: OfRows | None = None  # see `Model.module`
 
     def __init__(
@@ -101,8 +100,6 @@ class Embedding(nnx.Module):
         self.padding_idx = padding_idx
 
     def __call__(self, ids: Array) -> Array:
-        if self.observe is not None:
-            self.observe(ids)
         ids = jnp.where(ids < 0, self.weight.shape[0], ids)  # negative indices would wrap around
         x = jnp.take(self.weight[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
         if self.mixed is not None and (weight := self.mixed("weight")) is not None:

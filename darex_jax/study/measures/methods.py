@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import weakref
@@ -19,7 +18,6 @@ from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.core.scope import choose_scope
 from darex_jax.evaluation.text import sample_texts
-from darex_jax.files.atomic import write_whole
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, PruneSummary
@@ -32,6 +30,7 @@ from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.labels import rivals
 from darex_jax.study.measures.tested import CALIBRATION, about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
+from darex_jax.tasks.lines import write_texts
 from darex_jax.tasks.opening import open_model
 from darex_jax.tasks.source import Source, read_prompts
 from darex_jax.tasks.table import Table
@@ -125,7 +124,7 @@ class Writer:
             folder = Path(tempfile.mkdtemp())
             weakref.finalize(self, shutil.rmtree, folder)
             self.sampled = folder / "texts.jsonl"
-            write_whole(self.sampled, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+            write_texts(self.sampled, texts)
         return Source(table=Table(data=str(self.sampled), text="text"))
 
     def evidence(self, source: Source, method: str, support: str | None) -> Any:
