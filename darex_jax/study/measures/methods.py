@@ -44,8 +44,9 @@ def begin(
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
     """A way is a method of `METHODS` and its options, `q` among them an objective of `choose_q`, `block_wise`
     that layers are distilled one at a time, `texts` the task whose texts are used instead of its own, or
-    "sampled" for its prompts with answers that the fine-tuned model writes; or the method `labels` and the
-    options of `rivals`.
+    "sampled" for its prompts with answers that the fine-tuned model writes, `steps` of a training other than
+    `STEPS`, `include` patterns of what is pruned instead of the model's scope; or the method `labels` and
+    the options of `rivals`.
 
     Returns: values of the row "fine-tuned"; a function from way, options and column to a row's values.
     """
@@ -58,8 +59,10 @@ def begin(
         with ExitStack() as stack:
             b, f = (stack.enter_context(Checkpoint(path)) for path in (base, fine))
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "delta.safetensors"
-            job = Job(b, f, path, choose_scope(f.config.get("model_type"), shapes=f.shapes))
-            files = writer.files(job, dict(told), at)
+            rest = dict(told)
+            include = rest.pop("include", ())
+            job = Job(b, f, path, choose_scope(f.config.get("model_type"), include, shapes=f.shapes))
+            files = writer.files(job, rest, at)
             try:
                 first = next(files)
             except TooSmall as error:
@@ -80,7 +83,7 @@ class Writer:
         self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
         self.sampled: Path | None = None
-        self.known: dict[tuple[Source, tuple[str, ...]], Any] = {}
+        self.known: dict[tuple[Source, tuple[str, ...], int], Any] = {}
 
     def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
         """Writes `job.out` again and again, one file after each mask.
@@ -89,6 +92,7 @@ class Writer:
         """
         own = ("method", "q", "block_wise", "texts")
         name, objective, block_wise, texts = (told.pop(key, None) for key in own)
+        steps = told.pop("steps", STEPS)
         source = self.texts(texts)
         by_bytes = self.plan.axis == "bytes"
         budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
@@ -98,12 +102,12 @@ class Writer:
         method = METHODS[name]
         if block_wise:
             many = replace(source, limit=TEXTS)
-            yield prune_blockwise(job, many, budget, steps=STEPS, **told).summary
+            yield prune_blockwise(job, many, budget, steps=steps, **told).summary
             return
         choose = None if objective is None else partial(self.choose, source, objective)
         if choose is not None and not by_bytes:
             told["q"] = choose(at)
-        write = partial(prune_by, job, name, gathered=self.evidence(source, name, told.get("support")))
+        write = partial(prune_by, job, name, gathered=self.evidence(source, name, told.get("support"), steps))
         first = write(budget, options=told, seed=0, choose=choose if by_bytes else None)
         yield first
         spent, q = Budget(**(first.recipe.budget or {})), (first.recipe.options or {}).get("q")
@@ -127,12 +131,12 @@ class Writer:
             write_texts(self.sampled, texts)
         return Source(table=Table(data=str(self.sampled), text="text"))
 
-    def evidence(self, source: Source, method: str, support: str | None) -> Any:
+    def evidence(self, source: Source, method: str, support: str | None, steps: int) -> Any:
         needs = METHODS[method].needs_with(support)
         source = replace(source, limit=TEXTS if METHODS[method].trains else CALIBRATION)
-        if (source, needs) not in self.known:
-            self.known[source, needs] = gather(self.base, self.fine, source, needs, steps=STEPS)
-        return self.known[source, needs]
+        if (source, needs, steps) not in self.known:
+            self.known[source, needs, steps] = gather(self.base, self.fine, source, needs, steps=steps)
+        return self.known[source, needs, steps]
 
     def choose(self, source: Source, objective: str, drop_rate: float) -> float:
         source = replace(source, limit=CALIBRATION)

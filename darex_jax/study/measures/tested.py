@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from darex_jax.evaluation.classification import agreement, predict
+from darex_jax.evaluation.objectives import prediction_objective
 from darex_jax.files.manifest import params_digest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
@@ -34,7 +35,8 @@ class Tested:
     model, params: the fine-tuned model; weights: digest of `params`.
     metric_name, examples: what is measured, on how many test examples.
     constant: the metric of the best constant answer; None for a decoder.
-    values: model, parameters -> `metric` and, of a classifier, `agreement` with the fine-tuned model.
+    values: model, parameters -> `metric` and `agreement` with the fine-tuned model, of next tokens for a
+      decoder, with the `loss` of its answers and the share of right `tokens`.
     """
 
     model: Model
@@ -57,10 +59,12 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
     if isinstance(model.config, DecoderConfig):
         problems = _problems(fine_tune, place)[:limit]
         answers = list(answer_batches(encode_problems(tokenizer, problems), ROWS, 0, 0))
+        agrees = prediction_objective(model, params, answers).measure
 
         def answered(model: Model, params: Any) -> dict[str, float]:
             scores = answer_scores(model, params, answers)
-            return {"metric": scores.answers, "loss": scores.loss, "tokens": scores.tokens}
+            found = {"metric": scores.answers, "loss": scores.loss, "tokens": scores.tokens}
+            return found | {"agreement": agrees(params)}
 
         return Tested(model, params, weights, "answers", len(problems), None, answered)
     task = load_task(fine_tune.task, place.data_dir)
