@@ -324,6 +324,31 @@ def test_a_decoder_may_write_the_texts_itself(studies, place, monkeypatch):
     assert len(set(texts[0])) == 12 and len(rows) == 2 and all("mean" in row for row in rows)
 
 
+def test_a_way_may_prune_other_parameters_and_train_for_other_steps(studies, place, monkeypatch):
+    """A decoder has an agreement of next tokens; its embeddings are pruned where a way says so."""
+    from darex_jax.study.measures import methods
+
+    pruned, trained = [], []
+    gather, prune_by = methods.gather, methods.prune_by
+
+    def seen(job, *given, **more):
+        pruned.append(job.scope("model.embed_tokens.weight"))
+        return prune_by(job, *given, **more)
+
+    monkeypatch.setattr(methods, "prune_by", seen)
+    monkeypatch.setattr(
+        methods, "gather", lambda *given, **more: trained.append(more["steps"]) or gather(*given, **more)
+    )
+    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
+    ways = 'own = { method = "svd", at = [0.5] }\nall = { method = "svd", include = ["."], at = [0.5] }\n'
+    ways += 'short = { method = "distilled", steps = 3, at = [0.9] }\n'
+    (studies / "tiny.toml").write_text(text.replace('["one"]', '["words"]') + ways)
+    fine, own, every, short = run_study(read_plan(studies, "tiny", "small"), place)
+    assert pruned == [False, True, False] and trained[-1] == 3
+    assert fine["agreement"] == 1.0 and own["file_bytes"] > every["file_bytes"]
+    assert all(0 <= row["agreement"] <= 1 for row in (own, every, short))
+
+
 def test_a_list_that_is_read_in_part_ends_quietly():
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "darex_jax", "experiment"]

@@ -5,7 +5,6 @@ model.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 from darex_jax.choosing.table import CALIBRATION_SIZE, WAYS
+from darex_jax.cli.given_q import choose_given, read_q
 from darex_jax.cli.options import (
     BYTES_PER_PARAMETER,
     DATA_DIR,
@@ -43,13 +43,12 @@ from darex_jax.cli.show import (
     found_scope,
     look_bar,
     plain,
-    point_bar,
     print_table,
     q_text,
+    warn,
     warned,
 )
 from darex_jax.cli.stores import HERE, OUT, PATH, as_given
-from darex_jax.core.errors import DarexWarning
 from darex_jax.methods.table import METHODS
 
 TRAINING_TEXTS = 10_000  # maximum for distilled
@@ -193,7 +192,7 @@ def prune(
         enough = TRAINING_TEXTS if METHODS[method].trains else CALIBRATION_SIZE
         source = Source(**places, limit=limit if chooses else limit or enough)
         if not has_texts and not chooses:
-            _warn(
+            warn(
                 f"{method} sees generated texts only: pass texts like those that the model is for "
                 "(--text, --task, --data)."
             )
@@ -213,13 +212,13 @@ def prune(
 
     def choose(drop_rate: float) -> Any:
         nonlocal divisor, q_by
-        divisor, q_by = _chosen_q(base, fine, drop_rate, choice, source, as_json)
+        divisor, q_by = choose_given(base, fine, drop_rate, choice, source, as_json)
         return divisor
 
     if chooses and drop_rate is not None:
         choose(drop_rate)
     elif q is not None and not chooses:
-        divisor = _read_q(q, drop_rate, base, fine, choice, as_json)
+        divisor = read_q(q, drop_rate, base, fine, choice, as_json)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family, fine_bytes = family_of(f, b), f.nbytes
         scope = choose_scope(family, include, exclude, f.shapes)
@@ -470,88 +469,3 @@ def _say_scope(base: Any, fine: Any, scope: Any, family: str | None, rename: Any
 def _scope_text(family: str | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
     parts = [f"include {pattern}" for pattern in include] or [f"default of {family}"]
     return ", ".join(parts + [f"exclude {pattern}" for pattern in exclude])
-
-
-def _chosen_q(
-    base: Path, fine: Path, drop_rate: float, choice: Any, source: Any, quiet: bool
-) -> tuple[Any, str]:
-    """A q from the given inputs, and how it was chosen."""
-    if choice.objective == "auto" and all(x is None for x in (source.task, source.text, source.table)):
-        return None, "default: without --task, --text or --data, q is DARE's 1 - drop rate"
-    from darex_jax.choosing.choose import choose_q
-
-    with point_bar("choosing q", quiet) as on_value:
-        found = choose_q(base, fine, drop_rate, choice, source, on_value)
-    if "warning" in found:
-        return found["q"], f"{found['objective']}, without success: {found['warning']}"
-    what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
-    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
-
-
-def _read_q(
-    text: str, drop_rate: float | None, base: Path, fine: Path, choice: Any, quiet: bool
-) -> float | dict[str, float] | None:
-    """Parses --q: a number, or a q file {"q": number or {name: number}}, for this drop rate if it has one.
-
-    A file of find-q records its weights, mask and scope: other weights are refused before anything is
-    written, another mask or scope gives a warning.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    if not Path(text).exists():
-        raise click.BadParameter(f"{text!r} is neither a number nor a file.", param_hint="--q")
-    from darex_jax.files.checkpoint import read_json
-
-    content = read_json(Path(text))
-    q, chosen_for = content.get("q"), content.get("drop_rate", drop_rate)
-    if drop_rate is None and chosen_for is not None:
-        raise click.BadParameter(
-            f"{text} was chosen for a drop rate of {chosen_for}: pass --drop-rate {chosen_for}, not a size.",
-            param_hint="--q",
-        )
-    if chosen_for != drop_rate:
-        raise click.BadParameter(
-            f"{text} was chosen for a drop rate of {chosen_for}, not {drop_rate}.", param_hint="--q"
-        )
-    if not (isinstance(q, int | float) or (isinstance(q, dict) and q)):
-        raise click.BadParameter(f"{text} has no 'q'.", param_hint="--q")
-    manifest = content.get("manifest")
-    manifest = manifest if isinstance(manifest, dict) else {}
-    inputs, options = (
-        part if isinstance(part := manifest.get(name), dict) else {} for name in ("inputs", "options")
-    )
-    for what, path in (("base", base), ("fine", fine)):
-        _check_weights(text, what, path, inputs.get(f"{what}_weights"), quiet)
-    seeds = content.get("mask_seeds")
-    if isinstance(seeds, list) and choice.seed not in seeds and seeds:
-        _warn(f"{text} was chosen with the mask of seed {', '.join(map(str, seeds))}, not {choice.seed}.")
-    for name, given in (("include", list(choice.include)), ("exclude", list(choice.exclude))):
-        chosen_with = options.get(name, given)
-        if chosen_with != given:
-            _warn(f"{text} was chosen with --{name} {chosen_with or 'not given'}, not with {given}.")
-    return q
-
-
-def _check_weights(q_file: str, what: str, path: Path, digest: Any, quiet: bool) -> None:
-    """Raises: BadParameter if the q file records other weights than those at `path`."""
-    if not isinstance(digest, str):
-        return
-    from darex_jax.files.checkpoint import Checkpoint
-    from darex_jax.files.manifest import weights_digest
-
-    with (
-        Checkpoint(path) as checkpoint,
-        byte_bar(f"comparing {path.name}", checkpoint.nbytes, quiet) as progress,
-    ):
-        same = weights_digest(checkpoint, progress) == digest
-    if not same:
-        kind = {"base": "base", "fine": "fine-tuned model"}[what]
-        raise click.BadParameter(
-            f"{q_file} was chosen for another {kind} than {path}: run find-q for this pair.", param_hint="--q"
-        )
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, DarexWarning, stacklevel=2)

@@ -38,6 +38,11 @@ def warnings_shown() -> Iterator[list[str]]:
         yield shown
 
 
+def warn(text: str) -> None:
+    """Gives a warning of the library's kind, which `warnings_shown` prints."""
+    warnings.warn(text, DarexWarning, stacklevel=2)
+
+
 def warned() -> list[str]:
     """The warnings so far, for --json."""
     return click.get_current_context().obj or []
