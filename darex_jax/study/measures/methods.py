@@ -72,7 +72,10 @@ def begin(
         options = first.recipe.options or {}
         return {**spread(seen), "q": options.get("q"), "file_bytes": first.file_bytes}
 
-    return {**spread([tested.values(tested.model, tested.params)]), **about(tested)}, measured
+    head = {**spread([tested.values(tested.model, tested.params)]), **about(tested)}
+    if tested.constant is None:  # no constant answer to compare with
+        head["no_delta"] = tested.score(load_model(base)[1])
+    return head, measured
 
 
 class Writer:
