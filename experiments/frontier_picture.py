@@ -39,7 +39,7 @@ def main() -> None:
             print(f"{way}: {size:,.0f} bytes, {share:.1%}")
     axes.axhline(1, color="gray", linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xticks(*zip(*((b, told(b)) for b in (2e4, 1e5, 5e5, 2e6, 5e6)), strict=True))
+    axes.set_xticks(*zip(*((b, told(b)) for b in (1e4, 2e4, 1e5, 5e5, 2e6, 5e6)), strict=True))
     axes.minorticks_off()
     axes.set_ylim(-0.05, 1.08)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
