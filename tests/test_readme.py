@@ -266,6 +266,20 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(named) == sorted(dx.__all__)
 
 
+FIGURE = re.compile(r"-?\d\.\d{3}(?: ± \d\.\d{3})?(?![\d.])|\d+\.\d% ± \d+\.\d%")  # of a metric
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/benchmarks.md"])
+def test_every_figure_of_a_table_is_one_of_a_study(page):
+    """A number that no page of results shows is of rows that were measured again."""
+    results = (ROOT / "experiments/results/small").glob("*.md")
+    shown = [figure for path in results for figure in FIGURE.findall(path.read_text())]
+    means = {figure.partition(" ± ")[0] for figure in shown}
+    rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    stale = {figure for row in rows for figure in FIGURE.findall(row)} - {*shown, *means}
+    assert not stale
+
+
 def test_the_figures_of_the_readme_are_those_of_the_table():
     """Of the rows of the studies methods and frontier, at 0.005 bytes per parameter."""
     folder = ROOT / "experiments/results/small"
