@@ -62,6 +62,7 @@ test_examples = 16
 DARE = { method = "dare" }
 SVD = { method = "svd" }
 """
+NO_WAYS = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
 Q = """
 title = "Ways to choose q"
 measure = "q"
@@ -291,8 +292,7 @@ def test_texts_may_be_of_another_task(studies, place, tmp_path, monkeypatch):
         methods, "gather", lambda *given, **more: seen.append(given[2]) or gather(*given, **more)
     )
     ways = 'own = { method = "wanda" }\nother = { method = "wanda", texts = "cola" }\n'
-    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
-    (studies / "tiny.toml").write_text(text + ways)
+    (studies / "tiny.toml").write_text(NO_WAYS + ways)
     plan = read_plan(studies, "tiny", "small")
     fine, *rows = run_study(plan, place._replace(data_dir=tmp_path))
     assert [source.task for source in seen] == ["opinions", "cola"]
@@ -317,9 +317,8 @@ def test_a_decoder_may_write_the_texts_itself(studies, place, monkeypatch):
     known, written = methods.gather, methods.sample_texts
     for name, value in (("gather", gather), ("sample_texts", sample), ("SAMPLES", 12), ("LONGEST", 4)):
         monkeypatch.setattr(methods, name, value)
-    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
     (studies / "tiny.toml").write_text(
-        text.replace('["one"]', '["words"]') + 'own = { method = "wanda", texts = "sampled" }\n'
+        NO_WAYS.replace('["one"]', '["words"]') + 'own = { method = "wanda", texts = "sampled" }\n'
     )
     _, *rows = run_study(read_plan(studies, "tiny", "small"), place)
     assert prompts == [[gsm8k_prompt(problem.question) for problem in word_problems(0, 3).train]]
@@ -344,10 +343,9 @@ def test_a_way_may_prune_other_parameters_and_train_for_other_steps(studies, pla
 
     monkeypatch.setattr(methods, "prune_by", seen)
     monkeypatch.setattr(methods, "gather", gather)
-    text = METHODS.split("[[claims]]")[0] + METHODS[METHODS.index("[small]") : METHODS.index("DARE = {")]
     ways = 'own = { method = "svd", at = [0.5] }\nall = { method = "svd", include = ["."], at = [0.5] }\n'
     ways += 'short = { method = "distilled", steps = 3, at = [0.9] }\n'
-    (studies / "tiny.toml").write_text(text.replace('["one"]', '["words"]') + ways)
+    (studies / "tiny.toml").write_text(NO_WAYS.replace('["one"]', '["words"]') + ways)
     fine, own, every, short = run_study(read_plan(studies, "tiny", "small"), place)
     assert pruned == [False, True] and short["why"] == "to train in seconds"
     assert fine["agreement"] == 1.0 and 0 <= fine["no_delta"] <= 1 and own["file_bytes"] > every["file_bytes"]
