@@ -34,7 +34,7 @@ class Choice:
       learning_rate: for learned, see `learn_q`.
       checkpoints: a folder from which learning resumes; each training has its own subfolder.
       one_copy: hold one copy of the model and the survivors, see `OneCopy`; for scope "model" and ways that
-        do not need the whole delta. The same q, in a third of the memory.
+        do not need the whole delta. The same q, in less than half of the memory.
       include, exclude: patterns of the parameters that are pruned, see `choose_scope`.
       ignore_config_fields: for the fine-tuned model, see `read_model_config`.
     """

@@ -110,7 +110,7 @@ def distill(
     pair = _Pair(model, fine, start)
     seen = [(batch, jax.device_get(_reference(model, fine, batch))) for batch in held_out]
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
-    begun = {m: _look_at(pair, _times(placed, m), seen) for m in multiples}
+    begun = {m: _look_at(pair, *_split(_times(placed, m)), seen) for m in multiples}
     multiple = min(begun, key=lambda m: begun[m].loss if math.isfinite(begun[m].loss) else math.inf)
     delta, looks = _times(placed, multiple), [begun[multiple]]
     on_look(looks[0])
@@ -123,21 +123,21 @@ def distill(
         on_look(look)
 
     rates, _ = _split({name: each.map(partial(_rates, learning_rate)) for name, each in delta.items()})
-    delta = _train(pair, delta, rates, stream, seen, (0, steps - through), saved, emit, looks[0].loss)
+    trained, fixed = _split(delta)
+    span = (0, steps - through)
+    trained = _train(pair, trained, fixed, rates, stream, seen, span, saved, emit, looks[0].loss)
     if bits is not None:
-        delta = {name: _in_bits(each, bits) for name, each in delta.items()}
-        values, fixed = _split(delta)
+        trained, fixed = _in_bits(_joined(trained, fixed), bits)
         rates = [
             own if each.bits is None else replace(each, numbers=INTEGER_RATE, scales=SCALE_RATE)
-            for each, own in zip(values, rates, strict=True)
+            for each, own in zip(trained, rates, strict=True)
         ]
         saved = None if checkpoints is None else checkpoints / "rounded"
-        begun_again = _look_at(pair, _joined(values, fixed), seen).loss
-        span = (steps - through, steps)
-        delta = _train(pair, delta, rates, stream, seen, span, saved, emit, begun_again)
-    stored = {name: _stored(each) for name, each in delta.items()}
-    emit(_look_at(pair, stored, seen)._replace(step=steps))
-    found = {name: _unplaced(each, parts[name]) for name, each in _bare(stored).items()}
+        span, loss = (steps - through, steps), _look_at(pair, trained, fixed, seen).loss
+        trained = _train(pair, trained, fixed, rates, stream, seen, span, saved, emit, loss)
+    stored = _bare(_joined(_stored(trained), fixed))
+    emit(_look(model, fine, _applied(start, stored), seen)._replace(step=steps))
+    found = {name: _unplaced(each, parts[name]) for name, each in stored.items()}
     return Distilled(found, multiple, looks)
 
 
@@ -176,11 +176,16 @@ def _look(model: Model, fine: Params, params: Params, held_out: Seen) -> Look:
     return Look(0, float(total / rows), agreement)
 
 
-def _look_at(pair: _Pair, delta: Delta, held_out: Seen) -> Look:
-    return _look(pair.model, pair.fine, _applied(pair.start, _bare(delta)), held_out)
+def _look_at(pair: _Pair, trained: Trained, fixed: Any, held_out: Seen) -> Look:
+    return _look(pair.model, pair.fine, _with_values(pair.start, trained, fixed), held_out)
 
 
 _applied = jax.jit(apply_delta)
+
+
+@jax.jit
+def _with_values(start: Params, trained: Trained, fixed: Any) -> Params:
+    return apply_delta(start, _bare(_joined(map(_through, trained), fixed)))
 
 
 def _stream(batches: Callable[[int], Iterable[Batch]], first: int, stop: int) -> Iterable[Batch]:
@@ -189,7 +194,8 @@ def _stream(batches: Callable[[int], Iterable[Batch]], first: int, stop: int) ->
 
 def _train(
     pair: _Pair,
-    delta: Delta,
+    trained: Trained,
+    fixed: Any,
     rates: Trained,
     stream: Callable[[int, int], Iterable[Batch]],
     held_out: Seen,
@@ -197,12 +203,11 @@ def _train(
     folder: Path | None,
     emit: Callable[[Look], None],
     begun: float,
-) -> Delta:
-    """Runs steps [first, stop) from `delta`, whose loss is `begun`; returns the best values evaluated."""
+) -> Trained:
+    """Runs steps [first, stop) from `trained`, whose loss is `begun`; returns the best values evaluated."""
     first, stop = span
     schedule, every = warmup_linear(1.0, stop - first), max(1, (stop - first) // LOOKS)
-    trained, fixed = _split(delta)
-    state = _OPTIMIZER.init(trained)
+    state = _begin(trained)
     checkpoints = None if folder is None else Checkpoints(folder, every)
     done, best = 0, (begun if math.isfinite(begun) else math.inf, trained)
     if checkpoints is not None:
@@ -229,17 +234,18 @@ def _train(
                 raise FloatingPointError(
                     f"distillation diverged: the loss is {float(loss)}; try a lower rate."
                 )
-            look = _look_at(pair, _joined(trained, fixed), held_out)._replace(step=first + number + 1)
+            look = _look_at(pair, trained, fixed, held_out)._replace(step=first + number + 1)
             emit(look)
             if look.loss < best[0]:
                 best = look.loss, trained
             if checkpoints is not None:
                 kept = (trained, state, best[1], np.asarray(best[0], np.float64))
                 checkpoints.save(number + 1, kept, -look.loss)
-    return _joined(best[1], fixed)
+    return best[1]
 
 
 _OPTIMIZER = optax.scale_by_adam()
+_begin = jax.jit(_OPTIMIZER.init)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -256,7 +262,7 @@ def _step(
     reference: _Reference,
 ) -> tuple[Any, Any, jax.Array]:
     def loss(trained: Any) -> jax.Array:
-        params = apply_delta(start, _bare(_joined(trained, fixed)))
+        params = _with_values(start, trained, fixed)
         total, rows = _compared(model, fine, params, batch, reference)[0]
         return total / rows
 
@@ -316,6 +322,7 @@ def _divergence(theirs: jax.Array, ours: jax.Array) -> jax.Array:
 
 
 # A delta is trained as the list of its `Values`: their numbers, and with bits the logarithms of the scales.
+# Outside of one program for all of them arrays are NumPy's: JAX would compile each operation for each shape.
 Trained = list[Values]
 
 
@@ -327,11 +334,11 @@ def _split(delta: Delta) -> tuple[Trained, Any]:
     return [leaf for leaf in leaves if _is_values(leaf)], fixed
 
 
-def _joined(trained: Trained, fixed: Any) -> Delta:
-    """The inverse of `_split`; values with bits are rounded with a straight-through gradient."""
-    remaining = iter(trained)
+def _joined(values: Iterable[Values], fixed: Any) -> Delta:
+    """The inverse of `_split`."""
+    remaining = iter(values)
     return jax.tree.map(
-        lambda leaf: _through(next(remaining)) if leaf is None else leaf, fixed, is_leaf=lambda x: x is None
+        lambda leaf: next(remaining) if leaf is None else leaf, fixed, is_leaf=lambda x: x is None
     )
 
 
@@ -357,10 +364,11 @@ def _placed(part: Any) -> Any:
         part = part.located()
     if isinstance(part, Sign):
         part = replace(part, scales=Values(part.scales))
-    numbers = {name: jnp.asarray(v.numbers, jnp.float32) for name, v in values_of(part).items()}
+    numbers = {name: np.asarray(v.numbers, np.float32) for name, v in values_of(part).items()}
     if not numbers:
         return part
-    numbers[next(iter(numbers))] *= reciprocal(np.asarray(part.q))
+    first = next(iter(numbers))
+    numbers[first] = numbers[first] * reciprocal(np.asarray(part.q))
     found = {name: Values(x) for name, x in numbers.items()}
     return replace(part, q=np.asarray(np.float32(1)), **found)
 
@@ -406,37 +414,37 @@ def _rates(learning_rate: float, part: Any) -> Part:
     return replace(part, **{name: Values(np.float32(rate)) for name in values_of(part)})
 
 
-def _in_bits(parts: Parts, bits: int) -> Parts:
-    """Values as numbers relative to their scales, and the logarithms of the scales; signs stay."""
-    quantised = parts.map(
-        lambda part: part if isinstance(part, Sign) else rounded_part(part, bits, jnp.float32)
-    )
+def _in_bits(delta: Delta, bits: int) -> tuple[Trained, Any]:
+    """`_split` with values relative to their scales, and the logarithms of the scales; signs stay."""
 
-    def of(values: Values, fitted: Values) -> Values:
-        if fitted.bits is None:
+    def fitted(part: Part) -> Part:
+        return part if isinstance(part, Sign) else rounded_part(part, bits, jnp.float32)
+
+    def of(values: Any, fitted: Any) -> Any:
+        if not _is_values(values) or fitted.bits is None:
             return values
-        scales = jnp.maximum(jnp.asarray(fitted.scales), 1e-12)
-        per: Any = fitted.per
-        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[per]
-        return replace(fitted, numbers=values.numbers / own, scales=jnp.log(scales))
+        scales = np.maximum(fitted.scales, np.float32(1e-12))
+        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[fitted.per]
+        return replace(fitted, numbers=np.asarray(values.numbers) / own, scales=scales)
 
-    return jax.tree.map(
-        lambda one, other: of(one, other) if _is_values(one) else one,
-        parts,
-        quantised,
-        is_leaf=_is_values,
-    )
+    quantised = {name: parts.map(fitted) for name, parts in delta.items()}
+    trained, fixed = _split(jax.tree.map(of, delta, quantised, is_leaf=_is_values))
+    return _with_logarithms(trained), fixed
 
 
-def _stored(parts: Parts) -> Parts:
-    """Values (from `_joined`) as stored in a file: bfloat16, or integers with bfloat16 scales."""
+@jax.jit
+def _with_logarithms(trained: Trained) -> Trained:
+    return [each if each.bits is None else replace(each, scales=jnp.log(each.scales)) for each in trained]
 
-    def of(values: Any) -> Any:
-        if not _is_values(values):
-            return values
+
+@jax.jit
+def _stored(trained: Trained) -> Trained:
+    """Values as stored in a file: bfloat16, or integers with bfloat16 scales."""
+
+    def of(values: Values) -> Values:
         if values.bits is None:
             return Values(values.numbers.astype(jnp.bfloat16))
         integers = jnp.round(values.numbers).astype(jnp.int8)
         return replace(values, numbers=integers, scales=values.scales.astype(jnp.bfloat16))
 
-    return jax.tree.map(of, parts, is_leaf=_is_values)
+    return [of(_through(values)) for values in trained]
