@@ -13,6 +13,7 @@ import darex_jax as dx
 from darex_jax.cli import main
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.prune import Job
 from darex_jax.methods.budget import Budget
@@ -149,6 +150,24 @@ def test_a_size_is_kept_to(block_wise, tmp_path, support, bits, size):
     found = block_wise(tmp_path / "out", size, support=support, bits=bits, steps=3)
     assert 0.7 * size < found.summary.file_bytes <= size
     assert (tmp_path / "out").stat().st_size == found.summary.file_bytes
+
+
+def test_a_layer_out_of_scope_and_a_buffer_in_it(folders, source, tmp_path):
+    """Nothing is kept of either: an old Llama's files hold `inv_freq` of every layer, never read."""
+    for name in ("base", "fine"):
+        named = flatten_names(dx.load_params(folders / "llama" / name))
+        named |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": jnp.ones(4) for i in range(2)}
+        config = json.loads((folders / "llama" / name / "config.json").read_text())
+        dx.save_params(
+            tmp_path / name, unflatten_names(named), config, companions_from=folders / "llama" / name
+        )
+    with Checkpoint(tmp_path / "base") as b, Checkpoint(tmp_path / "fine") as f:
+        job = Job(b, f, tmp_path / "out", choose_scope("llama", exclude=(r"layers\.0\.(mlp|.*proj)",)))
+        found = prune_blockwise(job, source, 52_000, support="random", steps=3)
+    assert found.summary.file_bytes <= 52_000
+    delta = flatten_names(dx.load_delta(tmp_path / "out"))
+    assert np.any(np.asarray(delta["model.layers.1.mlp.up_proj.weight"]))
+    assert not np.any(np.asarray(delta["model.layers.1.self_attn.rotary_emb.inv_freq"]))
 
 
 def test_memory_holds_a_layer(source, tmp_path):

@@ -105,12 +105,12 @@ title = "Rivals"
 measure = "methods"
 [small]
 train = ["one"]
-bytes = [0.34, 0.24]
+bytes = [0.34, 0.24, 0.05]
 test_examples = 16
 [small.ways]
 LoRA = { method = "labels", support = "lora", at = [0.34, 0.05] }
 "LoRA, 4 bits" = { method = "labels", support = "lora", bits = 4, at = [0.34] }
-random = { method = "labels", support = "random" }
+random = { method = "labels", support = "random", at = [0.34, 0.24] }
 """
 
 
@@ -329,25 +329,34 @@ def test_a_way_may_prune_other_parameters_and_train_for_other_steps(studies, pla
     """A decoder has an agreement of next tokens; its embeddings are pruned where a way says so."""
     from darex_jax.study.measures import methods
 
-    pruned = []
+    pruned, looked, chosen = [], [], []
     prune_by = methods.prune_by
 
     def seen(job, *given, **more):
         pruned.append(job.scope("model.embed_tokens.weight"))
         return prune_by(job, *given, **more)
 
-    def gather(*given, steps):
+    def gather(*given, steps, scope):
+        looked.append(scope("model.embed_tokens.weight"))
         if steps == 3:
             raise TooSmall("to train in seconds")
         return Evidence(), {}
 
     monkeypatch.setattr(methods, "prune_by", seen)
+
+    def choose_q(base, fine, drop_rate, choice, source):
+        chosen.append(choice.include)
+        return {"q": 0.5}
+
     monkeypatch.setattr(methods, "gather", gather)
+    monkeypatch.setattr(methods, "choose_q", choose_q)
     ways = 'own = { method = "svd", at = [0.5] }\nall = { method = "svd", include = ["."], at = [0.5] }\n'
+    ways += 'q = { method = "dare", q = "two-point", include = ["."], at = [0.5] }\n'
     ways += 'short = { method = "distilled", steps = 3, at = [0.9] }\n'
     (studies / "tiny.toml").write_text(NO_WAYS.replace('["one"]', '["words"]') + ways)
-    fine, own, every, short = run_study(read_plan(studies, "tiny", "small"), place)
-    assert pruned == [False, True] and short["why"] == "to train in seconds"
+    fine, own, every, q, short = run_study(read_plan(studies, "tiny", "small"), place)
+    assert pruned[:2] == [False, True] and all(pruned[2:]) and short["why"] == "to train in seconds"
+    assert looked == [False, True, False] and chosen == [(".",)] and q["q"] == 0.5
     assert fine["agreement"] == 1.0 and 0 <= fine["no_delta"] <= 1 and own["file_bytes"] > every["file_bytes"]
     assert all(0 <= row["agreement"] <= 1 for row in (own, every))
 
@@ -473,6 +482,10 @@ def test_the_command(studies, place):
         ('train = ["one"]', 'train = "one"', "train is a list"),
         ("masks = 2", "masks = 0", "masks is a positive integer"),
         ('{ method = "svd" }', '"svd"', "ways is a table"),
+        ('{ method = "svd" }', '{ method = "svd", at = 0.5 }', "at of 'SVD' is a list of numbers, got 0.5"),
+        ('{ method = "svd" }', '{ method = "svd", at = [0.7] }', "at of 'SVD' has 0.7, which is no column"),
+        ("at = [0.5]", "at = 0.5", "at of a claim is a list of numbers"),
+        ("drop_rates = [0.5, 0.9]", "", "the measure methods needs bytes"),
     ],
 )
 def test_a_faulty_declaration_is_named(studies, old, new, told):

@@ -58,8 +58,8 @@ from darex_jax.cli.stores import HERE, PATH
               help="For learned. A tenth of the density, 1 - drop rate, suits small deltas.")  # fmt: skip
 @click.option("--checkpoints", type=HERE, help="For learned: folder of checkpoints to resume from.")
 @click.option("--one-copy", is_flag=True,
-              help="Hold one copy of the model and the survivors of each mask: the same q in less than half of "
-              "the memory. For one q for the model; not for learned and closed-form.")  # fmt: skip
+              help="Hold one copy of the model and the survivors of each mask: the same q in less than half "
+              "of the memory. For one q for the model; not for learned and closed-form.")  # fmt: skip
 @INCLUDE
 @EXCLUDE
 @IGNORE

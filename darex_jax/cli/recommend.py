@@ -20,6 +20,7 @@ from darex_jax.cli.options import (
     SEED,
     TEXT,
     Ratio,
+    check_data_dir,
     check_difficulty,
     own_examples,
     take_table,
@@ -89,14 +90,15 @@ def recommend(
     from darex_jax.tasks.source import Source
 
     check_difficulty(task)
+    check_data_dir(task, data_dir)
     if size is not None and bytes_per_parameter is not None:
         raise click.UsageError("pass only one of --size and --bytes-per-parameter.")
     source = None
     options = {**own, "text": text}
     table = take_table(options)
     has_texts = any(given is not None for given in (task, text, table))
-    if not has_texts and (data_dir is not None or limit is not None):
-        raise click.UsageError("--data-dir and --limit are for texts: pass --task, --text or --data.")
+    if not has_texts and limit is not None:
+        raise click.UsageError("--limit is for texts: pass --task, --text or --data.")
     if has_texts:
         source = Source(
             task=task, data_dir=data_dir, difficulty=difficulty, text=options["text"], table=table,

@@ -111,6 +111,8 @@ def prune_blockwise(
     def keep(block: Block, budget: Budget, train: Any = None) -> dict[str, Parts]:
         """The parts of a layer by full names; without `train` their values are rounded only."""
         named = {name: own for name, own in by_layer[block.number].items() if name in match.pruned}
+        if not named:
+            return {}
         deltas = _deltas(block, named)
         evidence = Evidence(input_norms=dict.fromkeys(deltas, np.ones(1)), train=train)
         return dict(distilled(deltas, budget, evidence, key=key, support=support, bits=bits))
@@ -147,9 +149,12 @@ def prune_blockwise(
             "options": {"bits": bits, "support": support, "steps": steps, "blockwise": True},
         }  # fmt: skip
         own = replace(job, out=out)
-        summary = prune_parts(
-            own, lambda deltas: {name: parts[name] for name in deltas}, leafwise=True, made_by=made_by
-        )
+
+        def kept(deltas: Mapping[str, np.ndarray]) -> dict[str, Parts]:
+            """Nothing of a name that is in no layer's tree, as an old Llama's inv_freq."""
+            return {name: parts.get(name, Parts((), np.shape(delta))) for name, delta in deltas.items()}
+
+        summary = prune_parts(own, kept, leafwise=True, made_by=made_by)
         return Blockwise(summary, len(held), look.loss)
 
     if isinstance(budget, Budget):
@@ -157,7 +162,7 @@ def prune_blockwise(
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
         room = _room(job, budget, Path(folder)) / pruned_entries(job)
-        first = read(0)
+        first = read(next(i for i, layer in enumerate(by_layer) if layer.keys() & set(match.pruned)))
         rate = _fitting(room, lambda rate: keep(first, Budget(bytes_per_parameter=rate)))
         for attempt in range(ATTEMPTS):
             found = prune(Budget(bytes_per_parameter=rate), path := Path(folder) / str(attempt))

@@ -153,6 +153,7 @@ def gather(
     if training.get("checkpoints") is not None:  # only checkpoints need it
         with Checkpoint(base) as checkpoint:
             made_from["base_weights"] = weights_digest(checkpoint)
+        made_from["from_base"] = ", ".join(sorted(flatten_names(base_params)))
     train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
     if with_metric:
         others = read_material(fine, source, held_out=True)

@@ -186,9 +186,10 @@ def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
     """The pruned delta, float32 by name, and its properties."""
     match = job.match()
     match.raise_if_faulty()
-    if match.extra_rows:
-        extra = ", ".join(name for name in match.pruned if name in match.extra_rows)
-        raise DarexError(f"rows of a larger vocabulary ({extra}) have no base: exclude these with --exclude.")
+    if extra := [name for name in match.pruned if name in match.extra_rows]:
+        raise DarexError(
+            f"rows of a larger vocabulary ({', '.join(extra)}) have no base: exclude these with --exclude."
+        )
     deltas, square, whole = {}, 0.0, 0.0
     ranks, sides, tails = [], [], []
     for name in match.pruned:

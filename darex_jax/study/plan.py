@@ -117,7 +117,7 @@ def read_plan(folder: Path, name: str, scale: str) -> Plan:
     _known(path, own, SETTINGS, f"[{scale}]")
     if study["measure"] not in MEASURES:
         raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
-    _check_settings(path, own)
+    _check_settings(path, own, study["measure"])
     for claim in study.get("claims", ()):
         _check_claim(path, claim, {way for each in SCALES for way in study.get(each, {}).get("ways", ())})
     declared = read_fine_tunes(folder, scale)
@@ -163,8 +163,8 @@ def read_fine_tunes(folder: Path, scale: str) -> Any:
     return declared
 
 
-def _check_settings(path: Path, own: Mapping[str, Any]) -> None:
-    """Raises: FileError for a setting of another type than a study needs."""
+def _check_settings(path: Path, own: Mapping[str, Any], measure: str) -> None:
+    """Raises: FileError for a setting of another type than a study needs, or for a column that it lacks."""
     lists: dict[str, Any] = {
         "train": str,
         "optimizers": str,
@@ -182,6 +182,13 @@ def _check_settings(path: Path, own: Mapping[str, Any]) -> None:
     ways = own.get("ways", {})
     if not isinstance(ways, dict) or not ways or not all(isinstance(way, dict) for way in ways.values()):
         raise FileError(f"{path}: ways is a table of one or more tables, each with the options of a way.")
+    columns = own.get("bytes", own.get("drop_rates"))
+    if columns is None and measure in ("methods", "q"):
+        raise FileError(f"{path}: the measure {measure} needs bytes = [...] or drop_rates = [...].")
+    for name, way in ways.items():
+        at = _numbers(path, f"at of {name!r}", way.get("at", []))
+        if other := [each for each in at if columns is not None and each not in columns]:
+            raise FileError(f"{path}: at of {name!r} has {other[0]}, which is no column of the study.")
 
 
 def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
@@ -194,9 +201,16 @@ def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
             f"{path}: a claim has a text, claim = ..., and better and than, or keeps, keeps_gain or least "
             f"with way and at, or untestable; got {', '.join(claim)}."
         )
+    _numbers(path, "at of a claim", claim.get("at", []))
     named = [claim["way"]] if "way" in claim else [claim[key] for key in ("better", "than") if key in claim]
     if unknown := [way for way in named if way not in ways]:
         raise FileError(f"{path}: a claim names {unknown[0]!r}; the ways are {', '.join(sorted(ways))}.")
+
+
+def _numbers(path: Path, what: str, value: Any) -> list[float]:
+    if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
+        raise FileError(f"{path}: {what} is a list of numbers, got {value!r}.")
+    return value
 
 
 def _read(path: Path, known: set[str], needed: Sequence[str] = ()) -> dict[str, Any]:

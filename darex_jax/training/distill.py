@@ -43,7 +43,10 @@ MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # candidate initial facto
 ROUNDING = 1 / 3  # share of steps with quantisation-aware training
 # Adam's learning rates there: of integers, and of scales relative to themselves.
 INTEGER_RATE, SCALE_RATE = np.float32(0.03), np.float32(0.01)
-STEPS, LOOKS = 600, 8  # default steps, and number of evaluations on held-out text
+STEPS = 600  # default
+# Evaluations on held-out text before and with rounding, and the least steps between two: one takes as long as
+# several steps.
+LOOKS, APART = 8, 12
 
 
 class Look(NamedTuple):
@@ -206,12 +209,13 @@ def _train(
 ) -> Trained:
     """Runs steps [first, stop) from `trained`, whose loss is `begun`; returns the best values evaluated."""
     first, stop = span
-    schedule, every = warmup_linear(1.0, stop - first), max(1, (stop - first) // LOOKS)
+    schedule, every = warmup_linear(1.0, stop - first), max(APART, (stop - first) // LOOKS)
     state = _begin(trained)
     checkpoints = None if folder is None else Checkpoints(folder, every)
     done, best = 0, (begun if math.isfinite(begun) else math.inf, trained)
     if checkpoints is not None:
-        like = (trained, state, trained, np.zeros((), np.float64))
+        placed = jax.tree.map(jnp.asarray, trained)  # restored to this device, whichever wrote it
+        like = (placed, state, placed, np.zeros((), np.float64))
         if (found := checkpoints.restore(like)) is not None:
             done, (trained, state, values, loss) = found
             best = float(loss), values
@@ -434,7 +438,12 @@ def _in_bits(delta: Delta, bits: int) -> tuple[Trained, Any]:
 
 @jax.jit
 def _with_logarithms(trained: Trained) -> Trained:
-    return [each if each.bits is None else replace(each, scales=jnp.log(each.scales)) for each in trained]
+    def of(values: Values) -> Values:
+        if values.bits is None:
+            return values
+        return replace(values, scales=jnp.log(jnp.asarray(values.scales)))
+
+    return list(map(of, trained))
 
 
 @jax.jit
@@ -445,6 +454,6 @@ def _stored(trained: Trained) -> Trained:
         if values.bits is None:
             return Values(values.numbers.astype(jnp.bfloat16))
         integers = jnp.round(values.numbers).astype(jnp.int8)
-        return replace(values, numbers=integers, scales=values.scales.astype(jnp.bfloat16))
+        return replace(values, numbers=integers, scales=jnp.asarray(values.scales, jnp.bfloat16))
 
     return [of(_through(values)) for values in trained]

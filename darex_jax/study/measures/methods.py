@@ -22,6 +22,7 @@ from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, PruneSummary
 from darex_jax.methods.budget import Budget, TooSmall
+from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
 from darex_jax.runs.blockwise import prune_blockwise
 from darex_jax.runs.evidence import gather
@@ -59,10 +60,9 @@ def begin(
         with ExitStack() as stack:
             b, f = (stack.enter_context(Checkpoint(path)) for path in (base, fine))
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "delta.safetensors"
-            rest = dict(told)
-            include = rest.pop("include", ())
+            include = tuple(told.get("include", ()))
             job = Job(b, f, path, choose_scope(f.config.get("model_type"), include, shapes=f.shapes))
-            files = writer.files(job, rest, at)
+            files = writer.files(job, dict(told), at)
             try:
                 first = next(files)
             except TooSmall as error:
@@ -86,7 +86,7 @@ class Writer:
         self.source = texts_of(fine_tune, place)
         self.rival = rivals(fine_tune, base, fine, place)
         self.sampled: Path | None = None
-        self.known: dict[tuple[Source, tuple[str, ...], int], Any] = {}
+        self.known: dict[Any, tuple[Evidence, dict[str, str]]] = {}
 
     def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
         """Writes `job.out` again and again, one file after each mask.
@@ -95,7 +95,7 @@ class Writer:
         """
         own = ("method", "q", "block_wise", "texts")
         name, objective, block_wise, texts = (told.pop(key, None) for key in own)
-        steps = told.pop("steps", STEPS)
+        steps, include = told.pop("steps", STEPS), tuple(told.pop("include", ()))
         source = self.texts(texts)
         by_bytes = self.plan.axis == "bytes"
         budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
@@ -107,10 +107,11 @@ class Writer:
             many = replace(source, limit=TEXTS)
             yield prune_blockwise(job, many, budget, steps=steps, **told).summary
             return
-        choose = None if objective is None else partial(self.choose, source, objective)
+        choose = None if objective is None else partial(self.choose, source, objective, include)
         if choose is not None and not by_bytes:
             told["q"] = choose(at)
-        write = partial(prune_by, job, name, gathered=self.evidence(source, name, told.get("support"), steps))
+        gathered = self.evidence(job, include, source, name, told.get("support"), steps)
+        write = partial(prune_by, job, name, gathered=gathered)
         first = write(budget, options=told, seed=0, choose=choose if by_bytes else None)
         yield first
         spent, q = Budget(**(first.recipe.budget or {})), (first.recipe.options or {}).get("q")
@@ -134,14 +135,17 @@ class Writer:
             write_texts(self.sampled, texts)
         return Source(table=Table(data=str(self.sampled), text="text"))
 
-    def evidence(self, source: Source, method: str, support: str | None, steps: int) -> Any:
+    def evidence(
+        self, job: Job, include: tuple[str, ...], source: Source, method: str, support: str | None, steps: int
+    ) -> tuple[Evidence, dict[str, str]]:
+        """Args: include: what the job's scope is made of."""
         needs = METHODS[method].needs_with(support)
         source = replace(source, limit=TEXTS if METHODS[method].trains else CALIBRATION)
-        if (source, needs, steps) not in self.known:
-            self.known[source, needs, steps] = gather(self.base, self.fine, source, needs, steps=steps)
-        return self.known[source, needs, steps]
+        asked = include, source, needs, steps
+        if asked not in self.known:
+            self.known[asked] = gather(self.base, self.fine, source, needs, scope=job.scope, steps=steps)
+        return self.known[asked]
 
-    def choose(self, source: Source, objective: str, drop_rate: float) -> float:
-        source = replace(source, limit=CALIBRATION)
-        found = choose_q(self.base, self.fine, drop_rate, Choice(objective=objective), source)
-        return float(found["q"])
+    def choose(self, source: Source, objective: str, include: tuple[str, ...], drop_rate: float) -> float:
+        source, choice = replace(source, limit=CALIBRATION), Choice(objective=objective, include=include)
+        return float(choose_q(self.base, self.fine, drop_rate, choice, source)["q"])
