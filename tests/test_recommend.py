@@ -76,6 +76,19 @@ def test_without_texts_only_the_delta_is_measured(folders):
     assert refused.exit_code == 2 and "pass only one of" in refused.stderr
 
 
+def test_a_larger_vocabulary_is_in_the_way_only_where_it_is_pruned(folders, tmp_path):
+    own = folders / "llama" / "fine"
+    params = dx.load_params(own)
+    table = params["model"]["embed_tokens"]["weight"]
+    params["model"]["embed_tokens"]["weight"] = np.concatenate([table, table[:1]])
+    config = json.loads((own / "config.json").read_text()) | {"vocab_size": len(table) + 1}
+    dx.save_params(tmp_path / "fine", params, config, companions_from=own)
+    line = ["recommend", folders / "llama" / "base", tmp_path / "fine", "--size", "1.3x"]
+    assert darex(*line)["chosen"]["method"]
+    refused = CliRunner().invoke(main, [*map(str, line), "--include", "embed_tokens"])
+    assert refused.exit_code == 1 and "larger vocabulary (model.embed_tokens.weight)" in refused.stderr
+
+
 def test_the_sentences_match_the_numbers():
     def advice(dare_loss, tail, stable_rank):
         facts = Facts(1000, 0.01, stable_rank, 384.0, tail)

@@ -36,7 +36,7 @@ class Tested:
     metric_name, examples: what is measured, on how many test examples.
     constant: the metric of the best constant answer; None for a decoder.
     values: model, parameters -> `metric` and `agreement` with the fine-tuned model, of next tokens for a
-      decoder, with the `loss` of its answers and the share of right `tokens`.
+      decoder, with the share of right `tokens` and, where outputs are finite, the `loss` of its answers.
     """
 
     model: Model
@@ -63,8 +63,10 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
 
         def answered(model: Model, params: Any) -> dict[str, float]:
             scores = answer_scores(model, params, answers)
-            found = {"metric": scores.answers, "loss": scores.loss, "tokens": scores.tokens}
-            return found | {"agreement": agrees(params)}
+            found = {"metric": scores.answers, "tokens": scores.tokens, "agreement": agrees(params)}
+            if math.isnan(found["agreement"]):  # an output is not finite: there is no prediction to agree
+                return found | {"agreement": 0.0}
+            return found | {"loss": scores.loss}
 
         return Tested(model, params, weights, "answers", len(problems), None, answered)
     task = load_task(fine_tune.task, place.data_dir)
@@ -102,7 +104,8 @@ def about(tested: Tested) -> dict[str, Any]:
 def spread(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Mean and sample standard deviation of the metric over masks; means of what else was measured."""
     metrics = [each["metric"] for each in seen]
-    others = {name: float(np.mean([each[name] for each in seen])) for name in seen[0] if name != "metric"}
+    names = set.intersection(*map(set, seen)) - {"metric"}
+    others = {name: float(np.mean([each[name] for each in seen])) for name in seen[0] if name in names}
     std = float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0
     return {"mean": float(np.mean(metrics)), "std": std, "metrics": metrics, **others}
 
