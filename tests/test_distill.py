@@ -15,6 +15,7 @@ from darex_jax.models import init_model, read_model_config
 from darex_jax.parts.random import Random
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import Parts
+from darex_jax.training import distill as training
 from darex_jax.training.distill import distill
 
 STEPS = 60
@@ -104,7 +105,7 @@ def test_integers_are_trained_through_the_rounding(bits):
         assert np.abs(values.numbers).max() <= most
         assert bits != 1 or np.all(values.numbers != 0)
     rounded = next(i for i, look in enumerate(found.looks) if look.step > STEPS * 2 / 3)
-    assert found.looks[-1].loss <= found.looks[rounded].loss
+    assert found.looks[-1].loss <= 1.01 * found.looks[rounded].loss  # its scales are in bfloat16
     assert found.looks[-1].loss < found.looks[0].loss
 
 
@@ -117,7 +118,7 @@ def test_the_same_texts_give_the_same_values_and_another_start_is_measured():
     assert far.multiple == 0.0  # a delta in the wrong direction is not used as the start
 
 
-def test_distillation_resumes_bit_for_bit(tmp_path):
+def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
@@ -130,6 +131,7 @@ def test_distillation_resumes_bit_for_bit(tmp_path):
 
         return on_look
 
+    monkeypatch.setattr(training, "APART", 1)
     options = {"steps": 24, "bits": 4}
     whole, _ = distilled("bert", largest, **options)
     for looks in (3, 11):  # in each of the two halves
