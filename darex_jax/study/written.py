@@ -103,6 +103,8 @@ def draw(figures: Sequence[Figure], paths: Sequence[Path]) -> None:
         axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
         if figure.log_x:
             log_ticks(axes)
+            axes.set_xticks(sorted({x for series in figure.series for x in series.x}))  # the columns
+            axes.minorticks_off()
         axes.grid(alpha=0.3)
     picture.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False)
     for path in paths:
