@@ -21,7 +21,8 @@ from darex_jax.methods.evidence import Evidence
 from darex_jax.study import of_results
 from darex_jax.study import run as running
 from darex_jax.study.claims import findings
-from darex_jax.study.fine_tunes import Place
+from darex_jax.study.fine_tunes import Place, obtain
+from darex_jax.study.measures.tested import open_tested, spread
 from darex_jax.study.of_results import results_page
 from darex_jax.study.plan import chosen, read_plan
 from darex_jax.study.rows import cell_of, digest_of, read_rows, seconds_left, write_rows
@@ -354,11 +355,17 @@ def test_a_way_may_prune_other_parameters_and_train_for_other_steps(studies, pla
     ways += 'q = { method = "dare", q = "two-point", include = ["."], at = [0.5] }\n'
     ways += 'short = { method = "distilled", steps = 3, at = [0.9] }\n'
     (studies / "tiny.toml").write_text(NO_WAYS.replace('["one"]', '["words"]') + ways)
-    fine, own, every, q, short = run_study(read_plan(studies, "tiny", "small"), place)
+    plan = read_plan(studies, "tiny", "small")
+    fine, own, every, q, short = run_study(plan, place)
     assert pruned[:2] == [False, True] and all(pruned[2:]) and short["why"] == "to train in seconds"
     assert looked == [False, True, False] and chosen == [(".",)] and q["q"] == 0.5
     assert fine["agreement"] == 1.0 and 0 <= fine["no_delta"] <= 1 and own["file_bytes"] > every["file_bytes"]
     assert all(0 <= row["agreement"] <= 1 for row in (own, every))
+    (fine_tune,) = plan.fine_tunes
+    tested = open_tested(fine_tune, obtain(fine_tune, place)[1], place, 4)
+    broken = tested.values(tested.model, jax.tree.map(lambda x: x * jnp.nan, tested.params))
+    assert broken == {"metric": 0.0, "tokens": 0.0, "agreement": 0.0}  # a row can hold these
+    assert "loss" not in spread([tested.values(tested.model, tested.params), broken])
 
 
 def test_a_list_that_is_read_in_part_ends_quietly():

@@ -18,6 +18,7 @@ from darex_jax.files.paths import read_text
 SCALES = ("small", "paper")
 FINE_TUNES = "fine_tunes.toml"
 MEASURES = ("methods", "q", "delta", "merging", "lora")  # files of `study/measures/`
+NUMBER = (int, float)
 HEAD = {"title", "source", "measure", "text", "claims", *SCALES}
 SETTINGS = {
     "train", "optimizers", "seeds", "ways", "drop_rates", "bytes", "masks", "test_examples", "sets",
@@ -169,13 +170,11 @@ def _check_settings(path: Path, own: Mapping[str, Any], measure: str) -> None:
         "train": str,
         "optimizers": str,
         "seeds": int,
-        "drop_rates": (int, float),
-        "bytes": (int, float),
+        "drop_rates": NUMBER,
+        "bytes": NUMBER,
     }
     for name, kind in lists.items():
-        value = own.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
-            raise FileError(f"{path}: {name} is a list, {name} = [...], got {value!r}.")
+        _check_list(path, f"{name} is a list, {name} = [...]", own.get(name, []), kind)
     for name in ("masks", "test_examples"):
         if type(own.get(name, 1)) is not int or own.get(name, 1) < 1:
             raise FileError(f"{path}: {name} is a positive integer, got {own[name]!r}.")
@@ -186,7 +185,8 @@ def _check_settings(path: Path, own: Mapping[str, Any], measure: str) -> None:
     if columns is None and measure in ("methods", "q"):
         raise FileError(f"{path}: the measure {measure} needs bytes = [...] or drop_rates = [...].")
     for name, way in ways.items():
-        at = _numbers(path, f"at of {name!r}", way.get("at", []))
+        at = way.get("at", [])
+        _check_list(path, f"at of {name!r} is a list of numbers", at, NUMBER)
         if other := [each for each in at if columns is not None and each not in columns]:
             raise FileError(f"{path}: at of {name!r} has {other[0]}, which is no column of the study.")
 
@@ -201,16 +201,16 @@ def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
             f"{path}: a claim has a text, claim = ..., and better and than, or keeps, keeps_gain or least "
             f"with way and at, or untestable; got {', '.join(claim)}."
         )
-    _numbers(path, "at of a claim", claim.get("at", []))
+    _check_list(path, "at of a claim is a list of numbers", claim.get("at", []), NUMBER)
     named = [claim["way"]] if "way" in claim else [claim[key] for key in ("better", "than") if key in claim]
     if unknown := [way for way in named if way not in ways]:
         raise FileError(f"{path}: a claim names {unknown[0]!r}; the ways are {', '.join(sorted(ways))}.")
 
 
-def _numbers(path: Path, what: str, value: Any) -> list[float]:
-    if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
-        raise FileError(f"{path}: {what} is a list of numbers, got {value!r}.")
-    return value
+def _check_list(path: Path, rule: str, value: Any, kind: Any) -> None:
+    """Raises: FileError with the rule unless it is a list of this kind."""
+    if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+        raise FileError(f"{path}: {rule}, got {value!r}.")
 
 
 def _read(path: Path, known: set[str], needed: Sequence[str] = ()) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from darex_jax.files.atomic import write_whole
-from darex_jax.runs.figures import log_ticks
 from darex_jax.study.shown import Figure, Section, Table
 from darex_jax.training.record import save_figure
 
@@ -102,8 +101,9 @@ def draw(figures: Sequence[Figure], paths: Sequence[Path]) -> None:
             axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=7)
         axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
         if figure.log_x:
-            log_ticks(axes)
-            axes.set_xticks(sorted({x for series in figure.series for x in series.x}))  # the columns
+            columns = sorted({x for series in figure.series for x in series.x})
+            axes.set_xscale("log")
+            axes.set_xticks(columns, [f"{x:g}" for x in columns])
             axes.minorticks_off()
         axes.grid(alpha=0.3)
     picture.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False)

@@ -60,9 +60,7 @@ def begin(
         with ExitStack() as stack:
             b, f = (stack.enter_context(Checkpoint(path)) for path in (base, fine))
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "delta.safetensors"
-            include = tuple(told.get("include", ()))
-            job = Job(b, f, path, choose_scope(f.config.get("model_type"), include, shapes=f.shapes))
-            files = writer.files(job, dict(told), at)
+            files = writer.files(b, f, path, dict(told), at)
             try:
                 first = next(files)
             except TooSmall as error:
@@ -88,19 +86,22 @@ class Writer:
         self.sampled: Path | None = None
         self.known: dict[Any, tuple[Evidence, dict[str, str]]] = {}
 
-    def files(self, job: Job, told: dict[str, Any], at: float) -> Iterator[PruneSummary]:
-        """Writes `job.out` again and again, one file after each mask.
+    def files(
+        self, base: Checkpoint, fine: Checkpoint, out: Path, told: dict[str, Any], at: float
+    ) -> Iterator[PruneSummary]:
+        """Writes `out` again and again, one file after each mask.
 
         Raises: TooSmall if no file of the way is so small.
         """
         own = ("method", "q", "block_wise", "texts")
         name, objective, block_wise, texts = (told.pop(key, None) for key in own)
         steps, include = told.pop("steps", STEPS), tuple(told.pop("include", ()))
+        job = Job(base, fine, out, choose_scope(fine.config.get("model_type"), include, shapes=fine.shapes))
         source = self.texts(texts)
         by_bytes = self.plan.axis == "bytes"
         budget = round(at * pruned_entries(job)) if by_bytes else Budget(drop_rate=at)
         if name == "labels":
-            yield self.rival(told, budget if isinstance(budget, int) else None, Path(job.out))
+            yield self.rival(told, budget if isinstance(budget, int) else None, out)
             return
         method = METHODS[name]
         if block_wise:
