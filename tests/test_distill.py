@@ -96,7 +96,8 @@ def test_only_numbers_change_and_are_rounded_as_they_are_stored():
 
 
 @pytest.mark.parametrize("bits", [4, 2, 1])
-def test_integers_are_trained_through_the_rounding(bits):
+def test_integers_are_trained_through_the_rounding(bits, monkeypatch):
+    monkeypatch.setattr(training, "APART", 1)
     found, _ = distilled("bert", largest, bits=bits)
     numbers = [part.values for parts in found.parts.values() for part in parts.parts]
     most = {4: 7, 2: 1, 1: 1}[bits]
@@ -105,7 +106,7 @@ def test_integers_are_trained_through_the_rounding(bits):
         assert np.abs(values.numbers).max() <= most
         assert bits != 1 or np.all(values.numbers != 0)
     rounded = next(i for i, look in enumerate(found.looks) if look.step > STEPS * 2 / 3)
-    assert found.looks[-1].loss <= 1.01 * found.looks[rounded].loss  # its scales are in bfloat16
+    assert found.looks[-1].loss <= found.looks[rounded].loss
     assert found.looks[-1].loss < found.looks[0].loss
 
 
