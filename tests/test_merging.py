@@ -376,6 +376,25 @@ def test_tied_heads_stay_tied_and_scalars_and_float64_are_merged(tmp_path):
         np.testing.assert_allclose(a, wide.tensors["a"].read(), rtol=1e-15)
 
 
+@pytest.mark.parametrize("order", [("tied", "untied"), ("untied", "tied")])
+def test_a_head_that_one_fine_tune_has_is_its_own(tmp_path, order):
+    """Its directory holds body and head, in whatever order; the other one's is a single file."""
+    config = FAMILIES["llama"] | {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    model, base = init_model(read_model_config(config), KEY)
+    dx.save_params(tmp_path / "base", base, model.config.to_hf())
+    moved = unflatten_names(changed(base, 0.01))
+    head = {"lm_head": {"weight": 2 * moved["model"]["embed_tokens"]["weight"]}}
+    dx.save_params(tmp_path / "tied", moved, model.config.to_hf())
+    dx.save_params(tmp_path / "untied", moved | head, model.config.to_hf() | {"tie_word_embeddings": False})
+    run("merge", tmp_path / "base", *(tmp_path / name for name in order), tmp_path / "m", "--method", "linear")
+    for name in order:
+        merged, params = dx.load_model(tmp_path / "m" / name)
+        assert merged.config.tie_word_embeddings == (name == "tied")
+        if name == "untied":
+            np.testing.assert_array_equal(params["lm_head"]["weight"], head["lm_head"]["weight"])
+    assert [file.name for file in (tmp_path / "m/tied").glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_no_input_is_replaced(files, tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()

@@ -153,6 +153,8 @@ def test_inputs_and_other_directories_are_not_replaced(tmp_path, root):
     store.pipe_file(f"{place}/docs/sub/config.json", b"{}")
     refused = darex("apply", base, f"{root}/d", f"{root}/docs", "--overwrite", code=1)
     assert "is not a model directory and is not replaced" in refused.output
+    line = ("export", f"{root}/d", f"{root}/docs/thesis.txt", "--to", "patch", "--base", base)
+    assert "thesis.txt: already exists; choose another path" in darex(*line, code=1).output
     assert store.cat_file(f"{place}/docs/thesis.txt") == b"years"
     assert {name: store.cat_file(name) for name in before} == before
     assert not list(Path(tempfile.gettempdir()).glob("darex-*"))

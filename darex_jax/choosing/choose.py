@@ -56,7 +56,7 @@ def choose_q(
     way = WAYS[choice.objective]
     scope = choose_scope(read_config(fine).get("model_type"), choice.include, choice.exclude)
     source = replace(source, limit=way.limit if source.limit is None else source.limit)
-    material = read_material(fine, source, held_out=way.held_out)  # before reading weights
+    material = read_material(fine, source, way.split)  # before reading weights
     if way.learns and len(material.encoded) < 2:
         raise DarexError(f"{choice.objective} needs at least two examples, to train and to hold out.")
     seeds = [choice.seed + i for i in range((choice.masks or way.masks) if way.masks else 0)]

@@ -22,7 +22,7 @@ class Way(NamedTuple):
       limit: default maximum number of examples; None is all.
       masks: default number of masks; 0 if it uses none.
       one_mask: supports only one mask.
-      held_out: uses held-out examples instead of training examples.
+      split: of the examples: train or validation.
       labels: uses labels, so that it needs a task.
       scopes: the keys of `SCOPES` that it supports, the default first.
       searches: searches over a grid.
@@ -35,7 +35,7 @@ class Way(NamedTuple):
     limit: int | None = CALIBRATION_SIZE
     masks: int = 4
     one_mask: bool = False
-    held_out: bool = False
+    split: str = "train"
     labels: bool = False
     scopes: tuple[str, ...] = ("model", "layer")
     searches: bool = False
@@ -55,11 +55,11 @@ class Way(NamedTuple):
 WAYS = {
     "labels": Way(
         "searched.by_labels", "the metric on held-out examples of --task (q_v)",
-        limit=None, masks=1, held_out=True, labels=True, searches=True,
+        limit=None, masks=1, split="validation", labels=True, searches=True,
     ),
     "predictions": Way(
         "searched.by_predictions", "agreement with the fine-tuned model's predictions",
-        limit=500, masks=1, held_out=True, searches=True,
+        limit=500, masks=1, split="validation", searches=True,
     ),
     "outputs": Way("searched.by_outputs", "the output change (q_e)", searches=True),
     "learned": Way(

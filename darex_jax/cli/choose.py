@@ -84,8 +84,7 @@ def find_q(
     check_output(out)
     check_output(out.with_suffix(".png"))
     options["table"] = take_table(options)
-    source_options = {field.name: options.pop(field.name) for field in fields(Source) if field.name != "seed"}
-    source = Source(**source_options, seed=options["seed"])
+    source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
     choice = Choice(objective=objective, **options)
     say_if_large("find-q --one-copy" if choice.one_copy else "find-q", fine)
     with point_bar(objective, as_json) as on_value:

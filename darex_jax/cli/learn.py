@@ -88,7 +88,7 @@ def evaluate(
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.manifest import run_manifest
-    from darex_jax.tasks.answers import PROBLEM_TASKS
+    from darex_jax.tasks.answers import PROBLEM_TASKS, load_problems
     from darex_jax.tasks.opening import open_model
 
     (model,) = with_params(params, model)
@@ -140,10 +140,10 @@ def evaluate(
             _refuse_decoder(model, "classification (--label)")
         opened = open_model(model, dtype, **opening)
         score = _complete_examples if table.prompt is not None else _classify_table
-        result, inputs = score(opened, table, split, limit, seed, batch_size)
+        result, inputs = score(opened, table, split, limit, batch_size)
         text = f"{result['metric']:.4f} on {result['n']} examples"
     elif task_name in PROBLEM_TASKS:
-        problems = _problems(task_name, data_dir, split, seed, difficulty)[:limit]
+        problems = load_problems(task_name, split, data_dir, difficulty, seed)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty
         result, inputs = _answer_problems(
@@ -241,17 +241,6 @@ def _print_many(base: Path, rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _problems(task_name: str, data_dir: Path | None, split: str, seed: int, difficulty: int) -> Any:
-    from darex_jax.tasks.gsm8k import load_gsm8k
-    from darex_jax.tasks.word_problems import word_problems
-
-    if task_name == "word-problems":
-        return getattr(word_problems(seed, difficulty), split)
-    if split != "test":
-        raise DarexError("GSM8K has no validation split; leave out --split.")
-    return load_gsm8k("test", data_dir)
-
-
 def _answer_problems(
     opened: "Opened",
     dtype: str | None,
@@ -313,18 +302,18 @@ def _classify_examples(
 
 
 def _classify_table(
-    opened: "Opened", table: Any, split: str, limit: int | None, seed: int, batch_size: int | None
+    opened: "Opened", table: Any, split: str, limit: int | None, batch_size: int | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """As `_classify_examples`; classes are the model's, by name."""
     from darex_jax.tasks.source import class_names
     from darex_jax.tasks.table import read_task
 
     names = class_names(opened.model.config.to_hf())
-    return _classify(opened, read_task(table, seed, names), split, limit, batch_size)
+    return _classify(opened, read_task(table, (split,), names), split, limit, batch_size)
 
 
 def _complete_examples(
-    opened: "Opened", table: Any, split: str, limit: int | None, seed: int, batch_size: int | None
+    opened: "Opened", table: Any, split: str, limit: int | None, batch_size: int | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Scores of a decoder on completions: loss, token accuracy and exact match of greedy decoding."""
     from darex_jax.files.manifest import params_digest
@@ -336,7 +325,7 @@ def _complete_examples(
     if not isinstance(opened.model.config, DecoderConfig):
         family = opened.model.config.model_type
         raise DarexError(f"--prompt and --completion are for decoders, but this is a {family}.")
-    columns = (column[:limit] for column in read_completions(table, seed)[split])
+    columns = (column[:limit] for column in read_completions(table, split))
     encoded = encode_answers(opened.tokenizer, *columns)
     scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))
     found = {"exact_match": scores.answers, "token_accuracy": scores.tokens, "loss": scores.loss}

@@ -160,7 +160,7 @@ def prune(
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
     places: dict[str, Any] = {"task": task, "data_dir": data_dir, "text": said["text"], "table": table}
-    places |= {"difficulty": difficulty, "seed": seed}
+    places["difficulty"] = difficulty
     why = None
     if method is None:
         method = "dare" if drop_rate is not None or q is not None else "best"
@@ -428,7 +428,7 @@ def _best(fine: Path, source: Any, measures: bool) -> tuple[str, str | None, str
         return "dare", None, "there are no texts (--text, --task, --data) to choose q or to train"
     from darex_jax.tasks.source import read_material
 
-    count = len(read_material(fine, source, held_out=False).encoded)
+    count = len(read_material(fine, source, "train").encoded)
     if count >= ENOUGH or measures:
         return "distilled", None, f"there are {count:,} texts to train on, without labels"
     return "dare", "two-point", f"{count:,} texts choose q; {ENOUGH} or more would train the values"

@@ -69,7 +69,7 @@ def _staged(ctx: click.Context) -> Iterator[None]:
     from darex_jax.files.remote import check_target, fetch, send
 
     stores: list[Stored] = ctx.meta.get(STORES, [])
-    overwrite = bool(ctx.params.get("overwrite", False))
+    overwrite = ctx.params.get("overwrite")
     try:
         for out in (s for s in stores if s.use == "write"):
             check_target(out.url, [s.url for s in stores if s.use == "read"], overwrite=overwrite)

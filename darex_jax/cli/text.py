@@ -183,9 +183,7 @@ def sample(
     check_data_dir(task, data_dir)
     places: dict[str, Any] = {"data": data, "text": text}
     table = take_table(places)
-    source = Source(
-        task=task, data_dir=data_dir, difficulty=difficulty, text=places["text"], table=table, seed=seed
-    )
+    source = Source(task=task, data_dir=data_dir, difficulty=difficulty, text=places["text"], table=table)
     for given in (text, data):
         if given is not None and Path(given).resolve() == out.resolve():
             raise click.UsageError(f"OUT would replace the prompts of {given}; choose another path.")

@@ -87,23 +87,25 @@ def merge_files(
         apart = len({_digest(each, shared, head) for each, head in zip(given, heads, strict=True)}) > 1
         with atomic_directory(out, overwrite) as folder:
             places = [folder / name for name in _names(deltas)] if apart else [folder]
-            bodies: dict[tuple[str, ...], tuple[Path, Layout]] = {}
+            bodies: dict[tuple[str, ...], tuple[Path, bool, Layout]] = {}
             size, changed = 0, 0
             for place, each, head in zip(places, given, heads, strict=False):
                 place.mkdir(exist_ok=True)
                 naming = tuple(each.names.get(name, name) for name in shared)
                 if naming in bodies:
-                    source, body = bodies[naming]
-                    for file_name in body:
-                        _link(source / file_name, place / file_name)
+                    first, with_head, body = bodies[naming]
+                    for source in body:
+                        linked = _file_name(opened, source, with_head)
+                        _link(first / linked, place / _file_name(opened, source, bool(head)))
                 else:
                     renamed = dict(zip(shared, naming, strict=True))
                     body, changed = _write_body(
                         place, opened, given, renamed, method, requested, options, bool(head), progress
                     )
-                    bodies[naming] = place, body
+                    bodies[naming] = place, bool(head), body
                     size += layout_bytes(body)
-                size += _write_rest(place, each, head, body)
+                named = {_file_name(opened, source, bool(head)): own for source, own in body.items()}
+                size += _write_rest(place, each, head, named)
             for name in opened.tensors.keys() - set(shared):
                 digest = tensor_digest(opened.tensors[name], progress)
                 for each in given:
@@ -142,7 +144,7 @@ def _write_body(
 ) -> tuple[Layout, int]:
     """Args: renamed: base name -> name to write, of the parameters to write.
 
-    Returns: the layout of the files; the number of parameters changed.
+    Returns: the layouts by the base's file names; the number of parameters changed.
     """
     body: Layout = {}
     changed = 0
@@ -150,14 +152,13 @@ def _write_body(
         names = [name for name in renamed if base.tensors[name].file is file]
         if not names:
             continue
-        alone = SINGLE if not with_head else "model-body.safetensors"
-        file_name = alone if len(base.files) == 1 else source
         dtypes = {name: _dtype(name, base, given, requested) for name in names}
         names.sort(key=lambda name: (-dtypes[name].itemsize, renamed[name]))
-        body[file_name] = {renamed[n]: (dtypes[n], base.tensors[n].info.shape) for n in names}
-        header = encode_header(body[file_name], {"format": "pt"})
+        body[source] = {renamed[n]: (dtypes[n], base.tensors[n].info.shape) for n in names}
+        header = encode_header(body[source], {"format": "pt"})
         position = len(header)
-        out = os.open(folder / file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        path = folder / _file_name(base, source, with_head)
+        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_at(out, header, 0)
             for name in names:
@@ -168,6 +169,11 @@ def _write_body(
         finally:
             os.close(out)
     return body, changed
+
+
+def _file_name(base: Checkpoint, source: str, with_head: bool) -> str:
+    """A body's file: readers take `SINGLE` for the whole model, so not beside a head."""
+    return source if len(base.files) > 1 else "model-body.safetensors" if with_head else SINGLE
 
 
 def _merged(

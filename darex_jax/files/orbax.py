@@ -98,14 +98,21 @@ class OrbaxFile(TensorFile):
             self._arrays.append(found_array)
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """As `SafetensorsFile.chunks`; reads the rows of one stored chunk at a time, so that it is decoded
-        once."""
+        """As `SafetensorsFile.chunks`, whatever chunks are stored; reads the rows of one of these at a time, so
+        that it is decoded once."""
         layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
         rows = layout[0] if info.shape else 1
+        waiting: list[np.ndarray] = []
         for first in range(0, info.shape[0] if info.shape else 1, rows):
             index = (slice(first, min(first + rows, info.shape[0])),) if info.shape else ()
-            flat = self._read(info, index).reshape(-1)
-            yield from (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
+            waiting.append(self._read(info, index).reshape(-1))
+            if sum(map(len, waiting)) >= CHUNK:
+                flat = np.concatenate(waiting)
+                whole = len(flat) - len(flat) % CHUNK
+                yield from (flat[start : start + CHUNK] for start in range(0, whole, CHUNK))
+                waiting = [flat[whole:]] if whole < len(flat) else []
+        if waiting:
+            yield np.concatenate(waiting)
 
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """As `SafetensorsFile.read_into`; reads whole rows and selects the requested entries."""

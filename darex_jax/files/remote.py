@@ -44,9 +44,11 @@ def fetch(url: str, folder: Path) -> Path:
     return folder / name
 
 
-def check_target(url: str, read: Iterable[str], *, overwrite: bool) -> None:
-    """Checks that a command may write there. Raises: FileError if it would replace an input, an existing path
-    without `overwrite`, or a directory that is not a model's.
+def check_target(url: str, read: Iterable[str], *, overwrite: bool | None) -> None:
+    """Checks that a command may write there.
+
+    Args: overwrite: whether it may replace what is there; None for a file only.
+    Raises: FileError if it may not, or would replace an input or a directory that is not a model's.
     """
     store, place = _open(url)
     try:
@@ -55,6 +57,8 @@ def check_target(url: str, read: Iterable[str], *, overwrite: bool) -> None:
             if place == source or _inside(place, source) or _inside(source, place):
                 raise FileError(f"{url}: writing this would replace {other}; choose another path.")
         if not store.isdir(place):
+            if overwrite is False and store.exists(place):
+                raise FileError(f"{url}: already exists; choose another path, or pass --overwrite.")
             return
         before = [PurePosixPath(found).relative_to(place) for found in store.find(place)]
     except FileError:

@@ -82,7 +82,7 @@ def prune_blockwise(
     config = read_model_config(job.fine.config, ignore_config_fields)
     layers = layer_models(config)
     by_layer = _by_layer(match, len(layers))
-    material = read_material(job.fine.path, source, held_out=False)
+    material = read_material(job.fine.path, source, "train")
     if len(material.encoded) < 2:
         raise DarexError("training parts requires two texts or more: some to train on, some held out.")
     rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)

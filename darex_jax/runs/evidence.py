@@ -138,7 +138,7 @@ def gather(
     """
     if not needs:
         return Evidence(), {}
-    material = read_material(fine, source, held_out=False)
+    material = read_material(fine, source, "train")
     with Checkpoint(fine) as checkpoint:
         digests = {"fine_weights": weights_digest(checkpoint), "data": material.encoded.digest()}
     if "train" not in needs:
@@ -156,7 +156,7 @@ def gather(
         made_from["from_base"] = ", ".join(sorted(flatten_names(base_params)))
     train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
     if with_metric:
-        others = read_material(fine, source, held_out=True)
+        others = read_material(fine, source, "validation")
         some = others.select(np.arange(min(SCORED, len(others.encoded))))
         train.metric = _metric(model, params, some, source)
     first = texts.select(np.arange(min(HELD_OUT, len(texts.encoded))))

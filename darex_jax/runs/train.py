@@ -160,24 +160,26 @@ def train_run(
     parts = _mesh_of(mesh, recipe)
     key = jax.random.key(seed)
     decoding = task in PROBLEM_TASKS if table is None else table.prompt is not None
+    sizes = {"train": limit, "validation": validation_limit}
     if decoding:
         model, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         if not isinstance(model.config, DecoderConfig):
             raise DarexError(f"{task} is for decoders, but {base} is a {model.config.model_type}.")
         tokenizer = load_tokenizer(base)
         if table is None:
-            problems, held_out = load_problems(task, data_dir, difficulty, seed)
-            train = encode_problems(tokenizer, problems[:limit])
-            others = encode_problems(tokenizer, held_out[:validation_limit])
+            train, others = (
+                encode_problems(tokenizer, load_problems(task, split, data_dir, difficulty, seed)[:most])
+                for split, most in sizes.items()
+            )
         else:
-            splits = read_completions(table, seed)
-            train = encode_answers(tokenizer, *(column[:limit] for column in splits["train"]))
-            held = (column[:validation_limit] for column in splits["validation"])
-            others = encode_answers(tokenizer, *held)
+            train, others = (
+                encode_answers(tokenizer, *(column[:most] for column in read_completions(table, split)))
+                for split, most in sizes.items()
+            )
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, train, others, recipe, key)
     else:
-        examples = load_task(task, data_dir, seed) if table is None else read_task(table, seed)
+        examples = load_task(task, data_dir, seed) if table is None else read_task(table, sizes)
         body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         model, params = classifier_for(examples, body, known, jax.random.fold_in(key, 0))
         start = _start(model, params, known, lora, key, parts)

@@ -44,7 +44,6 @@ def score_models(
     from darex_jax.evaluation.objectives import prediction_objective
     from darex_jax.files.model import companions
     from darex_jax.models import DecoderConfig
-    from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
     from darex_jax.tasks.opening import open_model
     from darex_jax.tasks.source import read_material
     from darex_jax.training.causal_lm import answer_scores
@@ -52,15 +51,13 @@ def score_models(
     changed = opening["allow_changed_files"]
     with companions(base, delta, allow_changed_files=changed) as folder:
         try:
-            material = read_material(folder, source, held_out=True)
+            material = read_material(folder, source, "test")
         except DarexError as error:  # which names the folder that stands for the restored model
             raise DarexError(str(error).replace(str(folder), f"the model of {delta}")) from error
         task, batches = material.task, material.batches()
-        count, labels, where = len(material.encoded), None, f"{material.source}, held out"
+        count, labels, where = len(material.encoded), None, f"{material.source}, test split"
         if task is not None:
-            test = task.test.select(slice(source.limit))
-            batches = evaluation_batches(encode(load_tokenizer(folder), test), 16)
-            count, labels, where = len(test), test.labels, f"{task.name}, test split"
+            labels, where = task.test.select(slice(source.limit)).labels, f"{task.name}, test split"
     if source.text is not None:
         where = str(source.text)
     if task is None and fine is None and not source.labelled:

@@ -111,19 +111,24 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> EncodedAnswers:
 
 
 def load_problems(
-    task: str, data_dir: str | os.PathLike[str] | None = None, difficulty: int = 3, seed: int = 0
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The training and held-out problems of one of `PROBLEM_TASKS`.
+    task: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    difficulty: int = 3,
+    seed: int = 0,
+) -> tuple[Problem, ...]:
+    """The problems of a split (train, validation or test) of one of `PROBLEM_TASKS`.
 
-    GSM8K's held-out ones are a tenth of its training split. Args, Raises: see `load_gsm8k` and
+    GSM8K's validation split is a tenth of its training split. Args, Raises: see `load_gsm8k` and
     `word_problems`.
     """
     if task == "word-problems":
-        generated = word_problems(seed, difficulty)
-        return generated.train, generated.validation
+        return getattr(word_problems(seed, difficulty), split)
+    if split == "test":
+        return load_gsm8k("test", data_dir)
     every = load_gsm8k("train", data_dir)
     rows, held_out = hold_out_tenth(len(every))
-    return tuple(every[i] for i in rows), tuple(every[i] for i in held_out)
+    return tuple(every[i] for i in (rows if split == "train" else held_out))
 
 
 def answer_batches(encoded: EncodedAnswers, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

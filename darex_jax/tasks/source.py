@@ -49,7 +49,6 @@ class Source:
       text: a file with one text per line, instead of a task.
       table: the user's own examples, instead of both.
       limit: maximum number of examples.
-      seed: of a table's held-out rows.
     Raises: DarexError for more than one of task, text and table.
     """
 
@@ -59,7 +58,6 @@ class Source:
     text: Path | None = None
     table: Table | None = None
     limit: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.task, self.text, self.table)) > 1:
@@ -107,10 +105,10 @@ def hold_out(count: int, held: int, seed: int) -> tuple[NDArray[Any], NDArray[An
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
-    """The first examples of a source, from its held-out or its training split. Reads no weights.
+def read_material(fine: Path, source: Source, split: str) -> Material:
+    """The first examples of a source's split: train, validation or test. Reads no weights.
 
-    Args: fine: the directory of the model, with its tokenizer.
+    Args: fine: the directory of the model, with its tokenizer. split: a file of texts has none.
     Raises: DarexError for a task for another kind of model, or a file without texts.
     """
     family = read_config(fine).get("model_type")
@@ -123,17 +121,17 @@ def read_material(fine: Path, source: Source, *, held_out: bool) -> Material:
         examples = Examples(tuple(lines), None, np.zeros(len(lines), np.int32))
         return Material(encode(tokenizer, examples), None, str(source.text))
     if source.table is not None:
-        return _of_table(fine, source.table, decoder, held_out, source)
+        return _of_table(fine, source.table, decoder, split, source.limit)
     generated = "word-problems" if decoder else "opinions"
     task, name = source.task or generated, source.task or f"{generated} (generated)"
     if decoder != (task in PROBLEM_TASKS):
         kind = "decoders" if task in PROBLEM_TASKS else "encoders"
         raise DarexError(f"{task} is for {kind}, but {fine} is a {family}.")
     if decoder:
-        problems = load_problems(task, source.data_dir, source.difficulty)[held_out][: source.limit]
+        problems = load_problems(task, split, source.data_dir, source.difficulty)[: source.limit]
         return Material(encode_problems(load_tokenizer(fine), problems), None, name)
     loaded = load_task(task, source.data_dir)
-    chosen = (loaded.validation if held_out else loaded.train).select(slice(source.limit))
+    chosen = getattr(loaded, split).select(slice(source.limit))
     return Material(encode(load_tokenizer(fine), chosen), loaded, name)
 
 
@@ -145,31 +143,30 @@ def read_prompts(source: Source) -> list[str]:
     if source.text is not None:
         return read_lines(source.text)[: source.limit]
     if source.table is not None:
-        return list(read_texts(source.table, source.seed).texts[: source.limit])
+        return list(read_texts(source.table, "train").texts[: source.limit])
     if source.task is None:
         return []
     if source.task not in PROBLEM_TASKS:
         raise DarexError(f"{source.task} has no prompts; the tasks with prompts: {', '.join(PROBLEM_TASKS)}.")
-    problems = load_problems(source.task, source.data_dir, source.difficulty)[0]
+    problems = load_problems(source.task, "train", source.data_dir, source.difficulty)
     return [gsm8k_prompt(problem.question) for problem in problems[: source.limit]]
 
 
-def _of_table(fine: Path, table: Table, decoder: bool, held_out: bool, source: Source) -> Material:
+def _of_table(fine: Path, table: Table, decoder: bool, split: str, limit: int | None) -> Material:
     """Examples of a user's table; without labels if no label column is given."""
-    tokenizer, split = load_tokenizer(fine), "validation" if held_out else "train"
-    limit, seed = source.limit, source.seed
+    tokenizer = load_tokenizer(fine)
     if decoder and table.prompt is not None:
-        prompts, completions = (column[:limit] for column in read_completions(table, seed)[split])
+        prompts, completions = (column[:limit] for column in read_completions(table, split))
         return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
     if table.text is None:
         raise DarexError(f"{fine} is an encoder: pass the text column (--text).")
     if table.label is None or decoder:
-        examples = read_texts(table, seed, held_out=held_out).select(slice(limit))
+        examples = read_texts(table, split).select(slice(limit))
         if decoder:
             return Material(encode_texts(tokenizer, examples.texts), None, table.data)
         return Material(encode(tokenizer, examples), None, table.data)
-    task = read_task(table, seed, class_names(read_config(fine)))
-    chosen = (task.validation if held_out else task.train).select(slice(limit))
+    task = read_task(table, (split,), class_names(read_config(fine)))
+    chosen = getattr(task, split).select(slice(limit))
     return Material(encode(tokenizer, chosen), task, table.data)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Table:
     Attributes:
       data: a file of parquet, CSV, TSV, JSON (lines) or Arrow; a folder of such files, whose names begin with
         train, validation (valid, val, dev) or test, or with none of these, to be split; or a data set of the
-        hub. If there are only test or only validation files, they are used as every split.
+        hub. Without a training split nothing is held out: a validation split is tested on too, a test split
+        is for tests alone.
       text, pair: columns of an encoder's texts; pair is the second text.
       label: column to predict: strings or integers for classes, other numbers for a score.
       prompt, completion: columns of a decoder's texts; the completion is trained and scored.
@@ -86,23 +87,25 @@ class Table:
         return tuple(column for column in named if column is not None)
 
 
-def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
+def read_task(table: Table, needs: Collection[str], known: Sequence[str] = ()) -> Task:
     """Loads a classification task, or with numeric labels a regression task.
 
-    A missing split is held out from the training rows: a tenth, drawn with the seed.
+    A missing split is held out from the training rows: a tenth, always the same rows.
 
-    Args: known: class names of a model, in order: labels with these names get these indices.
+    Args:
+      needs: splits that must have examples; others may be empty.
+      known: class names of a model, in order: labels with these names get these indices.
     Raises: DarexError that names file, column and row of an invalid text or label, or a label not in `known`;
-      for a table without labels; FileNotFoundError if there is no data.
+      for a table without labels, or without a split of `needs`; FileNotFoundError if there is no data.
     """
     if table.text is None or table.label is None:
         raise DarexError("an encoder is trained and scored on labels: pass their column (--label).")
-    splits = _read(table, seed)
+    splits = _read(table, needs)
     values = {
         name: [v for part in parts for v in _labels(part, table.label)] for name, parts in splits.items()
     }
     every = [value for split in values.values() for value in split]
-    kind_of = {name: isinstance(split[0], str) for name, split in values.items()}
+    kind_of = {name: isinstance(split[0], str) for name, split in values.items() if split}
     if len(set(kind_of.values())) > 1:
         texts = next(name for name, is_text in kind_of.items() if is_text)
         numbers_in = next(name for name, is_text in kind_of.items() if not is_text)
@@ -142,24 +145,22 @@ def read_task(table: Table, seed: int = 0, known: Sequence[str] = ()) -> Task:
     )
 
 
-def read_texts(table: Table, seed: int = 0, *, held_out: bool = False) -> Examples:
-    """The texts of the training or validation split, without labels (zeros)."""
-    parts = _read(table, seed)["validation" if held_out else "train"]
+def read_texts(table: Table, split: str) -> Examples:
+    """The texts of a split, without labels (zeros). Raises: as `read_task`."""
+    parts = _read(table, (split,))[split]
     return _examples(table, parts, np.zeros(sum(len(part) for part in parts), np.int32))
 
 
-def read_completions(table: Table, seed: int = 0) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Prompts and completions of each split. Raises: as `read_task`."""
+def read_completions(table: Table, split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prompts and completions of a split. Raises: as `read_task`."""
     if table.prompt is None or table.completion is None:
         raise DarexError("a decoder is trained and scored on completions: pass --prompt and --completion.")
-    found = {}
-    for name, parts in _read(table, seed).items():
-        prompts, completions = (
-            tuple(text for part in parts for text in part.texts(column))
-            for column in (table.prompt, table.completion)
-        )
-        found[name] = prompts, completions
-    return found
+    parts = _read(table, (split,))[split]
+    prompts, completions = (
+        tuple(text for part in parts for text in part.texts(column))
+        for column in (table.prompt, table.completion)
+    )
+    return prompts, completions
 
 
 @dataclass(frozen=True)
@@ -210,16 +211,21 @@ def _generic(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
-def _read(table: Table, seed: int) -> dict[str, list[_Rows]]:
-    """The rows of all three splits."""
+def _read(table: Table, needs: Collection[str]) -> dict[str, list[_Rows]]:
+    """The rows of all three splits, at least those of `needs`."""
     found = _open(table)
     whole = {name: [_Rows(s, np.arange(len(s.rows))) for s in found.get(name, ())] for name in SPLITS}
-    if not whole["train"]:  # e.g. only test files: use them as every split
-        there = whole["test"] or whole["validation"]
-        return {name: whole[name] or there for name in SPLITS}
+    if not whole["train"]:
+        whole["test"] = whole["test"] or whole["validation"]
+        if missing := [name for name in SPLITS if name in needs and not whole[name]]:
+            raise DarexError(
+                f"{table.data} has {' and '.join(found)} rows only, which are for tests, and no {missing[0]} "
+                "rows: add a file train..., or pass one file without such a name, whose rows are split."
+            )
+        return whole
     missing = [name for name in ("validation", "test") if not whole[name]]
     train = whole["train"]
-    order = np.random.RandomState(seed).permutation(sum(map(len, train)))
+    order = np.random.RandomState(0).permutation(sum(map(len, train)))
     tenth = len(order) // TENTH
     if missing and not tenth:
         raise DarexError(

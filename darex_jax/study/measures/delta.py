@@ -40,7 +40,7 @@ def begin(
         if at is None:
             return statistics(deltas)
         source = texts_of(fine_tune, place, CALIBRATION)
-        batches = read_material(fine, source, held_out=False).batches()
+        batches = read_material(fine, source, "train").batches()
         means = {name: np.asarray(s.mean) for name, s in input_statistics(model, params, batches).items()}
         return against_bound(deltas, means, at, plan.masks)
 

@@ -45,9 +45,8 @@ def begin(
         raise DarexError(f"{fine_tune.name}: the measure lora is for decoders.")
     config, adapter, _ = load_adapter(path)
     scales = config.scales(adapter)
-    _, held_out = load_problems(
-        fine_tune.task, place.data_dir, texts_of(fine_tune, place).difficulty, fine_tune.seed
-    )
+    difficulty = texts_of(fine_tune, place).difficulty
+    held_out = load_problems(fine_tune.task, "validation", place.data_dir, difficulty, fine_tune.seed)
     problems = held_out[: plan.test_examples]
     batches = list(answer_batches(encode_problems(load_tokenizer(base_path), problems), ROWS, 0, 0))
     delta = adapter_delta(adapter, scales)

@@ -18,11 +18,9 @@ from darex_jax.models import DecoderConfig, Model
 from darex_jax.study.fine_tunes import Place
 from darex_jax.study.plan import FineTune
 from darex_jax.tasks import load_task
-from darex_jax.tasks.answers import answer_batches, encode_problems
+from darex_jax.tasks.answers import answer_batches, encode_problems, load_problems
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.gsm8k import load_gsm8k
 from darex_jax.tasks.source import Source
-from darex_jax.tasks.word_problems import word_problems
 from darex_jax.training.causal_lm import answer_scores
 
 ROWS = 50  # of a batch of problems
@@ -57,7 +55,8 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
     model, params = load_model(fine)
     tokenizer, weights = load_tokenizer(fine), params_digest(params)
     if isinstance(model.config, DecoderConfig):
-        problems = _problems(fine_tune, place)[:limit]
+        difficulty = texts_of(fine_tune, place).difficulty
+        problems = load_problems(fine_tune.task, "test", place.data_dir, difficulty, fine_tune.seed)[:limit]
         answers = list(answer_batches(encode_problems(tokenizer, problems), ROWS, 0, 0))
         agrees = prediction_objective(model, params, answers).measure
 
@@ -108,9 +107,3 @@ def spread(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     others = {name: float(np.mean([each[name] for each in seen])) for name in seen[0] if name in names}
     std = float(np.std(metrics, ddof=1)) if len(metrics) > 1 else 0.0
     return {"mean": float(np.mean(metrics)), "std": std, "metrics": metrics, **others}
-
-
-def _problems(fine_tune: FineTune, place: Place) -> Any:
-    if fine_tune.task == "gsm8k":
-        return load_gsm8k("test", place.data_dir)
-    return word_problems(fine_tune.seed, texts_of(fine_tune, place).difficulty).test
