@@ -18,6 +18,7 @@ from darex_jax.models.decoder import DecoderConfig, empty_cache
 from darex_jax.models.gemma3 import READ
 from darex_jax.models.qwen2 import WINDOW_FIELDS
 from darex_jax.models.rotary import Rope
+from tests.test_bank import darex
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -629,6 +630,28 @@ def test_extra_tensors_of_old_files(tmp_path):
         ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight, although config.json"
     ):
         dx.load_model(tmp_path / "n")
+
+
+def test_a_delta_of_old_files(tmp_path):
+    """Frequencies are in no delta, of whichever model; a tied head is one parameter with pruned embeddings."""
+    hf, number = CASES["tied"], "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    for i, name in enumerate(("base", "fine")):
+        _, params = init_model(read_model_config(hf), jax.random.key(i))
+        old = {number.format(i): jnp.ones(4), "lm_head.weight": params["model"]["embed_tokens"]["weight"]}
+        dx.save_params(tmp_path / name, unflatten_names(flatten_names(params) | old), hf)
+    base, delta, out = tmp_path / "base", tmp_path / "delta", tmp_path / "out"
+    line = ("prune", base, tmp_path / "fine", delta, "-p", 0.5, "--json")
+    told = json.loads(darex(*line, "--include", "embed_tokens|self_attn").stdout)
+    assert "the copy is left out" in str(told["warnings"])
+    assert not [n for n in flatten_names(dx.load_delta(delta)) if "inv_freq" in n or "lm_head" in n]
+    darex("apply", base, delta, out)
+    _, restored = dx.load_model(out)
+    _, expected = dx.load_model(base, delta=delta)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    again = [*line[:3], tmp_path / "kept", *line[4:]]  # embeddings out of scope: all stays as it is
+    assert "both copies are kept" in str(json.loads(darex(*again).stdout)["warnings"])
+    darex("apply", base, tmp_path / "kept", tmp_path / "whole")
+    assert "lm_head.weight" in flatten_names(dx.load_params(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2 tied"])

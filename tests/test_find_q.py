@@ -291,6 +291,9 @@ def test_text_grid_and_task_are_checked_before_a_model_is_loaded(folders, tmp_pa
         ({}, {"text": tmp_path / "empty"}, "empty: has no line of text"),
         ({"grid": (0.5, 0.1, 0.1)}, {}, "need 0 < low <= high and step > 0"),
         ({"objective": "two-point", "grid": (0.1, 0.5, 0.1)}, {}, "two-point does not search a grid"),
+        ({"objective": "outputs", "statistics": Path("s")}, {}, "--statistics and --rule are for searches"),
+        ({"objective": "closed-form", "scope": "layer", "rule": "exact"}, {}, "--statistics and --rule are"),
+        ({"objective": "outputs", "checkpoints": Path("c")}, {}, "are for --objective learned"),
         ({}, {"task": "gsm8k"}, "gsm8k is for decoders"),
         ({}, {"task": "nonsense"}, "unknown task 'nonsense'"),
         ({"objective": "labels"}, {}, "labels needs the model's task: pass --task"),
@@ -444,6 +447,8 @@ def test_mistakes_are_explained(folders, tmp_path):
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
     assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
+    assert "pass the task as well" in fails(*find, "--data-dir", tmp_path)
+    assert "of generated problems" in fails(*find, "--difficulty", 2)
     (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
     assert "chosen for a drop rate of 0.99, not 0.9" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"

@@ -386,7 +386,8 @@ def test_a_head_that_one_fine_tune_has_is_its_own(tmp_path, order):
     head = {"lm_head": {"weight": 2 * moved["model"]["embed_tokens"]["weight"]}}
     dx.save_params(tmp_path / "tied", moved, model.config.to_hf())
     dx.save_params(tmp_path / "untied", moved | head, model.config.to_hf() | {"tie_word_embeddings": False})
-    run("merge", tmp_path / "base", *(tmp_path / name for name in order), tmp_path / "m", "--method", "linear")
+    paths = [tmp_path / name for name in order]
+    run("merge", tmp_path / "base", *paths, tmp_path / "m", "--method", "linear")
     for name in order:
         merged, params = dx.load_model(tmp_path / "m" / name)
         assert merged.config.tie_word_embeddings == (name == "tied")

@@ -162,6 +162,7 @@ def test_a_branch_is_selected_and_other_names_are_mapped(tmp_path, monkeypatch):
     darex("apply", f"{tmp_path / 'base'}#ema", mixed, tmp_path / "restored")
     assert set(flatten_names(dx.load_params(tmp_path / "restored"))) == set(named({"model": tree(1)}))
     assert "REGEX=NAME" in darex("check", *pair, "--rename", "nothing", code=2).output
+    assert "NAME is plain text" in darex("check", *pair, "--rename", r"(layers)=\1", code=2).output
 
 
 def test_an_orbax_model_is_loaded_on_a_mesh_and_evaluated(tmp_path):

@@ -117,6 +117,11 @@ def _check(choice: Choice, source: Source, drop_rate: float) -> None:
         if not way.searches:
             searched = ", ".join(other for other, way in WAYS.items() if way.searches)
             raise DarexError(f"{name} does not search a grid; {searched} do.")
+    of_layers, default = way.searches and choice.scope == "layer", Choice()
+    if not of_layers and (choice.statistics is not None or choice.rule != default.rule):
+        raise DarexError("--statistics and --rule are for searches with --scope layer.")
+    if not way.learns and (choice.checkpoints is not None or choice.learning_rate != default.learning_rate):
+        raise DarexError("--checkpoints and --learning-rate are for --objective learned.")
 
 
 def _strict(value: Any) -> Any:

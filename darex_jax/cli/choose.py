@@ -20,6 +20,8 @@ from darex_jax.cli.options import (
     RATE,
     SEED,
     TEXT,
+    check_data_dir,
+    check_difficulty,
     own_examples,
     take_table,
 )
@@ -83,6 +85,8 @@ def find_q(
         raise click.BadParameter(f"{out} cannot be the q file: it is a picture.", param_hint="--out")
     check_output(out)
     check_output(out.with_suffix(".png"))
+    check_data_dir(options["task"], options["data_dir"])
+    check_difficulty(options["task"])
     options["table"] = take_table(options)
     source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
     choice = Choice(objective=objective, **options)

@@ -107,6 +107,8 @@ def renaming(rename: str | None) -> Callable[[str], str] | None:
     pattern, mark, name = rename.partition("=")
     if not mark or not pattern:
         raise click.UsageError("--rename must be REGEX=NAME, such as layers_=layers.")
+    if "\\" in name:
+        raise click.UsageError("--rename: NAME is plain text, into which no groups of REGEX can be put.")
     compiled = compile_pattern(pattern)
     return lambda parameter: str(compiled.sub(name, parameter))
 

@@ -57,6 +57,7 @@ HALF = 0.5  # share of the memory from which on a model is called large
 PEAKS = {
     "eval": 2.5,
     "generate": 3.5,
+    "sample": 3.5,
     "find-q": 4.7,
     "find-q --one-copy": 2.1,
 }  # peak memory relative to the model, from benchmarks/memory.py

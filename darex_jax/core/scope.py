@@ -14,6 +14,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # only: if both models have one it is part of the body.
 HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
+UNUSED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old Llamas, read by no model
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
 NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.)")  # of a block or an expert, in a parameter's name
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
@@ -107,6 +108,7 @@ def choose_scope(
     """The model's scope (`family_scope`), overridden by patterns searched in the parameter's name.
 
     `exclude` takes precedence over `include`; with `include`, only the parameters it matches are pruned.
+    What no model reads (`UNUSED`) never is.
     Raises: ValueError for a pattern that `compile_pattern` refuses.
     """
     included = [compile_pattern(pattern) for pattern in include]
@@ -114,7 +116,7 @@ def choose_scope(
     default = (lambda name: True) if included else family_scope(model_type, shapes)
 
     def scope(name: str) -> bool:
-        if any(pattern.search(name) for pattern in excluded):
+        if UNUSED.search(name) or any(pattern.search(name) for pattern in excluded):
             return False
         return any(p.search(name) for p in included) if included else default(name)
 

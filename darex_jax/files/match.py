@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from darex_jax.core.errors import FileError
-from darex_jax.core.scope import EMBEDDING, HEAD, NUMBER, OPTIONAL, Scope, known_family
+from darex_jax.core.scope import DECODERS, EMBEDDING, HEAD, NUMBER, OPTIONAL, UNUSED, Scope, known_family
 from darex_jax.files.checkpoint import Checkpoint
 
+TIED = "lm_head.weight"
 MOST_PREFIXES = 20  # most name prefixes that are tried
 
 
@@ -50,7 +51,10 @@ def match_checkpoints(
     match = Match()
     rename = rename or _base_name(base, fine)
     known = known_family(fine.config.get("model_type") or base.config.get("model_type"))
+    copy = _pruned_copy(fine, scope)
     for name, tensor in fine.tensors.items():
+        if name == copy:
+            continue
         base_name = rename(name)
         stored = base.tensors.get(base_name)
         if stored is not None:
@@ -91,8 +95,15 @@ def _of_head(name: str, known: bool) -> bool:
 
 
 def _may_lack(name: str, known: bool) -> bool:
-    """Whether only one of two models may have this parameter: a head's or a pooler's."""
-    return bool(OPTIONAL.search(name)) or _of_head(name, known)
+    """Whether only one of two models may have this parameter: a head's, a pooler's, an unused one."""
+    return bool(OPTIONAL.search(name) or UNUSED.search(name)) or _of_head(name, known)
+
+
+def _pruned_copy(fine: Checkpoint, scope: Scope) -> str | None:
+    """The name of a head that is stored although it is tied to embeddings that are pruned: one parameter."""
+    tied = fine.config.get("tie_word_embeddings") and fine.config.get("model_type") in DECODERS
+    pruned = scope("model.embed_tokens.weight")
+    return TIED if tied and pruned and TIED in fine.tensors else None
 
 
 def _match_shapes(
@@ -134,8 +145,9 @@ def _match_configs(match: Match, base: Checkpoint, fine: Checkpoint) -> None:
         match.faults.append(
             f"the base is a {kinds[0]!s:.80} model and the fine-tuned one a {kinds[1]!s:.80} model."
         )
-    if fine.config.get("tie_word_embeddings") and "lm_head.weight" in fine.tensors:
-        match.warnings.append("the head is tied to the embeddings but also stored: both copies are kept.")
+    if fine.config.get("tie_word_embeddings") and TIED in fine.tensors:
+        kept = "both copies are kept" if TIED in (*match.dense, *match.pruned) else "the copy is left out"
+        match.warnings.append(f"the head is tied to the embeddings but also stored: {kept}.")
     for key in ("hidden_act", "layer_norm_eps", "rms_norm_eps", "rope_theta", "num_attention_heads"):
         values = base.config.get(key), fine.config.get(key)
         if None not in values and values[0] != values[1]:

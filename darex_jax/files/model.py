@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import UNUSED
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import (
@@ -126,7 +127,7 @@ def _fit(
         )
     floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
     if isinstance(config, DecoderConfig):
-        unused = [name for name in floats if name.endswith("rotary_emb.inv_freq")]
+        unused = [name for name in floats if UNUSED.search(name)]
         floats -= {*unused, *(["lm_head.weight"] if config.tie_word_embeddings else [])}
     headless = isinstance(config, BertConfig) and config.headless  # their pooler may be missing
     no_pooler = headless and not any(name.startswith("pooler.") for name in infos)

@@ -98,8 +98,8 @@ class OrbaxFile(TensorFile):
             self._arrays.append(found_array)
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """As `SafetensorsFile.chunks`, whatever chunks are stored; reads the rows of one of these at a time, so
-        that it is decoded once."""
+        """As `SafetensorsFile.chunks`, whatever is stored; reads the rows of one stored chunk at a time, so that
+        it is decoded once."""
         layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
         rows = layout[0] if info.shape else 1
         waiting: list[np.ndarray] = []

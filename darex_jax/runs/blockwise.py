@@ -17,6 +17,7 @@ import numpy as np
 from darex_jax.choosing.pair import base_leaf
 from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
+from darex_jax.core.scope import UNUSED
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.atomic import write_whole
 from darex_jax.files.blocks import pack
@@ -219,7 +220,7 @@ def _by_layer(match: Match, count: int) -> list[dict[str, str]]:
     for name in [*match.pruned, *match.dense]:
         at = LAYER.match(name)
         if at is not None and int(at[1]) < count:
-            if not name.endswith("inv_freq"):  # a buffer of old Llamas that nothing reads
+            if not UNUSED.search(name):
                 found[int(at[1])][name] = at[2]
         elif name in match.pruned:
             outside.append(name)
