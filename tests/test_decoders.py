@@ -633,7 +633,7 @@ def test_extra_tensors_of_old_files(tmp_path):
 
 
 def test_a_delta_of_old_files(tmp_path):
-    """Frequencies are in no delta, of whichever model; a tied head is one parameter with pruned embeddings."""
+    """Frequencies are in no delta, whichever model has them; a tied head goes with pruned embeddings."""
     hf, number = CASES["tied"], "model.layers.{}.self_attn.rotary_emb.inv_freq"
     for i, name in enumerate(("base", "fine")):
         _, params = init_model(read_model_config(hf), jax.random.key(i))

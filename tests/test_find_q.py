@@ -534,8 +534,10 @@ def test_the_default_method_depends_on_the_inputs(folders, tmp_path, monkeypatch
     few = darex(*line, "--text", texts)
     assert few["method"] == "dare" and "40 texts choose q" in few["method_chosen_by"]
     assert few["bytes"] <= few["fine_bytes"] / 4 and "two-point" in few["q_chosen_by"]
+    assert few["inexact"] is None  # counted in format 1 alone
     with DeltaFile(tmp_path / "d") as file:
         assert file.recipe.options["q"] == few["q"]
+        assert file.recipe.evidence.keys() == {"fine_weights", "q_data"}
     whole = darex(*line[:4], "--bytes-per-parameter", 4, "--text", texts)
     assert whole["method"] == "dare" and "q_chosen_by" not in whole  # nothing is dropped
     monkeypatch.setattr("darex_jax.cli.prune.ENOUGH", 40)

@@ -100,6 +100,15 @@ def test_part(kind, form):
     np.testing.assert_array_equal(from_chunks(read_back(part), 64), from_chunks(part, 64))
 
 
+def test_a_rank_of_zero_stores_nothing_and_takes_nothing():
+    """A forged file may claim any width for it: chunks are as long as asked, not as a row."""
+    shape = (1, 2**36)
+    arrays = {"a.values": np.zeros(0, np.float32), "b.values": np.zeros(0, np.float32)}
+    part = LowRank.read({"rank": 0, "q": 1.0}, arrays, shape)
+    _, numbers = next(part.chunks(7))
+    np.testing.assert_array_equal(numbers, np.zeros(7, np.float32))
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_sparse_product_by_entries_and_by_blocks(rows):
     """23 rows are not a multiple of the blocks; 1 input is few for 200 values of 851, 40 are many."""

@@ -19,7 +19,7 @@ from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.scope import HEAD, OPTIONAL
 from darex_jax.core.tree import flatten_names, unflatten_names
-from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
+from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.safetensors import DTYPES, as_bytes
 from darex_jax.models import BertConfig, EncoderConfig, Model, Params, build_model, read_model_config
 from darex_jax.parts.dense import Dense
@@ -88,20 +88,18 @@ class DeltaBank:
         name: str,
         path: str | os.PathLike[str],
         *,
-        max_entries: int | None = None,
         ignore_config_fields: Collection[str] = (),
     ) -> None:
-        """Reads an artifact made from this base.
+        """Reads an artifact made from this base, which confirms its shapes before anything is made of them.
 
-        Args: name: its name in the bank; an existing one is replaced. max_entries: as for `load_delta`;
-          ignore_config_fields: as for `load_model`.
+        Args: name: its name in the bank; an existing one is replaced. ignore_config_fields: as for
+          `load_model`.
         Raises: FileError for a damaged file, another base, or a base in a narrower dtype than the restored
           one; ValueError for a model that is incompatible with the others in the bank.
         """
         with DeltaFile(path) as file:
             if file.names("rows"):
                 raise _unfit(path, f"has extra rows for {', '.join(file.names('rows'))}")
-            file.check_entries(max_entries, MOST_VERIFIED_ENTRIES)
             try:
                 model, shapes = self._model_of(file, ignore_config_fields)
                 self._check_base(file)
@@ -229,6 +227,8 @@ class DeltaBank:
             if name != self._base_name(file.base_name(own)):
                 raise DarexError(f"'{own}' was made from '{file.base_name(own)}', not from '{name}'.")
             leaf = self._base[name]
+            if list(leaf.shape) != entry["shape"]:
+                raise DarexError(f"was made from another base: '{own}' is {list(leaf.shape)} in this one.")
             restored = DTYPES[entry["dtype"]] if "dtype" in entry else leaf.dtype
             if jnp.promote_types(leaf.dtype, restored) != leaf.dtype:
                 raise DarexError(

@@ -20,7 +20,7 @@ from darex_jax.choosing.pair import Pair, Params
 from darex_jax.choosing.table import CALIBRATION_SIZE
 from darex_jax.core.delta import apply_delta, prune, rescale
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import flatten_names, seed_key
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.evaluation.outputs import Reference, output_change, output_change_sums, reference_outputs
 from darex_jax.models import Model
@@ -40,7 +40,7 @@ def by_gradient(
     (seed,) = pair.seeds
     order, quarter = hold_out_quarter(len(material.encoded), seed)
     rest, held_out = (material.select(rows).batches(CALIBRATION_SIZE) for rows in (order, quarter))
-    masked = prune(jax.random.key(seed), pair.delta, pair.drop_rate, 1.0, donate=True)
+    masked = prune(seed_key(seed), pair.delta, pair.drop_rate, 1.0, donate=True)
     known = input_statistics(pair.model, pair.params, rest[:1])
     layers = [name for name in flatten_names(masked) if name in known]
     made_from = {

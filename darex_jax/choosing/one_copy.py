@@ -24,7 +24,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import survivor_indices
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold
-from darex_jax.core.tree import flatten_names, stacked_leaf_keys, unflatten_names
+from darex_jax.core.tree import flatten_names, seed_key, stacked_leaf_keys, unflatten_names
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.models import Model
 from darex_jax.parts.mixed import rounded_up
@@ -110,7 +110,7 @@ class OneCopy:
         masks: list[dict[str, _Survivors]] = [{} for _ in self.seeds]
         keys = [
             dict(zip(self._in_scope, np.asarray(jax.random.key_data(stacked)), strict=True))
-            for stacked in (stacked_leaf_keys(jax.random.key(seed), self._in_scope) for seed in self.seeds)
+            for stacked in (stacked_leaf_keys(seed_key(seed), self._in_scope) for seed in self.seeds)
         ]
         threshold = keep_threshold(self.drop_rate)
         with Checkpoint(self._base) as b:

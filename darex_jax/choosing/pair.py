@@ -18,7 +18,7 @@ import numpy as np
 from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope, choose_scope
-from darex_jax.core.tree import combine, flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names, seed_key, unflatten_names
 from darex_jax.evaluation.classification import pruned_params
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.match import match_checkpoints
@@ -57,7 +57,7 @@ class Pair:
     @property
     def models(self) -> list[PrunedModel]:
         """For each mask the params of the pruned model as a function of q: see `pruned_params`."""
-        keys = map(jax.random.key, self.seeds)
+        keys = map(seed_key, self.seeds)
         return [partial(pruned_params, self.start, self.delta, key, self.drop_rate) for key in keys]
 
     def dare(self, scope: str) -> Q:

@@ -178,7 +178,7 @@ def inspect(delta: Path, as_json: bool) -> None:
         ),
         ("kept whole", few(report["dense"] + report["extra_rows"])),
         ("files", ", ".join(report["files"]) or "none"),
-        ("inexact values", f"{report['inexact']:,}"),
+        *([] if report["inexact"] is None else [("inexact values", f"{report['inexact']:,}")]),
         ("size", f"{bytes_text(report['bytes'])}, {report['bytes_per_parameter']:.5f} bytes per parameter"),
         *((f"  {name}", bytes_text(count)) for name, count in report["bytes_by_kind"].items()),
         ("made with", ", ".join(f"{k} {v}" for k, v in report["versions"].items())),

@@ -10,18 +10,20 @@ from darex_jax.cli.show import byte_bar, point_bar, warn
 
 def choose_given(
     base: Path, fine: Path, drop_rate: float, choice: Any, source: Any, quiet: bool
-) -> tuple[Any, str]:
-    """A q from the given inputs, and how it was chosen."""
+) -> tuple[Any, str, dict[str, str]]:
+    """A q from the given inputs, how it was chosen, and digests of the fine-tuned model and the examples."""
     if choice.objective == "auto" and all(x is None for x in (source.task, source.text, source.table)):
-        return None, "default: without --task, --text or --data, q is DARE's 1 - drop rate"
+        return None, "default: without --task, --text or --data, q is DARE's 1 - drop rate", {}
     from darex_jax.choosing.choose import choose_q
 
     with point_bar("choosing q", quiet) as on_value:
         found = choose_q(base, fine, drop_rate, choice, source, on_value)
+    inputs = found["manifest"]["inputs"]
+    digests = {"fine_weights": inputs["fine_weights"], "q_data": inputs["data"]}
     if "warning" in found:
-        return found["q"], f"{found['objective']}, without success: {found['warning']}"
+        return found["q"], f"{found['objective']}, without success: {found['warning']}", digests
     what = f"{found['value_name']} {found['value']:.4f}" if "value" in found else "solved"
-    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples"
+    return found["q"], f"{found['objective']}: {what} on {found['examples']} examples", digests
 
 
 def read_q(

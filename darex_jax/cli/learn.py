@@ -87,7 +87,8 @@ def evaluate(
     out is used.
     """
     from darex_jax.cli.text import open_text_model
-    from darex_jax.files.manifest import run_manifest
+    from darex_jax.files.checkpoint import Checkpoint
+    from darex_jax.files.manifest import run_manifest, weights_digest
     from darex_jax.tasks.answers import PROBLEM_TASKS, load_problems
     from darex_jax.tasks.opening import open_model
 
@@ -117,9 +118,15 @@ def evaluate(
                 "split": split,
                 "limit": limit,
                 "seed": seed,
+                "model": model,
+                "delta": [str(delta) for delta in deltas],
             }
+            with Checkpoint(model) as checkpoint:
+                inputs = {"base_weights": weights_digest(checkpoint)}
+            inputs |= {f"delta {row['name']}": row["digest"] for row in found}
+            inputs |= {f"data {row['name']}": row["data"] for row in found}
             report = {"model": str(model), "split": split, "deltas": found}
-            click.echo(json.dumps(report | {"manifest": run_manifest("eval", settings, {}, {})}))
+            click.echo(json.dumps(report | {"manifest": run_manifest("eval", settings, inputs, {})}))
         else:
             _print_many(model, found)
         return
@@ -204,6 +211,7 @@ def _many_rows(
     **opening: Any,
 ) -> list[dict[str, Any]]:
     """The results of `eval` for several deltas."""
+    from darex_jax.files.artifact import DeltaFile
     from darex_jax.runs.many import evaluate_many, open_many
     from darex_jax.tasks import load_task
 
@@ -211,6 +219,11 @@ def _many_rows(
         raise DarexError(
             f"{len(task_names)} tasks for {len(deltas)} deltas: give one for all or one per delta."
         )
+
+    def delta_digest(path: Path) -> str:
+        with DeltaFile(path) as file:
+            return file.recipe.digest()
+
     loaded = {name: load_task(name, data_dir, seed) for name in dict.fromkeys(task_names)}
     many = open_many(base, deltas, **opening)
     of_delta = dict(zip(many.bank.names, task_names * (len(deltas) // len(task_names)), strict=True))
@@ -219,7 +232,7 @@ def _many_rows(
     results = evaluate_many(many, tasks, examples, batch_size)
     return [
         {"name": name, "delta": str(delta), "bytes": delta.stat().st_size, "task": task.name, **results[name]}
-        | {"data": examples[name].digest()}
+        | {"digest": delta_digest(delta), "data": examples[name].digest()}
         for delta, (name, task) in zip(deltas, tasks.items(), strict=True)
     ]
 

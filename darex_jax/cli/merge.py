@@ -61,8 +61,7 @@ def merge(
     Each of DELTAS is an artifact of darex prune, a fine-tuned directory, or an adapter that PEFT saved. If
     their heads differ, OUT has one directory per delta, which share the merged body.
     """
-    import jax
-
+    from darex_jax.core.tree import seed_key
     from darex_jax.files.merged import merge_files
 
     for name, values in (("weight", weights), ("q", qs)):
@@ -77,7 +76,7 @@ def merge(
             base, deltas, out, method,
             weights=list(weights) * len(deltas) if len(weights) == 1 else list(weights) or None,
             drop_rate=drop_rate, q=qs[0] if len(qs) == 1 else list(qs) or None, outliers=outliers,
-            window=window, key=jax.random.key(seed) if "key" in MERGES[method].takes else None,
+            window=window, key=seed_key(seed) if "key" in MERGES[method].takes else None,
             dtype=dtype, overwrite=overwrite, allow_changed_files=allow_changed_files, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -209,10 +209,12 @@ def prune(
         raise click.UsageError(f"--q {q} needs a drop rate: pass --drop-rate, not a size.")
     divisor: Any = None
     q_by: str | None = None
+    evidence: dict[str, str] = {}
 
     def choose(drop_rate: float) -> Any:
         nonlocal divisor, q_by
-        divisor, q_by = choose_given(base, fine, drop_rate, choice, source, as_json)
+        divisor, q_by, seen = choose_given(base, fine, drop_rate, choice, source, as_json)
+        evidence.update(seen)
         return divisor
 
     if chooses and drop_rate is not None:
@@ -242,7 +244,8 @@ def prune(
                 training = {"steps": steps, "checkpoints": checkpoints} if METHODS[method].trains else {}
                 done = _by_method(
                     job, method, budget, source, seed=seed, options=options, training=training,
-                    ignore=ignore_config_fields, choose=choose if chooses and drop_rate is None else None,
+                    ignore=ignore_config_fields, evidence=evidence,
+                    choose=choose if chooses and drop_rate is None else None,
                     block_wise=block_wise, loss_of=loss_of or "agreement", quiet=as_json,
                 )  # fmt: skip
     summary = done.summary
@@ -311,12 +314,19 @@ def _by_method(
     options: Mapping[str, Any],
     training: Mapping[str, Any],
     ignore: tuple[str, ...],
+    evidence: dict[str, str],
     choose: Callable[[float], Any] | None,
     block_wise: bool,
     loss_of: Any,
     quiet: bool,
 ) -> _Done:
-    """Prunes by any method. Args: budget: a `Budget`, bytes, or a float: the largest loss."""
+    """Prunes by any method.
+
+    Args:
+      budget: a `Budget`, bytes, or a float: the largest loss.
+      evidence: digests of what q was, or will be, chosen from: `choose` adds them.
+    """
+    from darex_jax.methods.evidence import Evidence
     from darex_jax.runs.evidence import gather
     from darex_jax.runs.prune import prune_by, prune_within
 
@@ -329,13 +339,13 @@ def _by_method(
                 **training, **options,
             )  # fmt: skip
         return _Done(blocks.summary, blocks=blocks)
-    known: dict[str, Any] = {}
+    seen: Any = Evidence()
     with look_bar(training.get("steps", 0), quiet) as on_look:
         if METHODS[method].needs:
             needs = METHODS[method].needs_with(options.get("support"))
             told = {**training, "on_look": on_look} if training else {}
             told |= {"with_metric": True} if loss_of == "metric" else {}
-            known["gathered"] = gather(
+            seen, digests = gather(
                 job.base.source,
                 job.fine.source,
                 source,
@@ -344,14 +354,13 @@ def _by_method(
                 ignore_config_fields=ignore,
                 **told,
             )
+            evidence.update(digests)
+        known: dict[str, Any] = {"gathered": (seen, evidence), "seed": seed, "options": options}
         if isinstance(budget, float):
-            summary = prune_within(
-                job, method, budget, of=loss_of, seed=seed, options=options,
-                on_size=_tried(quiet, loss_of), **known,
-            )  # fmt: skip
+            summary = prune_within(job, method, budget, of=loss_of, on_size=_tried(quiet, loss_of), **known)
         else:
-            summary = prune_by(job, method, budget, seed=seed, options=options, choose=choose, **known)
-    return _Done(summary, known["gathered"][0].train if training else None)
+            summary = prune_by(job, method, budget, choose=choose, **known)
+    return _Done(summary, seen.train if training else None)
 
 
 def _figures(done: _Done, fine_bytes: int) -> dict[str, Any]:
@@ -362,7 +371,7 @@ def _figures(done: _Done, fine_bytes: int) -> dict[str, Any]:
         "bytes": summary.file_bytes,
         "fine_bytes": fine_bytes,
         "bytes_per_parameter": summary.file_bytes / max(1, summary.pruned_size),
-        "inexact": summary.recipe.inexact,
+        "inexact": summary.recipe.counted,
         "nonfinite": summary.recipe.nonfinite,
         "digest": summary.recipe.digest(),
     }

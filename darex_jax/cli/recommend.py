@@ -130,8 +130,8 @@ def recommend(
         click.echo(json.dumps(report, indent=2, default=dict))
         return
     _print_tried(advice)
-    for method, reason in advice.failed.items():
-        click.echo(f"{method}: {reason}")
+    for way, reason in advice.failed.items():
+        click.echo(f"{way}: {reason}")
     facts = advice.facts
     rows = [
         ("delta", f"{facts.entries:,} entries, {facts.relative:.2%} of the base's norm"),
@@ -162,7 +162,7 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
         why = "Without texts" if not has_texts else "For a model without a head"
         sentences.append(
             f"{why} the loss of predictions cannot be measured, only the error of the stored delta: "
-            f"{_name(chosen)} leaves out {chosen.error:.0%} of its squared norm."
+            f"{chosen.name} leaves out {chosen.error:.0%} of its squared norm."
         )
         if not has_texts:
             sentences.append(
@@ -171,7 +171,7 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
     else:
         loss = f"{chosen.loss:.1%}" if chosen.loss is not None else "nothing"
         sentences.append(
-            f"In {bytes_text(file_bytes)} {_name(chosen)} loses least: {loss} of the {advice.measure} with "
+            f"In {bytes_text(file_bytes)} {chosen.name} loses least: {loss} of the {advice.measure} with "
             f"the fine-tuned model, on {advice.held_out} held-out texts (the base alone loses "
             f"{advice.without_delta:.1%})."
         )
@@ -195,12 +195,6 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
     return sentences
 
 
-def _name(tried: "Tried") -> str:
-    options = [f"{name} {value}" for name, value in tried.options.items() if name != "bits"]
-    bits = [f"{tried.options['bits']} bits"] if "bits" in tried.options else []
-    return ", ".join([tried.method, *options, *bits])
-
-
 def _command(chosen: "Tried", base: Path, fine: Path, options: list[Any], texts: list[Any]) -> str:
     from darex_jax.methods.table import METHODS
 
@@ -221,7 +215,7 @@ def _print_tried(advice: "Advice") -> None:
         table.add_column(heading, justify="right")
     for t in advice.tried:
         loss = "" if t.loss is None else f"{t.loss:.1%}"
-        name = _name(t) + (f", {t.steps} steps" if t.steps else "")
+        name = t.name + (f", {t.steps} steps" if t.steps else "")
         style = "bold green" if t is advice.chosen else None
         table.add_row(name, f"{t.file_bytes:,}", f"{t.error:.3g}", loss, f"{t.seconds:.0f}", style=style)
     Console().print(table)

@@ -68,8 +68,7 @@ def generate(
     MODEL is the Hugging Face directory of a decoder; with --delta, of the base. With several deltas the texts
     are shown when all have ended.
     """
-    import jax
-
+    from darex_jax.core.tree import seed_key
     from darex_jax.evaluation.text import stream_text
 
     if beside and not deltas:
@@ -85,7 +84,7 @@ def generate(
         begun = time.monotonic()
         asked = as_chat(model, many.tokenizers[many.bank.names[0]], prompt) if chat else prompt
         texts = write_many(
-            many, asked, max_new_tokens=max_new_tokens, stop=stop, key=jax.random.key(seed),
+            many, asked, max_new_tokens=max_new_tokens, stop=stop, key=seed_key(seed),
             temperature=temperature,
         )  # fmt: skip
         if as_json:
@@ -115,7 +114,7 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        key=jax.random.key(seed),
+        key=seed_key(seed),
         temperature=temperature,
         stop=stop,
     ):
@@ -169,8 +168,7 @@ def sample(
     The texts continue prompts, in turn, and begin with them. OUT is a file of JSON lines, replaced if it
     exists, for darex prune --data OUT --text text.
     """
-    import jax
-
+    from darex_jax.core.tree import seed_key
     from darex_jax.evaluation.text import sample_texts
     from darex_jax.files.paths import check_output
     from darex_jax.tasks.lines import write_texts
@@ -198,7 +196,7 @@ def sample(
     with text_bar(count, as_json) as on_texts:
         texts = sample_texts(
             loaded, params, tokenizer, count, prompts=prompts, max_new_tokens=max_new_tokens,
-            eos_token_id=ends, key=jax.random.key(seed), temperature=temperature, on_texts=on_texts,
+            eos_token_id=ends, key=seed_key(seed), temperature=temperature, on_texts=on_texts,
         )  # fmt: skip
     write_texts(out, texts)
     report = {

@@ -10,6 +10,11 @@ class DarexError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 200 characters; its type if there is no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 class FileError(DarexError):
     """A file that is missing, damaged or of the wrong kind; the message names it."""
 

@@ -132,6 +132,11 @@ def name_words(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
+def seed_key(seed: int) -> jax.Array:
+    """`jax.random.key(seed)`, a Threefry key whatever JAX's default is."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def check_key(key: jax.Array) -> None:
     """Raises TypeError unless `key` is a scalar typed Threefry key, the only kind that masks are defined
     for."""

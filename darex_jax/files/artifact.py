@@ -350,8 +350,8 @@ def load_delta(
 
     Args:
       parts: return every parameter as a compact `Parts`.
-      max_entries: most entries of the result. None: 2**31, and at most 8,192 for each byte of the file, so
-        that a small file cannot fill the memory.
+      max_entries: most entries of the result. None: 2**31 (with parts 2**36), and at most 8,192 for each byte
+        of the file, so that a small file cannot fill the memory.
     Raises: FileError for a damaged file, one that claims more entries, or one with extra vocabulary rows
       (`darex apply` restores those).
     """

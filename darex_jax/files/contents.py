@@ -46,7 +46,7 @@ def contents(file: DeltaFile) -> dict[str, Any]:
         "survivors": stored, "q": sorted(q), "evidence": recipe.evidence or {},
         "dtypes": sorted({DTYPES[e["dtype"]].name for e in recipe.parameters.values() if "dtype" in e}),
         "dense": file.names("dense"), "extra_rows": file.names("rows"), "files": file.names("file"),
-        "inexact": recipe.inexact, "nonfinite": recipe.nonfinite, "bytes": size,
+        "inexact": recipe.counted, "nonfinite": recipe.nonfinite, "bytes": size,
         "bytes_by_kind": {name: count for name, count in bytes_of.items() if count},
         "bytes_per_parameter": size / max(1, entries), "versions": recipe.versions,
         "data_blake3": recipe.data_blake3, "digest": recipe.digest(),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from darex_jax.core.errors import FileError
+from darex_jax.core.errors import FileError, first_line
 from darex_jax.files.safetensors import (
     CHUNK,
     DTYPE_NAMES,
@@ -61,7 +61,9 @@ class OrbaxFile(TensorFile):
             layout = json.loads((path / METADATA).read_text())
             found = _arrays(layout["tree_metadata"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise FileError(f"{path}: cannot be read as an orbax checkpoint ({_line(error)}).") from error
+            raise FileError(
+                f"{path}: cannot be read as an orbax checkpoint ({first_line(error)})."
+            ) from error
         if subtree is None and any(name.startswith(f"{PARAMS}.") for name in found):
             subtree = PARAMS
         prefix = f"{subtree}." if subtree else ""
@@ -80,7 +82,9 @@ class OrbaxFile(TensorFile):
         try:
             waiting = {name: opened(name) for name in chosen}
         except ValueError as error:
-            raise FileError(f"{path}: cannot be read as an orbax checkpoint ({_line(error)}).") from error
+            raise FileError(
+                f"{path}: cannot be read as an orbax checkpoint ({first_line(error)})."
+            ) from error
         self._arrays: list[Any] = []
         self.tensors = {}
         for stored, array in waiting.items():
@@ -91,15 +95,15 @@ class OrbaxFile(TensorFile):
                 found_array = array.result()
                 dtype = np.dtype(found_array.dtype.numpy_dtype)
             except (ValueError, TypeError, OSError) as error:
-                raise FileError(f"{path}: '{stored}' cannot be read ({_line(error)}).") from error
+                raise FileError(f"{path}: '{stored}' cannot be read ({first_line(error)}).") from error
             if dtype not in DTYPE_NAMES:
                 raise FileError(f"{path}: '{name}' has the unsupported dtype {dtype}.")
             self.tensors[name] = TensorInfo(dtype, tuple(found_array.shape), len(self._arrays))
             self._arrays.append(found_array)
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """As `SafetensorsFile.chunks`, whatever is stored; reads the rows of one stored chunk at a time, so that
-        it is decoded once."""
+        """As `SafetensorsFile.chunks`, whatever is stored; reads the rows of one stored chunk at a time, so
+        that it is decoded once."""
         layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
         rows = layout[0] if info.shape else 1
         waiting: list[np.ndarray] = []
@@ -134,10 +138,14 @@ class OrbaxFile(TensorFile):
             return np.asarray((array[index] if index else array).read().result())
         except (ValueError, OSError) as error:
             name = next(name for name, own in self.tensors.items() if own is info)
-            raise FileError(f"{self.path}: '{name}' cannot be read ({_line(error)}).") from error
+            raise FileError(f"{self.path}: '{name}' cannot be read ({first_line(error)}).") from error
 
     def close(self) -> None:
         self._arrays.clear()
+
+
+def _unreadable(path: Any, error: BaseException) -> FileError:
+    return FileError(f"{path}: cannot be read as an orbax checkpoint ({first_line(error)}).")
 
 
 def _arrays(tree: Mapping[str, Any]) -> list[str]:
@@ -188,7 +196,3 @@ def write_orbax(folder: Path, weights: list[Path]) -> None:
 def _mapped(file: Path, info: TensorInfo) -> np.ndarray:
     mapped = np.memmap(file, np.uint8, "r", info.offset, (info.nbytes,))
     return mapped.view(info.dtype).reshape(info.shape)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -37,7 +37,7 @@ class Recipe:
     base_names: fine-tuned name -> base name, if they differ.
     base_only: tensors of the base that the fine-tuned model lacks (another head).
     inexact: number of stored values that are not exact differences, because they are rounded to the
-      fine-tuned dtype.
+      fine-tuned dtype; 0 in format 2, see `counted`.
     data_blake3: digest of all tensors in file order: the `tensor_line` of each, then its data.
     base_files: BLAKE3 of the base's companion files that the restored model inherits, by name. None if
       unknown: in older files, or if the base was a tree.
@@ -67,6 +67,11 @@ class Recipe:
     evidence: dict[str, str] | None = None
     blocks: list[dict[str, Any]] | None = None
     base_blake3: str | None = None
+
+    @property
+    def counted(self) -> int | None:
+        """`inexact`; None in format 2, where values are what a method makes of the differences."""
+        return self.inexact if self.format == 1 else None
 
     def digest(self) -> str:
         """BLAKE3 of everything that determines the restored model: equal digests restore equal models.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from darex_jax.core.errors import DarexError, FileError
+from darex_jax.core.errors import DarexError, FileError, first_line
 from darex_jax.files.atomic import is_model
 
 LAST = ("config.json", "_METADATA")  # uploaded last: a directory without them is not a model
@@ -40,7 +40,7 @@ def fetch(url: str, folder: Path) -> Path:
     except FileError:
         raise
     except Exception as error:  # every store has its own exceptions
-        raise FileError(f"{url}: cannot be read ({_line(error)}).") from error
+        raise FileError(f"{url}: cannot be read ({first_line(error)}).") from error
     return folder / name
 
 
@@ -64,7 +64,7 @@ def check_target(url: str, read: Iterable[str], *, overwrite: bool | None) -> No
     except FileError:
         raise
     except Exception as error:  # every store has its own exceptions
-        raise FileError(f"{url}: cannot be accessed ({_line(error)}).") from error
+        raise FileError(f"{url}: cannot be accessed ({first_line(error)}).") from error
     if before and not overwrite:
         raise FileError(f"{url}: already exists; choose another path, or pass --overwrite.")
     if before and not is_model({p.parts[0] for p in before if len(p.parts) == 1},
@@ -105,7 +105,7 @@ def send(local: Path, url: str) -> None:
             if store.exists(old):
                 store.rm_file(old)
     except Exception as error:  # every store has its own exceptions
-        raise FileError(f"{url}: cannot be written ({_line(error)}).") from error
+        raise FileError(f"{url}: cannot be written ({first_line(error)}).") from error
 
 
 def _put(store: Any, local: Path, place: str) -> None:
@@ -129,9 +129,5 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise DarexError(f"{url}: {error}") from error
     except ValueError as error:
-        raise DarexError(f"{url}: unknown protocol ({_line(error)}).") from error
+        raise DarexError(f"{url}: unknown protocol ({first_line(error)}).") from error
     return store, str(place).rstrip("/")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

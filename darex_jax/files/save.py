@@ -13,6 +13,7 @@ from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words
 from darex_jax.files.recipe import Recipe, is_name, tensor_line, versions, warn_of_little
 from darex_jax.files.safetensors import DTYPE_NAMES, as_bytes, write_tensors
+from darex_jax.files.stream import count_nonfinite
 
 
 def save_delta(
@@ -88,7 +89,7 @@ def save_delta(
         base_names={},
         base_only=[],
         inexact=0,
-        nonfinite=sum(_count_nonfinite(tree[name]) for tree in (deltas, bases) for name in deltas),
+        nonfinite=sum(count_nonfinite(tree[name].reshape(-1)) for tree in (deltas, bases) for name in deltas),
         versions=versions(),
         data_blake3=digest.hexdigest(),
     )
@@ -96,7 +97,3 @@ def save_delta(
     same = not any(np.any(leaf) for leaf in deltas.values())
     warn_of_little(drop_rate, q_by_name, same=same, survivors=sum(x.size for x in tensors.values()))
     return recipe
-
-
-def _count_nonfinite(array: np.ndarray) -> int:
-    return int(np.count_nonzero(~np.isfinite(array)))

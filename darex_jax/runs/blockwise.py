@@ -18,7 +18,7 @@ from darex_jax.choosing.pair import base_leaf
 from darex_jax.core.delta import compute_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import UNUSED
-from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.core.tree import flatten_names, seed_key, unflatten_names
 from darex_jax.files.atomic import write_whole
 from darex_jax.files.blocks import pack
 from darex_jax.files.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def prune_blockwise(
         raise DarexError("training parts requires two texts or more: some to train on, some held out.")
     rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)
     digests = {"fine_weights": weights_digest(job.fine), "data": material.encoded.digest()}
-    key = jax.random.key(seed)
+    key = seed_key(seed)
     # A layer's input is the output of those before it: all that any of them is made from.
     made_from: list[Any] = [
         digests,

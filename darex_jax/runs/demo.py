@@ -14,6 +14,7 @@ from darex_jax.choosing.searched import find_q, q_grid
 from darex_jax.choosing.table import CALIBRATION_SIZE
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
+from darex_jax.core.tree import seed_key
 from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.objectives import label_objective, output_objective
 from darex_jax.files.artifact import DeltaFile
@@ -74,7 +75,7 @@ def run_demo(
       from the artifact has the in-memory model's logits bit for bit.
     """
     started = time.monotonic()
-    key = jax.random.key(seed)
+    key = seed_key(seed)
     task = load_task(task_name, data_dir, seed)
     tokenizer = load_tokenizer(base)
     rows = slice(limit)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from darex_jax.core.errors import DarexError
+from darex_jax.core.tree import seed_key
 from darex_jax.files.atomic import write_whole
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
 from darex_jax.files.stream import keep_inputs
@@ -54,7 +54,7 @@ def prune_by(
         if not getattr(known, need):
             raise DarexError(f"{method} needs {need.replace('_', ' ')}: pass texts (--text, --task).")
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    key = {"key": jax.random.key(seed)} if chosen.random else {}
+    key = {"key": seed_key(seed)} if chosen.random else {}
     trained = {"steps": known.train.steps} if isinstance(known.train, Trainer) else {}
 
     def write(job: Job, budget: Budget, known: Evidence = known) -> PruneSummary:

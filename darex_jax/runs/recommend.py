@@ -75,6 +75,17 @@ class Tried(NamedTuple):
     steps: int
     seconds: float
 
+    @property
+    def name(self) -> str:
+        return way_name(self.method, self.options)
+
+
+def way_name(method: str, options: Mapping[str, Any]) -> str:
+    """Such as "dare, q two-point" or "svd, 4 bits"."""
+    told = [f"{name} {value}" for name, value in options.items() if name != "bits"]
+    bits = [f"{options['bits']} bits"] if "bits" in options else []
+    return ", ".join([method, *told, *bits])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
@@ -82,7 +93,7 @@ class Advice:
 
     Attributes:
       facts: of the delta.
-      tried: methods with a file of this size; failed: reasons of the others, by method.
+      tried: methods with a file of this size; failed: reasons of the others, by `way_name`.
       chosen: the one of `tried` with the least loss, or without texts the least error.
       without_delta: the base's loss; None without texts.
       measure: the agreement that losses are one minus of; held_out: number of texts.
@@ -149,7 +160,7 @@ def recommend(
                     options=given, choose=choose,
                 )  # fmt: skip
             except (DarexError, FloatingPointError) as refusal:
-                failed[method] = str(refusal)
+                failed[way_name(method, options)] = str(refusal)
                 continue
             restored = flatten_names(load_delta(path, max_entries=facts.entries))
         error = sum(_square(delta - np.asarray(restored[name])) for name, delta in deltas.items())
@@ -185,7 +196,6 @@ def _two_point(trainer: Trainer, deltas: Mapping[str, np.ndarray]) -> Callable[[
 def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
     """The pruned delta, float32 by name, and its properties."""
     match = job.match()
-    match.raise_if_faulty()
     if extra := [name for name in match.pruned if name in match.extra_rows]:
         raise DarexError(
             f"rows of a larger vocabulary ({', '.join(extra)}) have no base: exclude these with --exclude."

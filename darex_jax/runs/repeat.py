@@ -31,7 +31,7 @@ def repeat_run(
 
     Args:
       manifest: darex_manifest.json written by `train_run`, or its directory.
-      base, data_dir: their current paths; None is the original ones.
+      base, data_dir: their current paths, for a training on --data that of the data; None: as they were.
       out: for the result of the repeat; None is a temporary folder.
       say, on_step: as for `train_run`.
     Returns: {"same": whether all digests agree, "outputs": {name: [digest of the repeat, whether it agrees]},
@@ -56,8 +56,10 @@ def repeat_run(
     recipe = Recipe(**{name: options.pop(name) for name in recipe_names})
     source, folder = Path(options.pop("base")), options.pop("data_dir")
     own = {name: options.pop(name) for name in columns}
-    options["table"] = None if own["data"] is None else Table(**own)
+    options["table"] = None
     if own["data"] is not None:
+        options["table"] = Table(**own | ({"data": str(data_dir)} if data_dir else {}))
+        data_dir = None
         del options["task"]
     options["lora_targets"] = tuple(options["lora_targets"])
     options["data_dir"] = data_dir or (folder and Path(folder))

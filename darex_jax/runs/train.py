@@ -16,7 +16,7 @@ import tomli_w
 from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import LoraConfig, adapter_delta, is_factor
 from darex_jax.core.sharding import make_mesh, param_shardings
-from darex_jax.core.tree import combine, flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names, seed_key, unflatten_names
 from darex_jax.evaluation.classification import evaluate, predict
 from darex_jax.files.adapter import check_savable, save_adapter
 from darex_jax.files.atomic import only_one, write_whole
@@ -158,7 +158,7 @@ def train_run(
         alpha = 2.0 * lora_rank if lora_alpha is None else lora_alpha
         lora = LoraConfig(lora_rank, alpha, lora_targets, rslora)
     parts = _mesh_of(mesh, recipe)
-    key = jax.random.key(seed)
+    key = seed_key(seed)
     decoding = task in PROBLEM_TASKS if table is None else table.prompt is not None
     sizes = {"train": limit, "validation": validation_limit}
     if decoding:

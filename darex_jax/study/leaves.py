@@ -251,7 +251,7 @@ class _Matrix:
 
 def together(leaves: Sequence[Leaf], name: str) -> Leaf:
     """Several as one."""
-    forms = tuple(dict.fromkeys(", ".join(form.split(", ")) for leaf in leaves for form in leaf.form))
+    forms = tuple(dict.fromkeys(form for leaf in leaves for form in leaf.form))
     sums = {
         k: sum(getattr(leaf, k) for leaf in leaves)
         for k in ("entries", "numbers", "nonzero", "size", "base", "delta", "count")

@@ -81,7 +81,7 @@ def delta_page(
     sections = [
         *([_score_section(scores)] if scores is not None else []),
         _bytes_section(facts, leaves),
-        _layers_section(leaves, fine is not None),
+        _layers_section(leaves),
         _parameters_section(leaves, whole, fine is not None),
     ]
     sections[-1] = Section(**vars(sections[-1]) | {"command": command})
@@ -134,7 +134,7 @@ def _bars(title: str, what: str, measure: str, values: Mapping[str, float], note
     return Figure(title, what, measure, series, labels=tuple(values), note=note)
 
 
-def _layers_section(leaves: Sequence[Leaf], has_fine: bool) -> Section:
+def _layers_section(leaves: Sequence[Leaf]) -> Section:
     """Lines along the layers, one for each kind of matrix; bars where there are no layers."""
     matrices = [leaf for leaf in leaves if leaf.matrix and leaf.layer is not None]
     if len({leaf.layer for leaf in matrices}) < 2:

@@ -61,7 +61,7 @@ def summary(found: Sequence[tuple[Plan, Sequence[Row]]], findings: Sequence[Find
         if plan.name == "frontier":
             told += _trained(plan, rows)
         if plan.name == "methods":
-            told += _random(plan, rows)
+            told += _random(rows)
     if findings:
         counts = Counter(finding.verdict for finding in findings).most_common()
         parts = ", ".join(f"{count} {verdict}" for verdict, count in counts)
@@ -97,7 +97,7 @@ def _trained(plan: Plan, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _random(plan: Plan, rows: Sequence[Row]) -> list[str]:
+def _random(rows: Sequence[Row]) -> list[str]:
     """What DARE and DAREx-q keep of each optimizer's deltas at 0.01 bytes per parameter."""
     at, parts = 0.01, []
     for optimizer in dict.fromkeys(split_name(row["fine_tune"])[1] for row in rows):

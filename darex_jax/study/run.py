@@ -169,7 +169,8 @@ def run_study(
             for cell in lacks:
                 _, way, at = cell
                 if way == FINE_TUNED:
-                    values = head | {"manifest": run_manifest("experiment", {"study": plan.name}, {}, {})}
+                    inputs = {"fine_weights": head["weights"]}
+                    values = head | {"manifest": run_manifest("experiment", {"study": plan.name}, inputs, {})}
                 else:
                     options = {name: value for name, value in plan.ways[way].items() if name != "at"}
                     values = measured(way, options, at)

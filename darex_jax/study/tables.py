@@ -43,7 +43,7 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
     if plan.measure in ("delta", "lora"):
         return _statistics(plan, rows)
     if plan.measure == "merging":
-        return _merged(plan, rows)
+        return _merged(rows)
     found = []
     models = by_models(rows)
     if len(models) > 1:
@@ -115,7 +115,7 @@ def best_of(values: Mapping[str, Mapping[str, float]]) -> set[str]:
     return {way for way, mean in means.items() if mean >= top - NEAR}
 
 
-def column_name(plan: Plan, at: float | None) -> str:
+def column_name(at: float | None) -> str:
     return "" if at is None else f"{at:g}"
 
 
@@ -161,7 +161,7 @@ def _of_model(plan: Plan, training: str, optimizer: str, rows: Sequence[Row]) ->
         )
         note += " of them where fewer; of a single one, over masks."
     title = f"{training}, {optimizer}"
-    return Table(title, ["", *(column_name(plan, at) for at in columns)], body, note, frozenset(best))
+    return Table(title, ["", *(column_name(at) for at in columns)], body, note, frozenset(best))
 
 
 def _about(heads: Sequence[Row]) -> str:
@@ -206,7 +206,7 @@ def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
         "fine-tunes that ways share."
     )
     return Table(
-        "All fine-tunes", ["", *(column_name(plan, at) for at in columns)], body, note, frozenset(best)
+        "All fine-tunes", ["", *(column_name(at) for at in columns)], body, note, frozenset(best)
     )
 
 
@@ -244,7 +244,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _merged(plan: Plan, rows: Sequence[Row]) -> list[Table]:
+def _merged(rows: Sequence[Row]) -> list[Table]:
     found = []
     for name in dict.fromkeys(row["fine_tune"] for row in rows):
         own = [row for row in rows if row["fine_tune"] == name]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, first_line
 from darex_jax.files.model import companions
 from darex_jax.files.paths import check_entries
 from darex_jax.tasks import Examples
@@ -78,8 +78,7 @@ def load_tokenizer(
         try:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # from parsers of several formats
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DarexError(f"{path}: its tokenizer cannot be read ({why:.200})") from error
+            raise DarexError(f"{path}: its tokenizer cannot be read ({first_line(error)})") from error
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int = MAX_LENGTH) -> Encoded:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, first_line
 from darex_jax.files.paths import check_file
 from darex_jax.models.config import shown
 
@@ -126,8 +126,7 @@ def read_split(
         raise
     except Exception as error:  # damaged files cause many kinds of errors in pyarrow and datasets
         if files is not None:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DarexError(f"'{source}' cannot be read as parquet: {why:.200}") from error
+            raise DarexError(f"'{source}' cannot be read as parquet: {first_line(error)}") from error
         if not isinstance(error, (OSError, ValueError, datasets.exceptions.DatasetsError)):
             raise
         raise FileNotFoundError(

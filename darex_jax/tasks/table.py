@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darex_jax.core.errors import DarexError
+from darex_jax.core.errors import DarexError, first_line
 from darex_jax.files.paths import check_file
 from darex_jax.models.config import shown
 from darex_jax.tasks import Examples, Task
@@ -293,8 +293,7 @@ def _read_file(file: Path, columns: Sequence[str]) -> Split:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        why = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise DarexError(f"{file}: cannot be read as {reader}: {why:.200}") from error
+        raise DarexError(f"{file}: cannot be read as {reader}: {first_line(cause)}") from error
     return _checked(rows, f"'{file}'", columns)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.choosing.pair import load_pair, split_in_scope
 from darex_jax.core.bound import output_error_bound
 from darex_jax.core.delta import prune
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import flatten_names, seed_key
 from darex_jax.evaluation.calibration import input_statistics
 from darex_jax.files.manifest import params_digest
 from darex_jax.study.fine_tunes import Place, obtain
@@ -79,7 +78,7 @@ def against_bound(
         influence = jnp.asarray(deltas[name]) * mean[None]
         bound = output_error_bound(influence, drop_rate, 1.0 - drop_rate, GAMMA)
         for seed in range(masks):
-            pruned = prune(jax.random.key(seed), {name: jnp.asarray(deltas[name])}, drop_rate)[name]
+            pruned = prune(seed_key(seed), {name: jnp.asarray(deltas[name])}, drop_rate)[name]
             error = jnp.abs((pruned - deltas[name]) @ mean)
             ratios.append(np.asarray(jnp.where(bound > 0, error / bound, 0.0)))
     seen = np.concatenate(ratios)

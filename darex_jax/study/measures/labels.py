@@ -20,7 +20,7 @@ import numpy as np
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import choose_scope
-from darex_jax.core.tree import combine, flatten_names, unflatten_names
+from darex_jax.core.tree import combine, flatten_names, seed_key, unflatten_names
 from darex_jax.files.checkpoint import Checkpoint, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.prune import Job, PruneSummary, prune_parts
@@ -127,7 +127,7 @@ class _Start:
     def __init__(self, fine_tune: FineTune, base: Path, place: Place) -> None:
         if fine_tune.task not in TASKS:
             raise DarexError(f"{fine_tune.task} has no labels to train on.")
-        self.of, self.place, self.key = fine_tune, place, jax.random.key(fine_tune.seed)
+        self.of, self.place, self.key = fine_tune, place, seed_key(fine_tune.seed)
         task = load_task(fine_tune.task, place.data_dir, fine_tune.seed)
         body, known = load_model(base)
         self.model, self.params = training.classifier_for(task, body, known, jax.random.fold_in(self.key, 0))
@@ -201,7 +201,7 @@ def _linear(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def _subspace(shapes: Mapping[str, Shape], density: float, seed: int) -> dict[str, Random]:
     """Random parts whose values are zero."""
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    drawn = dare(zeros, Budget(drop_rate=1 - density), key=jax.random.key(seed), q=1.0, dtype=jnp.float32)
+    drawn = dare(zeros, Budget(drop_rate=1 - density), key=seed_key(seed), q=1.0, dtype=jnp.float32)
     return {name: each.parts[0] for name, each in drawn.items()}
 
 

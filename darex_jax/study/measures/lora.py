@@ -11,6 +11,7 @@ import numpy as np
 from darex_jax.core.delta import apply_delta, prune
 from darex_jax.core.errors import DarexError
 from darex_jax.core.lora import adapter_delta
+from darex_jax.core.tree import seed_key
 from darex_jax.evaluation.outputs import output_change, reference_outputs
 from darex_jax.files.adapter import load_adapter
 from darex_jax.files.manifest import params_digest
@@ -64,7 +65,7 @@ def begin(
         return {name: float(np.mean(values)) for name, values in found.items()} | spread
 
     def measured(way: str, told: Mapping[str, Any], at: float) -> dict[str, float]:
-        keys = [jax.random.key(seed) for seed in range(plan.masks)]
+        keys = [seed_key(seed) for seed in range(plan.masks)]
         q = told.get("q")
         if told["pruned"] == "merged":
             return scored([prune(key, delta, at, q) for key in keys])

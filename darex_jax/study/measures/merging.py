@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.choosing.pair import load_pair, split_in_scope
 from darex_jax.core.delta import apply_delta
-from darex_jax.core.tree import flatten_names
+from darex_jax.core.tree import flatten_names, seed_key
 from darex_jax.merging.merge import merge
 from darex_jax.merging.table import MERGES
 from darex_jax.study.fine_tunes import Place, obtain
@@ -50,7 +49,7 @@ def begin(
         random = "key" in MERGES[method].takes
         metrics: dict[str, list[float]] = {each.training: [] for each in fine_tunes}
         for seed in range(plan.masks if random else 1):
-            key = {"key": jax.random.key(seed)} if random else {}
+            key = {"key": seed_key(seed)} if random else {}
             merged = merge(
                 [delta for _, delta in pairs], method, weights=[weight] * len(pairs), **options, **key
             )

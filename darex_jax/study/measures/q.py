@@ -12,8 +12,6 @@ from darex_jax.study.fine_tunes import Place, obtain
 from darex_jax.study.measures.tested import about, open_tested, spread, texts_of
 from darex_jax.study.plan import FineTune, Plan
 
-OF_SOURCE = {"limit"}
-
 
 def begin(
     plan: Plan, fine_tunes: Sequence[FineTune], place: Place
