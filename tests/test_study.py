@@ -493,6 +493,9 @@ def test_the_command(studies, place):
         ('{ method = "svd" }', '{ method = "svd", at = [0.7] }', "at of 'SVD' has 0.7, which is no column"),
         ("at = [0.5]", "at = 0.5", "at of a claim is a list of numbers"),
         ("drop_rates = [0.5, 0.9]", "", "the measure methods needs bytes"),
+        ('"svd"', '"svdd"', "method of 'SVD' is one of dare, .*, labels, got 'svdd'"),
+        ('"svd" }', '"svd", bit = 4 }', "unknown bit in the way 'SVD'; it may have at, bits"),
+        ('title = "Tiny"', 'title = "Tiny"\npaper = 3', "\\[paper\\] is not a table"),
     ],
 )
 def test_a_faulty_declaration_is_named(studies, old, new, told):

@@ -209,16 +209,20 @@ def verify(
     Checks the digest of the data, the number of survivors against the recomputed mask, and with --base the
     fingerprints of all tensors of the base and of the files that the restored model inherits from it.
     """
+    from contextlib import ExitStack
+
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.restore import verify_artifact
 
-    with DeltaFile(delta) as d:
-        if base is None:
-            result = verify_artifact(d, max_entries=max_entries)
-        else:
-            with Checkpoint(*with_params(params, base)) as b:
-                result = verify_artifact(d, b, allow_changed_files=allow_changed_files)
+    with ExitStack() as stack:
+        d = stack.enter_context(DeltaFile(delta))
+        b = None if base is None else stack.enter_context(Checkpoint(*with_params(params, base)))
+        total = 4 * d.entries + (0 if b is None else b.nbytes)
+        progress = stack.enter_context(byte_bar("verifying", total, as_json))
+        result = verify_artifact(
+            d, b, progress, allow_changed_files=allow_changed_files, max_entries=max_entries
+        )
     if as_json:
         click.echo(json.dumps({"delta": str(delta), **result, "warnings": warned()}))
     else:

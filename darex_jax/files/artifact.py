@@ -317,13 +317,18 @@ class DeltaFile(SafetensorsFile):
         if changed:
             raise FileError(f"{self.path}: changed while it was read.")
 
+    @property
+    def entries(self) -> int:
+        """Of all pruned parameters, as the recipe claims."""
+        return sum(element_count(tuple(entry["shape"])) for entry in self.recipe.parameters.values())
+
     def check_entries(self, max_entries: int | None, default: int) -> None:
         """Limits the claimed entries before work on all of them, when no base confirms the shapes.
 
         Args: max_entries: the limit; None is `default`, or less in proportion to the file's size.
         Raises: FileError if the recipe claims more.
         """
-        claimed = sum(element_count(tuple(entry["shape"])) for entry in self.recipe.parameters.values())
+        claimed = self.entries
         size = os.fstat(self._file).st_size
         most = min(default, ENTRIES_PER_BYTE * size) if max_entries is None else max_entries
         if claimed > most:

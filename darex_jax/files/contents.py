@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from darex_jax.files.artifact import KINDS, RECIPE, DeltaFile
-from darex_jax.files.safetensors import DTYPES, element_count
+from darex_jax.files.safetensors import DTYPES
 
 
 def contents(file: DeltaFile) -> dict[str, Any]:
@@ -35,19 +35,18 @@ def contents(file: DeltaFile) -> dict[str, Any]:
     if recipe.format == 2:
         bytes_of["recipe"] = file.tensors[RECIPE].nbytes
     bytes_of["header"] = size - sum(info.nbytes for info in file.tensors.values())
-    entries = sum(element_count(tuple(entry["shape"])) for entry in recipe.parameters.values())
     made_with: dict[str, Any] = {**(recipe.budget or {}), **(recipe.options or {})}
     if recipe.drop_rate is not None:
         made_with["drop_rate"] = recipe.drop_rate
     return {
         "format": recipe.format, "method": recipe.method, "made_with": made_with,
         "drop_rate": made_with.get("drop_rate"), "key": list(recipe.key), "scope": recipe.scope,
-        "parameters": len(recipe.parameters), "entries": entries, "parts": dict(parts_of),
+        "parameters": len(recipe.parameters), "entries": file.entries, "parts": dict(parts_of),
         "survivors": stored, "q": sorted(q), "evidence": recipe.evidence or {},
         "dtypes": sorted({DTYPES[e["dtype"]].name for e in recipe.parameters.values() if "dtype" in e}),
         "dense": file.names("dense"), "extra_rows": file.names("rows"), "files": file.names("file"),
         "inexact": recipe.counted, "nonfinite": recipe.nonfinite, "bytes": size,
         "bytes_by_kind": {name: count for name, count in bytes_of.items() if count},
-        "bytes_per_parameter": size / max(1, entries), "versions": recipe.versions,
+        "bytes_per_parameter": size / max(1, file.entries), "versions": recipe.versions,
         "data_blake3": recipe.data_blake3, "digest": recipe.digest(),
     }  # fmt: skip

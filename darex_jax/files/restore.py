@@ -301,6 +301,7 @@ def verify_artifact(
     """Verifies digests, recomputes the masks from the key, and with `base` checks its fingerprint.
 
     Args:
+      progress: called with the bytes of restored entries, in float32, and of the base.
       allow_changed_files: as for `apply_artifact`.
       max_entries: most entries of all masks if there is no base to confirm the shapes. None: 2**36, and at
         most 8,192 for each byte of the file, so that a small file cannot take days to verify.
@@ -318,10 +319,10 @@ def verify_artifact(
         for _ in delta.chunks_of(name):
             pass
         entries += (size := element_count(tuple(entry["shape"])))
-        progress(size)
+        progress(4 * size)
     if base is not None:
         for name in delta.recipe.base:
-            check_digest(delta, name, tensor_digest(base.tensors[name], lambda _: None))
+            check_digest(delta, name, tensor_digest(base.tensors[name], progress))
         check_fingerprint(base, delta)
     return {
         "digest": "ok",

@@ -14,6 +14,7 @@ import numpy as np
 from darex_jax.choosing.pair import Pair, split_in_scope
 from darex_jax.choosing.two_point import two_point
 from darex_jax.core.errors import DarexError
+from darex_jax.core.spectrum import spectral_norm
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import load_delta
 from darex_jax.files.prune import Job
@@ -25,7 +26,6 @@ from darex_jax.tasks.source import Source
 
 STEPS = 60  # of the short trial training
 CALIBRATION = 50  # texts for choosing q
-POWER = 20  # iterations for the largest singular value
 TAIL = 0.01  # share of the entries
 TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("dare", {}),
@@ -210,8 +210,8 @@ def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
         job.progress(base.nbytes + fine.nbytes)
         energy = _square(delta)
         square, whole = square + energy, whole + _square(own)
-        if delta.ndim == 2 and energy:
-            ranks.append(energy / _largest(delta) ** 2)
+        if delta.ndim == 2 and energy and (norm := spectral_norm(delta)) > 0:
+            ranks.append(energy / norm**2)
             sides.append(min(delta.shape))
         if energy:
             kept = max(1, round(TAIL * delta.size))
@@ -228,13 +228,3 @@ def _facts(job: Job) -> tuple[dict[str, np.ndarray], Facts]:
 
 def _square(x: np.ndarray) -> float:
     return float(np.sum(np.square(x), dtype=np.float64))
-
-
-def _largest(matrix: np.ndarray) -> float:
-    """The largest singular value, by power iteration."""
-    vector = np.random.default_rng(0).normal(size=(matrix.shape[1],)).astype(np.float32)
-    norm: Any = 0.0
-    for _ in range(POWER):
-        vector = matrix.T @ (matrix @ (vector / np.maximum(np.linalg.norm(vector), 1e-30)))
-        norm = np.linalg.norm(vector)
-    return float(np.sqrt(norm))

@@ -13,6 +13,7 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import NUMBER, starred
+from darex_jax.core.spectrum import spectral_norm
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.restore import check_digest
@@ -217,7 +218,7 @@ class _Matrix:
             self.flat[start : start + CHUNK][kept] = values
 
     def norm(self) -> float:
-        """Of factors by two QR decompositions, else by Lanczos's method; NaN where that is too much."""
+        """Of factors by two QR decompositions, else `spectral_norm`; NaN where that is too much."""
         if self.parts is not None:
             factors = []
             for part in self.parts.parts:
@@ -227,26 +228,15 @@ class _Matrix:
             left = np.linalg.qr(np.concatenate([a for a, _ in factors], 1), mode="r")
             right = np.linalg.qr(np.concatenate([b for _, b in factors], 0).T, mode="r")
             return float(np.linalg.norm(np.asarray(left) @ np.asarray(right).T, 2))
-        from scipy.sparse import csr_matrix
-        from scipy.sparse.linalg import ArpackError, svds
-
         if self.flat is not None:
-            matrix: Any = self.flat.reshape(self.shape)
-        elif self.thin:
-            places = np.concatenate([place for place, _ in self.pieces])
-            values = np.concatenate([value for _, value in self.pieces])
-            matrix = csr_matrix((values, np.divmod(places, self.shape[1])), self.shape)
-        else:
+            return spectral_norm(self.flat.reshape(self.shape))
+        if not self.thin:
             return math.nan
-        if not np.isfinite(matrix.data if self.thin else matrix).all():
-            return math.nan
-        if min(self.shape) < 32:
-            return float(np.linalg.norm(matrix.toarray() if self.thin else matrix, 2))
-        start = np.random.default_rng(0).normal(size=min(self.shape)).astype(np.float32)
-        try:
-            return float(svds(matrix, k=1, tol=0.05, v0=start, return_singular_vectors=False)[0])
-        except ArpackError:
-            return math.nan
+        from scipy.sparse import csr_matrix
+
+        places = np.concatenate([place for place, _ in self.pieces])
+        values = np.concatenate([value for _, value in self.pieces])
+        return spectral_norm(csr_matrix((values, np.divmod(places, self.shape[1])), self.shape))
 
 
 def together(leaves: Sequence[Leaf], name: str) -> Leaf:

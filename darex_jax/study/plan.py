@@ -12,12 +12,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from darex_jax.choosing.choice import Choice
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.files.paths import read_text
+from darex_jax.merging.table import MERGES
+from darex_jax.methods.table import METHODS
 
 SCALES = ("small", "paper")
 FINE_TUNES = "fine_tunes.toml"
-MEASURES = ("methods", "q", "delta", "merging", "lora")  # files of `study/measures/`
+MEASURES: dict[str, set[str]] = {  # files of `study/measures/`, and the options of their ways
+    "methods": {"method", "q", "block_wise", "texts", "steps", "include", "support", "bits", "rank", "dtype"},
+    "q": {*vars(Choice()), "walk", "slow", "limit"},
+    "delta": set(),
+    "merging": {"method", "q", "drop_rate", "outliers", "window"},
+    "lora": {"pruned", "q"},
+}
+NEEDED = {  # the option that every way of a measure has, and its values
+    "methods": ("method", (*METHODS, "labels")), "merging": ("method", tuple(MERGES)),
+    "lora": ("pruned", ("merged", "factors")),
+}  # fmt: skip
 NUMBER = (int, float)
 HEAD = {"title", "source", "measure", "text", "claims", *SCALES}
 SETTINGS = {
@@ -114,8 +127,9 @@ def read_plan(folder: Path, name: str, scale: str) -> Plan:
     if scale not in study:
         there = ", ".join(name for name in SCALES if name in study)
         raise NoScale(f"{path}: has no scale [{scale}]; it has {there}.")
+    for each in filter(study.__contains__, SCALES):
+        _known(path, study[each], SETTINGS, f"[{each}]")
     own = study[scale]
-    _known(path, own, SETTINGS, f"[{scale}]")
     if study["measure"] not in MEASURES:
         raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
     _check_settings(path, own, study["measure"])
@@ -185,6 +199,12 @@ def _check_settings(path: Path, own: Mapping[str, Any], measure: str) -> None:
     if columns is None and measure in ("methods", "q"):
         raise FileError(f"{path}: the measure {measure} needs bytes = [...] or drop_rates = [...].")
     for name, way in ways.items():
+        _known(path, way, MEASURES[measure] | {"at"}, f"the way {name!r}")
+        option, values = NEEDED.get(measure, ("", ()))
+        if values and way.get(option) not in values:
+            raise FileError(
+                f"{path}: {option} of {name!r} is one of {', '.join(values)}, got {way.get(option)!r}."
+            )
         at = way.get("at", [])
         _check_list(path, f"at of {name!r} is a list of numbers", at, NUMBER)
         if other := [each for each in at if columns is not None and each not in columns]:

@@ -205,9 +205,7 @@ def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
         "constant answer, or the base without a delta if that is better. The best is marked by the "
         "fine-tunes that ways share."
     )
-    return Table(
-        "All fine-tunes", ["", *(column_name(at) for at in columns)], body, note, frozenset(best)
-    )
+    return Table("All fine-tunes", ["", *(column_name(at) for at in columns)], body, note, frozenset(best))
 
 
 def _share_text(values: Sequence[float], most: int) -> str:

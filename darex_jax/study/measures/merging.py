@@ -11,6 +11,7 @@ from darex_jax.choosing.choice import Choice
 from darex_jax.choosing.choose import choose_q
 from darex_jax.choosing.pair import load_pair, split_in_scope
 from darex_jax.core.delta import apply_delta
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import flatten_names, seed_key
 from darex_jax.merging.merge import merge
 from darex_jax.merging.table import MERGES
@@ -32,6 +33,8 @@ def begin(
     tests = [open_tested(each, fine, place, plan.test_examples) for each, _, fine in models]
     pairs = [split_in_scope(params, base) for _, params, base in (load_pair(b, f) for _, b, f in models)]
     alone = [test.score(test.params) for test in tests]
+    if nothing := [each.name for each, score in zip(fine_tunes, alone, strict=True) if score == 0.0]:
+        raise DarexError(f"{nothing[0]} scores 0: there is no share of its metric to keep.")
 
     def chosen(objective: str, drop_rate: float) -> list[float]:
         found = []

@@ -75,6 +75,8 @@ def open_tested(fine_tune: FineTune, fine: Path, place: Place, limit: int) -> Te
 
     def classified(model: Model, params: Any) -> dict[str, float]:
         logits = predict(model, params, batches)
+        if not np.isfinite(logits).all():  # there is no prediction to score
+            return {"metric": 0.0, "agreement": 0.0}
         agrees = agreement(logits, reference)
         found = {"metric": task.metric(logits, test.labels)}
         return found | {"agreement": 0.0 if math.isnan(agrees) else agrees}
