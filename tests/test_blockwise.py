@@ -94,7 +94,7 @@ def test_what_is_stored_is_what_was_looked_at(folders, source, block_wise, tmp_p
     model, _ = dx.load_model(folders / "llama" / "fine")
     from darex_jax.tasks.source import hold_out, read_material
 
-    material = read_material(folders / "llama" / "fine", source, held_out=False)
+    material = read_material(folders / "llama" / "fine", source, "train")
     _, held = hold_out(len(material.encoded), found.held_out, 0)
     total = rows = 0.0
     for part in material.select(held).batches():

@@ -66,7 +66,9 @@ def digest_of_six(fine, objective):
     """Digest of the first six examples of an objective: held-out or training ones, never test ones."""
     held_out, tokenizer = objective in ("labels", "predictions"), load_tokenizer(fine)
     if fine.parent.name == "llama":
-        return encode_problems(tokenizer, load_problems("word-problems")[held_out][:6]).digest()
+        return encode_problems(
+            tokenizer, load_problems("word-problems", "validation" if held_out else "train")[:6]
+        ).digest()
     task = load_task("opinions")
     return encode(tokenizer, (task.validation if held_out else task.train).select(slice(6))).digest()
 
@@ -499,7 +501,7 @@ def test_statistics_are_of_all_the_texts_that_are_given(folders, tmp_path):
     texts.write_text("".join(f"{'abc'[i % 3]}{i} words\n" for i in range(230)))
     known, _ = gather(base, fine, Source(text=texts), ("input_norms",))
     model, params = dx.load_model(fine)
-    batches = read_material(fine, Source(text=texts), held_out=False).batches()
+    batches = read_material(fine, Source(text=texts), "train").batches()
     for name, seen in input_statistics(model, params, batches).items():
         np.testing.assert_allclose(known.input_norms[name], np.sqrt(seen.square * seen.tokens), rtol=1e-5)
 
@@ -596,7 +598,7 @@ def test_the_metric_of_a_decoder_is_of_completions(folders, tmp_path, metric):
     found = evidence.train.metric
     assert found.name == (metric or "exact_match") and found.examples == 4
     model, params = dx.load_model(fine)
-    batches = read_material(fine, Source(table=table), held_out=True).batches()
+    batches = read_material(fine, Source(table=table), "validation").batches()
     scores = answer_scores(model, params, batches)
     assert found.fine == (scores.tokens if metric else scores.answers)
     for wrong in (Source(table=Table(data=str(rows), text="q", label="a")), Source(text=rows)):

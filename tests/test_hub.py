@@ -125,6 +125,8 @@ def test_a_delta_goes_to_the_hub_and_comes_back(tmp_path, hub, delta):
     assert card.startswith('---\nbase_model: "someone/base"\nlibrary_name: "darex_jax"\n')
     assert "| sst2 | test | accuracy | 0.8680 | 872 |" in card
     assert called(tmp_path, hub, "push", delta, REPO, *options, "--dry-run", HF_TOKEN="").stdout == card
+    told = called(tmp_path, hub, "push", delta, REPO, *options, "--dry-run", "--json", HF_TOKEN="")
+    assert json.loads(told.stdout) == {"repo": REPO, "card": card}
 
     out = tmp_path / "pulled.safetensors"
     run = called(tmp_path, hub, "pull", REPO, out, HF_TOKEN="")

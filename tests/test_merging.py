@@ -149,7 +149,11 @@ def test_q_is_one_or_one_for_each_delta():
 
 def test_della_has_the_stated_drop_rates_and_keeps_the_mean():
     delta = np.sort(np.random.default_rng(0).normal(size=(4000, 10)).astype(np.float32), axis=1)
-    found = np.asarray(dx.merge([{"w": delta}], "della", drop_rate=0.6, window=0.4, key=KEY)["w"])
+    own = {"drop_rate": 0.6, "window": 0.4, "key": KEY}
+    found = np.asarray(dx.merge([{"w": delta}], "della", **own)["w"])
+    one, named = (dx.merge([{"w": delta}], "della", **own, q=q)["w"] for q in (0.5, {"w": 0.5}))
+    np.testing.assert_array_equal(one, named)
+    np.testing.assert_array_equal(one, np.where(found == 0, 0, delta / np.float32(0.5)))
     ranks = np.argsort(np.argsort(np.abs(delta), axis=1), axis=1)
     for rank in range(10):
         rate = 0.8 - 0.4 * rank / 9
@@ -171,7 +175,10 @@ def test_della_has_the_stated_drop_rates_and_keeps_the_mean():
             "outliers must lie between 0 and the drop rate",
         ),
         ({"method": "della", "drop_rate": 0.95, "key": KEY, "window": 0.2}, "leave \\[0, 1\\)"),
-        ({"method": "della", "drop_rate": 0.5, "key": KEY, "q": 0.0}, "must be positive, got 0.0"),
+        (
+            {"method": "della", "drop_rate": 0.5, "key": KEY, "q": 0.0},
+            "must be a positive float32 number, got 0.0",
+        ),
         ({"method": "dare-linear", "drop_rate": 0.5, "key": KEY, "q": [0.1]}, "one q or 3, got 1"),
     ],
 )

@@ -14,6 +14,7 @@ from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
 from tests.test_bank import darex
 from tests.test_resume import save_bert, save_llama
 
+ALL = ("train", "validation", "test")
 WORDS = ("abe", "bee", "cat", "dog", "eel")
 
 
@@ -60,27 +61,27 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow"])
 def test_every_format_holds_the_same_examples(tmp_path, suffix):
     columns = rows(40)
-    task = read_task(table(write(tmp_path / f"mine{suffix}", columns), pair="other"))
+    task = read_task(table(write(tmp_path / f"mine{suffix}", columns), pair="other"), ALL)
     assert (task.name, task.kind, task.label_names) == ("mine", "classification", ("bad", "good"))
     assert [len(split) for split in (task.train, task.validation, task.test)] == [32, 4, 4]
     expected = set(zip(columns["sentence"], columns["other"], columns["number"], strict=True))
     for split in (task.train, task.validation, task.test):
         assert set(zip(split.texts, split.pairs, split.labels.tolist(), strict=True)) <= expected
         assert split.labels.dtype == np.int32
-    scores = read_task(table(tmp_path / f"mine{suffix}", label="score"))
+    scores = read_task(table(tmp_path / f"mine{suffix}", label="score"), ALL)
     assert (scores.kind, scores.num_labels) == ("regression", 1)
     assert scores.metric_name == "pearson_and_spearman" and scores.train.labels.dtype == np.float32
 
 
-def test_a_missing_split_is_held_out_by_the_seed(tmp_path):
+def test_a_missing_split_is_held_out_and_others_stay_apart(tmp_path):
     columns = rows(40)
     columns["sentence"] = [f"{i} {text}" for i, text in enumerate(columns["sentence"])]
     whole = table(write(tmp_path / "mine.csv", columns))
-    first, again, other = (read_task(whole, seed) for seed in (0, 0, 1))
-    assert first.test.digest() == again.test.digest() != other.test.digest()
+    first, again = (read_task(whole, needs) for needs in (ALL, ("test",)))
+    assert first.test.digest() == again.test.digest()
     splits = [set(split.texts) for split in (first.train, first.validation, first.test)]
     assert set.union(*splits) == set(columns["sentence"]) and sum(map(len, splits)) == 40
-    assert set(read_texts(whole, held_out=True).texts) == splits[1]
+    assert set(read_texts(whole, "validation").texts) == splits[1]
 
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -88,40 +89,47 @@ def test_a_missing_split_is_held_out_by_the_seed(tmp_path):
     for name, chosen in parts.items():
         write(folder / name, {column: [values[i] for i in chosen] for column, values in columns.items()})
     (folder / "README.md").write_text("not data")
-    task = read_task(table(folder))
+    task = read_task(table(folder), ALL)
     assert task.validation.texts == tuple(columns["sentence"][30:])
     assert len(task.test) == 3 and set(task.test.texts) | set(task.train.texts) == set(
         columns["sentence"][:30]
     )
     write(folder / "test.parquet", columns)
-    assert read_task(table(folder)).test.texts == tuple(columns["sentence"])
+    assert read_task(table(folder), ALL).test.texts == tuple(columns["sentence"])
     only = tmp_path / "only"
     only.mkdir()
     write(only / "test.csv", columns)
-    assert read_task(table(only)).test.texts == tuple(columns["sentence"])
-    assert read_task(table(only / "test.csv")).test.texts == tuple(columns["sentence"])
+    for path in (only, only / "test.csv"):
+        assert read_task(table(path), ("test",)).test.texts == tuple(columns["sentence"])
+        for split in ("train", "validation"):  # nothing is trained on, or chosen by, what is tested
+            with pytest.raises(DarexError, match=f"has test rows only, .* no {split} rows"):
+                read_texts(table(path), split)
+    (only / "test.csv").rename(only / "dev.csv")
+    assert read_task(table(only), ALL[1:]).test.texts == tuple(columns["sentence"])
+    with pytest.raises(DarexError, match=r"has validation rows only, .* no train rows"):
+        read_texts(table(only), "train")
     write(only / "more.csv", columns)
     with pytest.raises(DarexError, match=r"more\.csv: belongs to no split; all names begin with train"):
-        read_task(table(only))
+        read_task(table(only), ALL)
 
 
 def test_labels_get_the_numbers_that_a_model_has_for_them(tmp_path):
     columns = rows(40)
     path = write(tmp_path / "mine.jsonl", columns)
-    turned = read_task(table(path), known=("good", "bad"))
+    turned = read_task(table(path), ALL, known=("good", "bad"))
     assert turned.label_names == ("good", "bad")
-    plain = read_task(table(path))
+    plain = read_task(table(path), ALL)
     np.testing.assert_array_equal(turned.train.labels, 1 - plain.train.labels)
-    assert read_task(table(path), known=("LABEL_0", "LABEL_1")).label_names == ("bad", "good")
-    assert read_task(table(path, label="number")).label_names == ("LABEL_0", "LABEL_1")
-    assert read_task(table(path, label="number"), known=("x", "y", "z")).label_names == ("x", "y", "z")
+    assert read_task(table(path), ALL, known=("LABEL_0", "LABEL_1")).label_names == ("bad", "good")
+    assert read_task(table(path, label="number"), ALL).label_names == ("LABEL_0", "LABEL_1")
+    assert read_task(table(path, label="number"), ALL, known=("x", "y", "z")).label_names == ("x", "y", "z")
     with pytest.raises(DarexError, match=r"'mood' has '\w+', the model's classes are sad, glad"):
-        read_task(table(path), known=("sad", "glad"))
+        read_task(table(path), ALL, known=("sad", "glad"))
     named = datasets.Dataset.from_dict(columns).cast_column(
         "number", datasets.ClassLabel(names=["no", "yes"])
     )
     named.to_parquet(tmp_path / "named.parquet")
-    assert read_task(table(tmp_path / "named.parquet", label="number")).label_names == ("no", "yes")
+    assert read_task(table(tmp_path / "named.parquet", label="number"), ALL).label_names == ("no", "yes")
     assert class_names({"id2label": {"1": "b", "0": "a"}}) == ("a", "b") and class_names({}) == ()
 
 
@@ -156,7 +164,7 @@ def test_errors_name_their_place(tmp_path, change, said):
     columns["negative"] = [-1, 3] * 6
     path = write(tmp_path / "mine.jsonl", columns)
     with pytest.raises(DarexError, match=said):
-        read_task(table(path, **change))
+        read_task(table(path, **change), ALL)
 
 
 def test_splits_with_other_columns_and_names_that_resemble_splits(tmp_path):
@@ -166,34 +174,34 @@ def test_splits_with_other_columns_and_names_that_resemble_splits(tmp_path):
     write(folder / "train.csv", columns)
     write(folder / "test.csv", columns | {"mood": columns["number"]})
     with pytest.raises(DarexError, match=r"'mood' has strings in train and numbers in test"):
-        read_task(table(folder))
+        read_task(table(folder), ALL)
     with pytest.raises(DarexError, match=r"'score' is 1e\+39, expected a finite number"):
         read_task(
-            table(write(tmp_path / "large.jsonl", columns | {"score": [1.0, 1e39] * 10}), label="score")
+            table(write(tmp_path / "large.jsonl", columns | {"score": [1.0, 1e39] * 10}), label="score"), ALL
         )
     unknown = datasets.Dataset.from_dict(columns | {"number": [0, -1] * 10})
     unknown.cast_column("number", datasets.ClassLabel(names=["no", "yes"])).to_parquet(tmp_path / "u.parquet")
     with pytest.raises(DarexError, match=r"row 1 .*'number' is None, expected a string"):
-        read_task(table(tmp_path / "u.parquet", label="number"))
-    assert len(read_task(table(write(tmp_path / "devices.csv", columns))).train) == 16
+        read_task(table(tmp_path / "u.parquet", label="number"), ALL)
+    assert len(read_task(table(write(tmp_path / "devices.csv", columns)), ALL).train) == 16
     write(tmp_path / "a1.csv", {name: values[:11] for name, values in columns.items()})
-    assert len(read_task(table(write(tmp_path / "a[1].csv", columns))).train) == 16
+    assert len(read_task(table(write(tmp_path / "a[1].csv", columns)), ALL).train) == 16
 
 
 def test_missing_data_is_explained(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DarexError, match=r"broken\.json: cannot be read as json: "):
-        read_task(table(tmp_path / "broken.json"))
+        read_task(table(tmp_path / "broken.json"), ALL)
     with pytest.raises(FileNotFoundError, match=r"absent\.csv: does not exist"):
-        read_task(table(tmp_path / "absent.csv"))
+        read_task(table(tmp_path / "absent.csv"), ALL)
     with pytest.raises(DarexError, match=r"nine\.csv has 9 training rows; at least ten are needed"):
-        read_task(table(write(tmp_path / "nine.csv", rows(9))))
+        read_task(table(write(tmp_path / "nine.csv", rows(9))), ALL)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty has no file of \.parquet"):
-        read_task(table(tmp_path / "empty"))
+        read_task(table(tmp_path / "empty"), ALL)
     (tmp_path / "notes.txt").write_text("a\n")
     with pytest.raises(DarexError, match=r"notes\.txt: unknown suffix"):
-        read_task(table(tmp_path / "notes.txt"))
+        read_task(table(tmp_path / "notes.txt"), ALL)
 
     def refuse(*args, **kwargs):
         raise ConnectionError("no")
@@ -203,7 +211,7 @@ def test_missing_data_is_explained(tmp_path, monkeypatch):
         FileNotFoundError,
         match=r"someone/else: is not a local file or folder, and cannot be loaded from the Hugging Face hub",
     ):
-        read_task(table("someone/else"))
+        read_task(table("someone/else"), ALL)
     with pytest.raises(DarexError, match="from one place"):
         Source(task="sst2", table=table("x.csv"))
 
@@ -213,7 +221,7 @@ def test_a_data_set_of_the_hub_has_splits_of_its_own(monkeypatch):
         name: datasets.Dataset.from_dict(rows(n)) for name, n in (("train", 20), ("test", 5), ("extra", 3))
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(held))
-    task = read_task(table("someone/moods", metric="f1"))
+    task = read_task(table("someone/moods", metric="f1"), ALL)
     assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 5)
     assert (task.name, task.metric_name) == ("moods", "f1")
 
@@ -281,7 +289,7 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
     }
     data = write(tmp_path / "sums.jsonl", columns)
     own = ("--data", data, "--prompt", "ask", "--completion", "say")
-    prompts, completions = read_completions(Table(data=str(data), prompt="ask", completion="say"))["test"]
+    prompts, completions = read_completions(Table(data=str(data), prompt="ask", completion="say"), "test")
     assert len(prompts) == 3 and all(completions[i] == columns["say"][columns["ask"].index(p)]
                                      for i, p in enumerate(prompts))  # fmt: skip
     fine = tmp_path / "fine"
@@ -294,8 +302,8 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
         told = " ".join(darex("eval", tmp_path / "merged", *asked, code=1).output.split())
         assert "is for encoders, but" in told and "is a llama" in told
     known = Table(data=str(data), text="ask")
-    material = read_material(base, Source(table=known, limit=4), held_out=False)
+    material = read_material(base, Source(table=known, limit=4), "train")
     assert len(material.encoded) == 4 and material.encoded.prompt_lengths == [1] * 4
     encoder, asked = save_bert(tmp_path / "bert"), Table(data=str(data), prompt="ask", completion="say")
     with pytest.raises(DarexError, match=r"pass the text column \(--text\)"):
-        read_material(encoder, Source(table=asked), held_out=False)
+        read_material(encoder, Source(table=asked), "train")

@@ -49,7 +49,7 @@ def push(
         facts = contents(file)
     card = model_card(facts, "darex_jax", base_model=base_model, measured=[read_json(m) for m in measured])
     if dry_run:
-        click.echo(card, nl=False)
+        click.echo(json.dumps({"repo": repo, "card": card}) if as_json else card, nl=as_json)
         return
     address = push_delta(delta, repo, card, private=private, revision=revision)
     if as_json:

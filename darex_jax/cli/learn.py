@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Default: 16 examples, 8 problems.")
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(1),
               help="Maximum length of an answer to a problem, in tokens.")  # fmt: skip
+@click.option("--marker", default="The answer is: ", show_default=True,
+              help="What an answer to a problem comes after; Abel models write ####.")  # fmt: skip
 @click.option("--records", type=HERE, help="File for the answers to problems. Default: under runs/.")
 @DIFFICULTY
 @DTYPE
@@ -70,6 +72,7 @@ def evaluate(
     limit: int | None,
     batch_size: int | None,
     max_new_tokens: int,
+    marker: str,
     records: Path | None,
     difficulty: int,
     dtype: str | None,
@@ -95,7 +98,7 @@ def evaluate(
     (model,) = with_params(params, model)
     table = take_only_table(own, "task_names")
     if table is not None or not set(task_names) & set(PROBLEM_TASKS):
-        for option in filter(typed, ("records", "max_new_tokens")):
+        for option in filter(typed, ("records", "max_new_tokens", "marker")):
             raise click.UsageError(
                 f"--{option.replace('_', '-')} is for problems: pass --task {' or '.join(PROBLEM_TASKS)}."
             )
@@ -153,6 +156,7 @@ def evaluate(
         problems = load_problems(task_name, split, data_dir, difficulty, seed)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty
+        options["marker"] = marker
         result, inputs = _answer_problems(
             open_text_model(model, dtype, **opening),
             dtype,
@@ -160,6 +164,7 @@ def evaluate(
             problems,
             batch_size or 8,
             max_new_tokens,
+            marker,
             records,
             as_json,
         )
@@ -261,6 +266,7 @@ def _answer_problems(
     problems: Any,
     batch_size: int,
     max_new_tokens: int,
+    marker: str,
     records: Path | None,
     quiet: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -294,7 +300,7 @@ def _answer_problems(
 
     with problem_bar(task_name, len(problems), quiet) as on_batch:
         result = evaluate_gsm8k(
-            problems, answers, records, settings, batch_size=batch_size, on_batch=on_batch
+            problems, answers, records, settings, batch_size=batch_size, marker=marker, on_batch=on_batch
         )
     return result | {"records": str(records)}, {"model": digest}
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from darex_jax.core.delta import drop, prune
+from darex_jax.core.divisor import resolve_q
 from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import magnitude_mask
 from darex_jax.core.threefry import keep_threshold
@@ -52,7 +53,7 @@ def middle(delta: PyTree, *, drop_rate: float, outliers: float | None = None) ->
 
 
 def ranked(
-    delta: PyTree, *, key: jax.Array, drop_rate: float, window: float | None = None, q: float | None = None
+    delta: PyTree, *, key: jax.Array, drop_rate: float, window: float | None = None, q: Any = None
 ) -> PyTree:
     """Random survivors whose drop rate falls with magnitude rank in the row, each divided by its own density.
 
@@ -61,7 +62,7 @@ def ranked(
 
     Args:
       window: None is 0.2, or the largest that keeps all rates in [0, 1).
-      q: a number that divides all survivors instead.
+      q: divides the survivors instead, one number or one by name.
     Raises: ValueError if a rate would leave [0, 1), or for a q that is not positive.
     Source: MagPrune of DELLA, arXiv:2406.11617.
     """
@@ -69,9 +70,9 @@ def ranked(
     span = min(WINDOW, 2 * drop_rate, 1 - drop_rate) if window is None else window
     if not (span >= 0.0 and drop_rate - span / 2 >= 0.0 and drop_rate + span / 2 < 1.0):
         raise DarexError(f"drop rates of {drop_rate} -+ {span / 2} leave [0, 1): choose a smaller window.")
-    if q is not None and not q > 0.0:
-        raise DarexError(f"q divides the survivors and must be positive, got {q}.")
-    keys = leaf_keys(key, flatten_names(delta))
+    names = list(flatten_names(delta))
+    by_name = {} if q is None else resolve_q(q, drop_rate, names)
+    keys = leaf_keys(key, names)
 
     def of(name: str, leaf: Any) -> jax.Array:
         array = as_array(name, leaf)
@@ -87,7 +88,7 @@ def ranked(
             bits = jax.random.bits(keys[name], array.shape, jnp.uint32).reshape(rows.shape)
         # Only the upper 24 bits, which float32 represents exactly: the same comparison on every platform.
         kept = (bits >> 8).astype(np.float32) < (1.0 - rates) * np.float32(2**24)
-        density = (1.0 - rates) if q is None else jnp.asarray(q, np.float32)
+        density = (1.0 - rates) if q is None else jnp.asarray(by_name[name], np.float32)
         scaled = rows * lax.stop_gradient(1.0 / density).astype(rows.dtype)
         return jnp.where(kept, scaled, 0.0).reshape(array.shape).astype(array.dtype)
 
