@@ -3,9 +3,7 @@
 import json
 import shlex
 
-import jax
 import numpy as np
-import pytest
 from click.testing import CliRunner
 
 import darex_jax as dx
@@ -13,7 +11,7 @@ from darex_jax.cli import main
 from darex_jax.cli.recommend import _sentences
 from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names
-from darex_jax.runs.recommend import Advice, Facts, Tried, _largest
+from darex_jax.runs.recommend import Advice, Facts, Tried
 
 
 def darex(*arguments):
@@ -107,9 +105,3 @@ def test_the_sentences_match_the_numbers():
     assert "too large" not in said(0.1, 0.2, 100.0)
     assert "keeping the largest" in said(0.1, 0.6, 5.0) and "low-rank" not in said(0.1, 0.6, 5.0)
     assert "low-rank factors" in said(0.1, 0.2, 5.0) and "low-rank" not in said(0.1, 0.2, 100.0)
-
-
-@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
-def test_the_largest_singular_value(shape):
-    matrix = np.asarray(jax.random.normal(jax.random.key(0), shape)) * np.linspace(1, 3, shape[1])
-    np.testing.assert_allclose(_largest(matrix), np.linalg.norm(matrix, 2), rtol=0.02)

@@ -240,8 +240,10 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
     assert "of memory; eval needs about 2.5 times the model" in seen.stderr
     scored = json.loads(seen.stdout)
     assert scored["metric"] == trained["test"] and scored["n"] == 6
-    again = json.loads(darex("repeat", fine, "--json").stdout)
+    moved = data.rename(data.with_stem("elsewhere"))
+    again = json.loads(darex("repeat", fine, "--data-dir", moved, "--json").stdout)
     assert again["same"]
+    moved.rename(data)
     # Another file has the labels in another order: the model's names determine the indices.
     flipped = {name: values[::-1] for name, values in rows(60).items()}
     turned = write(tmp_path / "turned.jsonl", flipped)

@@ -1,7 +1,7 @@
 """Threefry-2x32 for NumPy and JAX arrays: Salmon et al., SC 2011, as `jax.random` uses it.
 
 The rounds are unrolled uint32 code, which XLA's CPU backend vectorises (unlike its own rolled loop), and
-which also runs on NumPy arrays: `numpy_mask` decodes an artifact without JAX.
+which also runs on NumPy arrays: `numpy_mask` is the definition of a mask without JAX.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ CARD = "README.md"
 CACHED = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)
 USES = {
     "darex_jax": "A pruned delta. With its base it restores the fine-tuned model:\n\n"
-    "    darex apply BASE {file} OUT",
+    "    darex apply BASE delta.safetensors OUT",
     "peft": "A PEFT adapter made from a pruned delta:\n\n"
     "    peft.PeftModel.from_pretrained(model, DIRECTORY)",
     "transformers": "A model restored from its base and the pruned delta of a fine-tune.",
@@ -25,7 +25,6 @@ def model_card(
     *,
     base_model: str | None = None,
     measured: Sequence[Mapping[str, Any]] = (),
-    file: str = "delta.safetensors",
 ) -> str:
     """A model card in Markdown with the hub's metadata header.
 
@@ -34,7 +33,6 @@ def model_card(
       library: "darex_jax" for a delta, "peft" for an adapter, "transformers" for a restored model.
       base_model: its name on the hub, or another name.
       measured: reports of `darex eval --json`.
-      file: file name of the delta.
     Raises: DarexError for an invalid report.
     """
     metadata = {
@@ -55,7 +53,7 @@ def model_card(
         ("made with", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
     ]
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---", ""]
-    lines += [USES[library].format(file=file), "", "| | |", "| --- | --- |"]
+    lines += [USES[library], "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
     found = [row for report in measured for row in _results(report)]
     if found:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.divisor import is_q
 from darex_jax.core.errors import DarexError
 
 Array = Any  # a NumPy or a JAX array
@@ -204,6 +205,6 @@ def cell(index: Array, shape: Shape) -> tuple[Array, Array]:
 
 def check_q(q: Any) -> np.float32:
     """A divisor as float32. Raises: DarexError unless it and its reciprocal are positive normal numbers."""
-    if type(q) not in (int, float) or not 2.0**-126 <= q <= 2.0**126:
+    if type(q) not in (int, float) or not is_q(q):
         raise DarexError("q is not a positive number that float32 can represent")
     return np.float32(q)
