@@ -167,7 +167,7 @@ def test_a_layer_out_of_scope_and_a_buffer_in_it(folders, source, tmp_path):
     assert found.summary.file_bytes <= 52_000
     delta = flatten_names(dx.load_delta(tmp_path / "out"))
     assert np.any(np.asarray(delta["model.layers.1.mlp.up_proj.weight"]))
-    assert not np.any(np.asarray(delta["model.layers.1.self_attn.rotary_emb.inv_freq"]))
+    assert not any("inv_freq" in name for name in delta)
 
 
 def test_memory_holds_a_layer(source, tmp_path):

@@ -129,7 +129,7 @@ def load_fine(
         model, params = load_model(
             fine, dtype=np.float32 if half else None, ignore_config_fields=ignore_config_fields
         )
-        loaded = flatten_names(params)  # without unused tensors, such as old Llamas' inv_freq
+        loaded = flatten_names(params)  # without what the model does not read
         in_scope = {name: match.base_names[name] for name in match.pruned if name in loaded}
         if not in_scope and match.pruned:
             raise DarexError(

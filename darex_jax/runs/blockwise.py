@@ -152,7 +152,7 @@ def prune_blockwise(
         own = replace(job, out=out)
 
         def kept(deltas: Mapping[str, np.ndarray]) -> dict[str, Parts]:
-            """Nothing of a name that is in no layer's tree, as an old Llama's inv_freq."""
+            """Of every parameter, also of those of which nothing is kept."""
             return {name: parts.get(name, Parts((), np.shape(delta))) for name, delta in deltas.items()}
 
         summary = prune_parts(own, kept, leafwise=True, made_by=made_by)
