@@ -648,6 +648,14 @@ def test_a_delta_of_old_files(tmp_path):
     _, restored = dx.load_model(out)
     _, expected = dx.load_model(base, delta=delta)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    darex("merge", base, delta, tmp_path / "fine", tmp_path / "merged", "--method", "linear")
+    assert len(flatten_names(dx.load_params(tmp_path / "merged"))) == len(flatten_names(restored))
+    for name in ("base", "fine"):  # the one matrix is stored under the other name: nothing is left out
+        named = flatten_names(dx.load_params(tmp_path / name))
+        del named["model.embed_tokens.weight"]
+        dx.save_params(tmp_path / f"{name}-2", unflatten_names(named), hf)
+    darex("prune", tmp_path / "base-2", tmp_path / "fine-2", delta, "-p", 0.5, "--include", ".")
+    assert "lm_head.weight" in flatten_names(dx.load_delta(delta))
     again = [*line[:3], tmp_path / "kept", *line[4:]]  # embeddings out of scope: all stays as it is
     assert "both copies are kept" in str(json.loads(darex(*again).stdout)["warnings"])
     darex("apply", base, tmp_path / "kept", tmp_path / "whole")

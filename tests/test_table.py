@@ -102,11 +102,11 @@ def test_a_missing_split_is_held_out_and_others_stay_apart(tmp_path):
     for path in (only, only / "test.csv"):
         assert read_task(table(path), ("test",)).test.texts == tuple(columns["sentence"])
         for split in ("train", "validation"):  # nothing is trained on, or chosen by, what is tested
-            with pytest.raises(DarexError, match=f"has test rows only, .* no {split} rows"):
+            with pytest.raises(DarexError, match=f"has test rows only, {split} rows are needed"):
                 read_texts(table(path), split)
     (only / "test.csv").rename(only / "dev.csv")
     assert read_task(table(only), ALL[1:]).test.texts == tuple(columns["sentence"])
-    with pytest.raises(DarexError, match=r"has validation rows only, .* no train rows"):
+    with pytest.raises(DarexError, match="has validation rows only, train rows are needed"):
         read_texts(table(only), "train")
     write(only / "more.csv", columns)
     with pytest.raises(DarexError, match=r"more\.csv: belongs to no split; all names begin with train"):
@@ -276,6 +276,8 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
         ),
         (("eval", fine, "--difficulty", 3), "--difficulty is of generated problems"),
         (("eval", fine, "--max-new-tokens", 3), "--max-new-tokens is for problems"),
+        (("eval", fine, *own, "--seed", 3), "--seed is of generated tasks"),
+        (("eval", fine, "--task", "gsm8k", "--marker", ""), "--marker is what an answer comes after"),
         (("check", base, fine, "--params", "ema"), "--params is a branch of an orbax checkpoint"),
         (("train", base, tmp_path / "x", *own, "--norm", "l1"), "--norm is of --optimizer adamr"),
         (("train", base, tmp_path / "x", *own, "--rslora"), "--rslora needs --lora-rank"),

@@ -86,8 +86,8 @@ def evaluate(
 
     With --delta, MODEL is the base and the delta is applied in memory; several classifiers' deltas are
     evaluated in the same batches. Answers to problems (gsm8k, word-problems) are recorded in a file, from
-    which an interrupted run resumes. If --data has no split of that name, the tenth that darex train holds
-    out is used.
+    which an interrupted run resumes. If --data has no split of that name, it is the tenth of the training
+    rows that darex train holds out, always the same.
     """
     from darex_jax.cli.text import open_text_model
     from darex_jax.files.checkpoint import Checkpoint
@@ -97,6 +97,10 @@ def evaluate(
 
     (model,) = with_params(params, model)
     table = take_only_table(own, "task_names")
+    if table is not None and typed("seed"):
+        raise click.UsageError("--seed is of generated tasks: the rows of --data are split without it.")
+    if not marker:
+        raise click.UsageError("--marker is what an answer comes after, not nothing.")
     if table is not None or not set(task_names) & set(PROBLEM_TASKS):
         for option in filter(typed, ("records", "max_new_tokens", "marker")):
             raise click.UsageError(

@@ -14,6 +14,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # only: if both models have one it is part of the body.
 HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
+TIED, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # one parameter, if config.json ties them
 UNUSED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old Llamas, read by no model
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
 NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.)")  # of a block or an expert, in a parameter's name

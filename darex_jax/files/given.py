@@ -16,7 +16,7 @@ import numpy as np
 
 from darex_jax.core.errors import DarexWarning, FileError
 from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
-from darex_jax.core.scope import HEAD, OPTIONAL
+from darex_jax.core.scope import HEAD, OPTIONAL, TIED, UNUSED
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import CONFIG, load_adapter
 from darex_jax.files.artifact import DeltaFile
@@ -25,8 +25,6 @@ from darex_jax.files.match import match_checkpoints
 from darex_jax.files.restore import check_base_tensors, check_digest, check_fingerprint, read_companions
 from darex_jax.files.safetensors import DTYPES, as_bytes
 from darex_jax.files.stream import difference
-
-TIED = "lm_head.weight"
 
 
 def _nothing(*_: Any) -> None:
@@ -86,8 +84,8 @@ def _directory(path: Path, base: Checkpoint, fine: Checkpoint) -> Given:
         warnings.warn(f"{path}: {text}", DarexWarning, stacklevel=4)
     if match.extra_rows:
         raise _larger(path, next(iter(match.extra_rows)))
-    own = {match.base_names[name]: name for name in match.pruned if not _is_copy(name, fine.config)}
-    apart = [name for name in match.dense if not _is_copy(name, fine.config)]
+    own = {match.base_names[name]: name for name in match.pruned if not _is_idle(name, fine.config)}
+    apart = [name for name in match.dense if not _is_idle(name, fine.config)]
     return Given(
         path=path,
         names=own,
@@ -106,10 +104,10 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
     config = file.config() if "config.json" in file.names("file") else base.config
     own, head = {}, {}
     renamed = {b: name for name, b in file.recipe.base_names.items()}
-    whole = [name for name in file.names("dense") if not _is_copy(name, config)]
+    whole = [name for name in file.names("dense") if not _is_idle(name, config)]
     stored = {name: file.tensors[f"dense/{name}"] for name in whole}
     for name, tensor in base.tensors.items():
-        if tensor.floating and name not in file.recipe.base_only and not _is_copy(name, config):
+        if tensor.floating and name not in file.recipe.base_only and not _is_idle(name, config):
             own[name] = renamed.get(name, name)
     for b, name in ((file.base_name(name), name) for name in (*file.recipe.parameters, *stored)):
         if name in stored and (b not in base.tensors or base.tensors[b].info.shape != stored[name].shape):
@@ -170,7 +168,7 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
 
     return Given(
         path=path,
-        names={n: n for n, t in base.tensors.items() if t.floating and not _is_copy(n, base.config)},
+        names={n: n for n, t in base.tensors.items() if t.floating and not _is_idle(n, base.config)},
         read=read,
         dtype=lambda name: base.tensors[name].info.dtype,
         companions=companion_contents(base.path),
@@ -178,9 +176,9 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
     )
 
 
-def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether it is the stored copy of a tied head."""
-    return name == TIED and bool(config.get("tie_word_embeddings"))
+def _is_idle(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether it is the stored copy of a tied head, or what no model reads."""
+    return (name == TIED and bool(config.get("tie_word_embeddings"))) or bool(UNUSED.search(name))
 
 
 def _moved(fine: np.ndarray, base: np.ndarray) -> np.ndarray | None:

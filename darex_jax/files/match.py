@@ -6,10 +6,20 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from darex_jax.core.errors import FileError
-from darex_jax.core.scope import DECODERS, EMBEDDING, HEAD, NUMBER, OPTIONAL, UNUSED, Scope, known_family
+from darex_jax.core.scope import (
+    DECODERS,
+    EMBEDDING,
+    HEAD,
+    NUMBER,
+    OPTIONAL,
+    TABLE,
+    TIED,
+    UNUSED,
+    Scope,
+    known_family,
+)
 from darex_jax.files.checkpoint import Checkpoint
 
-TIED = "lm_head.weight"
 MOST_PREFIXES = 20  # most name prefixes that are tried
 
 
@@ -67,7 +77,7 @@ def match_checkpoints(
         elif stored is None:
             if _may_lack(name, known):
                 match.dense.append(name)
-            else:
+            elif not UNUSED.search(name):
                 match.faults.append(f"'{name}' is in the fine-tuned model only.")
         else:
             _match_shapes(
@@ -81,7 +91,7 @@ def match_checkpoints(
     for name, tensor in base.tensors.items():
         if name not in paired:
             match.base_only.append(name)
-            if tensor.floating and not _may_lack(name, known):
+            if tensor.floating and not (_may_lack(name, known) or UNUSED.search(name)):
                 match.faults.append(f"'{name}' is in the base only.")
     _match_configs(match, base, fine)
     if not match.pruned and not match.faults:
@@ -95,15 +105,14 @@ def _of_head(name: str, known: bool) -> bool:
 
 
 def _may_lack(name: str, known: bool) -> bool:
-    """Whether only one of two models may have this parameter: a head's, a pooler's, an unused one."""
-    return bool(OPTIONAL.search(name) or UNUSED.search(name)) or _of_head(name, known)
+    """Whether only one of two models may have this parameter: a head's or a pooler's."""
+    return bool(OPTIONAL.search(name)) or _of_head(name, known)
 
 
 def _pruned_copy(fine: Checkpoint, scope: Scope) -> str | None:
     """The name of a head that is stored although it is tied to embeddings that are pruned: one parameter."""
     tied = fine.config.get("tie_word_embeddings") and fine.config.get("model_type") in DECODERS
-    pruned = scope("model.embed_tokens.weight")
-    return TIED if tied and pruned and TIED in fine.tensors else None
+    return TIED if tied and scope(TABLE) and {TIED, TABLE} <= fine.tensors.keys() else None
 
 
 def _match_shapes(

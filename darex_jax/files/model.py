@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.scope import UNUSED
+from darex_jax.core.scope import TABLE, TIED, UNUSED
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.checkpoint import (
@@ -128,7 +128,7 @@ def _fit(
     floats = {name for name, (dtype, _) in infos.items() if dtype.kind in "fV"}  # bfloat16 is of kind V
     if isinstance(config, DecoderConfig):
         unused = [name for name in floats if UNUSED.search(name)]
-        floats -= {*unused, *(["lm_head.weight"] if config.tie_word_embeddings else [])}
+        floats -= {*unused, *([TIED] if config.tie_word_embeddings else [])}
     headless = isinstance(config, BertConfig) and config.headless  # their pooler may be missing
     no_pooler = headless and not any(name.startswith("pooler.") for name in infos)
     model, shapes = build_model(config, **({"pooler": False} if no_pooler else {}))
@@ -163,7 +163,7 @@ def _without_copies(
     path: Any, config: Config, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """The dtype and shape of every tensor except a tied head's copy, which is checked to be equal."""
-    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    head, table = tensors.get(TIED), tensors.get(TABLE)
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     if tied and head is not None and table is not None and not _same_numbers(head, table):
         raise DarexError(

@@ -61,9 +61,7 @@ class OrbaxFile(TensorFile):
             layout = json.loads((path / METADATA).read_text())
             found = _arrays(layout["tree_metadata"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise FileError(
-                f"{path}: cannot be read as an orbax checkpoint ({first_line(error)})."
-            ) from error
+            raise _unreadable(path, error) from error
         if subtree is None and any(name.startswith(f"{PARAMS}.") for name in found):
             subtree = PARAMS
         prefix = f"{subtree}." if subtree else ""
@@ -82,9 +80,7 @@ class OrbaxFile(TensorFile):
         try:
             waiting = {name: opened(name) for name in chosen}
         except ValueError as error:
-            raise FileError(
-                f"{path}: cannot be read as an orbax checkpoint ({first_line(error)})."
-            ) from error
+            raise _unreadable(path, error) from error
         self._arrays: list[Any] = []
         self.tensors = {}
         for stored, array in waiting.items():
@@ -106,17 +102,20 @@ class OrbaxFile(TensorFile):
         that it is decoded once."""
         layout = self._arrays[info.offset].chunk_layout.read_chunk.shape
         rows = layout[0] if info.shape else 1
-        waiting: list[np.ndarray] = []
+        chunk = np.empty(min(CHUNK, info.size), info.dtype)
+        filled = 0
         for first in range(0, info.shape[0] if info.shape else 1, rows):
             index = (slice(first, min(first + rows, info.shape[0])),) if info.shape else ()
-            waiting.append(self._read(info, index).reshape(-1))
-            if sum(map(len, waiting)) >= CHUNK:
-                flat = np.concatenate(waiting)
-                whole = len(flat) - len(flat) % CHUNK
-                yield from (flat[start : start + CHUNK] for start in range(0, whole, CHUNK))
-                waiting = [flat[whole:]] if whole < len(flat) else []
-        if waiting:
-            yield np.concatenate(waiting)
+            flat, start = self._read(info, index).reshape(-1), 0
+            while start < len(flat):
+                taken = min(len(flat) - start, len(chunk) - filled)
+                chunk[filled : filled + taken] = flat[start : start + taken]
+                start, filled = start + taken, filled + taken
+                if filled == len(chunk):
+                    yield chunk
+                    filled = 0
+        if filled:
+            yield chunk[:filled]
 
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """As `SafetensorsFile.read_into`; reads whole rows and selects the requested entries."""

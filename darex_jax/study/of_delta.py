@@ -51,7 +51,7 @@ def delta_page(
     Args:
       delta: an artifact; base: the directory that it was made from.
       fine: the fine-tuned model; None leaves out how near the delta is to the real one.
-      source: of examples, held out or of the test split; None evaluates nothing, so that no model is loaded.
+      source: of examples, from its test split; None evaluates nothing, so that no model is loaded.
       allow_changed_files, ignore_config_fields: as in `open_model`, for the evaluation.
       command: what makes the page again.
       progress: called with bytes that are read, of `page_bytes`.

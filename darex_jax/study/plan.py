@@ -21,7 +21,10 @@ from darex_jax.methods.table import METHODS
 SCALES = ("small", "paper")
 FINE_TUNES = "fine_tunes.toml"
 MEASURES: dict[str, set[str]] = {  # files of `study/measures/`, and the options of their ways
-    "methods": {"method", "q", "block_wise", "texts", "steps", "include", "support", "bits", "rank", "dtype"},
+    "methods": {
+        *("method", "q", "block_wise", "texts", "steps", "include"),
+        *("support", "bits", "rank", "dtype", "per", "group"),
+    },
     "q": {*vars(Choice()), "walk", "slow", "limit"},
     "delta": set(),
     "merging": {"method", "q", "drop_rate", "outliers", "window"},

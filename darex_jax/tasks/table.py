@@ -219,8 +219,8 @@ def _read(table: Table, needs: Collection[str]) -> dict[str, list[_Rows]]:
         whole["test"] = whole["test"] or whole["validation"]
         if missing := [name for name in SPLITS if name in needs and not whole[name]]:
             raise DarexError(
-                f"{table.data} has {' and '.join(found)} rows only, which are for tests, and no {missing[0]} "
-                "rows: add a file train..., or pass one file without such a name, whose rows are split."
+                f"{table.data} has {' and '.join(found)} rows only, {missing[0]} rows are needed: what tests "
+                "a model never makes it. Add a file train..., or pass one without such a name to split."
             )
         return whole
     missing = [name for name in ("validation", "test") if not whole[name]]
