@@ -1,9 +1,11 @@
 """find-q, prune --q and training methods from the command line, on tiny models with tokenizers."""
 
 import gc
+import itertools
 import json
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,9 +190,14 @@ def test_values_that_json_does_not_support_are_null(monkeypatch, folders, tmp_pa
 
     plain = output_objective
 
-    def overflowing(model, fine, batches):
-        goal = plain(model, fine, batches)
-        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else values[0])
+    def overflowing(model, fine, batches, flat=False):
+        """Only the first value visited is not finite, that of the smallest q."""
+        visited = itertools.count()
+
+        def over_masks(values):
+            return np.nan if next(visited) == 0 else 0.5 if flat else values[0]
+
+        return plain(model, fine, batches)._replace(over_masks=over_masks)
 
     monkeypatch.setattr(module, "output_objective", overflowing)
     base, fine, q_file = folders / "bert" / "base", folders / "bert" / "fine", tmp_path / "q.json"
@@ -200,11 +207,7 @@ def test_values_that_json_does_not_support_are_null(monkeypatch, folders, tmp_pa
     assert "not finite" in text and report["curve"][0] == [0.01, None] and report["q"] > 0.01
     assert "warning" not in report
 
-    def flat(model, fine, batches):
-        goal = overflowing(model, fine, batches)
-        return goal._replace(over_masks=lambda values: np.nan if values[0] > 1.0 else 0.5)
-
-    monkeypatch.setattr(module, "output_objective", flat)
+    monkeypatch.setattr(module, "output_objective", partial(overflowing, flat=True))
     report = darex(*find, "--out", q_file)
     finite = [q for q, value in report["curve"] if value is not None]
     assert report["q"] == min(finite) > 0.01
@@ -450,7 +453,7 @@ def test_mistakes_are_explained(folders, tmp_path):
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
     assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
     assert "pass the task as well" in fails(*find, "--data-dir", tmp_path)
-    assert "of generated problems" in fails(*find, "--difficulty", 2)
+    assert "of generated problems" in fails(*find, "--task", "opinions", "--difficulty", 2)
     (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
     assert "chosen for a drop rate of 0.99, not 0.9" in fails(
         "prune", base, fine, tmp_path / "d", "-p", 0.9, "--q", tmp_path / "other.json"
