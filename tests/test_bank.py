@@ -367,11 +367,23 @@ def darex(*arguments, code=0):
     return result
 
 
+def test_the_base_confirms_the_shapes_of_a_small_file(stored, folders, monkeypatch):
+    """The limit is for files that are read alone."""
+    monkeypatch.setattr("darex_jax.files.artifact.ENTRIES_PER_BYTE", 0)
+    file = stored["bert", "magnitude"]
+    with pytest.raises(DarexError, match="without the base at most 0 are accepted"):
+        dx.load_delta(file)
+    assert filled(folders / "bert" / "base", {"a": file}).names == ("a",)
+
+
 def test_eval_takes_several_deltas(stored, folders):
     files = [stored["bert", method] for method in ("magnitude", "structured")]
     options = ("--limit", 40, "--json")
     deltas = [x for file in files for x in ("--delta", file)]
-    together = json.loads(darex("eval", folders / "bert" / "base", *deltas, *options).output)["deltas"]
+    report = json.loads(darex("eval", folders / "bert" / "base", *deltas, *options).output)
+    together, inputs = report["deltas"], report["manifest"]["inputs"]
+    assert {f"delta {row['name']}": row["digest"] for row in together}.items() <= inputs.items()
+    assert len(inputs["base_weights"]) == 64 and len(inputs) == 1 + 2 * len(together)
     beside = json.loads(darex("eval", folders / "bert" / "base", *deltas[:2], "--beside", *options).output)
     assert beside["deltas"][0]["metric"] == together[0]["metric"]
     for row, file in zip(together, files, strict=True):
