@@ -153,7 +153,7 @@ def test_rematerialisation_trains_the_same(tiny):
     a, b = flatten_names(a), flatten_names(b)
     for name, leaf in a.items():
         if not name.endswith("key.bias"):  # its gradient is only rounding: softmax is invariant to it
-            # Adam divides by a gradient's size, and so shows the rounding of small ones; steps are up to 3e-3.
+            # Adam divides by the size of a gradient, and so shows how small ones were rounded.
             np.testing.assert_allclose(leaf, b[name], atol=3e-5, err_msg=name)
 
 
