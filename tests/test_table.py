@@ -293,7 +293,9 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
     }
     data = write(tmp_path / "sums.jsonl", columns)
     own = ("--data", data, "--prompt", "ask", "--completion", "say")
-    prompts, completions = read_completions(Table(data=str(data), prompt="ask", completion="say"), "test")
+    prompts, completions = read_completions(Table(data=str(data), prompt="ask", completion="say"), ALL)[
+        "test"
+    ]
     assert len(prompts) == 3 and all(completions[i] == columns["say"][columns["ask"].index(p)]
                                      for i, p in enumerate(prompts))  # fmt: skip
     fine = tmp_path / "fine"

@@ -348,7 +348,7 @@ def _complete_examples(
     if not isinstance(opened.model.config, DecoderConfig):
         family = opened.model.config.model_type
         raise DarexError(f"--prompt and --completion are for decoders, but this is a {family}.")
-    columns = (column[:limit] for column in read_completions(table, split))
+    columns = (column[:limit] for column in read_completions(table, (split,))[split])
     encoded = encode_answers(opened.tokenizer, *columns)
     scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))
     found = {"exact_match": scores.answers, "token_accuracy": scores.tokens, "loss": scores.loss}

@@ -56,16 +56,14 @@ def check_target(url: str, read: Iterable[str], *, overwrite: bool | None) -> No
             source = _open(other)[1]
             if place == source or _inside(place, source) or _inside(source, place):
                 raise FileError(f"{url}: writing this would replace {other}; choose another path.")
-        if not store.isdir(place):
-            if overwrite is False and store.exists(place):
-                raise FileError(f"{url}: already exists; choose another path, or pass --overwrite.")
-            return
-        before = [PurePosixPath(found).relative_to(place) for found in store.find(place)]
+        folder = store.isdir(place)
+        before = [PurePosixPath(found).relative_to(place) for found in store.find(place)] if folder else []
+        there = bool(before) or (not folder and overwrite is False and store.exists(place))
     except FileError:
         raise
     except Exception as error:  # every store has its own exceptions
         raise FileError(f"{url}: cannot be accessed ({first_line(error)}).") from error
-    if before and not overwrite:
+    if there and not overwrite:
         raise FileError(f"{url}: already exists; choose another path, or pass --overwrite.")
     if before and not is_model({p.parts[0] for p in before if len(p.parts) == 1},
                                {p.parts[0] for p in before if len(p.parts) > 1}):  # fmt: skip

@@ -172,8 +172,9 @@ def train_run(
                 for split, most in sizes.items()
             )
         else:
+            splits = read_completions(table, sizes)
             train, others = (
-                encode_answers(tokenizer, *(column[:most] for column in read_completions(table, split)))
+                encode_answers(tokenizer, *(column[:most] for column in splits[split]))
                 for split, most in sizes.items()
             )
         start = _start(model, known, known, lora, key, parts)

@@ -55,9 +55,8 @@ def score_models(
         except DarexError as error:  # which names the folder that stands for the restored model
             raise DarexError(str(error).replace(str(folder), f"the model of {delta}")) from error
         task, batches = material.task, material.batches()
-        count, labels, where = len(material.encoded), None, f"{material.source}, test split"
-        if task is not None:
-            labels, where = task.test.select(slice(source.limit)).labels, f"{task.name}, test split"
+        count, labels = len(material.encoded), None if task is None else task.test.labels[: source.limit]
+        where = f"{material.source if task is None else task.name}, test split"
     if source.text is not None:
         where = str(source.text)
     if task is None and fine is None and not source.labelled:

@@ -156,7 +156,7 @@ def _of_table(fine: Path, table: Table, decoder: bool, split: str, limit: int | 
     """Examples of a user's table; without labels if no label column is given."""
     tokenizer = load_tokenizer(fine)
     if decoder and table.prompt is not None:
-        prompts, completions = (column[:limit] for column in read_completions(table, split))
+        prompts, completions = (column[:limit] for column in read_completions(table, (split,))[split])
         return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
     if table.text is None:
         raise DarexError(f"{fine} is an encoder: pass the text column (--text).")

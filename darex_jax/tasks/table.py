@@ -151,16 +151,20 @@ def read_texts(table: Table, split: str) -> Examples:
     return _examples(table, parts, np.zeros(sum(len(part) for part in parts), np.int32))
 
 
-def read_completions(table: Table, split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prompts and completions of a split. Raises: as `read_task`."""
+def read_completions(
+    table: Table, needs: Collection[str]
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Prompts and completions of the splits of `needs`. Raises: as `read_task`."""
     if table.prompt is None or table.completion is None:
         raise DarexError("a decoder is trained and scored on completions: pass --prompt and --completion.")
-    parts = _read(table, (split,))[split]
-    prompts, completions = (
-        tuple(text for part in parts for text in part.texts(column))
-        for column in (table.prompt, table.completion)
-    )
-    return prompts, completions
+    splits, found = _read(table, needs), {}
+    for name in needs:
+        prompts, completions = (
+            tuple(text for part in splits[name] for text in part.texts(column))
+            for column in (table.prompt, table.completion)
+        )
+        found[name] = prompts, completions
+    return found
 
 
 @dataclass(frozen=True)
