@@ -11,6 +11,8 @@ from test_calibration import FAMILIES, make_batches
 import darex_jax as dx
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.tree import flatten_names, unflatten_names
+from darex_jax.methods.svd import decompose, low_rank
+from darex_jax.methods.vectors import whole
 from darex_jax.models import init_model, read_model_config
 from darex_jax.parts.random import Random
 from darex_jax.parts.sparse import Sparse
@@ -141,6 +143,21 @@ def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch):
     resumed, _ = distilled("bert", largest, checkpoints=tmp_path, **options)
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), whole.parts, resumed.parts)
     assert all(jax.tree.leaves(same)) and whole.looks[-1] == resumed.looks[-1]
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 1.0), (8, 1.0), (8, 0.01)])
+def test_factors_move_in_proportion_to_their_size_and_by_all_ranks_together(rank, size):
+    model, fine, _, delta = pair("bert")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    start = apply_delta(fine, {name: whole(-size * delta[name], np.float32)})
+    part = low_rank(decompose(0.5 * size * delta[name]), rank, None, np.float32)
+    parts = {name: Parts((part,), part.shape)}
+    found = distill(model, fine, start, parts, texts, make_batches(seed=1), steps=3, factor_rate=0.1)
+    for before, after, axis in zip(part.factors(), found.parts[name].parts[0].factors(), (0, 1), strict=True):
+        moved = np.abs(np.asarray(after) - before).max(axis) / np.sqrt(np.mean(np.square(before), axis))
+        assert (
+            0.1 < moved.max() * rank / 0.1 < 3.0 + 0.02 * rank / 0.1
+        )  # three steps, and rounding to bfloat16
 
 
 def test_one_output_is_compared_by_its_score():

@@ -27,6 +27,7 @@ from darex_jax.models import DecoderConfig
 from darex_jax.models import Model as WholeModel
 from darex_jax.models.layerwise import LayerModel
 from darex_jax.models.logits import of_logits
+from darex_jax.parts.low_rank import LowRank
 from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded_part
 from darex_jax.parts.sign import Sign
@@ -41,7 +42,7 @@ Params = Any  # nested dict of float arrays, as `load_params` returns it
 Delta = dict[str, Parts]
 MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # candidate initial factors of the survivors
 ROUNDING = 1 / 3  # share of steps with quantisation-aware training
-# Adam's learning rates there: of integers, and of scales relative to themselves.
+# Adam's learning rates there: of integers, at most, and of scales relative to themselves.
 INTEGER_RATE, SCALE_RATE = np.float32(0.03), np.float32(0.01)
 STEPS = 600  # default
 # Evaluations on held-out text before and with rounding, and the least steps between two: one takes as long as
@@ -77,6 +78,7 @@ def distill(
     *,
     steps: int = STEPS,
     learning_rate: float = 2e-4,
+    factor_rate: float = 0.13,
     bits: int | None = None,
     checkpoints: Path | None = None,
     on_look: Callable[[Look], None] = lambda look: None,
@@ -93,7 +95,9 @@ def distill(
       parts: with float values, by dotted name. Divisors are multiplied in (q is 1 afterwards); sparse and
         random ones start at the multiple of their values, possibly 0, with the lowest loss on held-out text.
       batches: of an epoch, counted from 0; held_out: other texts, used to select the result.
-      learning_rate: for a dense delta; it is divided by each part's density, for factors by the root of it.
+      learning_rate: for a dense delta; it is divided by each part's density.
+      factor_rate: for the factors of a low rank, relative to the size of each rank's own values, and divided
+        by the rank: a step moves all ranks together as far as it would move a single one.
       bits: 8, 4, 2 or 1 per value; None casts to bfloat16 at the end.
       checkpoints: a folder for this training only, from which it resumes bit for bit.
       on_look: called with every evaluation.
@@ -125,16 +129,15 @@ def distill(
         looks.append(look)
         on_look(look)
 
-    rates, _ = _split({name: each.map(partial(_rates, learning_rate)) for name, each in delta.items()})
+    rates, _ = _split(
+        {name: each.map(partial(_rates, learning_rate, factor_rate)) for name, each in delta.items()}
+    )
     trained, fixed = _split(delta)
     span = (0, steps - through)
     trained = _train(pair, trained, fixed, rates, stream, seen, span, saved, emit, looks[0].loss)
     if bits is not None:
         trained, fixed = _in_bits(_joined(trained, fixed), bits)
-        rates = [
-            own if each.bits is None else replace(each, numbers=INTEGER_RATE, scales=SCALE_RATE)
-            for each, own in zip(trained, rates, strict=True)
-        ]
+        rates = list(map(_integer_rates, trained, rates))
         saved = None if checkpoints is None else checkpoints / "rounded"
         span, loss = (steps - through, steps), _look_at(pair, trained, fixed, seen).loss
         trained = _train(pair, trained, fixed, rates, stream, seen, span, saved, emit, loss)
@@ -408,14 +411,36 @@ def _times(delta: Delta, multiple: float) -> Delta:
     return {name: each.map(of) for name, each in delta.items()}
 
 
-def _rates(learning_rate: float, part: Any) -> Part:
-    """Learning rates: a dense delta's rate divided by the density, for factors by its root; for the scales of
-    signs, each of which moves many entries, as it is."""
+def _rates(learning_rate: float, factor_rate: float, part: Any) -> Part:
+    """Learning rates of Adam, whose steps have the size of the rate whatever the gradient's: see `distill`. The
+    scales of signs, each of which moves many entries, have a dense delta's."""
     if isinstance(part, Sign):
         return replace(part, scales=Values(np.float32(learning_rate)))
+    if isinstance(part, LowRank):
+        a, b = (np.asarray(values.numbers) for values in (part.a, part.b))
+        sizes = [np.sqrt(np.mean(np.square(x), axis)) for x, axis in ((a, 0), (b, 1))]
+        relative = np.float32(factor_rate / max(1, len(b)))
+        own = [relative * np.where(x > 0, x, other) for x, other in (sizes, sizes[::-1])]
+        return replace(part, a=Values(own[0][None]), b=Values(own[1][:, None]))
     density = max(1, sum(map(len, values_of(part).values()))) / max(1, math.prod(part.shape))
-    rate = learning_rate / (math.sqrt(density) if part.kind == "low_rank" else density)
-    return replace(part, **{name: Values(np.float32(rate)) for name in values_of(part)})
+    rate = np.float32(learning_rate / density)
+    return replace(part, **{name: Values(rate) for name in values_of(part)})
+
+
+def _integer_rates(trained: Values, rate: Values) -> Values:
+    """The rates of integers with logarithms of scales, which move no further than their floats did."""
+    if trained.bits is None:
+        return rate
+    steps = np.asarray(rate.numbers) / _beside(replace(trained, scales=np.exp(np.asarray(trained.scales))))
+    return replace(trained, numbers=np.minimum(INTEGER_RATE, steps), scales=SCALE_RATE)
+
+
+def _beside(values: Values) -> Any:
+    """Scales in a shape that broadcasts against the numbers."""
+    scales: Any = values.scales
+    if values.per == "column":
+        return scales[None]
+    return scales[:, None] if values.per == "row" else scales[0]
 
 
 def _in_bits(delta: Delta, bits: int) -> tuple[Trained, Any]:
@@ -428,8 +453,8 @@ def _in_bits(delta: Delta, bits: int) -> tuple[Trained, Any]:
         if not _is_values(values) or fitted.bits is None:
             return values
         scales = np.maximum(fitted.scales, np.float32(1e-12))
-        own = {"matrix": scales[0], "column": scales[None], "row": scales[:, None]}[fitted.per]
-        return replace(fitted, numbers=np.asarray(values.numbers) / own, scales=scales)
+        found = replace(fitted, scales=scales)
+        return replace(found, numbers=np.asarray(values.numbers) / _beside(found))
 
     quantised = {name: parts.map(fitted) for name, parts in delta.items()}
     trained, fixed = _split(jax.tree.map(of, delta, quantised, is_leaf=_is_values))
