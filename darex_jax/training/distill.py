@@ -412,8 +412,7 @@ def _times(delta: Delta, multiple: float) -> Delta:
 
 
 def _rates(learning_rate: float, factor_rate: float, part: Any) -> Part:
-    """Learning rates of Adam, whose steps have the size of the rate whatever the gradient's: see `distill`. The
-    scales of signs, each of which moves many entries, have a dense delta's."""
+    """Learning rates of Adam, see `distill`. Scales of signs have a dense delta's: they move many entries."""
     if isinstance(part, Sign):
         return replace(part, scales=Values(np.float32(learning_rate)))
     if isinstance(part, LowRank):
