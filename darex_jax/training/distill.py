@@ -418,7 +418,7 @@ def _rates(learning_rate: float, factor_rate: float, part: Any) -> Part:
     if isinstance(part, LowRank):
         a, b = (np.asarray(values.numbers) for values in (part.a, part.b))
         sizes = [np.sqrt(np.mean(np.square(x), axis)) for x, axis in ((a, 0), (b, 1))]
-        relative = np.float32(factor_rate / max(1, len(b)))
+        relative = np.float32(factor_rate / max(1, part.rank))
         own = [relative * np.where(x > 0, x, other) for x, other in (sizes, sizes[::-1])]
         return replace(part, a=Values(own[0][None]), b=Values(own[1][:, None]))
     density = max(1, sum(map(len, values_of(part).values()))) / max(1, math.prod(part.shape))
