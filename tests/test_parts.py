@@ -19,7 +19,7 @@ from darex_jax.files.blocks import pack, unpack
 from darex_jax.files.coding import CODERS, Stream, decode, encode, from_gaps, to_gaps
 from darex_jax.methods.budget import Budget, entropy
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.svd import decompose
+from darex_jax.methods.svd import decompose, low_rank
 from darex_jax.methods.table import METHODS
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.dense import Dense
@@ -608,6 +608,25 @@ def test_quantising_compiles_one_program_for_similar_shapes():
         return _fit._cache_size()
 
     assert compiled(6) == compiled(7)
+
+
+def test_coarse_factors_explain_more_in_as_many_bytes():
+    """Each value is less exact and, entropy-coded, shorter; other parts are rounded as ever."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(400, 200)))[0] for _ in range(2))
+    matrix = (left / (1 + np.arange(200)) ** 0.3) @ right.T
+
+    def stored(rank, coarse):
+        parts = Parts((low_rank(decompose(matrix), rank, None, jnp.float32),), matrix.shape)
+        parts = rounded(parts, 4, coarse=coarse)
+        return len(pack({"layer.weight": parts})[1]), np.sum((parts.to_dense() - matrix) ** 2)
+
+    (fine_bytes, fine_error), (coarse_bytes, coarse_error) = stored(60, False), stored(78, True)
+    assert coarse_bytes < fine_bytes and coarse_error < 0.98 * fine_error
+    for kind, bits in (("sparse", 4), ("low_rank", 8)):
+        part = make(kind, (None, "matrix"))
+        same = [rounded(Parts((part,), SHAPE), bits, coarse=coarse).to_dense() for coarse in (False, True)]
+        np.testing.assert_array_equal(*same)
 
 
 def test_svd_spends_where_it_explains_most():

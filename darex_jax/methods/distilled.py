@@ -81,7 +81,7 @@ def distilled(
     stored = {name: parts for name, parts in chosen.items() if parts.parts}
     trained: Mapping[str, Parts]
     if evidence.train is None or not stored:
-        trained = {name: rounded(parts, bits) for name, parts in stored.items()}
+        trained = {name: rounded(parts, bits, coarse=True) for name, parts in stored.items()}
     else:
         trained = evidence.train(stored, bits)
     return map_named(lambda name, leaf: trained.get(name, Parts((), tuple(np.shape(leaf)))), delta)

@@ -120,6 +120,7 @@ def quantise(
     columns: Array = None,
     shape: tuple[int, int] | None = None,
     dtype: Any = jnp.bfloat16,
+    least: float = 0.0,
 ) -> Values:
     """Quantises `numbers` by least squares.
 
@@ -132,6 +133,8 @@ def quantise(
       per, rows, columns: as in `Values`; rows and columns broadcast against `numbers`.
       shape: [rows, columns] of the parameter, for scales per row or per column.
       dtype: of the scales.
+      least: with two bits or more, integers are nearest for scales of at least this many root mean squares
+        of their group; fewer different integers take fewer bits once they are entropy-coded.
     Raises: DarexError for other bits.
     """
     # Concrete arrays are padded and sliced by NumPy: JAX would compile that for every size.
@@ -153,14 +156,16 @@ def quantise(
     more = (1 << max(0, x.size - 1).bit_length()) - x.size
     filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
     of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
-    integers, scales = _fit(filled, of, 1 << groups.bit_length(), bits)
+    integers, scales = _fit(filled, of, 1 << groups.bit_length(), bits, least)
     if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
     return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _fit(x: jax.Array, group: jax.Array, groups: int, bits: int) -> tuple[jax.Array, jax.Array]:
+def _fit(
+    x: jax.Array, group: jax.Array, groups: int, bits: int, least: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
     def total(values: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values, group, groups)
 
@@ -181,9 +186,10 @@ def _fit(x: jax.Array, group: jax.Array, groups: int, bits: int) -> tuple[jax.Ar
 
     largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), group, groups), 0.0)
     # With few bits and a long tail the largest magnitude would be too large an initial step.
-    start = jnp.minimum(largest, 3.0 * jnp.sqrt(ratio(total(x * x), count, 0.0))) / most
+    size = jnp.sqrt(ratio(total(x * x), count, 0.0))
+    start = jnp.minimum(largest, 3.0 * size) / most
     scales = jax.lax.fori_loop(0, FITS, refit, largest / most if bits == 8 else start)
-    integers = nearest(scales)
+    integers = nearest(jnp.maximum(scales, least * size))
     return integers.astype(jnp.int8), ratio(total(integers * x), total(integers * integers), scales)
 
 

@@ -91,7 +91,9 @@ class Trainer:
 
     def __call__(self, parts: Mapping[str, Parts], bits: int | None) -> Mapping[str, Parts]:
         computed = flatten_names(self.start)
-        aside = {name: rounded(each, bits) for name, each in parts.items() if name not in computed}
+        aside = {
+            name: rounded(each, bits, coarse=True) for name, each in parts.items() if name not in computed
+        }
         parts = {name: each for name, each in parts.items() if name in computed}
         stored = {
             name: [len(v) for part in p.parts for v in values_of(part).values()] for name, p in parts.items()

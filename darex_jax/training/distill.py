@@ -446,7 +446,7 @@ def _in_bits(delta: Delta, bits: int) -> tuple[Trained, Any]:
     """`_split` with values relative to their scales, and the logarithms of the scales; signs stay."""
 
     def fitted(part: Part) -> Part:
-        return part if isinstance(part, Sign) else rounded_part(part, bits, jnp.float32)
+        return part if isinstance(part, Sign) else rounded_part(part, bits, jnp.float32, coarse=True)
 
     def of(values: Any, fitted: Any) -> Any:
         if not _is_values(values) or fitted.bits is None:
