@@ -64,6 +64,11 @@ def input_statistics(
     }
 
 
+def linear_layers(model: Model, params: Params, batch: Batch) -> list[str]:
+    """The names of the weights of linear layers, in the order in which they run; nothing is computed."""
+    return list(jax.eval_shape(partial(_sums, model, lambda name: False), params, batch))
+
+
 def save_statistics(
     path: str | PathLike[str], statistics: Mapping[str, InputStatistics], made_from: Mapping[str, str]
 ) -> None:

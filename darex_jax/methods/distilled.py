@@ -45,8 +45,7 @@ def distilled(
     trained (BitDelta). Initialising with inputs weighted by their second moments gave no better result.
 
     Args:
-      evidence: with `input_norms`, whose names are those of the linear layers, and `train`; without `train`
-        values are quantised only.
+      evidence: with `linear_layers` and `train`; without `train` values are quantised only.
       key: scalar typed Threefry key, for support "random".
       bits: of every value; None is bfloat16.
     Returns: a tree like `delta` with a `Parts` for each leaf.
@@ -61,7 +60,7 @@ def distilled(
     chosen = affordable_vectors(leaves, room)
     spent = sum(int(np.size(leaves[name])) for name in chosen)
     matrices = {name: leaf for name, leaf in leaves.items() if is_matrix(leaf)}
-    linear = {name: leaf for name, leaf in matrices.items() if name in evidence.input_norms}
+    linear = {name: leaf for name, leaf in matrices.items() if name in evidence.linear_layers}
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
         chosen |= _factors(linear | cheap, room - spent)
@@ -74,7 +73,7 @@ def distilled(
     else:
         if not linear:
             raise DarexError(
-                f"support {support!r} is of linear layers, and input_norms names none in the delta."
+                f"support {support!r} is of linear layers, and the evidence names none in the delta."
             )
         chosen |= _survivors(linear, support, (room - spent) * (bits or RAW_BITS) / 8, bits, key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ class Evidence:
     Mappings are by parameter name.
 
     Attributes:
+      linear_layers: the names of their weights; by default those of `input_norms`.
       input_norms: the L2 norm [in] of each input feature, `sqrt(sum x_j^2)`.
       second_moments: `E[x x^T]`, [in, in].
       token_counts: how often each token occurs, [vocabulary], for the table that it looks up; gathered with
@@ -22,8 +23,12 @@ class Evidence:
         the outputs are close to the fine-tuned model's.
     """
 
+    linear_layers: Collection[str] = ()
     input_norms: Mapping[str, Any] = field(default_factory=dict)
     second_moments: Mapping[str, Any] = field(default_factory=dict)
     token_counts: Mapping[str, Any] = field(default_factory=dict)
     curvature: Mapping[str, float] = field(default_factory=dict)
     train: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "linear_layers", frozenset(self.linear_layers or self.input_norms))

@@ -66,7 +66,7 @@ METHODS = {
         "distilled",
         "low-rank factors and vectors, trained on the fine-tuned model's outputs",
         random=True,
-        needs=("input_norms", "train"),
+        needs=("linear_layers", "train"),
         leafwise=False,
         bits=4,
     ),

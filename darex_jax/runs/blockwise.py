@@ -115,7 +115,7 @@ def prune_blockwise(
         if not named:
             return {}
         deltas = _deltas(block, named)
-        evidence = Evidence(input_norms=dict.fromkeys(deltas, np.ones(1)), train=train)
+        evidence = Evidence(linear_layers=deltas.keys(), train=train)
         return dict(distilled(deltas, budget, evidence, key=key, support=support, bits=bits))
 
     def prune(budget: Budget, out: Path) -> Blockwise:

@@ -16,7 +16,7 @@ from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import Scope
 from darex_jax.core.tree import combine, flatten_names
-from darex_jax.evaluation.calibration import InputStatistics, input_statistics, token_counts
+from darex_jax.evaluation.calibration import InputStatistics, input_statistics, linear_layers, token_counts
 from darex_jax.evaluation.classification import predict
 from darex_jax.evaluation.curvature import curvature
 from darex_jax.files.checkpoint import Checkpoint
@@ -200,6 +200,8 @@ def _statistics(model: Model, params: Any, material: Material, needs: Collection
     evidence = Evidence()
     if {"input_norms", "second_moments"} & set(needs):
         evidence = evidence_of(input_statistics(model, params, material.batches(), moments))
+    if "linear_layers" in needs:
+        evidence = replace(evidence, linear_layers=linear_layers(model, params, material.batches()[0]))
     if "second_moments" in needs:  # those of embedding tables are diagonal
         counts = token_counts(model, params, material.batches())
         evidence = replace(evidence, token_counts=jax.tree.map(np.asarray, counts))

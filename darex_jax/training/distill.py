@@ -23,6 +23,7 @@ import optax
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
 from darex_jax.core.programs import release_programs
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import DecoderConfig
 from darex_jax.models import Model as WholeModel
 from darex_jax.models.layerwise import LayerModel
@@ -39,6 +40,7 @@ from darex_jax.training.loop import warmup_linear
 
 Model = WholeModel | LayerModel
 Params = Any  # nested dict of float arrays, as `load_params` returns it
+Flat = dict[str, Any]  # arrays by dotted name
 Delta = dict[str, Parts]
 MULTIPLES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # candidate initial factors of the survivors
 ROUNDING = 1 / 3  # share of steps with quantisation-aware training
@@ -224,18 +226,7 @@ def _train(
             best = float(loss), values
     for number, batch in enumerate(stream(first + done, stop), done):
         reference = _reference(pair.model, pair.fine, batch)
-        trained, state, loss = _step(
-            pair.model,
-            pair.fine,
-            pair.start,
-            trained,
-            state,
-            fixed,
-            rates,
-            schedule(number),
-            batch,
-            reference,
-        )
+        trained, state, loss = _step(pair, trained, state, fixed, rates, schedule(number), batch, reference)
         if (number + 1) % every == 0 or number + 1 == stop - first:
             if not math.isfinite(float(loss)):
                 raise FloatingPointError(
@@ -255,28 +246,50 @@ _OPTIMIZER = optax.scale_by_adam()
 _begin = jax.jit(_OPTIMIZER.init)
 
 
-@partial(jax.jit, static_argnums=0)
 def _step(
-    model: Model,
-    fine: Params,
-    start: Params,
-    trained: Any,
+    pair: _Pair,
+    trained: Trained,
     state: Any,
     fixed: Any,
-    rates: Any,
-    rate: jax.Array,
+    rates: Trained,
+    rate: Any,
     batch: Batch,
     reference: _Reference,
-) -> tuple[Any, Any, jax.Array]:
-    def loss(trained: Any) -> jax.Array:
-        params = _with_values(start, trained, fixed)
+) -> tuple[Trained, Any, jax.Array]:
+    """A step in three programs: only that of the model is compiled for every length of a batch, and none for
+    both the lengths and the parts."""
+    params = flatten_names(_with_values(pair.start, trained, fixed))
+    pruned = {name: params.pop(name) for name in fixed}
+    loss, gradient = _gradient(pair.model, pair.fine, pruned, params, batch, reference)
+    return *_moved(gradient, trained, state, fixed, rates, rate), loss
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient(
+    model: Model, fine: Params, pruned: Flat, others: Flat, batch: Batch, reference: _Reference
+) -> tuple[jax.Array, Flat]:
+    """The mean loss, and its gradient by the parameters that have parts."""
+
+    def loss(pruned: Flat) -> jax.Array:
+        params = unflatten_names(others | pruned)
         total, rows = _compared(model, fine, params, batch, reference)[0]
         return total / rows
 
-    value, gradient = jax.value_and_grad(loss)(trained)
-    direction, state = _OPTIMIZER.update(gradient, state)
-    trained = jax.tree.map(lambda x, step, own: x - rate * own * step, trained, direction, rates)
-    return trained, state, value
+    return jax.value_and_grad(loss)(pruned)
+
+
+@jax.jit
+def _moved(
+    gradient: Flat, trained: Trained, state: Any, fixed: Any, rates: Trained, rate: Any
+) -> tuple[Trained, Any]:
+    """Adam's step of the parts' values, from the gradient by their sums."""
+
+    def sums(trained: Trained) -> Flat:
+        return {name: each.to_dense() for name, each in _bare(_joined(map(_through, trained), fixed)).items()}
+
+    wide = {name: each.astype(jnp.float32) for name, each in gradient.items()}
+    direction, state = _OPTIMIZER.update(jax.vjp(sums, trained)[1](wide)[0], state)
+    return jax.tree.map(lambda x, step, own: x - rate * own * step, trained, direction, rates), state
 
 
 @partial(jax.jit, static_argnums=0)
