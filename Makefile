@@ -29,8 +29,8 @@ endif
 test-oldest: $(OLDEST)/ready
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal --oldest $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 
-QUICK := adamr artifact calibration delta format1 format2 hostile mask orbax parts remote scope structure \
-	table tasks train
+QUICK := adamr artifact calibration delta dtypes format1 format2 hostile mask orbax outputs parts remote scope \
+	stream structure table tasks train
 
 # On a machine with a GPU: golden digests, parity and generation there, then speed against the card's bandwidth.
 test-gpu:

@@ -27,8 +27,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_demo", "test_format1", "test_importance",
-             "test_lowering", "test_mask", "test_multihost", "test_sharding", "test_train",
+OPTIMIZED = ("test_adamr", "test_artifact", "test_delta", "test_demo", "test_dtypes", "test_format1",
+             "test_importance", "test_lowering", "test_mask", "test_multihost", "test_sharding", "test_train",
              "test_transforms")  # fmt: skip
 KEYS = ("test_bert", "test_causal_lm", "test_delta", "test_generate", "test_lora", "test_mask", "test_train")
 
@@ -121,6 +121,15 @@ def _warnings_are_errors():
         warnings.filterwarnings("default", category=DeprecationWarning)
         warnings.filterwarnings("default", category=ResourceWarning)
         yield
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Base and fine-tune of a toy encoder, which is not run."""
+    from tests.pairs import encoder, write
+
+    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
+    return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
 
 
 @pytest.fixture(scope="session")

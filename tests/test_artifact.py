@@ -1,98 +1,27 @@
-"""Checkpoints and artifacts end to end: bits, killed writers, the command line."""
+"""Checkpoints and artifacts end to end: bits, and the command line."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import darex_jax as dx
-from darex_jax.cli import main
 from darex_jax.core.errors import DarexError, DarexWarning
-from darex_jax.core.mask import survivor_indices
-from darex_jax.core.scope import choose_scope
-from darex_jax.core.threefry import numpy_leaf_key
-from darex_jax.core.tree import flatten_names, name_words, unflatten_names
-from darex_jax.files import stream
+from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.card import CARD
-from darex_jax.files.checkpoint import INDEX, Checkpoint
-from darex_jax.files.prune import Job, prune_checkpoints
+from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def encoder(seed, dtype=np.float32, step=1e-3, prefix="bert.", head=True, rows=50):
-    """A toy encoder's state dict; `seed` 0 is the base, others are fine-tunes of it."""
-    shapes = {
-        "embeddings.word_embeddings.weight": (rows, 16),
-        "encoder.layer.0.output.dense.weight": (16, 64),
-        "encoder.layer.0.output.dense.bias": (16,),
-        "encoder.layer.0.output.LayerNorm.weight": (16,),
-        "pooler.dense.weight": (16, 16),
-    }
-    base, fine = np.random.default_rng(0), np.random.default_rng(seed + 1)
-    named = {}
-    for name, shape in shapes.items():
-        leaf = base.normal(size=(60, *shape[1:]) if "word" in name else shape)[: shape[0]]
-        named[prefix + name] = (leaf + (seed > 0) * step * fine.normal(size=shape)).astype(dtype)
-    named[prefix + "embeddings.position_ids"] = np.arange(8, dtype=np.int64)[None]
-    if head:
-        named["classifier.weight"] = fine.normal(size=(2, 16)).astype(dtype)
-    return named
-
-
-def write(path, named, config=None, shards=1):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "bert"} | (config or {})))
-    if shards == 1:
-        write_tensors(path / "model.safetensors", named)
-        return path
-    weight_map = {}
-    for i in range(shards):
-        part = {name: named[name] for name in sorted(named)[i::shards]}
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        write_tensors(path / file, part)
-        weight_map |= dict.fromkeys(part, file)
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return path
-
-
-@pytest.fixture
-def pair(tmp_path):
-    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
-    return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
-
-
-def darex(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
-def prune(base, fine, out, drop_rate=0.9, q=None, **more):
-    with Checkpoint(base) as b, Checkpoint(fine) as f:
-        job = Job(b, f, out, choose_scope("bert"), **more)
-        return prune_checkpoints(job, key=(0, 0), drop_rate=drop_rate, q=q)
-
-
-def read_all(path):
-    with Checkpoint(path) as checkpoint:
-        return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+from tests.pairs import BF16, FILES, darex, encoder, prune, read_all, with_files, write
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
@@ -129,55 +58,6 @@ def test_restored_model_has_the_in_memory_models_bits(tmp_path, dtype, shards, d
     assert summary.survivors == sum(int(m.sum()) for m in jax.tree.leaves(mask))
 
 
-@pytest.mark.parametrize(("base_dtype", "fine_dtype"), [("f8", "f8"), ("f8", "f4"), ("f4", "f8")])
-def test_float64_tensors_are_computed_in_float64(tmp_path, base_dtype, fine_dtype):
-    """Stored and restored bits are those of `prune` and `apply_delta` under x64; float32 would lose them."""
-    base = {
-        name: leaf.astype(base_dtype) for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"
-    }
-    fine = {name: (leaf * np.float64(1 + 2.0**-30)).astype(fine_dtype) for name, leaf in base.items()}
-    base |= {name: leaf * (1 - 2.0**-29) for name, leaf in base.items() if base_dtype == "f8"}
-    write(tmp_path / "base", base)
-    write(tmp_path / "fine", fine)
-    names = list(prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.8, q=0.3).recipe.parameters)
-    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
-        restored = dict(restored_params(b, d))
-    assert {x.dtype for x in jax.tree.leaves(dx.load_delta(tmp_path / "d"))} == {np.dtype("f4")}
-    with jax.enable_x64(True):
-        wide = {name: jnp.asarray(base[name], "f8") for name in names}
-        delta = dx.compute_delta({name: fine[name] for name in names}, wide)
-        delta = {name: leaf.astype(fine_dtype) for name, leaf in delta.items()}  # as it is stored
-        pruned = dx.prune(jax.random.key(0), delta, 0.8, 0.3)
-        found = flatten_names(dx.load_delta(tmp_path / "d"))
-        for name, total in dx.apply_delta(wide, pruned).items():
-            assert found[name].dtype == fine_dtype
-            np.testing.assert_array_equal(found[name], pruned[name])
-            assert restored[name].dtype == fine_dtype
-            np.testing.assert_array_equal(restored[name], total.astype(fine_dtype))
-
-
-def test_float64_deltas_of_trees(tmp_path):
-    with jax.enable_x64(True):
-        base = {"w": jnp.linspace(1.0, 2.0, 1000)}
-        delta = {"w": base["w"] * 2.0**-40}
-        dx.save_delta(tmp_path / "d", jax.random.key(5), delta, 0.9, 0.3, base=base)
-        pruned = dx.prune(jax.random.key(5), delta, 0.9, 0.3)
-        write_tensors(tmp_path / "base", base)
-        with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
-            [(_, restored)] = restored_params(b, d)
-        np.testing.assert_array_equal(dx.load_delta(tmp_path / "d")["w"], pruned["w"])
-        np.testing.assert_array_equal(restored, dx.apply_delta(base, pruned)["w"])
-        assert np.any(restored != base["w"])
-
-
-def test_a_difference_below_float32_counts(tmp_path):
-    """Otherwise a warning would say that the models are the same."""
-    base = {name: leaf for name, leaf in encoder(0, prefix="").items() if leaf.dtype == "f4"}
-    write(tmp_path / "base", base)
-    write(tmp_path / "fine", {name: leaf * np.float64(1 + 2.0**-40) for name, leaf in base.items()})
-    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.5)  # warnings are errors
-
-
 def test_a_delta_of_format_1_as_parts(tmp_path, pair):
     prune(*pair, tmp_path / "d", q=0.3)
     dense = dx.load_delta(tmp_path / "d")
@@ -200,18 +80,6 @@ def test_same_command_same_bytes(tmp_path, pair):
     prune(*pair, tmp_path / "a")
     prune(*pair, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_inexact_values_are_counted(tmp_path):
-    write(tmp_path / "base", encoder(0, BF16, head=False))
-    write(tmp_path / "fine", encoder(1, BF16, step=0.3))
-    summary = prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
-    base, fine = read_all(tmp_path / "base"), read_all(tmp_path / "fine")
-    inexact = 0
-    for name in summary.recipe.parameters:
-        difference = fine[name].astype(np.float64) - base[name].astype(np.float64)
-        inexact += np.count_nonzero(difference.astype(BF16).astype(np.float64) != difference)
-    assert summary.recipe.inexact == inexact > 0
 
 
 def test_extra_vocabulary_rows_and_old_names(tmp_path):
@@ -304,83 +172,6 @@ def test_wrong_models_are_named(tmp_path, pair):
     assert "'encoder.layer.0.output.dense.bias' is in the base only" in error
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
-def test_nan_and_infinity(tmp_path, value, dtype):
-    fine = encoder(1, dtype)
-    fine["bert.pooler.dense.weight"][0, 1] = value
-    write(tmp_path / "base", encoder(0, dtype, head=False))
-    write(tmp_path / "fine", fine)
-    arguments = ("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "d", "-p", 0.9)
-    assert "'bert.pooler.dense.weight' has 1 NaN or infinite" in darex(*arguments, code=1).stderr
-    assert not (tmp_path / "d").exists()
-    report = json.loads(darex(*arguments, "--allow-nonfinite", "--json").stdout)
-    assert report["nonfinite"] == 1
-
-
-@pytest.mark.parametrize("q", [1e-50, 1e39])
-def test_a_q_outside_of_float32_is_refused(tmp_path, pair, q):
-    error = darex("prune", *pair, tmp_path / "d", "-p", 0.9, "--q", q, code=1).stderr
-    assert f"must be a positive float32 number, got {q}" in error
-
-
-def test_one_shard_keeps_its_index(tmp_path, pair):
-    """A file name like model-00001-of-00001.safetensors is not found without an index."""
-    base, fine = pair
-    shard = "model-00001-of-00001.safetensors"
-    (base / "model.safetensors").rename(base / shard)
-    (base / INDEX).write_text(
-        json.dumps({"weight_map": dict.fromkeys(encoder(0, prefix="", head=False), shard)})
-    )
-    prune(base, fine, tmp_path / "d")
-    darex("apply", base, tmp_path / "d", tmp_path / "out")
-    assert read_all(tmp_path / "out").keys() == encoder(1).keys()
-
-
-def test_a_failing_writer_leaves_the_old_file(tmp_path, pair, monkeypatch):
-    out = tmp_path / "d"
-    out.write_bytes(b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        assert "No space left on device" in darex("prune", *pair, out, "-p", 0.9, code=1).stderr
-        assert out.read_bytes() == b"old" and not list(tmp_path.glob(".*partial"))
-
-
-def test_inputs_are_never_replaced(tmp_path, pair):
-    base, fine = pair
-    prune(base, fine, tmp_path / "d")
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (inside / "d").write_bytes((tmp_path / "d").read_bytes())
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for arguments in (
-        ("prune", base, fine, fine / "model.safetensors", "-p", 0.9),
-        ("prune", base, fine, base / "config.json", "-p", 0.9),
-        ("apply", base, tmp_path / "d", base, "--overwrite"),
-        ("apply", base, inside / "d", inside, "--overwrite"),
-        ("apply", base, tmp_path / "d", tmp_path, "--overwrite"),
-    ):
-        assert "writing this would replace" in darex(*arguments, code=1).stderr
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_only_model_directories_are_replaced(tmp_path, pair):
-    base, fine = pair
-    prune(base, fine, tmp_path / "d")
-    (tmp_path / "home/letters").mkdir(parents=True)
-    (tmp_path / "home/config.json").write_text("{}")
-    (tmp_path / "home/letters/thesis").write_text("x")
-    assert "is a directory" in darex("prune", base, fine, tmp_path / "home", "-p", 0.9, code=1).stderr
-    for out in (tmp_path / "home", tmp_path / "home/letters", tmp_path / "home/letters/thesis"):
-        error = darex("apply", base, tmp_path / "d", out, "--overwrite", code=1).stderr
-        assert "is not a model directory and is not replaced" in error
-    assert (tmp_path / "home/letters/thesis").read_text() == "x"
-
-
 def test_parameters_that_do_not_pair(tmp_path):
     x = np.ones(6, np.float32)
     write(tmp_path / "base", {"a": x, "b": x.astype(np.int64), "c": x})
@@ -404,34 +195,6 @@ def test_empty_and_single_numbers(tmp_path):
     restored = read_all(tmp_path / "out")
     assert {name: x.shape for name, x in restored.items()} == {name: x.shape for name, x in fine.items()}
     assert all((x == 1).all() for x in restored.values())
-
-
-def test_links_and_deltas_beside_a_model(tmp_path, pair):
-    """In the hub's cache a model's files are links: the link is an input too, a delta beside it is not."""
-    base, fine = pair
-    blob = tmp_path / "blob"
-    (fine / "model.safetensors").rename(blob)
-    (fine / "model.safetensors").symlink_to(blob)
-    refused_ = darex("prune", base, fine, fine / "model.safetensors", "-p", 0.9, code=1).stderr
-    assert "writing this would replace" in refused_ and (fine / "model.safetensors").is_symlink()
-    for _ in range(2):
-        darex("prune", base, fine, fine / "delta.safetensors", "-p", 0.9)
-
-
-def test_a_base_in_one_file_is_restored_as_a_directory(tmp_path, pair):
-    base, fine = pair
-    darex("prune", base / "model.safetensors", fine, tmp_path / "d", "-p", 0.9)
-    darex("apply", base / "model.safetensors", tmp_path / "d", tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").is_file() and read_all(tmp_path / "out").keys()
-
-
-def test_overflow_is_refused(tmp_path):
-    write(tmp_path / "base", {"bert.w": np.ones(2000, np.float16)})
-    write(tmp_path / "fine", {"bert.w": np.full(2000, 900, np.float16)})
-    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.99)
-    error = darex("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out", code=1).stderr
-    assert "'bert.w' overflows float16 when its delta is divided by q = 0.01" in error
-    assert not (tmp_path / "out").exists()
 
 
 def test_params_round_trip(tmp_path):
@@ -499,15 +262,6 @@ def test_load_delta_of_a_checkpoint_pair(tmp_path, pair):
     assert "bert.pooler.dense.weight" in flatten_names(dx.load_delta(tmp_path / "d"))
 
 
-FILES = {"config.json": '{"model_type": "bert", "layer_norm_eps": 1e-12}', "vocab.txt": "[UNK]\na\n"}
-
-
-def with_files(path, files=FILES):
-    for name, text in files.items():
-        (path / name).write_text(text)
-    return path
-
-
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -545,49 +299,6 @@ def test_files_of_the_delta_may_change_in_the_base(tmp_path, pair):
     assert darex("apply", base, tmp_path / "d", tmp_path / "out").stderr == ""
     assert (tmp_path / "out/config.json").read_bytes() == (fine / "config.json").read_bytes()
     assert (tmp_path / "out/vocab.txt").read_text() == FILES["vocab.txt"]
-
-
-@pytest.mark.parametrize(("of_base", "of_fine"), [(BF16, np.float32), (np.float32, BF16), (BF16, np.float16)])
-@pytest.mark.parametrize("written", [None, "float32", "bfloat16"])
-def test_a_model_is_restored_in_the_fine_tunes_dtype(tmp_path, of_base, of_fine, written):
-    """The config.json of both models has the base's dtype, so it does not help."""
-    base, fine = encoder(0, of_base), encoder(1, of_fine, step=1e-4)
-    config = {"torch_dtype": np.dtype(of_base).name, "num_labels": 2}
-    write(tmp_path / "base", base, config)
-    write(tmp_path / "fine", fine, config)
-    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.5)
-    command = ("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
-    darex(*command, *(["--dtype", written] if written else []))
-    dtype = np.dtype(of_fine if written is None else written)
-    restored = read_all(tmp_path / "out")
-    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d:
-        in_memory = dict(restored_params(b, d, written))
-        mask = {
-            n: survivor_indices(numpy_leaf_key(d.recipe.key, name_words(n)), base[n].size, d.threshold())
-            for n in d.recipe.parameters
-        }
-    assert {n: x.tobytes() for n, x in restored.items()} == {n: x.tobytes() for n, x in in_memory.items()}
-    for name, kept in mask.items():
-        start = base[name].astype(np.float32).reshape(-1)
-        delta = (fine[name].astype(np.float32).reshape(-1) - start).astype(of_fine).astype(np.float32)[kept]
-        start[kept] += np.where(delta == 0, 0, delta * (np.float32(1) / np.float32(0.5)))
-        assert restored[name].dtype == dtype
-        assert restored[name].tobytes() == start.astype(dtype).tobytes()
-    assert restored["classifier.weight"].dtype == dtype
-    assert restored["bert.embeddings.position_ids"].dtype == np.int64
-    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype.name
-
-
-def test_a_dtype_that_overflows_is_refused(tmp_path):
-    write(tmp_path / "base", {"bert.w": np.array([1e20, 1, 2], BF16)})
-    write(tmp_path / "fine", {"bert.w": np.array([1e20, 1, 3], BF16)})
-    prune(tmp_path / "base", tmp_path / "fine", tmp_path / "d", 0.0)
-    command = ("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
-    assert "'bert.w' overflows float16" in darex(*command, "--dtype", "float16", code=1).stderr
-    darex(*command)
-    refused_ = pytest.raises(DarexError, match="dtype must be floating, got int32")
-    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d, refused_:
-        apply_artifact(b, d, tmp_path / "other", dtype=np.int32)
 
 
 def test_probable_mistakes_give_warnings(tmp_path, pair):
@@ -645,56 +356,6 @@ def test_unknown_names_of_q_are_refused(tmp_path, pair):
     prune(*pair, tmp_path / "d", q=q)
     with pytest.raises(DarexError, match=r"q has 'bert\.pooler', which is not a parameter"):
         prune(*pair, tmp_path / "d", q=q | {"bert.pooler": 0.5})
-
-
-def test_ordered_results_are_buffered_to_a_limit():
-    """The generators do not run far ahead of the consumer, however long they are."""
-    lock, made, taken, too_far = threading.Lock(), 0, 0, threading.Event()
-    bound = stream.WAITING + 4 * (os.cpu_count() or 1)
-
-    def make(item):
-        nonlocal made
-        for i in range(5000):
-            with lock:
-                made += 1
-                if made - taken > bound:
-                    too_far.set()
-            yield item, i
-
-    with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        closing(stream.in_order(pool, make, range(3))) as all_,
-    ):
-        for item, results in all_:
-            for i, result in enumerate(results):
-                assert result == (item, i)
-                if taken == 0:
-                    assert not too_far.wait(0.2)
-                with lock:
-                    taken += 1
-            assert i == 4999
-    assert taken == made == 15000 and not too_far.is_set()
-
-
-def test_a_failure_stops_all_generators():
-    begun = []
-
-    def make(item):
-        begun.append(item)
-        yield item
-        if item == 1:
-            raise OSError("the disk")
-        yield from range(10_000)
-
-    with (
-        pytest.raises(OSError, match="the disk"),
-        ThreadPoolExecutor(2) as pool,
-        closing(stream.in_order(pool, make, range(100))) as results,
-    ):
-        for _, parts in results:
-            for _ in parts:
-                pass
-    assert len(begun) < 20
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5])

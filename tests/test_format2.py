@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import zstandard
-from test_artifact import darex, encoder, read_all, write
 
 import darex_jax as dx
 from darex_jax.core.errors import DarexError
@@ -26,6 +25,7 @@ from darex_jax.methods.table import METHODS
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.runs.prune import prune_by
+from tests.pairs import darex, encoder, read_all, write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EVIDENCE = Evidence(
@@ -34,12 +34,6 @@ EVIDENCE = Evidence(
     curvature={"bert.pooler.dense.weight": 0.5},
     train=lambda parts, bits: {name: rounded(each, bits) for name, each in parts.items()},
 )
-
-
-@pytest.fixture
-def pair(tmp_path):
-    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
-    return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
 
 
 def prune(base, fine, out, method, drop_rate=0.75, file_bytes=None, **options):

@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_artifact import darex, encoder, prune, read_all, with_files, write
 
 import darex_jax as dx
 from darex_jax.cli import main
@@ -20,15 +19,10 @@ from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import restored_params
 from darex_jax.files.safetensors import MAX_NAME, FileError, SafetensorsFile, as_bytes, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
+from tests.pairs import darex, encoder, prune, read_all, with_files, write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bias"
-
-
-@pytest.fixture
-def pair(tmp_path):
-    base = write(tmp_path / "base", encoder(0, prefix="", head=False))
-    return base, write(tmp_path / "fine", encoder(1), {"num_labels": 2})
 
 
 def header_of(data):
