@@ -101,12 +101,14 @@ def delta(tmp_path_factory):
     return path
 
 
-def called(tmp_path, endpoint, *arguments, **env):
+def called(tmp_path, endpoint, *arguments, waits=True, **env):
+    """Args: waits: False retries at once, where the hub's client would wait for seconds."""
     settings = {
         "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "good", "HF_HOME": str(tmp_path / "home"),
         "NO_PROXY": "*", "no_proxy": "*", "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "darex_jax", *map(str, arguments)]
+    program = "import time, darex_jax.__main__ as darex; time.sleep = lambda seconds: None; darex.main()"
+    command = [sys.executable, *(("-m", "darex_jax") if waits else ("-c", program)), *map(str, arguments)]
     environment = {k: v for k, v in (os.environ | settings | env).items() if v}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -156,7 +158,7 @@ def test_errors_of_the_hub_are_explained(tmp_path, hub, delta):
 
 
 def test_a_missing_network_is_explained(tmp_path, delta):
-    run = called(tmp_path, "http://127.0.0.1:9", "pull", REPO, tmp_path / "out")
+    run = called(tmp_path, "http://127.0.0.1:9", "pull", REPO, tmp_path / "out", waits=False)
     assert run.returncode == 1 and "no connection to the hub" in run.stderr, run.stderr
 
 
