@@ -18,6 +18,7 @@ Array = Any  # a NumPy or a JAX array
 BITS = (8, 4, 2, 1)
 Per = Literal["matrix", "row", "column"] | int
 Shape = tuple[int, ...]
+PADDED, GROUPS = 1 << 12, 1 << 6  # the least numbers, and groups of them, that are fitted
 FITS = 8  # alternating least-squares iterations of integers and scales
 
 
@@ -153,13 +154,17 @@ def quantise(
         group = xp.broadcast_to(xp.asarray(rows if per == "row" else columns, np.int32), x.shape)
         groups = (shape or x.shape)[0 if per == "row" else 1]
     # Padded to powers of two, with a separate group, so that few programs are compiled.
-    more = (1 << max(0, x.size - 1).bit_length()) - x.size
+    more = _padded(x.size, PADDED) - x.size
     filled = xp.pad(x.astype(np.float32).reshape(-1), (0, more))
     of = xp.pad(group.reshape(-1), (0, more), constant_values=groups)
-    integers, scales = _fit(filled, of, 1 << groups.bit_length(), bits, least)
+    integers, scales = _fit(filled, of, _padded(groups + 1, GROUPS), bits, least)
     if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
     return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
+
+
+def _padded(size: int, least: int) -> int:
+    return max(least, 1 << max(0, size - 1).bit_length())
 
 
 @partial(jax.jit, static_argnums=(2, 3))
