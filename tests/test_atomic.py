@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import darex_jax as dx
-from darex_jax.cli import main, show, signals
+from darex_jax.cli import show, signals
 from darex_jax.core.errors import DarexError
 from darex_jax.files import atomic
 from darex_jax.files.atomic import atomic_directory, atomic_file, only_one, write_whole
@@ -33,16 +32,11 @@ from darex_jax.files.safetensors import FileError, write_tensors
 from darex_jax.files.stream import in_order, run_all
 from darex_jax.tasks.batching import load_tokenizer
 from darex_jax.tasks.parquet import find_parquet
+from tests.pairs import darex
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def darex(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 # Names and locks.
