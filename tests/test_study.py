@@ -396,7 +396,8 @@ def test_scattered_values_train_as_a_dense_delta_at_their_places():
 def test_tables_figures_and_the_page(studies, place, tmp_path):
     plan = read_plan(studies, "tiny", "small")
     rows = run_study(plan, place)
-    (table,) = tables(plan, rows)
+    table, seconds = tables(plan, [{**row, "seconds": 2.0 + i} for i, row in enumerate(rows)])
+    assert seconds.title == "Seconds" and seconds.rows == [["DARE", "4", "3"], ["SVD", "6", "5"]]
     assert table.columns == ["", "0.5", "0.9"] and [row[0] for row in table.rows] == ["DARE", "SVD"]
     assert "±" in table.rows[0][1] and "±" not in table.rows[1][1] and "16 examples" in table.note
     (figure,) = figures(plan, rows)

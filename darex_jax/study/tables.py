@@ -39,7 +39,7 @@ def shares(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[str, floa
 
 
 def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
-    """What a study shows in tables: a first one over all fine-tunes, then one a training and optimizer."""
+    """What a study shows in tables: over all fine-tunes, each training and optimizer, and the seconds."""
     if plan.measure in ("delta", "lora"):
         return _statistics(plan, rows)
     if plan.measure == "merging":
@@ -50,7 +50,7 @@ def tables(plan: Plan, rows: Sequence[Row]) -> list[Table]:
         found.append(_kept(plan, rows))
     for (training, optimizer), own in models.items():
         found.append(_of_model(plan, training, optimizer, own))
-    return found
+    return found + _seconds(plan, rows)
 
 
 def figures(plan: Plan, rows: Sequence[Row]) -> list[Figure]:
@@ -162,6 +162,27 @@ def _of_model(plan: Plan, training: str, optimizer: str, rows: Sequence[Row]) ->
         note += " of them where fewer; of a single one, over masks."
     title = f"{training}, {optimizer}"
     return Table(title, ["", *(column_name(at) for at in columns)], body, note, frozenset(best))
+
+
+def _seconds(plan: Plan, rows: Sequence[Row]) -> list[Table]:
+    """What a row of each way took."""
+    columns = [at for at in plan.at if any(row["at"] == at for row in rows)]
+    taken: dict[tuple[str, float | None], list[float]] = {}
+    for row in rows:
+        if row.get("seconds") and "mean" in row:
+            taken.setdefault((row["way"], row["at"]), []).append(row["seconds"])
+    ways = [way for way in plan.ways if any(own == way for own, _ in taken)]
+    if not ways:
+        return []
+    body = [
+        [way, *(f"{np.median(own):,.0f}" if (own := taken.get((way, at))) else "" for at in columns)]
+        for way in ways
+    ]
+    note = (
+        "To prune, restore and evaluate, for all masks, with compilation: medians over fine-tunes, on the "
+        "machine of each and beside what else ran on it."
+    )
+    return [Table("Seconds", ["", *(column_name(at) for at in columns)], body, note)]
 
 
 def _about(heads: Sequence[Row]) -> str:
