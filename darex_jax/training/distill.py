@@ -115,7 +115,7 @@ def distill(
         raise DarexError("distillation needs parts with float values; pass `bits` to quantise the result.")
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise DarexError("distillation does not support multi-label classification.")
-    release_programs()  # of earlier trainings: parts of other shapes share none
+    release_programs()  # of earlier trainings, whose parts had other shapes
     pair = _Pair(model, fine, start)
     seen = [(batch, jax.device_get(_reference(model, fine, batch))) for batch in held_out]
     multiples = MULTIPLES if any(p.kind == "sparse" for s in placed.values() for p in s.parts) else (1.0,)
