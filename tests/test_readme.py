@@ -290,8 +290,9 @@ def test_the_figures_of_the_readme_are_those_of_the_table():
     for column, task in enumerate(("sst2", "mrpc", "stsb"), 1):
         cells = {}
         for rows in of_study:
-            own = [r for r in rows if r["fine_tune"].startswith(f"{task}/adamw/") and r["at"] in (None, 0.005)]
-            for way in {r["way"] for r in own}:
-                cells[way] = cell_text([r for r in own if r["way"] == way]).partition(" (")[0]
+            own = [row for row in rows if row["fine_tune"].startswith(f"{task}/adamw/")]
+            for way in {row["way"] for row in own}:
+                measured = [row for row in own if row["way"] == way and row["at"] in (None, 0.005)]
+                cells[way] = cell_text(measured).partition(" (")[0]
         for row in shown:
             assert row[column] == cells[row[0]], (task, row[0])
