@@ -11,17 +11,12 @@ with Adam, eagerly, and evaluates nothing: a weight is the base's plus the produ
 (`torch.func.functional_call`). Rounds alternate; medians with the fastest and the slowest.
 """
 
-import argparse
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -29,27 +24,17 @@ import jax
 import numpy as np
 import torch
 import transformers
+from timing import begun, options_of, report, spread, timed
 
 import darex_jax as dx
 from darex_jax.core.tree import flatten_names
 from darex_jax.methods.evidence import Evidence
-from darex_jax.runs.demo import demo_weights
 from darex_jax.runs.evidence import gather
 from darex_jax.tasks.source import Source
 from darex_jax.training.distill import distill
 
 AT = 0.005  # bytes per parameter
 STEPS, ROUNDS = 48, 3
-
-
-def timed(function, *args):
-    begun = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - begun, result
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
 
 
 def command(base: Path, fine: Path, source: Source) -> dict:
@@ -152,29 +137,15 @@ class Plain:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fine", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=None)
-    parser.add_argument("--task", default="opinions")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
-    transformers.utils.logging.disable_progress_bar()
-    base = options.base or demo_weights()
+    options = begun(options_of(__doc__))
     source = Source(task=options.task, data_dir=options.data_dir, limit=10_000)
     results = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in ("jax", "torch", "transformers", "numpy")},
         "task": options.task,
         "bytes_per_parameter": AT,
-        "command": command(base, options.fine, source),
-        "steps": steps(base, options.fine, source),
+        "command": command(options.base, options.fine, source),
+        "steps": steps(options.base, options.fine, source),
     }
-    text = json.dumps(results, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    report(results, options.json)
 
 
 if __name__ == "__main__":

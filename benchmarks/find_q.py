@@ -15,20 +15,15 @@ The solver: q of every row of a layer with random weights. `scan` is the publish
 published rule on these. Medians of rounds, with the fastest and the slowest.
 """
 
-import argparse
-import json
 import math
-import os
-import platform
 import statistics
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
 import transformers
+from timing import begun, options_of, report, spread, timed
 
 from darex_jax.choosing.pair import Pair, load_pair, split_in_scope
 from darex_jax.core.bound import phi
@@ -37,7 +32,6 @@ from darex_jax.core.tree import flatten_names
 from darex_jax.evaluation.objectives import label_objective
 from darex_jax.q.analytic import analytic_q
 from darex_jax.q.per_layer import row_sums
-from darex_jax.runs.demo import demo_weights
 from darex_jax.tasks import load_task
 from darex_jax.tasks.batching import EVALUATION_ROWS, encode, evaluation_batches, load_tokenizer, model_inputs
 
@@ -48,20 +42,10 @@ ROUNDS = 5
 ROWS = 32  # per batch of plain PyTorch
 
 
-def timed(function, *args):
-    begun = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - begun, result
-
-
 def each(function, *args, calls: int = 100):
     """As `timed`, per call of `calls` in a row, for functions that take microseconds."""
     seconds, result = timed(lambda: [function(*args) for _ in range(calls)])
     return seconds / calls, result[-1]
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
 
 
 # The sweep.
@@ -230,27 +214,11 @@ def solver(eta: float = 0.4) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fine", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=None)
-    parser.add_argument("--task", default="opinions")
-    parser.add_argument("--data-dir", type=Path)
+    parser = options_of(__doc__)
     parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
-    transformers.utils.logging.disable_progress_bar()
-    base = options.base or demo_weights()
-    results = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in ("jax", "torch", "transformers", "numpy")},
-        "solver": solver(),
-        "sweep": sweep(base, options.fine, options.task, options.data_dir, options.examples),
-    }  # fmt: skip
-    text = json.dumps(results, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    options = begun(parser)
+    swept = sweep(options.base, options.fine, options.task, options.data_dir, options.examples)
+    report({"solver": solver(), "sweep": swept}, options.json)
 
 
 if __name__ == "__main__":
