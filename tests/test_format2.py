@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import zstandard
@@ -25,9 +24,8 @@ from darex_jax.methods.table import METHODS
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.total import Parts
 from darex_jax.runs.prune import prune_by
-from tests.pairs import darex, encoder, read_all, write
+from tests.pairs import BF16, darex, encoder, read_all, write
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
 EVIDENCE = Evidence(
     input_norms={"bert.pooler.dense.weight": np.linspace(1, 2, 16).astype(np.float32)},
     second_moments={"bert.pooler.dense.weight": np.diag(np.linspace(1, 2, 16))},

@@ -4,7 +4,6 @@ import json
 import os
 
 import blake3
-import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,7 +20,6 @@ from darex_jax.files.safetensors import MAX_NAME, FileError, SafetensorsFile, as
 from darex_jax.tasks.batching import load_tokenizer
 from tests.pairs import darex, encoder, prune, read_all, with_files, write
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
 POOLER, BIAS = "bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.bias"
 
 

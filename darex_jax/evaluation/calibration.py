@@ -64,9 +64,9 @@ def input_statistics(
     }
 
 
-def linear_layers(model: Model, params: Params, batch: Batch) -> list[str]:
-    """The names of the weights of linear layers, in the order in which they run; nothing is computed."""
-    return list(jax.eval_shape(partial(_sums, model, lambda name: False), params, batch))
+def linear_layers(model: Model, params: Params, batch: Batch) -> frozenset[str]:
+    """The names of the weights of linear layers; nothing is computed."""
+    return frozenset(jax.eval_shape(partial(_sums, model, lambda name: False), params, batch))
 
 
 def save_statistics(

@@ -115,6 +115,11 @@ def best_of(values: Mapping[str, Mapping[str, float]]) -> set[str]:
     return {way for way, mean in means.items() if mean >= top - NEAR}
 
 
+def _measured(plan: Plan, rows: Sequence[Row]) -> list[float]:
+    """The columns that have a row."""
+    return [at for at in plan.at if any(row["at"] == at for row in rows)]
+
+
 def column_name(at: float | None) -> str:
     return "" if at is None else f"{at:g}"
 
@@ -140,7 +145,7 @@ def cell_text(rows: Sequence[Row], most: int = 1) -> str:
 
 
 def _of_model(plan: Plan, training: str, optimizer: str, rows: Sequence[Row]) -> Table:
-    columns = [at for at in plan.at if any(row["at"] == at for row in rows)]
+    columns = _measured(plan, rows)
     ways = [way for way in plan.ways if any(row["way"] == way for row in rows)]
     cells = {
         (way, at): [row for row in rows if row["way"] == way and row["at"] == at]
@@ -166,7 +171,7 @@ def _of_model(plan: Plan, training: str, optimizer: str, rows: Sequence[Row]) ->
 
 def _seconds(plan: Plan, rows: Sequence[Row]) -> list[Table]:
     """What a row of each way took."""
-    columns = [at for at in plan.at if any(row["at"] == at for row in rows)]
+    columns = _measured(plan, rows)
     taken: dict[tuple[str, float | None], list[float]] = {}
     for row in rows:
         if row.get("seconds") and "mean" in row:
@@ -201,7 +206,7 @@ def _about(heads: Sequence[Row]) -> str:
 def _kept(plan: Plan, rows: Sequence[Row]) -> Table:
     """The share of the fine-tuned metric that is kept, the mean over the fine-tunes of each optimizer."""
     optimizers = list(dict.fromkeys(split_name(row["fine_tune"])[1] for row in rows))
-    columns = [at for at in plan.at if any(row["at"] == at for row in rows)]
+    columns = _measured(plan, rows)
     body: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for optimizer in optimizers:

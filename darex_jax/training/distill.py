@@ -193,7 +193,7 @@ _applied = jax.jit(apply_delta)
 
 @jax.jit
 def _with_values(start: Params, trained: Trained, fixed: Any) -> Params:
-    return apply_delta(start, _bare(_joined(map(_through, trained), fixed)))
+    return apply_delta(start, _delta(trained, fixed))
 
 
 def _stream(batches: Callable[[int], Iterable[Batch]], first: int, stop: int) -> Iterable[Batch]:
@@ -285,7 +285,7 @@ def _moved(
     """Adam's step of the parts' values, from the gradient by their sums."""
 
     def sums(trained: Trained) -> Flat:
-        return {name: each.to_dense() for name, each in _bare(_joined(map(_through, trained), fixed)).items()}
+        return {name: each.to_dense() for name, each in _delta(trained, fixed).items()}
 
     wide = {name: each.astype(jnp.float32) for name, each in gradient.items()}
     direction, state = _OPTIMIZER.update(jax.vjp(sums, trained)[1](wide)[0], state)
@@ -364,6 +364,11 @@ def _joined(values: Iterable[Values], fixed: Any) -> Delta:
 
 def _is_values(node: Any) -> bool:
     return isinstance(node, Values)
+
+
+def _delta(trained: Trained, fixed: Any) -> Delta:
+    """The delta of a step: with bits, of integers with straight-through gradients."""
+    return _bare(_joined(map(_through, trained), fixed))
 
 
 def _through(values: Values) -> Values:
