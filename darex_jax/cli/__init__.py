@@ -62,7 +62,7 @@ def _one_message(error: Exception) -> str:
 @click.option("--debug", is_flag=True, expose_value=True, help="Show the traceback of an error.")
 @click.version_option(package_name="darex_jax")
 def main(debug: bool) -> None:
-    """Prune the delta of a fine-tuned model: drop 90-99.9 % of it, rescale the rest, keep the accuracy."""
+    """Store a fine-tuned model as its base plus a small, pruned delta."""
 
 
 for command in (

@@ -47,7 +47,7 @@ def experiment(
     table: bool,
     as_json: bool,
 ) -> None:
-    """Run a declared study, row by row; it resumes where it stopped. Without NAME: list the studies.
+    """Run a declared study, row by row. It resumes where it stopped; without NAME the studies are listed.
 
     Rows are JSON lines in FOLDER/results/SCALE/NAME.jsonl; tables and figures are written beside them.
     """

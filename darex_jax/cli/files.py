@@ -155,7 +155,7 @@ def apply(
 @click.argument("delta", type=PATH)
 @JSON
 def inspect(delta: Path, as_json: bool) -> None:
-    """Show the contents of a delta, the sizes of its components, and how it was made."""
+    """Show what is in a delta, how large, and how it was made."""
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.files.contents import contents
 
@@ -244,7 +244,7 @@ def merge_adapter(
     ignore_config_fields: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Merge a LoRA adapter: write BASE with ADAPTER merged to OUT.
+    """Merge a LoRA adapter into BASE, written to OUT.
 
     ADAPTER is a directory that PEFT saved. OUT becomes a complete Hugging Face directory, an ordinary
     fine-tuned model for `darex prune`.

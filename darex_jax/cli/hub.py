@@ -65,7 +65,7 @@ def push(
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @JSON
 def pull(repo: str, out: Path, revision: str | None, overwrite: bool, as_json: bool) -> None:
-    """Download a delta from the Hugging Face hub to the file OUT, and verify it."""
+    """Download a delta from the hub to OUT, and verify it."""
     from darex_jax.files.hub import pull_delta
 
     if out.exists() and not overwrite:

@@ -30,14 +30,16 @@ SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(
                     help="Seed of all randomness, as jax.random.key(SEED).")  # fmt: skip
 RATE = click.option("--drop-rate", "-p", required=True, type=click.FloatRange(0, 1, max_open=True),
                     help="Probability that an entry of the delta is dropped.")  # fmt: skip
-INCLUDE = click.option("--include", multiple=True, metavar="REGEX", help="Prune only what matches.")
+INCLUDE = click.option("--include", multiple=True, metavar="REGEX",
+                       help="Prune what matches, instead of the default scope.")  # fmt: skip
 EXCLUDE = click.option("--exclude", multiple=True, metavar="REGEX", help="Do not prune what matches.")
 TASK = click.option("--task", "task_name", default="opinions", show_default=True,
                     help="opinions (generated), cola, sst2, mrpc or stsb.")  # fmt: skip
 DATA_DIR = click.option("--data-dir", type=HERE, help="Folder of the task's parquet files. Default: the hub.")
 DIFFICULTY = click.option("--difficulty", default=3, show_default=True, type=click.IntRange(1, 10),
                           help="Maximum number of steps of a generated word problem.")  # fmt: skip
-TEXT = click.option("--text", type=PATH, help="A file with one text per line, instead of a task.")
+TEXT = click.option("--text", type=PATH, help="A file with one text per line, instead of a task. "
+                    "With --data: column of the texts.")  # fmt: skip
 DATA = click.option("--data", metavar="FILE|DIR|NAME", help="Your own examples: parquet, CSV, JSON lines or "
                     "Arrow, a folder of them, or a data set of the hub.")  # fmt: skip
 TEXT_COLUMN = click.option("--text", metavar="COLUMN", help="With --data: column of the texts.")

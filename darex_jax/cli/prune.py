@@ -60,8 +60,9 @@ ENOUGH = 256  # minimum number of texts for which best trains
 @click.argument("fine", type=PATH)
 @click.argument("out", type=OUT)
 @click.option("--method", type=click.Choice(["best", *METHODS]),
-              help="Default: dare with a drop rate or --q, else best: distilled with --task or a --text of "
-              f"{ENOUGH} lines, with fewer dare with --q two-point, without texts dare. "
+              help="Default: dare with a drop rate or --q, else best: distilled with "
+              f"{ENOUGH} texts or more (--text, --task or --data), with fewer dare with --q "
+              "two-point, without texts dare. "
               + "; ".join(f"{name}: {method.what}" for name, method in METHODS.items()) + ".")  # fmt: skip
 @click.option("--drop-rate", "-p", type=click.FloatRange(0, 1, max_open=True),
               help="Probability that an entry of the delta is dropped, or the share that is not "
@@ -139,8 +140,9 @@ def prune(
 ) -> None:
     """Prune FINE - BASE and write the delta to OUT.
 
-    BASE and FINE are Hugging Face directories; OUT is one safetensors file, replaced if it exists. Exactly
-    one of --drop-rate, --size, --bytes-per-parameter and --max-loss sets how much is kept.
+    BASE and FINE are Hugging Face directories or orbax checkpoints, local or URLs; OUT is one safetensors
+    file, replaced if it exists. Exactly one of --drop-rate, --size, --bytes-per-parameter and --max-loss sets
+    how much is kept.
     """
     from darex_jax.choosing.choice import Choice
     from darex_jax.core.scope import choose_scope, known_family

@@ -76,7 +76,7 @@ def recommend(
     as_json: bool,
     **own: Any,
 ) -> None:
-    """Measure which method loses least at a file size, and print the command that runs it.
+    """Find the method that loses least at a file size. The command that runs it is printed.
 
     Tries dare, dare with --q two-point, magnitude, wanda, svd, allocated and distilled, if there are texts
     for them: each writes a temporary file of that size; with --text, --task or --data each is measured by its

@@ -69,7 +69,7 @@ def report(
     as_json: bool,
     **own: Any,
 ) -> None:
-    """Make a page of what was found: one HTML file that loads nothing.
+    """Make a page of results: one HTML file that loads nothing.
 
     RESULTS is the folder of a study's results. With --delta and --base the page is on that delta: layer by
     layer what is in it, where its bytes are and, with --task, --data or --text, how the restored model does.

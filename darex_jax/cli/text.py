@@ -163,7 +163,7 @@ def sample(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Have a decoder write texts, for a method that trains on the model's own answers.
+    """Have a decoder write texts, for a method that trains.
 
     The texts continue prompts, in turn, and begin with them. OUT is a file of JSON lines, replaced if it
     exists, for darex prune --data OUT --text text.
