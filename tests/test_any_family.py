@@ -153,3 +153,8 @@ def test_the_scope_found_is_printed_before_the_work(tmp_path):
             np.testing.assert_array_equal(
                 restored.tensors[name].read().view(np.uint8), whole.tensors[name].read().view(np.uint8)
             )
+    darex("apply", base, str(tmp_path / "d"), str(tmp_path / "half"), "--dtype", "bfloat16")
+    with Checkpoint(tmp_path / "half") as half:
+        dtypes = {name: str(tensor.info.dtype) for name, tensor in half.tensors.items()}
+    assert dtypes["model.norm.weight"] == "bfloat16"
+    assert dtypes["model.layers.0.scaled.weight"] == "float8_e4m3fn"  # codes, whose scales are stored beside

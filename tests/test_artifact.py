@@ -321,6 +321,26 @@ def test_probable_mistakes_give_warnings(tmp_path, pair):
         dx.save_delta(out, jax.random.key(0), {"w": jnp.zeros(50)}, 0.5, base={"w": jnp.ones(50)})
 
 
+def test_many_scalars(tmp_path):
+    """The header has room for the shapes of their values, [0] or [1], which are longer than theirs, []."""
+    for seed in (0, 1):
+        scalars = {f"encoder.gate.{i}": np.float32(i + seed) for i in range(80)}
+        write(tmp_path / str(seed), {name: np.asarray(x) for name, x in scalars.items()})
+    prune(tmp_path / "0", tmp_path / "1", tmp_path / "d", 0.0)
+    darex("verify", tmp_path / "d", "--base", tmp_path / "0")
+    darex("apply", tmp_path / "0", tmp_path / "d", tmp_path / "out")
+    assert {name: float(x) for name, x in read_all(tmp_path / "out").items()} == scalars
+
+
+def test_integers_of_the_base_are_not_changed(tmp_path):
+    base = {"w": jnp.ones(9), "ids": jnp.arange(9)}
+    delta = dx.compute_delta({"w": jnp.full(9, 2.0), "ids": jnp.arange(9)}, base)
+    dx.save_delta(tmp_path / "d", jax.random.key(0), delta, 0.0, {"w": 1.0, "ids": 1.0}, base=base)
+    assert list(dx.load_delta(tmp_path / "d")) == ["w"]
+    with pytest.raises(DarexError, match="'ids' of the base holds int32, which a delta does not change"):
+        dx.save_delta(tmp_path / "d", jax.random.key(0), {"ids": jnp.ones(9)}, 0.0, base=base)
+
+
 def test_save_delta_counts_and_refuses_like_prune(tmp_path):
     base = {"a": jnp.ones(40), "b": [jnp.ones((5, 8)), jnp.zeros(3)]}
     delta = {"a": jnp.ones(40).at[3].set(jnp.nan).at[4].set(-jnp.inf), "b": [jnp.ones((5, 8)), jnp.ones(3)]}

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 import darex_jax as dx
 from darex_jax.core.tree import flatten_names
+from tests.pairs import write
 from tests.test_bank import METHODS, darex, encoders, pruned  # noqa: F401  # a fixture
 from tests.test_readme import programs
 
@@ -118,6 +119,20 @@ def test_a_rank_brings_others_to_low_rank(tmp_path, encoders):  # noqa: F811
     assert "matrices are not low-rank (sign)" in darex(
         "export", files["sign"], tmp_path / "o", "--to", "peft", "--base", base, code=1
     ).output  # fmt: skip
+
+
+def test_a_wide_matrix_takes_the_memory_of_its_columns(tmp_path):
+    """Ten columns of 100,000: a unit matrix has 40 GB. What a configuration states may be anything."""
+    for seed, config in ((0, {}), (1, {"architectures": 5})):
+        wide = np.random.default_rng(seed).normal(size=(2, 100_000)).astype(np.float32)
+        write(tmp_path / str(seed), {"encoder.layer.0.dense.weight": wide}, config)
+    options = ("--method", "structured", "--drop-rate", 0.9999, "--bits", 16)
+    darex("prune", tmp_path / "0", tmp_path / "1", tmp_path / "d", *options)
+    darex("export", tmp_path / "d", tmp_path / "out", "--to", "peft")
+    deltas, _ = exported_deltas(tmp_path / "out")
+    expected = dx.load_delta(tmp_path / "d")["encoder"]["layer"]["0"]["dense"]["weight"]
+    np.testing.assert_allclose(deltas["encoder.layer.0.dense.weight"], expected, rtol=1e-6)
+    assert 0 < np.count_nonzero(expected) < 60
 
 
 def test_missing_arguments_are_explained(tmp_path, encoders, folders):  # noqa: F811

@@ -140,6 +140,20 @@ def verify(path):
         return verify_artifact(d)
 
 
+def test_many_equal_tensors(tmp_path):
+    """Their recipe compresses better than a reader believes; what it claims beyond that is padded."""
+    expert = np.ones((4, 4), np.float32)
+    names = [f"encoder.layer.{i}.expert.{e}.weight" for i in range(8) for e in range(128)]
+    base = write(tmp_path / "base", dict.fromkeys(names, expert))
+    fine = write(tmp_path / "fine", {name: expert + (i == 5) for i, name in enumerate(names)})
+    prune(base, fine, tmp_path / "d", "magnitude")
+    with DeltaFile(tmp_path / "d") as d:
+        text, stored = len(d.recipe.to_json()), d.tensors["recipe"].size
+        assert len(zstandard.ZstdCompressor(level=19).compress(d.recipe.to_json().encode())) < stored
+        assert text / 65 < stored < text / 60
+    darex("verify", tmp_path / "d", "--base", base)
+
+
 def test_wanda_reports_missing_evidence(tmp_path, pair):
     with Checkpoint(pair[0]) as b, Checkpoint(pair[1]) as f, pytest.raises(DarexError, match="input norms"):
         prune_by(Job(b, f, tmp_path / "d", choose_scope("bert")), "wanda", Budget(drop_rate=0.5))

@@ -232,6 +232,14 @@ def test_damage_is_reported_in_one_line(tmp_path):
     next(p for p in (tmp_path / "chunks" / "w").iterdir() if not p.name.startswith(".")).unlink()
     with pytest.raises(FileError, match=r"'w' cannot be read"):  # missing data must not be read as zeros
         dx.load_params(tmp_path / "chunks")
+    forged = next((tmp_path / "chunks").rglob(".zarray"))
+    layout = json.loads(forged.read_text())
+    for shape, chunks in (([10**11, 8], [10**11, 8]), ([64, 64], [10**11, 64])):  # a tensorstore that cannot
+        forged.write_text(
+            json.dumps(layout | {"shape": shape, "chunks": chunks})
+        )  # allocate ends the process
+        with pytest.raises(FileError, match=r"'w' claims .* bytes, its files have"):
+            dx.load_params(tmp_path / "chunks")
     save(tmp_path / "outside", {"a": np.ones(3)})
     metadata = tmp_path / "outside" / "_METADATA"
     metadata.write_text(metadata.read_text().replace('"key": "a"', '"key": "../c/layers.0.kernel"'))

@@ -4,7 +4,7 @@ import json
 import os
 
 from darex_jax.files.checkpoint import INDEX
-from tests.pairs import darex, encoder, prune, read_all
+from tests.pairs import darex, encoder, prune, read_all, write
 
 
 def test_one_shard_keeps_its_index(tmp_path, pair):
@@ -36,6 +36,7 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path, pair, monkeypatch):
 def test_inputs_are_never_replaced(tmp_path, pair):
     base, fine = pair
     prune(base, fine, tmp_path / "d")
+    sharded = write(tmp_path / "sharded", encoder(0, prefix="", head=False), shards=2)
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "d").write_bytes((tmp_path / "d").read_bytes())
@@ -43,6 +44,8 @@ def test_inputs_are_never_replaced(tmp_path, pair):
     for arguments in (
         ("prune", base, fine, fine / "model.safetensors", "-p", 0.9),
         ("prune", base, fine, base / "config.json", "-p", 0.9),
+        ("prune", sharded, fine, sharded / "model.safetensors", "-p", 0.9),
+        ("prune", sharded, fine, sharded / "vocab.txt", "-p", 0.9),
         ("apply", base, tmp_path / "d", base, "--overwrite"),
         ("apply", base, inside / "d", inside, "--overwrite"),
         ("apply", base, tmp_path / "d", tmp_path, "--overwrite"),

@@ -24,6 +24,7 @@ from darex_jax.methods.table import METHODS
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.dense import Dense
 from darex_jax.parts.low_rank import LowRank
+from darex_jax.parts.mixed import stack_parts
 from darex_jax.parts.random import Random
 from darex_jax.parts.rounding import rounded
 from darex_jax.parts.sign import Sign, pack_signs
@@ -109,16 +110,30 @@ def test_a_rank_of_zero_stores_nothing_and_takes_nothing():
     np.testing.assert_array_equal(numbers, np.zeros(7, np.float32))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32, np.int64])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_a_sparse_product_by_entries_and_by_blocks(rows):
-    """23 rows are not a multiple of the blocks; 1 input is few for 200 values of 851, 40 are many."""
+def test_a_sparse_product_by_entries_and_by_blocks(rows, dtype):
+    """23 rows are not a multiple of the blocks; 1 input is few for 200 values of 851, 40 are many. Positions
+    of 8 bits do not hold every edge of the matrix."""
     rng = np.random.default_rng(0)
-    places = np.sort(rng.choice(23 * 37, 200, replace=False)).astype(np.uint32)
-    part = Sparse(Values(rng.normal(size=200).astype(np.float32)), places, Q, (23, 37))
+    places = np.sort(rng.choice(min(23 * 37, np.iinfo(dtype).max + 1), 200, replace=False)).astype(dtype)
+    numbers, dense = rng.normal(size=200).astype(np.float32), np.zeros(23 * 37, np.float32)
+    part, dense[places] = Sparse(Values(numbers), places, Q, (23, 37)), numbers * (1 / Q)
     assert (rows * 200 > 23 * 37 / 2) == (rows == 40)
     x = rng.normal(size=(rows, 37)).astype(np.float32)
-    expected = x @ np.asarray(part.to_dense()).T
-    np.testing.assert_allclose(part.matmul(jnp.asarray(x)), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(part.to_dense(), dense.reshape(23, 37), rtol=1e-6)
+    np.testing.assert_allclose(part.matmul(jnp.asarray(x)), x @ dense.reshape(23, 37).T, rtol=2e-5, atol=2e-5)
+    stack = stack_parts([Parts((part,), (23, 37))])
+    np.testing.assert_allclose(stack.delta(jnp.int32(0)), dense.reshape(23, 37), rtol=1e-6)
+
+
+def test_positions_that_32_bits_do_not_hold_are_not_cut():
+    part = Sparse(Values(np.ones(1, np.float32)), np.array([2**32 + 7], np.uint64), Q, (2**17, 2**16))
+    for read in (part.to_dense, lambda: part.matmul(jnp.ones((1, 2**16)))):
+        with pytest.raises(DarexError, match="set jax_enable_x64"):
+            read()
+    found = [index + number * 2**30 for number, (index, _) in enumerate(part.chunks(2**30))]
+    assert np.concatenate(found).tolist() == [2**32 + 7]
 
 
 @pytest.mark.parametrize("kind", list(PARTS))

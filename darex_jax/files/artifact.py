@@ -40,6 +40,7 @@ from darex_jax.files.recipe import (
 from darex_jax.files.safetensors import (
     CHUNK,
     DTYPES,
+    MAX_HEADER,
     SafetensorsFile,
     as_bytes,
     element_count,
@@ -111,7 +112,7 @@ class DeltaFile(SafetensorsFile):
         if info is None or info.dtype != np.uint8:
             raise FileError(f"{self.path}: damaged metadata (the recipe is missing).")
         try:
-            return decompress(self.read(RECIPE).tobytes()).decode()
+            return decompress(self.read(RECIPE).tobytes(), MAX_HEADER).decode()
         except (FileError, UnicodeDecodeError) as error:
             raise FileError(f"{self.path}: damaged metadata (it cannot be decompressed).") from error
 
@@ -322,10 +323,11 @@ class DeltaFile(SafetensorsFile):
         """Of all pruned parameters, as the recipe claims."""
         return sum(element_count(tuple(entry["shape"])) for entry in self.recipe.parameters.values())
 
-    def check_entries(self, max_entries: int | None, default: int) -> None:
+    def check_entries(self, max_entries: int | None, default: int, remedy: str | None = None) -> None:
         """Limits the claimed entries before work on all of them, when no base confirms the shapes.
 
         Args: max_entries: the limit; None is `default`, or less in proportion to the file's size.
+          remedy: what an error says to do instead of raising that limit.
         Raises: FileError if the recipe claims more.
         """
         claimed = self.entries
@@ -334,7 +336,8 @@ class DeltaFile(SafetensorsFile):
         if claimed > most:
             raise FileError(
                 f"{self.path}: claims {claimed:,} entries in a file of {size:,} bytes; without the base "
-                f"at most {most:,} are accepted. max_entries={claimed} (--max-entries) allows them."
+                f"at most {most:,} are accepted. "
+                f"{remedy or f'max_entries={claimed} (--max-entries) allows them'}."
             )
 
     def threshold(self) -> int:

@@ -20,6 +20,7 @@ ZSTD_LEVEL = 19
 MOST = 64  # largest compression ratio, so that a reader's memory stays in proportion to the file
 SAMPLE = 1 << 16  # bytes that are test-compressed
 FREE = 1 << 12  # bytes that any stream may decode to, whatever its size
+SKIPPABLE = 0x184D2A50.to_bytes(4, "little")  # zstandard's mark of a frame that decoders pass over
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -48,19 +49,23 @@ def coder_versions() -> dict[str, str]:
 
 
 def compress(data: bytes) -> bytes:
-    """One zstandard frame."""
+    """One zstandard frame; where a reader would refuse its ratio, a skippable frame of zeros behind it."""
     import zstandard  # imported here and below: format 1 needs no coder
 
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
+    frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
+    if _bounded(len(data), len(frame)):
+        return frame
+    missing = max(0, -(-(len(data) - FREE) // MOST) - len(frame) - 8)
+    return frame + SKIPPABLE + missing.to_bytes(4, "little") + bytes(missing)
 
 
-def decompress(data: bytes) -> bytes:
-    """The inverse of `compress`. Raises: FileError for an invalid frame, or too long a one."""
+def decompress(data: bytes, most: int | None = None) -> bytes:
+    """The inverse of `compress`. Raises: FileError for an invalid frame, or one longer than `most`."""
     import zstandard
 
     try:
         size = zstandard.get_frame_parameters(data).content_size
-        if not _bounded(size, len(data)):
+        if not _bounded(size, len(data)) or (most is not None and size > most):
             raise FileError(f"a frame of {len(data)} bytes claims to hold {size}")
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:

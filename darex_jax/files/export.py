@@ -11,7 +11,7 @@ from darex_jax.core.lora import LoraConfig
 from darex_jax.core.scope import HEAD
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.adapter import save_adapter
-from darex_jax.files.artifact import DeltaFile
+from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
 from darex_jax.files.card import hub_name, model_card
 from darex_jax.files.checkpoint import Checkpoint
 from darex_jax.files.contents import contents
@@ -70,7 +70,8 @@ def export_adapter(
         raise DarexError(f"rank must be at least 1, got {rank}.")
     shapes = {name: entry["shape"] for name, entry in delta.recipe.parameters.items()}
     config = delta.config() or (base.config if base is not None else {})
-    architecture = next(iter(config.get("architectures") or [""]))
+    stated = config.get("architectures")
+    architecture = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
     matrices = [
         name
         for name, shape in shapes.items()
@@ -89,6 +90,8 @@ def export_adapter(
             f"{delta.path}: has {vectors[0]} and {len(vectors) - 1} more norms and biases, for which an "
             "adapter stores base plus delta: pass the base (--base BASE)."
         )
+    if base is None:
+        delta.check_entries(None, MOST_VERIFIED_ENTRIES, "pass the base (--base BASE)")
     other = [name for name in matrices if not _is_thin(delta.parts(name))]
     if other and rank is None:
         raise DarexError(_not_low_rank(delta, other, matrices))
@@ -158,7 +161,7 @@ def _factors(
                 rights.append(np.asarray(b))
             elif isinstance(part, Columns):
                 lefts.append(np.asarray(part.numbers()))
-                rights.append(np.eye(width, dtype=np.float32)[np.asarray(part.columns)])
+                rights.append((np.asarray(part.columns)[:, None] == np.arange(width)).astype(np.float32))
         a, b = np.concatenate(lefts, axis=1), np.concatenate(rights)
         if rank is None or a.shape[1] <= rank:
             return (a, b), float(np.sum((a.T @ a) * (b @ b.T), dtype=np.float64)), 0.0

@@ -30,6 +30,9 @@ METADATA = "_METADATA"
 ITEMS = ("default", "state", "params", "item", "model")  # possible item names in a step's folder
 CACHE = 128 << 20  # bytes of cached decoded chunks, so that no chunk is decoded twice
 PARAMS = "params"  # default branch of a train state
+# Largest ratio of an array to the checkpoint's files, and bytes that any may have: tensorstore allocates what
+# it claims, and ends the process where it cannot.
+MOST, FREE = 1 << 10, 1 << 26
 
 
 def find_orbax(path: Path) -> Path | None:
@@ -96,6 +99,11 @@ class OrbaxFile(TensorFile):
                 raise FileError(f"{path}: '{name}' has the unsupported dtype {dtype}.")
             self.tensors[name] = TensorInfo(dtype, tuple(found_array.shape), len(self._arrays))
             self._arrays.append(found_array)
+        size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+        for (name, info), array in zip(self.tensors.items(), self._arrays, strict=True):
+            chunk = element_count(tuple(array.chunk_layout.read_chunk.shape or ())) * info.dtype.itemsize
+            if (claimed := max(chunk, info.nbytes)) > FREE + MOST * size:
+                raise FileError(f"{path}: '{name}' claims {claimed:,} bytes, its files have {size:,} in all.")
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
         """As `SafetensorsFile.chunks`, whatever is stored; reads the rows of one stored chunk at a time, so

@@ -39,6 +39,7 @@ from darex_jax.files.recipe import (
 )
 from darex_jax.files.safetensors import (
     DTYPE_NAMES,
+    MAX_HEADER,
     as_bytes,
     element_count,
     encode_header,
@@ -281,7 +282,7 @@ def _write(
 
     # The number of stored values is known only at the end; this is the longest possible header.
     longest = {
-        f"{kind}/{name}": (fine.tensors[name].info.dtype, fine.tensors[name].info.shape)
+        f"{kind}/{name}": (fine.tensors[name].info.dtype, fine.tensors[name].info.shape or (1,))
         for kind, name in work
         if kind != PARTS
     }
@@ -357,11 +358,20 @@ def _write(
         written.data_blake3 = data_digest.hexdigest()
         final = recipe()
         if final.format == 2:
-            data = compress(final.to_json().encode())
+            data = compress(_checked(final.to_json().encode()))
             written.tensors[RECIPE] = (np.dtype(np.uint8), (len(data),))
             position = write_at(file, data, position)
         write_at(file, encode_header(written.tensors, final.to_metadata(), header_bytes), 0)
     return final, written, position
+
+
+def _checked(recipe: bytes) -> bytes:
+    """Raises: FileError for a recipe longer than readers take."""
+    if len(recipe) > MAX_HEADER:
+        raise FileError(
+            f"the models have too many tensors for one artifact: a recipe of {len(recipe):,} bytes."
+        )
+    return recipe
 
 
 class _Pair:

@@ -156,7 +156,8 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
     requested = floating_dtype(dtype)
 
     def choose(stored: np.dtype) -> np.dtype:
-        return requested if requested is not None and stored.kind in "fV" else stored
+        floating = stored.kind in "fV" and stored.itemsize > 1  # float8 means nothing without its scales
+        return requested if requested is not None and floating else stored
 
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
@@ -197,8 +198,9 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 def floating_dtype(dtype: Any) -> np.dtype | None:
     """The requested dtype, or None. Raises: ValueError if parameters cannot be stored in it."""
     requested = None if dtype is None else np.dtype(dtype)
-    if requested is not None and (requested not in DTYPE_NAMES or requested.kind not in "fV"):
-        raise DarexError(f"dtype must be floating, got {requested}.")
+    known = requested in DTYPE_NAMES and requested.kind in "fV" and requested.itemsize > 1
+    if requested is not None and not known:
+        raise DarexError(f"dtype must be floating, of 16 bits or more, got {requested}.")
     return requested
 
 

@@ -227,7 +227,7 @@ def encode_header(
     """The header of a file with these tensors in this order.
 
     Args: length: pad to this many bytes in all.
-    Raises: ValueError for a tensor with the format's reserved name.
+    Raises: ValueError for a tensor with the format's reserved name; RuntimeError if `length` is too short.
     """
     if "__metadata__" in tensors:
         raise DarexError("'__metadata__' is a reserved name in safetensors files; rename the tensor.")
@@ -243,6 +243,8 @@ def encode_header(
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     padded = max(length - 8, -(-len(text) // 8) * 8)
+    if 0 < length < 8 + padded:
+        raise RuntimeError(f"a header of {8 + padded} bytes has {length} reserved for it")
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 

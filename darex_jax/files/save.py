@@ -32,7 +32,8 @@ def save_delta(
       delta: tree of floating arrays, before pruning; values are stored in its leaves' dtypes.
       drop_rate, q: as in `prune`; q a number, or one per leaf as a tree or a dict by name.
       base: the tree that the delta belongs to, fingerprinted; it has all names of `delta` with the same
-        shapes. The restored parameters have its dtypes, as after `apply_delta`.
+        shapes. The restored parameters have its dtypes, as after `apply_delta`; its integer leaves are not
+        changed, so that their delta is zero.
     Raises: ValueError for arguments out of range, or a delta or a q that does not match.
     """
     import jax
@@ -56,9 +57,15 @@ def save_delta(
             raise DarexError(
                 f"'{name}' of the delta holds {leaf.dtype}: only floating parameters are pruned."
             )
+        if bases[name].dtype.kind not in "fV" and leaf.any():
+            raise DarexError(
+                f"'{name}' of the base holds {bases[name].dtype}, which a delta does not change."
+            )
+    changed = {name: leaf for name, leaf in deltas.items() if bases[name].dtype.kind in "fV"}
     named_q = None if q is None else flatten_names(q)
     by_name = named_q[""] if named_q is not None and list(named_q) == [""] else named_q  # a single number
-    q_by_name = resolve_q(by_name, drop_rate, list(deltas))
+    q_by_name = resolve_q(by_name, drop_rate, list(changed), unused=deltas)
+    deltas = changed
     tensors = {}
     for name in sorted(deltas, key=lambda n: (-deltas[n].dtype.itemsize, n)):
         leaf_key = numpy_leaf_key(tuple(map(int, words)), name_words(name))

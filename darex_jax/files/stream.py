@@ -15,7 +15,8 @@ import numpy as np
 from darex_jax.core.errors import FileError
 from darex_jax.core.tree import working_dtype
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor
+from darex_jax.files.checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, StoredTensor
+from darex_jax.files.orbax import METADATA
 from darex_jax.files.safetensors import SafetensorsFile, as_bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes processed
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 def keep_inputs(
     out: str | os.PathLike[str], *inputs: Checkpoint | DeltaFile | SafetensorsFile | Path
 ) -> None:
-    """Raises: FileError if writing `out` would replace an input, or a file of one."""
+    """Raises: FileError if writing `out` would replace an input or a file of one, or be read in its place."""
     target = Path(out).resolve()
     beside = Path(out).parent.resolve() / Path(out).name  # the link itself is replaced, if `out` is one
     for read in inputs:
@@ -36,7 +37,8 @@ def keep_inputs(
         weights = read.files if isinstance(read, Checkpoint) else ()
         is_input = target == source or target in source.parents
         is_part = beside.parent == source and (beside.suffix != ".safetensors" or beside.name in weights)
-        if is_input or (is_part and beside.exists()):
+        is_read = beside.parent == source and beside.name in (SINGLE, INDEX, METADATA, *COMPANIONS)
+        if is_input or is_read or (is_part and beside.exists()):
             raise FileError(f"{out}: writing this would replace {path}; choose another path.")
 
 

@@ -81,15 +81,19 @@ def ranked(
         numbers = array.astype(working_dtype(array.dtype))
         rows = numbers.reshape(-1, array.shape[-1] if array.ndim > 1 else array.size)
         order = jnp.argsort(jnp.abs(rows), axis=-1, stable=True)
-        ranks = jnp.argsort(order, axis=-1).astype(np.float32)
+        ranks = jnp.argsort(order, axis=-1)
+        # The densities by rank come from the host: XLA may fuse a product and a sum, and so move a threshold.
         step = np.float32(span / max(1, rows.shape[1] - 1))
-        rates = np.float32(drop_rate + span / 2) - ranks * step
+        rates = np.float32(drop_rate + span / 2) - np.arange(rows.shape[1], dtype=np.float32) * step
+        density = np.float32(1) - rates
         with jax.threefry_partitionable(True):
             bits = jax.random.bits(keys[name], array.shape, jnp.uint32).reshape(rows.shape)
-        # Only the upper 24 bits, which float32 represents exactly: the same comparison on every platform.
-        kept = (bits >> 8).astype(np.float32) < (1.0 - rates) * np.float32(2**24)
-        density = (1.0 - rates) if q is None else jnp.asarray(by_name[name], np.float32)
-        scaled = rows * lax.stop_gradient(1.0 / density).astype(rows.dtype)
+        kept = (bits >> 8) < jnp.asarray(np.ceil(density * np.float32(2**24)).astype(np.uint32))[ranks]
+        if q is None:
+            scale = jnp.asarray(np.float32(1) / density)[ranks]
+        else:
+            scale = lax.stop_gradient(1.0 / jnp.asarray(by_name[name], np.float32))
+        scaled = rows * scale.astype(rows.dtype)
         return jnp.where(kept, scaled, 0.0).reshape(array.shape).astype(array.dtype)
 
     return map_named(of, delta)

@@ -127,7 +127,9 @@ def stack_parts(deltas: Sequence[Parts | None]) -> Stack:
         place[list(of)] = np.arange(1, len(of) + 1)
         places.append(place)
         if kind == Sparse.kind:
-            counts = [np.bincount(p.positions // shape[-1]).max(initial=0) for p in of.values()]
+            counts = [
+                np.bincount(p.positions.astype(np.int64) // shape[-1]).max(initial=0) for p in of.values()
+            ]
             longest = max(longest, *map(int, counts))
     return Stack(tuple(parts), tuple(places), shape, rounded_up(longest))
 

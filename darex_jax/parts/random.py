@@ -49,7 +49,7 @@ class Random:
     def _to_dense(self) -> jax.Array:
         leaf_key = jax.random.wrap_key_data(self.key, impl="threefry2x32")
         mask = survivors(leaf_key, self.shape, *traced_threshold(self.drop_rate)).reshape(-1)
-        index = jnp.arange(mask.size, dtype=jnp.int32)
+        index = jnp.arange(mask.size, dtype=jnp.uint32)
         return _spread(self, mask, jnp.int32(0), *cell(index, self.shape)).reshape(self.shape)
 
     def matmul(self, x: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ class Random:
             flat = first.astype(jnp.uint32) * np.uint32(width) + index
             high, low = threefry2x32(self.key, jnp.zeros_like(flat), flat)
             mask = ((high ^ low) < threshold) & (flat < np.uint32(out * width))
-            weights = _spread(self, mask, used, *cell(flat.astype(jnp.int32), self.shape))
+            weights = _spread(self, mask, used, *cell(flat, self.shape))
             product = jnp.einsum("...D,OD->O...", x, weights.reshape(rows, width))
             return used + jnp.sum(mask, dtype=jnp.int32), product
 

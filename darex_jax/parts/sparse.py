@@ -37,11 +37,10 @@ class Sparse:
     shape: Shape
 
     def to_dense(self) -> jax.Array:
-        """float32 [shape]."""
-        part = on_device(self)
-        size = int(np.prod(self.shape, dtype=np.int64))
+        """float32 [shape]. Raises: DarexError for 2^32 entries or more without JAX's 64 bits."""
+        part = self._on_device()
         numbers = part.numbers()
-        flat = jnp.zeros(size, jnp.float32).at[part.positions].set(numbers, unique_indices=True)
+        flat = jnp.zeros(self._size, jnp.float32).at[part.positions].set(numbers, unique_indices=True)
         return flat.reshape(self.shape)
 
     def matmul(self, x: jax.Array) -> jax.Array:
@@ -49,8 +48,10 @@ class Sparse:
 
         For few inputs relative to the stored entries, a gather and a segment sum; for many, an eighth of the
         matrix is materialised at a time.
+
+        Raises: as `to_dense`.
         """
-        return _matmul(on_device(self), x)
+        return _matmul(self._on_device(), x)
 
     def _matmul(self, x: jax.Array) -> jax.Array:
         out, width = self.shape
@@ -60,15 +61,29 @@ class Sparse:
 
     def numbers(self) -> Array:
         """The entries at `positions`, float32 [S]."""
-        return self.values.read(None, *cell(self.positions, self.shape)) * reciprocal(self.q)
+        return self.values.read(None, *cell(self._wide().positions, self.shape)) * reciprocal(self.q)
+
+    @property
+    def _size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def _wide(self) -> Sparse:
+        """Positions in one dtype, which holds every edge of the matrix and wraps around below 0."""
+        wide = np.uint32 if self._size < 2**32 else np.uint64
+        return replace(self, positions=self.positions.astype(wide, copy=False))
+
+    def _on_device(self) -> Sparse:
+        if self._size >= 2**32 and not jax.config.read("jax_enable_x64"):
+            raise DarexError(
+                f"a sparse part of shape {list(self.shape)} has positions that JAX's 32 bits do not hold: "
+                "set jax_enable_x64, or read it with chunks()."
+            )
+        return on_device(self)._wide()
 
     def chunks(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Per chunk of `length` entries: the indices of the nonzero ones, and their float32 values."""
-        part, size = jax.tree.map(np.asarray, self), int(np.prod(self.shape, dtype=np.int64))
-        starts = range(0, size, length)
-        # One dtype, which holds every edge: otherwise all positions would be converted for each chunk.
-        positions = part.positions.astype(np.uint32 if size < 2**32 else np.uint64, copy=False)
-        numbers = replace(part, positions=positions).numbers()
+        part, size = jax.tree.map(np.asarray, self)._wide(), self._size
+        starts, positions, numbers = range(0, size, length), part.positions, part.numbers()
         bounds = np.searchsorted(positions, np.asarray([*starts, size], positions.dtype))
         for start, first, stop in zip(starts, bounds, bounds[1:], strict=False):
             yield positions[first:stop].astype(np.int64) - start, numbers[first:stop]
