@@ -235,6 +235,16 @@ def test_help_names_every_command():
     assert Path(sys.executable).exists()
 
 
+def test_out_of_memory_names_the_options_that_take_less(tmp_path, pair, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 23 bytes.\nmore")
+
+    monkeypatch.setattr("darex_jax.runs.train.train_run", fails)
+    said = darex("train", pair[0], tmp_path / "out", code=1).stderr
+    assert "Error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 23 bytes.)." in said
+    assert "--remat" in said and "--block-wise" not in said and "a bug in" not in said
+
+
 def test_library_round_trip(tmp_path):
     """`save_delta`, `load_delta` and `darex apply` agree with `prune` and `apply_delta`, bit for bit."""
     named = {n: v for n, v in encoder(0, head=False).items() if v.dtype == np.float32}

@@ -452,7 +452,8 @@ def test_mistakes_are_explained(folders, tmp_path):
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
     assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
-    assert "pass the task as well" in fails(*find, "--data-dir", tmp_path)
+    for command in (find, ("train", base, tmp_path / "out"), ("eval", fine), ("demo", "--base", base)):
+        assert "pass the task as well" in fails(*command, "--data-dir", tmp_path)
     assert "of generated problems" in fails(*find, "--task", "opinions", "--difficulty", 2)
     (tmp_path / "other.json").write_text('{"q": 0.02, "drop_rate": 0.99}')
     assert "chosen for a drop rate of 0.99, not 0.9" in fails(
@@ -468,7 +469,7 @@ def test_mistakes_are_explained(folders, tmp_path):
         ("dare", "nan", "must be a positive float32 number"),
         ("dare", tmp_path / "named.json", "q has no entry for"),
         ("structured", tmp_path / "named.json", "one q, not by one for each parameter"),
-        ("structured", "learned", "one q for each layer"),
+        ("structured", "outputs", "tries masks of entries, structured drops columns"),
     ):
         assert told in fails(*prune, "--method", method, "-p", 0.9, "--bits", 4, "--q", q)
     for stray, told in (
@@ -477,7 +478,9 @@ def test_mistakes_are_explained(folders, tmp_path):
         (("-p", 0.9, "--q", "auto", "--data-dir", tmp_path), "pass the task as well"),
         (("-p", 0.9, "--method", "sign"), "keeps the sign of every entry"),
         (("--method", "distilled", "--support", "sign", "--max-loss", 0.1), "--support sign has one size"),
+        (("--method", "distilled", "--support", "sign", "-p", 0.9), "--support sign keeps every sign"),
         (("--method", "svd", "--size", "1e12x"), "less than a byte"),
+        (("--method", "svd", "--bytes-per-parameter", "inf"), "inf is not a finite number"),
     ):
         assert told in fails(*prune, *stray)
     assert not (tmp_path / "q.json").exists() and not (tmp_path / "d").exists()

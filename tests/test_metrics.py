@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from darex_jax.tasks.metrics import METRICS, accuracy, accuracy_and_f1, matthews, pearson_and_spearman
+from darex_jax.tasks.metrics import METRICS, accuracy, accuracy_and_f1, f1, matthews, pearson_and_spearman
 
 
-def one_hot(classes):
-    return np.eye(2, dtype=np.float32)[np.asarray(classes)]
+def one_hot(classes, count=2):
+    return np.eye(count, dtype=np.float32)[np.asarray(classes)]
 
 
 PREDICTED = np.array([1, 1, 1, 0, 0, 1, 0, 1])
@@ -21,6 +21,12 @@ def test_classification_metrics_against_the_confusion_matrix():
     assert matthews(one_hot(PREDICTED), GOLD) == pytest.approx((tp * tn - fp * fn) / root)
     f1 = 2 * tp / (2 * tp + fp + fn)
     assert accuracy_and_f1(one_hot(PREDICTED), GOLD) == pytest.approx(((tp + tn) / 8 + f1) / 2)
+
+
+def test_three_classes_have_a_mean_f1():
+    gold, predicted = np.array([0, 1, 2, 2]), np.array([0, 2, 2, 2])
+    assert f1(one_hot(predicted, 3), gold) == pytest.approx((1 + 0 + 0.8) / 3)
+    assert accuracy_and_f1(one_hot(predicted, 3), gold) == pytest.approx((0.75 + 0.6) / 2)
 
 
 def test_correlations_match_explicit_values():

@@ -67,7 +67,11 @@ def test_the_workflow_on_remote_paths(tmp_path, root):
     darex("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "here", "-p", 0.5)
     local = fetch(f"{root}/deltas/d.safetensors", tmp_path)
     assert local.read_bytes() == (tmp_path / "here").read_bytes()
-    darex("verify", f"{root}/deltas/d.safetensors", "--base", base)
+    seen = darex("verify", f"{root}/deltas/d.safetensors", "--base", base, "--json")
+    assert json.loads(seen.stdout)["delta"] == f"{root}/deltas/d.safetensors"
+    patch = ("--to", "patch", "--base", base, "--json")
+    seen = darex("export", f"{root}/deltas/d.safetensors", f"{root}/patch.safetensors", *patch)
+    assert json.loads(seen.stdout)["out"] == f"{root}/patch.safetensors"
     darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out")
     again = darex("apply", base, f"{root}/deltas/d.safetensors", f"{root}/out", code=1)
     assert f"{root}/out: already exists; choose another path, or pass --overwrite" in again.output

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
+import darex_jax as dx
 from darex_jax.cli import show
 from darex_jax.core.errors import DarexError
 from darex_jax.files.checkpoint import read_config
@@ -120,16 +121,25 @@ def test_labels_get_the_numbers_that_a_model_has_for_them(tmp_path):
     assert turned.label_names == ("good", "bad")
     plain = read_task(table(path), ALL)
     np.testing.assert_array_equal(turned.train.labels, 1 - plain.train.labels)
-    assert read_task(table(path), ALL, known=("LABEL_0", "LABEL_1")).label_names == ("bad", "good")
+    for unnamed in ((), ("LABEL_0", "LABEL_1")):
+        with pytest.raises(DarexError, match=r"'mood' has '\w+', but the model's classes have no names"):
+            read_task(table(path), ALL, known=unnamed)
+        assert read_task(table(path), ALL, known=unnamed, fixed=False).label_names == ("bad", "good")
+    assert read_task(table(path), ALL, known=("good", "bad"), fixed=False).label_names == ("good", "bad")
+    assert read_task(table(path), ALL, known=("sad", "glad"), fixed=False).label_names == ("bad", "good")
     assert read_task(table(path, label="number"), ALL).label_names == ("LABEL_0", "LABEL_1")
     assert read_task(table(path, label="number"), ALL, known=("x", "y", "z")).label_names == ("x", "y", "z")
     with pytest.raises(DarexError, match=r"'mood' has '\w+', the model's classes are sad, glad"):
         read_task(table(path), ALL, known=("sad", "glad"))
-    named = datasets.Dataset.from_dict(columns).cast_column(
-        "number", datasets.ClassLabel(names=["no", "yes"])
-    )
+    numbered = datasets.ClassLabel(names=["yes", "no"])  # not in alphabetical order
+    named = datasets.Dataset.from_dict(columns).cast_column("number", numbered)
     named.to_parquet(tmp_path / "named.parquet")
-    assert read_task(table(tmp_path / "named.parquet", label="number"), ALL).label_names == ("no", "yes")
+    for known in (None, ("LABEL_0", "LABEL_1"), ("yes", "no")):
+        found = read_task(table(tmp_path / "named.parquet", label="number"), ALL, known=known)
+        assert found.label_names == ("yes", "no")
+        np.testing.assert_array_equal(
+            found.train.labels, read_task(table(path, label="number"), ALL).train.labels
+        )
     assert class_names({"id2label": {"1": "b", "0": "a"}}) == ("a", "b") and class_names({}) == ()
 
 
@@ -244,6 +254,14 @@ def test_an_encoder_is_trained_scored_and_pruned_on_ones_own_data(tmp_path, monk
     again = json.loads(darex("repeat", fine, "--data-dir", moved, "--json").stdout)
     assert again["same"]
     moved.rename(data)
+    # A fine-tune is trained on with the classes that its head has, whatever their order.
+    config = json.loads((fine / "config.json").read_text())
+    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (fine / "config.json").write_text(json.dumps(config))
+    darex("train", fine, tmp_path / "more", *own, "--steps", 1, "--learning-rate", 1e-9)
+    assert read_config(tmp_path / "more")["id2label"] == config["id2label"]
+    config |= {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    (fine / "config.json").write_text(json.dumps(config))
     # Another file has the labels in another order: the model's names determine the indices.
     flipped = {name: values[::-1] for name, values in rows(60).items()}
     turned = write(tmp_path / "turned.jsonl", flipped)
@@ -299,17 +317,30 @@ def test_a_decoder_is_trained_and_scored_on_prompts_and_completions(tmp_path):
     assert len(prompts) == 3 and all(completions[i] == columns["say"][columns["ask"].index(p)]
                                      for i, p in enumerate(prompts))  # fmt: skip
     fine = tmp_path / "fine"
-    darex("train", base, fine, *own, "--steps", 6, "--batch-size", 8, "--lora-rank", 2, "--json")
+    lora = ("--steps", 6, "--batch-size", 8, "--lora-rank", 2, "--json")
+    trained = json.loads(darex("train", base, fine, *own, "--metric", "exact_match", *lora).stdout)
+    assert trained["metric_name"] == "exact match" and trained["validation"] == trained["validation_answers"]
+    loss = darex("train", base, tmp_path / "x", *own, "--metric", "loss", *lora, code=1).stderr
+    assert "pass --metric exact_match or token_accuracy" in loss
     darex("merge-adapter", base, fine, tmp_path / "merged")
     scored = json.loads(darex("eval", tmp_path / "merged", *own, "--metric", "loss", "--json").stdout)
     assert scored["metric"] == scored["loss"] > 0 and scored["n"] == 3
     assert 0 <= scored["exact_match"] <= scored["token_accuracy"] <= 1
+    params = dx.load_params(tmp_path / "merged")
+    params["model"]["norm"]["weight"] *= np.nan
+    dx.save_params(tmp_path / "nan", params, companions_from=tmp_path / "merged")
+    assert "NaN or infinite" in darex("eval", tmp_path / "nan", *own, "--json", code=1).stderr
     for asked in ((), ("--data", data, "--text", "ask", "--label", "say")):
         told = " ".join(darex("eval", tmp_path / "merged", *asked, code=1).output.split())
         assert "is for encoders, but" in told and "is a llama" in told
     known = Table(data=str(data), text="ask")
     material = read_material(base, Source(table=known, limit=4), "train")
     assert len(material.encoded) == 4 and material.encoded.prompt_lengths == [1] * 4
+    orders = [
+        [batch["input_ids"].tolist() for batch in read_material(base, source, "train").epoch(0)]
+        for source in (Source(table=known), Source(table=known), Source(table=known, seed=1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
     encoder, asked = save_bert(tmp_path / "bert"), Table(data=str(data), prompt="ask", completion="say")
     with pytest.raises(DarexError, match=r"pass the text column \(--text\)"):
         read_material(encoder, Source(table=asked), "train")

@@ -30,6 +30,7 @@ from darex_jax.q.per_layer import layer_q, row_sums, spread_q
 from darex_jax.q.search import SearchResult, authors_walk, geometric_grid, search_q
 from darex_jax.tasks.batching import Batch
 from darex_jax.tasks.source import Material
+from darex_jax.tasks.table import share_of_right
 
 ETAS = (2**-5, 2**5)  # bounds of the search over Algorithm 3's eta
 
@@ -40,7 +41,7 @@ def by_labels(
     """The metric on labelled examples, or for decoders the share of correct answer tokens: q_v."""
     batches, task = material.batches(), material.task
     if task is None:
-        goal = answer_objective(pair.model, batches)
+        goal = answer_objective(pair.model, batches, share_of_right(material.metric or "token_accuracy"))
     else:
         goal = label_objective(pair.model, task, batches)
     return _best(goal, pair, batches, choice, inputs, on_value)

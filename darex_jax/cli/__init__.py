@@ -16,6 +16,18 @@ from darex_jax.cli.signals import unwinding
 from darex_jax.cli.stores import with_stores
 from darex_jax.core.errors import DarexError
 
+# Options that save memory, and what to say of them.
+LESS_MEMORY = {
+    "--batch-size": "a smaller --batch-size",
+    "--accumulate": "--accumulate",
+    "--remat": "--remat",
+    "--dtype": "--dtype bfloat16",
+    "--one-copy": "--one-copy",
+    "--block-wise": "--block-wise (decoders)",
+    "--method": "--method dare or magnitude, which stream",
+    "--limit": "a smaller --limit",
+}
+
 
 class FriendlyGroup(click.Group):
     """User errors give one line on stderr and exit code 1; Ctrl-C gives 130, SIGTERM 143.
@@ -41,10 +53,21 @@ class FriendlyGroup(click.Group):
         except Exception as error:
             _show_traceback(ctx)
             lines = str(error).strip().splitlines() or [""]
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in lines[0]:
+                raise click.ClickException(_out_of_memory(self, ctx, lines[0])) from error
             raise click.ClickException(
                 f"this is a bug in darex_jax: {type(error).__name__}: {plain(lines[0]):.200} "
                 "(darex --debug COMMAND ... shows where; please report it)"
             ) from error
+
+
+def _out_of_memory(group: click.Group, ctx: click.Context, said: str) -> str:
+    """What happened, and the running command's options that need less."""
+    command = group.commands[ctx.invoked_subcommand or ""]
+    own = {option for each in command.params for option in each.opts}
+    less = [text for option, text in LESS_MEMORY.items() if option in own]
+    advice = f" What needs less: {', '.join(less)}." if less else ""
+    return f"out of memory ({plain(said):.200}).{advice}"
 
 
 def _show_traceback(ctx: click.Context) -> None:

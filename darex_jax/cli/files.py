@@ -224,9 +224,9 @@ def verify(
             d, b, progress, allow_changed_files=allow_changed_files, max_entries=max_entries
         )
     if as_json:
-        click.echo(json.dumps({"delta": str(delta), **result, "warnings": warned()}))
+        click.echo(json.dumps({"delta": as_given(str(delta)), **result, "warnings": warned()}))
     else:
-        print_table(str(delta), list(result.items()))
+        print_table(as_given(str(delta)), list(result.items()))
 
 
 @click.command("merge-adapter")
@@ -253,14 +253,14 @@ def merge_adapter(
 
     summary = merge(base, adapter, out, overwrite=overwrite, ignore_config_fields=ignore_config_fields)
     if as_json:
-        click.echo(json.dumps({"out": str(out), **summary._asdict()}))
+        click.echo(json.dumps({"out": as_given(str(out)), **summary._asdict()}))
         return
     rows = [
         ("merged", f"{summary.merged} weights"),
         ("replaced", few(summary.replaced)),
         ("written", bytes_text(summary.bytes)),
     ]
-    print_table(str(out), rows)
+    print_table(as_given(str(out)), rows)
 
 
 @click.command()
@@ -311,6 +311,6 @@ def export(
             ]
     size = sum(f.stat().st_size for f in (out.iterdir() if out.is_dir() else [out]))
     if as_json:
-        click.echo(json.dumps({"out": str(out), "bytes": size, **report, "warnings": warned()}))
+        click.echo(json.dumps({"out": as_given(str(out)), "bytes": size, **report, "warnings": warned()}))
     else:
-        print_table(str(out), [*rows, ("written", bytes_text(size))])
+        print_table(as_given(str(out)), [*rows, ("written", bytes_text(size))])

@@ -9,7 +9,7 @@ from darex_jax.cli.options import (
     JSON,
 )
 from darex_jax.cli.show import bytes_text, print_table
-from darex_jax.cli.stores import OUT, PATH
+from darex_jax.cli.stores import OUT, PATH, as_given
 from darex_jax.core.errors import DarexError
 
 REVISION = click.option("--revision", help="A branch, tag or commit. Default: main.")
@@ -73,6 +73,6 @@ def pull(repo: str, out: Path, revision: str | None, overwrite: bool, as_json: b
     pull_delta(repo, out, revision=revision)
     size = out.stat().st_size
     if as_json:
-        click.echo(json.dumps({"repo": repo, "out": str(out), "bytes": size}))
+        click.echo(json.dumps({"repo": repo, "out": as_given(str(out)), "bytes": size}))
     else:
-        print_table(str(out), [("pulled", f"{repo}, {bytes_text(size)}"), ("digests", "verified")])
+        print_table(as_given(str(out)), [("pulled", f"{repo}, {bytes_text(size)}"), ("digests", "verified")])

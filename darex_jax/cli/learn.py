@@ -1,6 +1,7 @@
 """Commands that evaluate models: eval, demo."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,16 @@ from darex_jax.cli.options import (
     SEED,
     TASK,
     TEXT_COLUMN,
+    check_data_dir,
     check_difficulty,
+    has_files,
     own_examples,
     take_only_table,
     typed,
     with_params,
 )
 from darex_jax.cli.show import bytes_text, plain, print_table, problem_bar, say_if_large, step_bar
-from darex_jax.cli.stores import HERE, PATH
+from darex_jax.cli.stores import HERE, PATH, as_given
 from darex_jax.core.errors import DarexError
 
 if TYPE_CHECKING:
@@ -107,6 +110,8 @@ def evaluate(
                 f"--{option.replace('_', '-')} is for problems: pass --task {' or '.join(PROBLEM_TASKS)}."
             )
     check_difficulty(None if table is not None else task_names[0])
+    with_files = [name for name in task_names if has_files(name)] if table is None else []
+    check_data_dir(next(iter(with_files), None), data_dir)
     say_if_large("eval", model)
     if beside and not deltas:
         raise click.UsageError("--beside needs --delta.")
@@ -132,8 +137,9 @@ def evaluate(
                 inputs = {"base_weights": weights_digest(checkpoint)}
             inputs |= {f"delta {row['name']}": row["digest"] for row in found}
             inputs |= {f"data {row['name']}": row["data"] for row in found}
-            report = {"model": str(model), "split": split, "deltas": found}
-            click.echo(json.dumps(report | {"manifest": run_manifest("eval", settings, inputs, {})}))
+            manifest = run_manifest("eval", settings, inputs, {})
+            report = {"model": str(model), "split": split, "deltas": found, "manifest": manifest}
+            click.echo(as_given(json.dumps(report)))
         else:
             _print_many(model, found)
         return
@@ -149,7 +155,8 @@ def evaluate(
         "ignore_config_fields": ignore_config_fields,
     }
     if table is not None:
-        task_name, options["table"] = table.name, vars(table)
+        task_name = options["task"] = table.name
+        options["table"] = vars(table)
         if table.label is not None:
             _refuse_decoder(model, "classification (--label)")
         opened = open_model(model, dtype, **opening)
@@ -160,7 +167,7 @@ def evaluate(
         problems = load_problems(task_name, split, data_dir, difficulty, seed)[:limit]
         if task_name == "word-problems":
             options["difficulty"] = difficulty
-        options["marker"] = marker
+        options |= {"marker": marker, "max_new_tokens": max_new_tokens}
         result, inputs = _answer_problems(
             open_text_model(model, dtype, **opening),
             dtype,
@@ -190,11 +197,12 @@ def evaluate(
         text = f"{result['metric']:.4f} on {result['n']} examples"
     if as_json:
         head = {"model": str(model), "delta": delta and str(delta), "task": task_name, "split": split}
-        click.echo(json.dumps(head | result | {"manifest": run_manifest("eval", options, inputs, {})}))
+        report = head | result | {"manifest": run_manifest("eval", options, inputs, {})}
+        click.echo(as_given(json.dumps(report)))
     else:
         rows = [(f"{task_name} {split} {result['metric_name']}", text)]
         rows += [("answers", result["records"])] if "records" in result else []
-        print_table(f"{model} with {delta}" if delta else str(model), rows)
+        print_table(as_given(f"{model} with {delta}" if delta else str(model)), rows)
 
 
 def _refuse_decoder(model: Path, what: str) -> None:
@@ -251,7 +259,7 @@ def _print_many(base: Path, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{len(rows)} deltas on {plain(str(base))}", title_justify="left")
+    table = Table(title=f"{len(rows)} deltas on {plain(as_given(str(base)))}", title_justify="left")
     for heading in ("delta", "size", "task", "metric", "examples"):
         table.add_column(
             heading, justify="right" if heading in ("size", "examples") else "left", overflow="fold"
@@ -351,7 +359,9 @@ def _complete_examples(
     columns = (column[:limit] for column in read_completions(table, (split,))[split])
     encoded = encode_answers(opened.tokenizer, *columns)
     scores = answer_scores(opened.model, opened.params, list(answer_batches(encoded, batch_size or 8, 0, 0)))
-    found = {"exact_match": scores.answers, "token_accuracy": scores.tokens, "loss": scores.loss}
+    if not math.isfinite(scores.loss):
+        raise DarexError(f"the model's outputs are NaN or infinite: its loss is {scores.loss}.")
+    found = scores.named()
     metric = table.metric or "exact_match"
     result = {"metric": found[metric], "metric_name": metric, "n": len(encoded), **found}
     return result, {"model": params_digest(opened.params), "data": encoded.digest()}
@@ -402,6 +412,7 @@ def demo(
     """
     from darex_jax.runs.demo import demo_weights, run_demo
 
+    check_data_dir(task_name, data_dir)
     base = base or demo_weights()
     with step_bar("fine-tuning", steps, as_json) as on_step:
         results = run_demo(

@@ -12,7 +12,7 @@ from darex_jax.cli.options import (
     SEED,
 )
 from darex_jax.cli.show import byte_bar, bytes_text, print_table, warned
-from darex_jax.cli.stores import OUT, PATH
+from darex_jax.cli.stores import OUT, PATH, as_given
 from darex_jax.merging.table import MERGES
 
 
@@ -80,7 +80,8 @@ def merge(
             dtype=dtype, overwrite=overwrite, allow_changed_files=allow_changed_files, progress=progress,
         )  # fmt: skip
     if as_json:
-        report: dict[str, Any] = {"out": [str(place) for place in merged.directories], "method": method}
+        out_places = [as_given(str(place)) for place in merged.directories]
+        report: dict[str, Any] = {"out": out_places, "method": method}
         report |= {"changed": merged.changed, "bytes": merged.bytes, "warnings": warned()}
         click.echo(json.dumps(report))
         return
@@ -88,9 +89,9 @@ def merge(
         ("method", f"{method}: {MERGES[method].what}"),
         ("merged", f"{len(deltas)} deltas in {merged.changed} parameters"),
         ("written", bytes_text(merged.bytes)),
-        *(("model", str(place)) for place in merged.directories),
+        *(("model", as_given(str(place))) for place in merged.directories),
     ]
-    print_table(str(out), rows)
+    print_table(as_given(str(out)), rows)
 
 
 def _size(base: Path) -> int:

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,17 @@ DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
                      help="Compute dtype. Default: the checkpoint's.")  # fmt: skip
 IGNORE = click.option("--ignore-config-field", "ignore_config_fields", multiple=True, metavar="NAME",
                       help="Accept a field of config.json that changes no output.")  # fmt: skip
-BYTES_PER_PARAMETER = click.option("--bytes-per-parameter", type=click.FloatRange(0, min_open=True),
+
+
+class Finite(click.FloatRange):
+    """Without the infinity and NaN that a range takes."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{number} is not a finite number.", param, ctx)
+
+
+BYTES_PER_PARAMETER = click.option("--bytes-per-parameter", type=Finite(0, min_open=True),
               help="Size of the whole file divided by the number of pruned entries.")  # fmt: skip
 
 
@@ -88,9 +99,14 @@ def typed(option: str) -> bool:
     return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
+def has_files(task: str | None) -> bool:
+    """Whether this task's examples are in files, not generated."""
+    return task not in (None, "opinions", "word-problems")
+
+
 def check_data_dir(task: str | None, data_dir: Path | None) -> None:
-    """Raises: UsageError if --data-dir is given without a --task."""
-    if data_dir is not None and task is None:
+    """Raises: UsageError if --data-dir is given without a --task that has files."""
+    if data_dir is not None and not has_files(task):
         raise click.UsageError("--data-dir is the folder of a --task; pass the task as well.")
 
 

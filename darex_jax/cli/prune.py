@@ -26,6 +26,7 @@ from darex_jax.cli.options import (
     RENAME,
     SEED,
     TEXT,
+    Finite,
     Ratio,
     check_data_dir,
     check_difficulty,
@@ -69,7 +70,7 @@ ENOUGH = 256  # minimum number of texts for which best trains
               "stored. This, or a size.")  # fmt: skip
 @click.option("--size", type=Ratio(), help="File size: this many times smaller than the fine-tuned model.")
 @BYTES_PER_PARAMETER
-@click.option("--max-loss", type=click.FloatRange(0, 1, max_open=True),
+@click.option("--max-loss", type=Finite(0, 1, max_open=True),
               help="Find a small file that disagrees with the fine-tuned model on at most this share of "
               "held-out texts (decoders: next tokens; scores: 1 - correlation); for distilled.")  # fmt: skip
 @click.option("--loss-of", type=click.Choice(["agreement", "metric"]),
@@ -162,7 +163,7 @@ def prune(
     table = take_table(said)
     has_texts = any(given is not None for given in (task, text, table))
     places: dict[str, Any] = {"task": task, "data_dir": data_dir, "text": said["text"], "table": table}
-    places["difficulty"] = difficulty
+    places |= {"difficulty": difficulty, "seed": seed}
     why = None
     if method is None:
         method = "dare" if drop_rate is not None or q is not None else "best"
@@ -205,8 +206,8 @@ def prune(
     )  # fmt: skip
     if rename is not None and source is not None:
         raise click.UsageError("--rename is only for methods that use no texts and run no model.")
-    if method == "structured" and q in WAYS and "model" not in WAYS[q].scopes:
-        raise click.UsageError(f"--q {q} is one q for each layer; structured has one for all columns.")
+    if method == "structured" and chooses:
+        raise click.UsageError(f"--q {q} tries masks of entries, structured drops columns: pass a number.")
     if chooses and method != "dare" and drop_rate is None:
         raise click.UsageError(f"--q {q} needs a drop rate: pass --drop-rate, not a size.")
     divisor: Any = None
@@ -223,6 +224,8 @@ def prune(
         choose(drop_rate)
     elif q is not None and not chooses:
         divisor = read_q(q, drop_rate, base, fine, choice, as_json)
+        if method == "structured" and isinstance(divisor, float) and Path(q).exists():
+            warn(f"{q} was chosen with masks of entries, structured drops columns.")
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family, fine_bytes = family_of(f, b), f.nbytes
         scope = choose_scope(family, include, exclude, f.shapes)
@@ -287,6 +290,8 @@ def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
             raise click.UsageError(f"{method} does not train; leave out {option}.")
     if "--drop-rate" in given and method in ("sign", "sign-svd"):
         raise click.UsageError(f"{method} keeps the sign of every entry: pass a size instead of --drop-rate.")
+    if given.get("--support") == "sign" and "--drop-rate" in given:
+        raise click.UsageError("--support sign keeps every sign: pass a size instead of --drop-rate.")
     if given.get("--support") == "sign" and "--max-loss" in given:
         raise click.UsageError("--support sign has one size: pass --size or --bytes-per-parameter.")
     if "--support" in given and not chosen.trains:

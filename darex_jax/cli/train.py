@@ -18,6 +18,7 @@ from darex_jax.cli.options import (
     LEARNING_RATE,
     SEED,
     TEXT_COLUMN,
+    check_data_dir,
     check_difficulty,
     own_examples,
     take_only_table,
@@ -114,6 +115,7 @@ def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> No
     from darex_jax.training.loop import Recipe
 
     check_difficulty(task)
+    check_data_dir(task if options["data"] is None else None, options["data_dir"])
     if typed("steps") != typed("epochs"):  # it takes precedence over the other one in a config
         options["epochs" if typed("steps") else "steps"] = None
     elif options["steps"] is None and options["epochs"] is None:

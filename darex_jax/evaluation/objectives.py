@@ -64,17 +64,21 @@ def label_objective(model: Model, task: Task, batches: Sequence[Batch]) -> Objec
     )
 
 
-def answer_objective(model: Model, batches: Sequence[Batch]) -> Objective:
-    """The share of tokens of the correct answers that a decoder ranks first: q_v."""
+def answer_objective(model: Model, batches: Sequence[Batch], metric: str = "token_accuracy") -> Objective:
+    """The share of tokens of the correct answers that a decoder ranks first: q_v.
+
+    Args: metric: or "exact_match", of answers whose tokens are all ranked first.
+    """
     rows = row_count(batches)
 
-    def right_tokens(params: Params) -> float:
+    def right(params: Params) -> float:
         scores = answer_scores(model, params, batches)
-        return scores.tokens if math.isfinite(scores.loss) else math.nan
+        return scores.named()[metric] if math.isfinite(scores.loss) else math.nan
 
     answers = [np.asarray(b["input_ids"])[np.asarray(b["loss_mask"]) > 0] for b in batches]
     blind = _all_alike("the answer tokens of the", np.concatenate(answers), rows)
-    return Objective("right answer tokens", right_tokens, True, _mean, rows, rows, blind)
+    name = {"token_accuracy": "right answer tokens", "exact_match": "right answers"}[metric]
+    return Objective(name, right, True, _mean, rows, rows, blind)
 
 
 def prediction_objective(

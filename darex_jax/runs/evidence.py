@@ -30,6 +30,7 @@ from darex_jax.parts.total import Parts, values_of
 from darex_jax.tasks.answers import EncodedAnswers
 from darex_jax.tasks.batching import Encoded
 from darex_jax.tasks.source import Material, Source, hold_out, read_material
+from darex_jax.tasks.table import share_of_right
 from darex_jax.training.causal_lm import answer_scores
 from darex_jax.training.checkpoints import own_place
 from darex_jax.training.distill import STEPS, Look, distill, look_at
@@ -151,7 +152,7 @@ def gather(
     model, params, base_params = load_pair(base, fine, scope, ignore_config_fields)
     rows, held = hold_out(len(material.encoded), min(HELD_OUT, len(material.encoded) // 2), 0)
     texts, held_out = material.select(rows), material.select(held)
-    made_from = dict(digests)
+    made_from = digests | {"seed": str(source.seed)}
     if training.get("checkpoints") is not None:  # only checkpoints need it
         with Checkpoint(base) as checkpoint:
             made_from["base_weights"] = weights_digest(checkpoint)
@@ -184,13 +185,10 @@ def _metric(model: Model, fine: Any, material: Material, source: Source) -> Metr
         def of(params: Any) -> float:
             return metric(predict(model, params, batches), labels)
     else:
-        name = (own and own.metric) or "exact_match"
-        if name == "loss":
-            raise DarexError("--loss-of metric takes exact_match or token_accuracy of completions, not loss.")
+        name = share_of_right((own and own.metric) or "exact_match")
 
         def of(params: Any) -> float:
-            scores = answer_scores(model, params, batches)
-            return scores.answers if name == "exact_match" else scores.tokens
+            return answer_scores(model, params, batches).named()[name]
 
     return Metric(name, len(encoded), of(fine), of)
 

@@ -35,7 +35,8 @@ from darex_jax.tasks.answers import (
     load_problems,
 )
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.table import Table, read_completions, read_task
+from darex_jax.tasks.source import class_names
+from darex_jax.tasks.table import Table, is_unnamed, read_completions, read_task, share_of_right
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints
 from darex_jax.training.fine_tune import classifier_for, fine_tune
@@ -178,10 +179,17 @@ def train_run(
                 for split, most in sizes.items()
             )
         start = _start(model, known, known, lora, key, parts)
-        lesson = _answering(start, train, others, recipe, key)
+        lesson = _answering(start, train, others, recipe, key, None if table is None else table.metric)
     else:
-        examples = load_task(task, data_dir, seed) if table is None else read_task(table, sizes)
         body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
+        classes = class_names(body.config.to_hf())
+        if table is None:
+            examples = load_task(task, data_dir, seed)
+        else:
+            examples = read_task(table, sizes, classes, fixed=False)
+        renamed = len(classes) == examples.num_labels and classes != examples.label_names
+        if renamed and not is_unnamed(classes):
+            say(f"the head of {base} is kept: {', '.join(classes)} become {', '.join(examples.label_names)}")
         model, params = classifier_for(examples, body, known, jax.random.fold_in(key, 0))
         start = _start(model, params, known, lora, key, parts)
         lesson = _classifying(start, base, examples, limit, validation_limit, recipe, key)
@@ -336,10 +344,16 @@ def _classifying(
 
 
 def _answering(
-    start: Start, train: EncodedAnswers, others: EncodedAnswers, recipe: Recipe, key: jax.Array
+    start: Start,
+    train: EncodedAnswers,
+    others: EncodedAnswers,
+    recipe: Recipe,
+    key: jax.Array,
+    metric: str | None,
 ) -> Lesson:
-    """The training task of a causal language model."""
+    """The training task of a causal language model, validated by a share of right tokens or answers."""
     model, params, frozen, *_ = start
+    name = share_of_right(metric) if metric else "token_accuracy"
     batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:
@@ -350,7 +364,7 @@ def _answering(
         lambda **loop: train_answers(model, params, train, recipe, key=jax.random.fold_in(key, 1), **loop),
         len(train),
         {"train": train.digest(), "held_out": others.digest()},
-        "token accuracy",
-        lambda params: answer_scores(model, combine(frozen, params), batches).tokens,
+        name.replace("_", " "),
+        lambda params: answer_scores(model, combine(frozen, params), batches).named()[name],
         test,
     )

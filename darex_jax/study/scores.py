@@ -70,8 +70,9 @@ def score_models(
     def measure(name: str, model: Any, params: Any) -> None:
         nonlocal compare
         if isinstance(model.config, DecoderConfig):
-            metric = answer_scores(model, params, batches).tokens
-            names["metric"] = "share of right tokens"
+            own = material.metric or "token_accuracy"
+            metric = answer_scores(model, params, batches).named()[own]
+            names["metric"] = "share of right tokens" if own == "token_accuracy" else own.replace("_", " ")
             if name == "fine-tuned":
                 agreement = prediction_objective(model, params, batches)
                 names["agreement"], compare = "agreement of next tokens", lambda _, p: agreement.measure(p)

@@ -48,7 +48,7 @@ class Source:
         generated task. data_dir: folder of its files. difficulty: of generated word problems.
       text: a file with one text per line, instead of a task.
       table: the user's own examples, instead of both.
-      limit: maximum number of examples.
+      limit: maximum number of examples. seed: of the order of a training's epochs.
     Raises: DarexError for more than one of task, text and table.
     """
 
@@ -58,6 +58,7 @@ class Source:
     text: Path | None = None
     table: Table | None = None
     limit: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.task, self.text, self.table)) > 1:
@@ -77,11 +78,15 @@ class Material(NamedTuple):
       encoded: the tokens.
       task: the task of a classifier's labels; None for plain texts and a decoder's answers.
       source: their origin.
+      seed: of the order of epochs.
+      metric: the table's, of completions.
     """
 
     encoded: Encoded | EncodedAnswers
     task: Task | None
     source: str
+    seed: int = 0
+    metric: str | None = None
 
     def batches(self, rows: int = EVALUATION_ROWS) -> list[Batch]:
         """Evaluation batches of `rows` rows; 8 for decoders."""
@@ -92,8 +97,8 @@ class Material(NamedTuple):
     def epoch(self, number: int) -> Iterator[Batch]:
         """The training batches of an epoch, in its own order, of 16 rows (8 for decoders)."""
         if isinstance(self.encoded, EncodedAnswers):
-            return answer_batches(self.encoded, 8, 0, number)
-        return training_batches(self.encoded, TRAINING_ROWS, 0, number)
+            return answer_batches(self.encoded, 8, self.seed, number)
+        return training_batches(self.encoded, TRAINING_ROWS, self.seed, number)
 
     def select(self, rows: NDArray[Any]) -> Material:
         return self._replace(encoded=self.encoded.select(rows))
@@ -111,6 +116,10 @@ def read_material(fine: Path, source: Source, split: str) -> Material:
     Args: fine: the directory of the model, with its tokenizer. split: a file of texts has none.
     Raises: DarexError for a task for another kind of model, or a file without texts.
     """
+    return _material(fine, source, split)._replace(seed=source.seed)
+
+
+def _material(fine: Path, source: Source, split: str) -> Material:
     family = read_config(fine).get("model_type")
     decoder = family in DECODERS
     if source.text is not None:
@@ -157,7 +166,8 @@ def _of_table(fine: Path, table: Table, decoder: bool, split: str, limit: int | 
     tokenizer = load_tokenizer(fine)
     if decoder and table.prompt is not None:
         prompts, completions = (column[:limit] for column in read_completions(table, (split,))[split])
-        return Material(encode_answers(tokenizer, prompts, completions), None, table.data)
+        encoded = encode_answers(tokenizer, prompts, completions)
+        return Material(encoded, None, table.data, metric=table.metric)
     if table.text is None:
         raise DarexError(f"{fine} is an encoder: pass the text column (--text).")
     if table.label is None or decoder:

@@ -87,16 +87,21 @@ class Table:
         return tuple(column for column in named if column is not None)
 
 
-def read_task(table: Table, needs: Collection[str], known: Sequence[str] = ()) -> Task:
+def read_task(
+    table: Table, needs: Collection[str], known: Sequence[str] | None = None, *, fixed: bool = True
+) -> Task:
     """Loads a classification task, or with numeric labels a regression task.
 
     A missing split is held out from the training rows: a tenth, always the same rows.
 
     Args:
       needs: splits that must have examples; others may be empty.
-      known: class names of a model, in order: labels with these names get these indices.
+      known: class names of a model, in order: labels with these names get these indices. None: of no model,
+        strings are numbered as the data set's features say, else in alphabetical order.
+      fixed: whether the model's classes are those; otherwise other labels are numbered as for no model.
     Raises: DarexError that names file, column and row of an invalid text or label, or a label not in `known`;
-      for a table without labels, or without a split of `needs`; FileNotFoundError if there is no data.
+      for strings where a model's classes have no names; for a table without labels, or without a split of
+      `needs`; FileNotFoundError if there is no data.
     """
     if table.text is None or table.label is None:
         raise DarexError("an encoder is trained and scored on labels: pass their column (--label).")
@@ -115,13 +120,7 @@ def read_task(table: Table, needs: Collection[str], known: Sequence[str] = ()) -
         )
     names: tuple[str, ...] = ()
     if isinstance(every[0], str):
-        names = tuple(known) if set(every) <= set(known) else tuple(sorted(set(every)))
-        if known and names != tuple(known) and not _generic(known):
-            strange = next(value for value in every if value not in known)
-            raise DarexError(
-                f"{table.data}: {table.label!r} has {shown(strange)}, the model's classes are "
-                f"{', '.join(known)}."
-            )
+        names = _numbered(table, every, _stated(splits, table.label), known, fixed)
         numbers = {name: i for i, name in enumerate(names)}
         values = {split: [numbers[value] for value in own] for split, own in values.items()}
     elif all(isinstance(value, int) for value in every):
@@ -130,8 +129,9 @@ def read_task(table: Table, needs: Collection[str], known: Sequence[str] = ()) -
                 f"{table.data}: {table.label!r} has {min(every)} to {max(every)}; classes must start at 0. "
                 "Write scores with a decimal point: 3.0."
             )
-        count = max(2, len(known), max(every) + 1)
-        names = tuple(known) if len(known) == count else tuple(f"LABEL_{i}" for i in range(count))
+        given = tuple(known or ())
+        count = max(2, len(given), max(every) + 1)
+        names = given if len(given) == count else tuple(f"LABEL_{i}" for i in range(count))
     kind: Any = "classification" if names else "regression"
     default = "accuracy" if names else "pearson_and_spearman"
     if table.metric is not None and (table.metric == "pearson_and_spearman") == bool(names):
@@ -149,6 +149,13 @@ def read_texts(table: Table, split: str) -> Examples:
     """The texts of a split, without labels (zeros). Raises: as `read_task`."""
     parts = _read(table, (split,))[split]
     return _examples(table, parts, np.zeros(sum(len(part) for part in parts), np.int32))
+
+
+def share_of_right(metric: str) -> str:
+    """The metric of completions. Raises: DarexError for the loss, which falls where the others rise."""
+    if metric == "loss":
+        raise DarexError("pass --metric exact_match or token_accuracy of completions here, not loss.")
+    return metric
 
 
 def read_completions(
@@ -211,7 +218,35 @@ def _labels(part: _Rows, column: str) -> list[Any]:
     return [values[i] for i in part.rows]
 
 
-def _generic(names: Sequence[str]) -> bool:
+def _numbered(
+    table: Table, every: Sequence[str], stated: tuple[str, ...], known: Sequence[str] | None, fixed: bool
+) -> tuple[str, ...]:
+    """The class names, in order, of labels that are strings. Args: as of `read_task`; stated: by the data."""
+    if known and set(every) <= set(known):
+        return tuple(known)
+    if known is None or not fixed:
+        return stated or tuple(sorted(set(every)))
+    if not is_unnamed(known):
+        strange = next(value for value in every if value not in known)
+        raise DarexError(
+            f"{table.data}: {table.label!r} has {shown(strange)}, the model's classes are {', '.join(known)}."
+        )
+    if stated:
+        return stated
+    raise DarexError(
+        f"{table.data}: {table.label!r} has {shown(every[0])}, but the model's classes have no names to tell "
+        "which is which: name them in its config.json (id2label), or give labels as integers."
+    )
+
+
+def _stated(splits: Mapping[str, Sequence[_Rows]], column: str) -> tuple[str, ...]:
+    """The class names of a column that the data set itself numbers."""
+    part = next(part for parts in splits.values() for part in parts)
+    return tuple(getattr(part.split.rows.features[column], "names", None) or ())
+
+
+def is_unnamed(names: Sequence[str]) -> bool:
+    """Whether these are no class names, or those that transformers makes up."""
     return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 

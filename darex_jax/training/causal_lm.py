@@ -97,6 +97,10 @@ class AnswerScores(NamedTuple):
     tokens: float
     answers: float
 
+    def named(self) -> dict[str, float]:
+        """By the names of a table's metrics."""
+        return {"exact_match": self.answers, "token_accuracy": self.tokens, "loss": self.loss}
+
 
 def answer_scores(model: Callable[..., Any], params: Params, batches: Sequence[Batch]) -> AnswerScores:
     """Args: batches: from `answer_batches`; padding rows do not count."""
