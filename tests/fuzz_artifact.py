@@ -31,6 +31,7 @@ from darex_jax.core.errors import DarexError, DarexWarning
 from darex_jax.core.scope import choose_scope
 from darex_jax.files.artifact import DeltaFile, load_delta, load_kept
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.export import export_adapter
 from darex_jax.files.prune import Job, prune_checkpoints
 from darex_jax.files.recipe import canonical_json, tensor_line
 from darex_jax.files.restore import apply_artifact, restored_params, verify_artifact
@@ -281,7 +282,8 @@ def _digest_blocks(recipe: dict[str, Any], parts: bytes) -> None:
 def read_in_every_way(path: Path, base: Path, out: Path) -> int:
     """The number of readers that accept it. Raises: unexpected exceptions."""
     taken = 0
-    for reader in (_inspect, _verify, load_delta, _parts, load_kept, _verify_base, _restore, _apply):
+    files = (_inspect, _verify, load_delta, _parts, load_kept, _export_alone)
+    for reader in (*files, _verify_base, _restore, _apply, _export):
         try:
             reader(path, base, out) if reader.__name__.startswith("_") else reader(path)
             taken += 1
@@ -325,6 +327,16 @@ def _apply(path, base, out):
         apply_artifact(b, delta, out)
 
 
+def _export(path, base, out):
+    with Checkpoint(base) as b, DeltaFile(path) as delta:
+        export_adapter(delta, out, base=b, rank=2)
+
+
+def _export_alone(path, base, out):
+    with DeltaFile(path) as delta:
+        export_adapter(delta, out, rank=2)
+
+
 def _too_long(*_):
     raise TimeoutError(f"a case took more than {SECONDS} seconds")
 
@@ -343,7 +355,7 @@ def main() -> int:
     for source in sources:  # unchanged, which also compiles everything
         path.write_bytes(source.bytes)
         if read_in_every_way(path, folder / "base", folder / "out") < (
-            6 if source.tensors.keys() & {WORDS} else 8
+            6 if source.tensors.keys() & {WORDS} else 9
         ):
             print("a sound artifact is refused")
             return 1

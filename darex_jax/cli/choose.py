@@ -89,7 +89,8 @@ def find_q(
     options["table"] = take_table(options)
     generated = all(options[name] is None for name in ("task", "text", "table"))
     check_difficulty("word-problems" if generated else options["task"])
-    source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
+    places = [field.name for field in fields(Source) if field.name != "seed"]  # that is of trainings
+    source = Source(**{name: options.pop(name) for name in places})
     choice = Choice(objective=objective, **options)
     say_if_large("find-q --one-copy" if choice.one_copy else "find-q", fine)
     with point_bar(objective, as_json) as on_value:

@@ -102,7 +102,7 @@ def recommend(
     if has_texts:
         source = Source(
             task=task, data_dir=data_dir, difficulty=difficulty, text=options["text"], table=table,
-            limit=limit or TRAINING_TEXTS,
+            limit=limit or TRAINING_TEXTS, seed=seed,
         )  # fmt: skip
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         job = Job(b, f, Path("unwritten"), choose_scope(family_of(f, b), include, exclude, f.shapes))
