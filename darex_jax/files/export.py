@@ -92,6 +92,8 @@ def export_adapter(
         )
     if base is None:
         delta.check_entries(None, MOST_VERIFIED_ENTRIES, "pass the base (--base BASE)")
+    else:
+        check_base_tensors(base, delta)
     other = [name for name in matrices if not _is_thin(delta.parts(name))]
     if other and rank is None:
         raise DarexError(_not_low_rank(delta, other, matrices))
@@ -111,7 +113,6 @@ def export_adapter(
         return restored_tensor(name, base, delta, dtype).reshape(shapes[name])
 
     if base is not None:
-        check_base_tensors(base, delta)
         whole |= {name: restored(name) for name in vectors}
     if tied and "ForCausalLM" in architecture:  # PEFT unties adapted embeddings: the head is stored as well
         whole["lm_head.weight"] = whole[tied[0]] if tied[0] in whole else restored(tied[0])
