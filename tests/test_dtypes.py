@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -147,6 +148,7 @@ def test_a_dtype_that_overflows_is_refused(tmp_path):
     command = ("apply", tmp_path / "base", tmp_path / "d", tmp_path / "out")
     assert "'bert.w' overflows float16" in darex(*command, "--dtype", "float16", code=1).stderr
     darex(*command)
-    refused_ = pytest.raises(DarexError, match="dtype must be floating, got int32")
-    with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d, refused_:
-        apply_artifact(b, d, tmp_path / "other", dtype=np.int32)
+    for dtype in (np.dtype(np.int32), np.dtype(ml_dtypes.float8_e4m3fn)):
+        refused_ = pytest.raises(DarexError, match=f"dtype must be floating, of 16 bits or more, got {dtype}")
+        with Checkpoint(tmp_path / "base") as b, DeltaFile(tmp_path / "d") as d, refused_:
+            apply_artifact(b, d, tmp_path / "other", dtype=dtype)
