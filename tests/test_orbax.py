@@ -234,10 +234,9 @@ def test_damage_is_reported_in_one_line(tmp_path):
         dx.load_params(tmp_path / "chunks")
     forged = next((tmp_path / "chunks").rglob(".zarray"))
     layout = json.loads(forged.read_text())
-    for shape, chunks in (([10**11, 8], [10**11, 8]), ([64, 64], [10**11, 64])):  # a tensorstore that cannot
-        forged.write_text(
-            json.dumps(layout | {"shape": shape, "chunks": chunks})
-        )  # allocate ends the process
+    # A tensorstore that cannot allocate ends the process.
+    for shape, chunks in (([10**11, 8], [10**11, 8]), ([64, 64], [10**11, 64])):
+        forged.write_text(json.dumps(layout | {"shape": shape, "chunks": chunks}))
         with pytest.raises(FileError, match=r"'w' claims .* bytes, its files have"):
             dx.load_params(tmp_path / "chunks")
     save(tmp_path / "outside", {"a": np.ones(3)})

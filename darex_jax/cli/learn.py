@@ -110,8 +110,7 @@ def evaluate(
                 f"--{option.replace('_', '-')} is for problems: pass --task {' or '.join(PROBLEM_TASKS)}."
             )
     check_difficulty(None if table is not None else task_names[0])
-    with_files = [name for name in task_names if has_files(name)] if table is None else []
-    check_data_dir(next(iter(with_files), None), data_dir)
+    check_data_dir(next(filter(has_files, task_names), None) if table is None else None, data_dir)
     say_if_large("eval", model)
     if beside and not deltas:
         raise click.UsageError("--beside needs --delta.")

@@ -44,6 +44,11 @@ COMPANIONS = (
 )
 
 
+def takes_deltas(dtype: np.dtype) -> bool:
+    """Whether numbers of this dtype are weights: floating, but not float8, whose scales are stored beside."""
+    return dtype.kind in "fV" and dtype.itemsize > 1  # bfloat16 is of kind V
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One parameter of a checkpoint: its file, its name there, and its position."""
@@ -61,8 +66,8 @@ class StoredTensor:
 
     @property
     def floating(self) -> bool:
-        """Whether deltas can be computed. float8, whose scales are stored separately, is copied unchanged."""
-        return self.info.dtype.kind in "fV" and self.info.dtype.itemsize > 1
+        """Whether deltas can be computed; what is not is copied unchanged."""
+        return takes_deltas(self.info.dtype)
 
 
 class Checkpoint:

@@ -99,11 +99,18 @@ class OrbaxFile(TensorFile):
                 raise FileError(f"{path}: '{name}' has the unsupported dtype {dtype}.")
             self.tensors[name] = TensorInfo(dtype, tuple(found_array.shape), len(self._arrays))
             self._arrays.append(found_array)
-        size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
-        for (name, info), array in zip(self.tensors.items(), self._arrays, strict=True):
-            chunk = element_count(tuple(array.chunk_layout.read_chunk.shape or ())) * info.dtype.itemsize
-            if (claimed := max(chunk, info.nbytes)) > FREE + MOST * size:
-                raise FileError(f"{path}: '{name}' claims {claimed:,} bytes, its files have {size:,} in all.")
+        claims = {name: self._claim(info) for name, info in self.tensors.items()}
+        name = max(claims, key=lambda name: claims[name])
+        if claims[name] > FREE:
+            size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+            if claims[name] > FREE + MOST * size:
+                text = f"'{name}' claims {claims[name]:,} bytes, its files have {size:,} in all."
+                raise FileError(f"{path}: {text}")
+
+    def _claim(self, info: TensorInfo) -> int:
+        """The bytes of an array, or of one of its chunks if that is more."""
+        chunk = tuple(self._arrays[info.offset].chunk_layout.read_chunk.shape or ())
+        return max(info.nbytes, element_count(chunk) * info.dtype.itemsize)
 
     def chunks(self, info: TensorInfo) -> Iterator[np.ndarray]:
         """As `SafetensorsFile.chunks`, whatever is stored; reads the rows of one stored chunk at a time, so

@@ -27,6 +27,7 @@ from darex_jax.files.checkpoint import (
     Checkpoint,
     StoredTensor,
     companion_files,
+    takes_deltas,
 )
 from darex_jax.files.contents import contents
 from darex_jax.files.orbax import write_orbax
@@ -156,8 +157,7 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
     requested = floating_dtype(dtype)
 
     def choose(stored: np.dtype) -> np.dtype:
-        floating = stored.kind in "fV" and stored.itemsize > 1  # float8 means nothing without its scales
-        return requested if requested is not None and floating else stored
+        return requested if requested is not None and takes_deltas(stored) else stored
 
     renamed = {b: name for name, b in delta.recipe.base_names.items()}
     dense, pruned = set(delta.names("dense")), delta.recipe.parameters
@@ -198,8 +198,7 @@ def restored_layout(base: Checkpoint, delta: DeltaFile, dtype: Any = None) -> La
 def floating_dtype(dtype: Any) -> np.dtype | None:
     """The requested dtype, or None. Raises: ValueError if parameters cannot be stored in it."""
     requested = None if dtype is None else np.dtype(dtype)
-    known = requested in DTYPE_NAMES and requested.kind in "fV" and requested.itemsize > 1
-    if requested is not None and not known:
+    if requested is not None and (requested not in DTYPE_NAMES or not takes_deltas(requested)):
         raise DarexError(f"dtype must be floating, of 16 bits or more, got {requested}.")
     return requested
 

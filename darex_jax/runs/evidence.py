@@ -185,7 +185,7 @@ def _metric(model: Model, fine: Any, material: Material, source: Source) -> Metr
         def of(params: Any) -> float:
             return metric(predict(model, params, batches), labels)
     else:
-        name = share_of_right((own and own.metric) or "exact_match")
+        name = share_of_right(material.metric or "exact_match")
 
         def of(params: Any) -> float:
             return answer_scores(model, params, batches).named()[name]

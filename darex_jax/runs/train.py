@@ -20,7 +20,7 @@ from darex_jax.core.tree import combine, flatten_names, seed_key, unflatten_name
 from darex_jax.evaluation.classification import evaluate, predict
 from darex_jax.files.adapter import check_savable, save_adapter
 from darex_jax.files.atomic import only_one, write_whole
-from darex_jax.files.checkpoint import read_json, save_params
+from darex_jax.files.checkpoint import read_config, read_json, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
@@ -181,12 +181,12 @@ def train_run(
         start = _start(model, known, known, lora, key, parts)
         lesson = _answering(start, train, others, recipe, key, None if table is None else table.metric)
     else:
-        body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
-        classes = class_names(body.config.to_hf())
+        classes = _classes(base)
         if table is None:
             examples = load_task(task, data_dir, seed)
         else:
             examples = read_task(table, sizes, classes, fixed=False)
+        body, known = load_model(base, mesh=parts, ignore_config_fields=ignore_config_fields)
         renamed = len(classes) == examples.num_labels and classes != examples.label_names
         if renamed and not is_unnamed(classes):
             say(f"the head of {base} is kept: {', '.join(classes)} become {', '.join(examples.label_names)}")
@@ -234,6 +234,12 @@ def train_run(
         "loss": taken["loss"], "delta_rms": taken["delta_rms"], "delta_max": taken["delta_max"],
         "digest": digest, "metric_name": lesson.metric_name, "validation": taken["validation"],
     } | lesson.test(params)  # fmt: skip
+
+
+def _classes(base: Path) -> tuple[str, ...]:
+    """The class names of a classifier, () of another model; no weight is read."""
+    config = read_config(base)
+    return class_names(config) if "ForSequenceClassification" in str(config.get("architectures")) else ()
 
 
 def _json_digest(value: Any) -> str:
@@ -353,7 +359,7 @@ def _answering(
 ) -> Lesson:
     """The training task of a causal language model, validated by a share of right tokens or answers."""
     model, params, frozen, *_ = start
-    name = share_of_right(metric) if metric else "token_accuracy"
+    name = share_of_right(metric or "token_accuracy")
     batches = list(answer_batches(others, recipe.batch_size, 0, 0))
 
     def test(params: Params) -> dict[str, Any]:
