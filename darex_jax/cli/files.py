@@ -147,8 +147,8 @@ def apply(
         click.echo(json.dumps({"out": as_given(str(out)), "bytes": written, "warnings": warned()}))
     else:
         verified = "its tensors verified" if warned() else "fingerprint verified"
-        rows = [("written", bytes_text(written)), ("base", as_given(f"{base}, {verified}"))]
-        print_table(as_given(str(out)), rows)
+        rows = [("written", bytes_text(written)), ("base", f"{base}, {verified}")]
+        print_table(str(out), rows)
 
 
 @click.command()
@@ -226,7 +226,7 @@ def verify(
     if as_json:
         click.echo(json.dumps({"delta": as_given(str(delta)), **result, "warnings": warned()}))
     else:
-        print_table(as_given(str(delta)), list(result.items()))
+        print_table(str(delta), list(result.items()))
 
 
 @click.command("merge-adapter")
@@ -260,7 +260,7 @@ def merge_adapter(
         ("replaced", few(summary.replaced)),
         ("written", bytes_text(summary.bytes)),
     ]
-    print_table(as_given(str(out)), rows)
+    print_table(str(out), rows)
 
 
 @click.command()
@@ -313,4 +313,4 @@ def export(
     if as_json:
         click.echo(json.dumps({"out": as_given(str(out)), "bytes": size, **report, "warnings": warned()}))
     else:
-        print_table(as_given(str(out)), [*rows, ("written", bytes_text(size))])
+        print_table(str(out), [*rows, ("written", bytes_text(size))])

@@ -75,4 +75,4 @@ def pull(repo: str, out: Path, revision: str | None, overwrite: bool, as_json: b
     if as_json:
         click.echo(json.dumps({"repo": repo, "out": as_given(str(out)), "bytes": size}))
     else:
-        print_table(as_given(str(out)), [("pulled", f"{repo}, {bytes_text(size)}"), ("digests", "verified")])
+        print_table(str(out), [("pulled", f"{repo}, {bytes_text(size)}"), ("digests", "verified")])

@@ -201,7 +201,7 @@ def evaluate(
     else:
         rows = [(f"{task_name} {split} {result['metric_name']}", text)]
         rows += [("answers", result["records"])] if "records" in result else []
-        print_table(as_given(f"{model} with {delta}" if delta else str(model)), rows)
+        print_table(f"{model} with {delta}" if delta else str(model), rows)
 
 
 def _refuse_decoder(model: Path, what: str) -> None:

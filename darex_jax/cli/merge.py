@@ -89,9 +89,9 @@ def merge(
         ("method", f"{method}: {MERGES[method].what}"),
         ("merged", f"{len(deltas)} deltas in {merged.changed} parameters"),
         ("written", bytes_text(merged.bytes)),
-        *(("model", as_given(str(place))) for place in merged.directories),
+        *(("model", str(place)) for place in merged.directories),
     ]
-    print_table(as_given(str(out)), rows)
+    print_table(str(out), rows)
 
 
 def _size(base: Path) -> int:

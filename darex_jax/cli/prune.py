@@ -261,7 +261,7 @@ def prune(
         report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
         click.echo(json.dumps(report | _looks(done), indent=2))
         return
-    print_table(as_given(str(out)), _rows(done, fine_bytes, why, divisor, q_by, METHODS[method].what))
+    print_table(str(out), _rows(done, fine_bytes, why, divisor, q_by, METHODS[method].what))
 
 
 class _Done(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from darex_jax.cli.stores import as_given
 from darex_jax.core.errors import DarexWarning
 
 
@@ -100,18 +101,20 @@ def bytes_text(count: float) -> str:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Prints a table of names and texts, with a title, all escaped by `plain`."""
+    """Prints a table of names and texts, with a title: escaped by `plain`, with URLs as they were given."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    console.print(Text(plain(title)), style="bold", soft_wrap=True, highlight=False)  # Text: no markup
+    console.print(
+        Text(plain(as_given(title))), style="bold", soft_wrap=True, highlight=False
+    )  # Text: no markup
     table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(plain(name)), Text(plain(str(value))))
+        table.add_row(Text(plain(name)), Text(plain(as_given(str(value)))))
     console.print(table)
 
 
