@@ -24,7 +24,7 @@ def test_programs_are_released_only_where_maps_run_out(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="not Linux")
-def test_released_programs_give_their_maps_back(monkeypatch):
+def test_released_programs_give_their_maps_back():
     def count():
         return len(programs.MAPS.read_text().splitlines())
 
@@ -33,6 +33,5 @@ def test_released_programs_give_their_maps_back(monkeypatch):
     for each in many:
         each(jnp.ones((4, 4)))
     full = count()
-    monkeypatch.setattr(programs, "SHARE", 0.0)
-    assert programs.release_programs()
+    assert programs.release_programs(share=0.0)
     assert full > before + 20 and count() < before + (full - before) / 2

@@ -179,7 +179,7 @@ def run_study(
                     **values, "weights": head["weights"], "seconds": round(time.monotonic() - begun, 1),
                 }  # fmt: skip
                 rows = [other for other in rows if cell_of(other) != cell] + [row]
-                release_programs()
+                release_programs(share=1 / 8)  # a row seldom shares programs with the one before
                 write_rows(plan.file, ordered(plan, rows))
                 begun, done = time.monotonic(), done + 1
                 rest = [other for _, some in missing_cells(plan, rows, only) for other in some]
