@@ -551,6 +551,8 @@ def test_fields_of_tools_and_unknown_ones():
     for off in (False, "", [], {}):
         with pytest.warns(DarexWarning, match="the unknown field 'use_qk_norm'"):
             read_model_config(LLAMA | {"use_qk_norm": off})
+    nulls = {"eos_token_id": None, "pad_token_id": None, "head_dim": None}
+    assert {n: read_model_config(LLAMA | nulls).to_hf().get(n, 0) for n in nulls} == nulls
     for name, value in {
         "use_qk_norm": True, "unsloth_scale": 2.0, "attention_version": 2, "drop_path": 0.1,
         "norm_name": "rms", "softcap": 0, "quantization_config": {"bits": 4}, "activation": "mish",

@@ -208,12 +208,13 @@ def test_wrong_arguments_are_explained():
     few = dx.magnitude(pair("bert")[3], dx.Budget(drop_rate=0.7), bits=4)
     with pytest.raises(dx.DarexError, match="parts with float values"):
         distill(model, fine, start, few, texts, make_batches(), steps=9)
-    many, params = init_model(
-        read_model_config(FAMILIES["bert"] | {"problem_type": "multi_label_classification"}),
-        jax.random.key(0),
-    )
-    with pytest.raises(dx.DarexError, match="multi-label"):
-        distill(many, params, params, largest(pair("bert")[3]), texts, make_batches(), steps=9)
+    for changes, told in (
+        ({"problem_type": "multi_label_classification"}, "multi-label"),
+        ({"problem_type": "regression", "id2label": {"0": "a", "1": "b", "2": "c"}}, "several scores"),
+    ):
+        many, params = init_model(read_model_config(FAMILIES["bert"] | changes), jax.random.key(0))
+        with pytest.raises(dx.DarexError, match=told):
+            distill(many, params, params, largest(pair("bert")[3]), texts, make_batches(), steps=9)
 
 
 def test_no_training_is_worse_than_its_start_and_without_a_head_nothing_agrees():

@@ -7,7 +7,7 @@ import pytest
 
 import darex_jax as dx
 from darex_jax.models import init_model, read_model_config
-from darex_jax.models.generate import decode, prefill, stop_tokens
+from darex_jax.models.generate import decode, padding_token, prefill, stop_tokens
 from tests.test_decoders import CASES, LLAMA, STRETCHED, original
 
 torch = pytest.importorskip("torch")
@@ -133,6 +133,27 @@ def test_another_prompt_of_the_same_shape_does_not_recompile():
     size = decode._cache_size()
     dx.generate(model, params, ids[::-1], np.ones_like(mask), max_new_tokens=5, eos_token_id=3)
     assert decode._cache_size() == size
+
+
+def test_padding_that_is_no_row_of_the_embedding_does_not_reach_it(tmp_path):
+    """Configs of early Llamas say -1; prompts are padded with this token before they are read."""
+    ids, mask = prompts()
+    tokens = []
+    for pad in (0, -1):
+        model, params = init_model(read_model_config(LLAMA | {"pad_token_id": pad}), jax.random.key(0))
+        padded = np.where(mask, ids, padding_token(model, None))
+        tokens.append(np.asarray(dx.generate(model, params, padded, mask, max_new_tokens=6)))
+    np.testing.assert_array_equal(*tokens)
+    assert tokens[0].any()
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    model, params = make()
+    ids, mask = prompts()
+    greedy = dx.generate(model, params, ids, mask, max_new_tokens=4, eos_token_id=np.int64(2))
+    cold = dx.generate(model, params, ids, mask, max_new_tokens=4, eos_token_id=2, key=jax.random.key(0),
+                       temperature=1e-38)  # fmt: skip
+    np.testing.assert_array_equal(greedy, cold)
 
 
 def test_wrong_arguments_are_explained():

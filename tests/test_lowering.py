@@ -95,5 +95,7 @@ def test_models_lower_and_so_does_decoding(platform):
     )
     module = lowered(decode, platform, model, params, state, 4, stops=stops, pad=0)
     # Since JAX 0.11 a cumulative sum is one operation on NVIDIA hardware, described by a loop.
-    functions = [text for text in module.split("func.func ") if "chlo.scan.impl(" not in text.partition("{")[0]]
+    functions = [
+        text for text in module.split("func.func ") if "chlo.scan.impl(" not in text.partition("{")[0]
+    ]
     assert sum(text.count("stablehlo.while") for text in functions) == 1  # over tokens, and none inside

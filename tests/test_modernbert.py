@@ -158,6 +158,10 @@ def test_config_is_read_strictly_and_written_as_it_was(tmp_path):
         ({"mlp_dropout": 1.0}, "mlp_dropout is 1.0, it must be in"),
         ({"hidden_size": 12}, "the head size is odd"),
         ({"rope_parameters": {"full_attention": {"rope_type": "x"}}}, "rope_type is 'x', supported"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "rope_parameters has 'rope_type', supp",
+        ),
         ({"unheard": 3}, "unheard is unknown"),
     ):
         with pytest.raises(DarexError, match=f"ModernBERT config: .*{text}"):

@@ -497,6 +497,13 @@ def test_the_command(studies, place):
         ('"svd"', '"svdd"', "method of 'SVD' is one of dare, .*, labels, got 'svdd'"),
         ('"svd" }', '"svd", bit = 4 }', "unknown bit in the way 'SVD'; it may have at, bits"),
         ('title = "Tiny"', 'title = "Tiny"\npaper = 3', "\\[paper\\] is not a table"),
+        ('title = "Tiny"', "title = 5", "title is a text, got 5"),
+        ('measure = "methods"', "measure = []", "measure is one of"),
+        ('than = "DARE"', 'than = ["DARE"]', "than of a claim is a text, got \\['DARE'\\]"),
+        ("masks = 2", "masks = 2\nsets = [1]", "sets is a list"),
+        ("masks = 2", "masks = 2\nseeds = [true]", "seeds is a list"),
+        ("masks = 2", "masks = 2\nseeds = [-1]", "seeds are 0 or more, got -1"),
+        ("[0.5, 0.9]", "[0.5, 1.5]", "drop rates are at least 0 and below 1, got 1.5"),
     ],
 )
 def test_a_faulty_declaration_is_named(studies, old, new, told):
@@ -505,6 +512,21 @@ def test_a_faulty_declaration_is_named(studies, old, new, told):
     )
     (studies / "tiny.toml").write_text(text)
     with pytest.raises(DarexError, match=f"tiny.toml.*{told}"):
+        read_plan(studies, "tiny", "small")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("models = 5\ntrain = {}", "small.models is a table of tables"),
+        ('train = {one = 5}', "small.train is a table of tables, .*'one'"),
+        ('models.m = {train = "one"}\ntrain.one = {model = "m", task = "t"}\noptimizers.adamw = {}',
+         "one -> one begins with itself"),
+    ],
+)  # fmt: skip
+def test_faulty_fine_tunes_are_named(studies, content, told):
+    (studies / "fine_tunes.toml").write_text(f"[small]\n{content}\n")
+    with pytest.raises(DarexError, match=f"fine_tunes.toml: {told}"):
         read_plan(studies, "tiny", "small")
 
 

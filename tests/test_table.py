@@ -194,8 +194,24 @@ def test_splits_with_other_columns_and_names_that_resemble_splits(tmp_path):
     with pytest.raises(DarexError, match=r"row 1 .*'number' is None, expected a string"):
         read_task(table(tmp_path / "u.parquet", label="number"), ALL)
     assert len(read_task(table(write(tmp_path / "devices.csv", columns)), ALL).train) == 16
+    for name in ("testset.csv", "testing.csv", "test_2.csv", "devset.csv", "tests.csv"):
+        with pytest.raises(DarexError, match="rows only, train rows are needed"):
+            read_task(table(write(tmp_path / name, columns)), ALL)
     write(tmp_path / "a1.csv", {name: values[:11] for name, values in columns.items()})
     assert len(read_task(table(write(tmp_path / "a[1].csv", columns)), ALL).train) == 16
+
+
+def test_quotes_of_tsv_and_words_for_nothing_are_text(tmp_path):
+    texts = [('"said ' if i % 5 == 0 else "say ") + str(i) for i in range(20)]
+    lines = [f"{text}\t{'None' if i % 2 else 'NA'}" for i, text in enumerate(texts)]
+    (tmp_path / "mine.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
+    task = read_task(table(tmp_path / "mine.tsv"), ALL)
+    assert task.label_names == ("NA", "None")
+    assert sorted(t for split in (task.train, task.validation, task.test) for t in split.texts) == sorted(
+        texts
+    )
+    (tmp_path / "mine.csv").write_text("sentence,mood\n" + "null,None\nN/A,NA\n" * 10)
+    assert set(read_task(table(tmp_path / "mine.csv"), ALL).train.texts) == {"null", "N/A"}
 
 
 def test_missing_data_is_explained(tmp_path, monkeypatch):

@@ -73,6 +73,8 @@ def generate(
 
     if beside and not deltas:
         raise click.UsageError("--beside needs --delta.")
+    if "" in stop:
+        raise click.UsageError("--stop is a text, not nothing.")
     if len(deltas) > 1 or beside:
         if dtype:
             raise DarexError("--dtype supports only one --delta, without --beside.")

@@ -38,10 +38,15 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path} is not TOML: {error}.") from error
-    names = {param.name for param in ctx.command.params} - {"config"}
+    names = {param.name for param in ctx.command.params} - {"config", "as_json"}
     if unknown := sorted(content.keys() - names):
         possible = ", ".join(sorted(map(str, names)))
         raise click.BadParameter(f"{path} has unknown {', '.join(unknown)}; the options are {possible}.")
+    single = {param.name for param in ctx.command.params if not getattr(param, "multiple", False)}
+    if wrong := [
+        name for name, value in content.items() if name in single and isinstance(value, list | dict)
+    ]:
+        raise click.BadParameter(f"{path}: {wrong[0]} is a single value, got {content[wrong[0]]!r}.")
     ctx.default_map = {**(ctx.default_map or {}), **content}
 
 

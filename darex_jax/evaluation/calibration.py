@@ -142,6 +142,7 @@ def token_counts(model: Model, params: Params, batches: Iterable[Batch]) -> dict
         path
         for path, layer in nnx.iter_modules(model.module(params))
         if isinstance(layer, Embedding) and len(layer.weight[...]) == vocabulary
+        if not str(path[-1]).startswith(("position", "token_type"))  # with as many rows by chance
     ]
     return {".".join(map(str, (*path, "weight"))): total["tokens"] for path in tables}
 

@@ -153,7 +153,8 @@ def read_decoder_config(
     rope, rope_faults = read_rope(hf, default_theta)
     refuse(family, [*wrong, *rope_faults])
     assert rope is not None
-    config = DecoderConfig(**values, rope=rope, notes=notes)
+    nulls = {name: None for name, value in values.items() if value is None and name in hf}
+    config = DecoderConfig(**values, rope=rope, notes=nulls | notes)
     known = len(config.architectures) == 1 and config.architectures[0] in architectures
     stated = f"architectures is {shown(list(config.architectures))}, supported: {', '.join(architectures)}"
     refuse(family, config.faults() + ([] if known else [stated]))

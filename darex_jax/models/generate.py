@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from darex_jax.core.errors import DarexError
@@ -14,6 +15,7 @@ from darex_jax.models.decoder import Cache, CausalLM, DecoderConfig, empty_cache
 
 Array = jax.Array
 Sampling = tuple[Array, Array] | None  # (key, temperature); None is greedy
+COLDEST = 1e-30  # temperatures below are greedy: logits divided by them would be infinite
 
 
 class DecodeState(NamedTuple):
@@ -184,7 +186,7 @@ def sampling_of(key: Array | None, temperature: float) -> Sampling:
     """Raises: ValueError for a negative temperature, or one above 0 without a key."""
     if not temperature >= 0.0:
         raise DarexError(f"temperature is {temperature}, expected 0 (greedy) or more.")
-    if temperature == 0.0:
+    if temperature < COLDEST:
         return None
     if key is None:
         raise DarexError("a temperature above 0 draws tokens: pass key=jax.random.key(seed).")
@@ -193,7 +195,9 @@ def sampling_of(key: Array | None, temperature: float) -> Sampling:
 
 def end_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
     """The end tokens as a tuple."""
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+    if isinstance(eos_token_id, int | np.integer):
+        return (int(eos_token_id),)
+    return tuple(eos_token_id or ())
 
 
 def stop_tokens(eos_token_id: int | Sequence[int] | None) -> Array:
@@ -202,7 +206,7 @@ def stop_tokens(eos_token_id: int | Sequence[int] | None) -> Array:
 
 
 def padding_token(model: Model, eos_token_id: int | Sequence[int] | None) -> int:
-    """The token that fills a row after its end."""
-    if model.config.pad_token_id is not None:
-        return model.config.pad_token_id
-    return next(iter(end_tokens(eos_token_id)), 0)
+    """The token that fills a row before its start and after its end: a row of the embedding, also where the
+    config says -1, as early Llamas do."""
+    pad = model.config.pad_token_id
+    return pad if pad is not None and pad >= 0 else next(iter(end_tokens(eos_token_id)), 0)

@@ -107,7 +107,12 @@ class ModernBertConfig(EncoderConfig):
             cls, hf, fixed=FIXED, inert=INERT | OWN_INERT, read=READ, ignored=ignored
         )
         by_kind = hf.get("rope_parameters") or {}
-        ropes, faults = {}, []
+        ropes: dict[str, Any] = {}
+        faults = [
+            f"rope_parameters has {name!r}, supported: {WHOLE}, {WINDOWED}"
+            for name in by_kind
+            if name not in (WHOLE, WINDOWED)
+        ]
         for kind, name, theta in (
             (WHOLE, "global_rope_theta", 160_000.0),
             (WINDOWED, "local_rope_theta", 10_000.0),

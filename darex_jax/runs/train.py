@@ -250,7 +250,7 @@ def _mesh_of(text: str | None, recipe: Recipe) -> Any:
     if text is None:
         return None
     data, _, model = text.partition("x")
-    if not (data.isdigit() and model.isdigit()):
+    if not (data.isdecimal() and model.isdecimal()):
         raise DarexError(f"mesh must be DATAxMODEL, such as 4x2, got {text!r}.")
     if not int(data) or not int(model):
         raise DarexError(f"mesh {text}: both numbers must be positive.")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,8 +133,12 @@ def read_plan(folder: Path, name: str, scale: str) -> Plan:
         raise NoScale(f"{path}: has no scale [{scale}]; it has {there}.")
     for each in filter(study.__contains__, SCALES):
         _known(path, study[each], SETTINGS, f"[{each}]")
+    for head in ("title", "source", "text"):
+        if not isinstance(study.get(head, ""), str):
+            raise FileError(f"{path}: {head} is a text, got {study[head]!r}.")
+    _check_list(path, "claims are tables, [[claims]]", study.get("claims", []), dict)
     own = study[scale]
-    if study["measure"] not in MEASURES:
+    if study["measure"] not in list(MEASURES):
         raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
     _check_settings(path, own, study["measure"])
     for claim in study.get("claims", ()):
@@ -161,21 +166,31 @@ def read_fine_tunes(folder: Path, scale: str) -> Any:
         raise FileError(f"{path}: has no scale [{scale}].")
     own = tables[scale]
     _known(path, own, {"models", "train", "optimizers"}, f"[{scale}]")
+    for kind, entries in own.items():
+        named = entries.items() if isinstance(entries, dict) else [("", None)]
+        if wrong := [name for name, entry in named if not isinstance(entry, dict) or "/" in name]:
+            raise FileError(
+                f"{path}: {scale}.{kind} is a table of tables, whose names have no slash; see {wrong[0]!r}."
+            )
 
-    def declared(study: Path, training: str, optimizer: str, seed: int) -> FineTune:
+    def declared(study: Path, training: str, optimizer: str, seed: int, of: tuple[str, ...] = ()) -> FineTune:
+        if training in of:
+            raise FileError(f"{path}: {' -> '.join((*of, training))} begins with itself.")
         for kind, name in (("train", training), ("optimizers", optimizer)):
             if name not in own.get(kind, {}):
                 known = ", ".join(own.get(kind, {}))
                 raise FileError(f"{study}: {path} declares no {scale}.{kind}.{name}; it has {known}.")
         options = dict(own["train"][training]) | own["optimizers"][optimizer]
         model, task = options.pop("model", None), options.pop("task", None)
-        if model not in own.get("models", {}) or task is None:
+        if model not in list(own.get("models", {})) or task is None:
             raise FileError(
                 f"{path}: {scale}.train.{training} needs a task, and a model of [{scale}.models]."
             )
         source = own["models"][model]
         begun = source.get("train")
-        start = None if begun is None else declared(study, begun, source.get("optimizer", "adamw"), 0)
+        start = None
+        if begun is not None:
+            start = declared(study, begun, source.get("optimizer", "adamw"), 0, (*of, training))
         return FineTune(training, optimizer, seed, model, source, task, options, start)
 
     return declared
@@ -189,9 +204,18 @@ def _check_settings(path: Path, own: Mapping[str, Any], measure: str) -> None:
         "seeds": int,
         "drop_rates": NUMBER,
         "bytes": NUMBER,
+        "sets": list,
     }
     for name, kind in lists.items():
         _check_list(path, f"{name} is a list, {name} = [...]", own.get(name, []), kind)
+    for names in own.get("sets", []):
+        _check_list(path, "sets are lists of trainings", names, str)
+    if wrong := [seed for seed in own.get("seeds", []) if seed < 0]:
+        raise FileError(f"{path}: seeds are 0 or more, got {wrong[0]}.")
+    if wrong := [rate for rate in own.get("drop_rates", []) if not 0 <= rate < 1]:
+        raise FileError(f"{path}: drop rates are at least 0 and below 1, got {wrong[0]}.")
+    if wrong := [size for size in own.get("bytes", []) if not 0 < size < math.inf]:
+        raise FileError(f"{path}: bytes per parameter are positive, got {wrong[0]}.")
     for name in ("masks", "test_examples"):
         if type(own.get(name, 1)) is not int or own.get(name, 1) < 1:
             raise FileError(f"{path}: {name} is a positive integer, got {own[name]!r}.")
@@ -225,6 +249,13 @@ def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
             f"with way and at, or untestable; got {', '.join(claim)}."
         )
     _check_list(path, "at of a claim is a list of numbers", claim.get("at", []), NUMBER)
+    for name, value in claim.items():
+        is_number = name in ("keeps", "keeps_gain", "least")
+        if name not in ("at", "optimizers") and not isinstance(value, NUMBER if is_number else str):
+            raise FileError(
+                f"{path}: {name} of a claim is a {'number' if is_number else 'text'}, got {value!r}."
+            )
+    _check_list(path, "optimizers of a claim is a list of names", claim.get("optimizers", []), str)
     named = [claim["way"]] if "way" in claim else [claim[key] for key in ("better", "than") if key in claim]
     if unknown := [way for way in named if way not in ways]:
         raise FileError(f"{path}: a claim names {unknown[0]!r}; the ways are {', '.join(sorted(ways))}.")
@@ -232,7 +263,8 @@ def _check_claim(path: Path, claim: Any, ways: set[str]) -> None:
 
 def _check_list(path: Path, rule: str, value: Any, kind: Any) -> None:
     """Raises: FileError with the rule unless it is a list of this kind."""
-    if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+    right = isinstance(value, list) and not any(isinstance(each, bool) for each in value)
+    if not right or not all(isinstance(each, kind) for each in value):
         raise FileError(f"{path}: {rule}, got {value!r}.")
 
 

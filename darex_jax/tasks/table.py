@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import os
 import re
@@ -20,12 +21,15 @@ from darex_jax.tasks import Examples, Task
 from darex_jax.tasks.metrics import METRICS
 from darex_jax.tasks.parquet import Split
 
-FORMATS = {  # suffix -> name of the `datasets` reader, and its options
-    ".parquet": ("parquet", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
+NO_WORDS = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are classes and texts like others
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> name of the `datasets` reader, and its options
+    ".parquet": ("parquet", {}), ".csv": ("csv", NO_WORDS),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE} | NO_WORDS),  # as GLUE's: a quote is a quote
     ".json": ("json", {}), ".jsonl": ("json", {}), ".arrow": ("arrow", {}),
 }  # fmt: skip
-SPLITS = {  # prefixes of file names, or names of splits on the hub
-    "train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",),
+SPLITS = {  # the words that file names begin with, or names of splits on the hub
+    "train": "train|training", "validation": "validation|valid|val|dev|development",
+    "test": "test|tests|testing",
 }  # fmt: skip
 TENTH = 10  # one row in ten is held out for a missing split
 ANSWER_METRICS = ("exact_match", "token_accuracy", "loss")
@@ -38,9 +42,10 @@ class Table:
     """The user's description of their own examples.
 
     Attributes:
-      data: a file of parquet, CSV, TSV, JSON (lines) or Arrow; a folder of such files, whose names begin with
-        train, validation (valid, val, dev) or test, or with none of these, to be split; or a data set of the
-        hub. Without a training split nothing is held out: a validation split is tested on too, a test split
+      data: a file of parquet, CSV, TSV (without quoting), JSON (lines) or Arrow; a folder of such files,
+        whose names begin with the word train, validation (valid, val, dev) or test, also as testing or
+        testset, or with none of these, to be split; or a data set of the hub. Without a training split
+        nothing is held out: a validation split is tested on too, a test split
         is for tests alone.
       text, pair: columns of an encoder's texts; pair is the second text.
       label: column to predict: strings or integers for classes, other numbers for a score.
@@ -310,8 +315,8 @@ def _open(table: Table) -> dict[str, list[Split]]:
 
 
 def _split_of(name: str) -> str | None:
-    for split, beginnings in SPLITS.items():
-        if re.match(rf"({'|'.join(beginnings)})(?![a-z])", name.lower()):
+    for split, words in SPLITS.items():
+        if re.match(rf"({words})(set|data|split)?(?![a-z])", name.lower()):
             return split
     return None
 

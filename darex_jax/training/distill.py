@@ -103,8 +103,8 @@ def distill(
       bits: 8, 4, 2 or 1 per value; None casts to bfloat16 at the end.
       checkpoints: a folder for this training only, from which it resumes bit for bit.
       on_look: called with every evaluation.
-    Raises: DarexError for parts without float values, no text, or a multi-label classifier;
-      FloatingPointError once the loss is not finite.
+    Raises: DarexError for parts without float values, no text, or an encoder of several labels or
+      scores; FloatingPointError once the loss is not finite.
     Source: trained survivors of a random mask, arXiv:2510.14444; straight-through gradients,
       arXiv:1308.3432, with scales as in arXiv:1902.08153.
     """
@@ -113,8 +113,7 @@ def distill(
     placed = {name: each.map(_placed) for name, each in parts.items()}
     if not _split(placed)[0] or any(values.bits is not None for values in _split(dict(parts))[0]):
         raise DarexError("distillation needs parts with float values; pass `bits` to quantise the result.")
-    if getattr(model.config, "problem_type", None) == "multi_label_classification":
-        raise DarexError("distillation does not support multi-label classification.")
+    _check_outputs(model)
     release_programs()  # of earlier trainings, whose parts had other shapes
     pair = _Pair(model, fine, start)
     seen = [(batch, jax.device_get(_reference(model, fine, batch))) for batch in held_out]
@@ -165,8 +164,21 @@ class _Reference(NamedTuple):
 Seen = Iterable[tuple[Batch, _Reference]]
 
 
+def _check_outputs(model: Model) -> None:
+    """Raises: DarexError for an encoder that gives neither one class nor one score."""
+    kind = getattr(model.config, "problem_type", None)
+    if kind == "multi_label_classification":
+        raise DarexError("distillation does not support multi-label classification.")
+    if kind == "regression" and getattr(model.config, "num_labels", 1) > 1:
+        raise DarexError("distillation does not support a regression of several scores.")
+
+
 def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
-    """Loss and agreement with the fine-tuned model, over texts or, for decoders, over tokens."""
+    """Loss and agreement with the fine-tuned model, over texts or, for decoders, over tokens.
+
+    Raises: DarexError for an encoder of several labels or several scores.
+    """
+    _check_outputs(model)
     return _look(model, fine, params, ((batch, _reference(model, fine, batch)) for batch in held_out))
 
 
