@@ -120,11 +120,12 @@ def test_the_closed_form_at_its_edges():
 def test_wrong_arguments_are_explained():
     with pytest.raises(ValueError, match=r"same shape, got \(2,\) and \(3,\)"):
         dx.analytic_q([1, 2], [1, 2, 3], 0.9, 0.4)
-    for wrong in ((1.0, 0.4), (0.0, 0.4), (-0.5, 0.4), (0.9, 0.0), (0.9, -0.4)):
-        with pytest.raises(ValueError, match=r"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got "):
+    needed = r"need 0 < drop_rate < 1, 0 <= prob < 1 and a finite eta > 0, got "
+    for wrong in ((1.0, 0.4), (0.0, 0.4), (-0.5, 0.4), (0.9, 0.0), (0.9, -0.4), (0.9, math.inf)):
+        with pytest.raises(ValueError, match=needed):
             dx.analytic_q([1], [1], *wrong)
     for prob in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got "):
+        with pytest.raises(ValueError, match=needed):
             dx.analytic_q([1], [1], 0.9, 0.4, prob)
     with pytest.raises(ValueError, match="energies finite and non-negative"):
         dx.analytic_q([1], [-1], 0.9, 0.4)

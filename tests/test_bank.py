@@ -414,6 +414,7 @@ def test_generate_takes_several_deltas(stored, folders):
     (["--delta", "bert-magnitude", "--delta", "bert-structured", "--dtype", "bfloat16"], "--dtype supports"),
     (["--delta", "bert-magnitude", "--delta", "bert-structured", *["--task", "x"] * 3], "3 tasks for 2"),
     (["--delta", "bert-magnitude", "--delta", "llama-structured"], "this one has no 'model.layers"),
+    (["--delta", "bert-magnitude", "--delta", "bert-structured", "--task", "gsm8k"], "gsm8k is for decoders"),
 ])  # fmt: skip
 def test_options_for_one_delta_are_refused_with_several(stored, folders, arguments, message):
     files = {f"{family}-{method}": file for (family, method), file in stored.items()}

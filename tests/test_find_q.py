@@ -438,6 +438,7 @@ def test_mistakes_are_explained(folders, tmp_path):
     find = ("find-q", base, fine, "-p", 0.9, "--out", tmp_path / "q.json")
     assert "pass --scope layer" in fails(*find, "--objective", "learned")
     assert "pass --scope model" in fails(*find, "--objective", "two-point", "--scope", "layer")
+    assert "uses no mask; leave out --masks" in fails(*find, "--objective", "closed-form", "--masks", 8)
     assert "texts have no labels" in fails(*find, "--objective", "labels", "--text", folders / "text")
     assert "gsm8k is for decoders" in fails(*find, "--task", "gsm8k")
     assert "come from one place" in fails(

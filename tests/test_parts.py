@@ -446,6 +446,33 @@ def test_a_support_is_one_of_those_that_there_are():
             dx.distilled(delta, Budget(drop_rate=0.5), Evidence(), support=support, **options)
 
 
+def test_what_a_method_cannot_prune_is_refused_not_dropped():
+    tree = {"kernel": DELTA.reshape(24, 37, 1), "norm": DELTA[0]}
+    with pytest.raises(DarexError, match="'kernel' has 3 axes, but this method prunes matrices"):
+        dx.allocated(tree, Budget(bytes_per_parameter=0.5), Evidence())
+    whole = dx.allocated(tree, Budget(drop_rate=0.0), Evidence(), bits=None)
+    np.testing.assert_allclose(whole["kernel"].to_dense(), tree["kernel"], rtol=0.01)
+    parts = dx.svd({"a": DELTA}, Budget(drop_rate=0.9))
+    with pytest.raises(DarexError, match="'a' is no array"):
+        dx.magnitude(parts, Budget(drop_rate=0.9))
+    with pytest.raises(DarexError, match="names no linear layer in the delta"):
+        dx.distilled(
+            {"a": DELTA}, Budget(drop_rate=0.9), Evidence(linear_layers=["b"]), key=jax.random.key(0)
+        )
+    with pytest.raises(DarexError, match="per is one of matrix, row, column, got 'rows'"):
+        dx.sign({"a": DELTA}, Budget(drop_rate=0.9), per="rows")
+
+
+def test_evidence_names_layers_of_nested_norms():
+    assert Evidence(input_norms={"a": {"weight": DELTA[0]}}).linear_layers == {"a.weight"}
+
+
+def test_the_bytes_of_float64_are_counted():
+    parts = dx.dare({"a": DELTA.astype(np.float64)}, Budget(bytes_per_parameter=0.4), key=jax.random.key(0))
+    numbers = parts["a"].parts[0].values.numbers
+    assert numbers.dtype == np.float64 and abs(numbers.nbytes / DELTA.size - 0.4) < 0.1
+
+
 def test_signs_are_refused_for_small_budgets():
     with pytest.raises(DarexError, match=r"0\.125 bytes per parameter"):
         run("sign", Budget(bytes_per_parameter=0.1))

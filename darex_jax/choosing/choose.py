@@ -112,6 +112,8 @@ def _check(choice: Choice, source: Source, drop_rate: float) -> None:
         )
     if way.one_mask and choice.masks not in (None, 1):
         raise DarexError(f"{name} uses one mask; leave out --masks.")
+    if not way.masks and choice.masks is not None:
+        raise DarexError(f"{name} uses no mask; leave out --masks.")
     if choice.grid is not None:
         check_bounds(*choice.grid)
         if not way.searches:

@@ -230,11 +230,15 @@ def _many_rows(
     from darex_jax.files.artifact import DeltaFile
     from darex_jax.runs.many import evaluate_many, open_many
     from darex_jax.tasks import load_task
+    from darex_jax.tasks.answers import PROBLEM_TASKS
 
     if len(task_names) not in (1, len(deltas)):
         raise DarexError(
             f"{len(task_names)} tasks for {len(deltas)} deltas: give one for all or one per delta."
         )
+
+    if answered := [name for name in task_names if name in PROBLEM_TASKS]:
+        raise DarexError(f"{answered[0]} is for decoders, whose deltas are evaluated one at a time.")
 
     def delta_digest(path: Path) -> str:
         with DeltaFile(path) as file:

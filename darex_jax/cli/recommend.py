@@ -179,9 +179,10 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
             sentences.append(
                 f"This is after {chosen.steps} steps of training; the command trains for longer."
             )
-        if dare is not None and dare.loss is not None and dare.loss > LARGE * (advice.without_delta or 0.0):
+        least = LARGE * (advice.without_delta or 0.0)
+        if chosen.method != "dare" and dare is not None and dare.loss is not None and dare.loss > least:
             sentences.append(
-                "The delta is too large for random dropping at this size, which loses most of it."
+                f"The delta is too large for random dropping at this size: dare loses {dare.loss:.1%}."
             )
     if facts.tail > TAILED:
         sentences.append("Few entries hold most of the delta, which favours keeping the largest.")

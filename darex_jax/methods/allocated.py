@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget, entropy
 from darex_jax.methods.evidence import Evidence
@@ -54,9 +55,16 @@ def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
 
 
 def affordable_vectors(leaves: Mapping[str, Any], room: float) -> dict[str, Parts]:
-    """All leaves that are not matrices, whole in float32, if they fit in half of `room`; else none."""
+    """All leaves that are not matrices, whole in float32, if they fit in half of `room`, or all leaves in it;
+    else none. Raises: DarexError if one that does not fit has more than two axes."""
     vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
-    if sum(int(np.size(leaf)) for leaf in vectors.values()) > VECTORS * room:
+    own, entries = (sum(int(np.size(leaf)) for leaf in some.values()) for some in (vectors, leaves))
+    if own > VECTORS * room and entries > room:
+        if large := [name for name, leaf in vectors.items() if np.ndim(leaf) > 2]:
+            raise DarexError(
+                f"'{large[0]}' has {np.ndim(leaves[large[0]])} axes, but this method prunes matrices: "
+                "reshape it, or take magnitude."
+            )
         return {}
     return {name: whole(leaf, jnp.float32) for name, leaf in vectors.items()}
 

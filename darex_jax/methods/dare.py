@@ -71,7 +71,10 @@ def _bits_of(leaves: Iterable[Any], dtype: Any) -> float:
     """Bits per value as floats: of `dtype`, or on average of the leaves' own."""
     if dtype is not None:
         return 8 * np.dtype(dtype).itemsize
-    sizes = [(int(np.size(leaf)), np.dtype(jnp.result_type(leaf)).itemsize) for leaf in leaves]
+    sizes = [
+        (int(np.size(leaf)), np.dtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf)).itemsize)
+        for leaf in leaves
+    ]
     entries = sum(size for size, _ in sizes)
     return 8 * sum(size * width for size, width in sizes) / entries if entries else RAW_BITS
 

@@ -63,6 +63,8 @@ def distilled(
     linear = {name: leaf for name, leaf in matrices.items() if name in evidence.linear_layers}
     if support == "low-rank":
         cheap = {name: leaf for name, leaf in matrices.items() if sum(np.shape(leaf)) <= OTHERS * room}
+        if matrices and not linear | cheap:
+            raise DarexError("the evidence names no linear layer in the delta; pass linear_layers.")
         chosen |= _factors(linear | cheap, room - spent)
     elif support == "allocated":
         width = bits or RAW_BITS

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from darex_jax.core.tree import flatten_names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -31,4 +33,6 @@ class Evidence:
     train: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "linear_layers", frozenset(self.linear_layers or self.input_norms))
+        object.__setattr__(
+            self, "linear_layers", frozenset(self.linear_layers or flatten_names(self.input_norms))
+        )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import kept_count
-from darex_jax.core.tree import PyTree
+from darex_jax.core.tree import PyTree, map_named
 from darex_jax.methods.budget import Budget
 from darex_jax.methods.dare import survivors_values
 from darex_jax.parts.sparse import Sparse
@@ -30,11 +30,13 @@ def magnitude(
     """
     density = budget.density(value_bits(bits, dtype), places=True)
 
-    def prune_leaf(leaf: Any) -> Parts:
+    def prune_leaf(name: str, leaf: Any) -> Parts:
         flat = np.asarray(leaf)
+        if flat.dtype == object:
+            raise DarexError(f"'{name}' is no array; take to_dense() of parts.")
         return kept_parts(flat, largest(flat, kept_count(1.0 - density, flat.size)), bits, dtype)
 
-    return jax.tree.map(prune_leaf, delta)
+    return map_named(prune_leaf, delta)
 
 
 def largest(leaf: np.ndarray, count: int) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
+from darex_jax.core.errors import DarexError
 from darex_jax.core.tree import PyTree, map_named
 from darex_jax.methods.budget import Budget, TooSmall
 from darex_jax.methods.vectors import is_matrix, vector_parts
@@ -45,6 +46,8 @@ def check_room(budget: Budget) -> None:
 
 def sign_part(leaf: Any, per: SignPer) -> Sign:
     """Signs of a matrix and their mean magnitudes in bfloat16."""
+    if per not in get_args(SignPer):
+        raise DarexError(f"per is one of {', '.join(get_args(SignPer))}, got {per!r}.")
     matrix = jnp.asarray(leaf, jnp.float32)
     axis = {"matrix": None, "row": 1, "column": 0}[per]
     scales = jnp.mean(jnp.abs(matrix), axis=axis).reshape(-1).astype(jnp.bfloat16)

@@ -41,8 +41,9 @@ def analytic_q(
         which there is at most one, else the vertex or an end; ties give the smaller q. "published" emulates
         the authors' scan over the rows of one layer, in steps of 0.001, with float16 values. It stops for all
         rows once 80 % of them had a value without improvement, which float16 ties cause after a few steps.
-    Returns: q, the shape of `sums`, in NumPy's float64. Rows without influence (S = Q = 0) get 1 - p. Traced
-      sums (under jit, grad, vmap) give a JAX array, by the rule "exact", and their values are not checked.
+    Returns: q, the shape of `sums`, in NumPy's float64. By "exact" rows without influence (S = Q = 0) get
+      1 - p. Traced sums (under jit, grad, vmap) give a JAX array, by the rule "exact", and their values are
+      not checked.
     Raises: ValueError for arguments out of range, or sums that are not finite.
     Source: DAREx, arXiv:2410.09344, Algorithm 3 and appendix B; their code scans.
     """
@@ -51,9 +52,9 @@ def analytic_q(
     s, energy = xp.asarray(sums, float), xp.asarray(energies, float)
     if s.shape != energy.shape:
         raise DarexError(f"sums and energies must have the same shape, got {s.shape} and {energy.shape}.")
-    if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and eta > 0.0):
+    if not (0.0 < drop_rate < 1.0 and 0.0 <= prob < 1.0 and 0.0 < eta < math.inf):
         raise DarexError(
-            f"need 0 < drop_rate < 1, 0 <= prob < 1 and eta > 0, got {drop_rate}, {prob} and {eta}."
+            f"need 0 < drop_rate < 1, 0 <= prob < 1 and a finite eta > 0, got {drop_rate}, {prob} and {eta}."
         )
     if not traced and not (np.isfinite(s).all() and np.isfinite(energy).all() and (energy >= 0).all()):
         raise DarexError("sums must be finite, energies finite and non-negative.")
