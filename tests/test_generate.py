@@ -135,7 +135,7 @@ def test_another_prompt_of_the_same_shape_does_not_recompile():
     assert decode._cache_size() == size
 
 
-def test_padding_that_is_no_row_of_the_embedding_does_not_reach_it(tmp_path):
+def test_padding_that_is_no_row_of_the_embedding_does_not_reach_it():
     """Configs of early Llamas say -1; prompts are padded with this token before they are read."""
     ids, mask = prompts()
     tokens = []

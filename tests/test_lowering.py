@@ -60,7 +60,7 @@ def test_a_program_for_every_platform_gives_the_same_bits_here():
 def test_with_a_gpu_at_hand_the_cpu_still_has_its_own_attention(monkeypatch):
     """In half precision a GPU takes cuDNN's kernel, which is chosen by where the program runs."""
 
-    def kernel(q, k, v, *, mask, scale, implementation):
+    def kernel(q, k, v, bias, mask, *, scale, implementation):
         return q * {"cudnn": 2.0, "xla": 3.0}[implementation]
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 from click.testing import CliRunner
@@ -85,6 +86,19 @@ def test_a_larger_vocabulary_is_in_the_way_only_where_it_is_pruned(folders, tmp_
     assert darex(*line)["chosen"]["method"]
     refused = CliRunner().invoke(main, [*map(str, line), "--include", "embed_tokens"])
     assert refused.exit_code == 1 and "larger vocabulary (model.embed_tokens.weight)" in refused.stderr
+
+
+def test_outputs_that_are_no_class_are_not_measured(folders, tmp_path):
+    models = []
+    for name in ("base", "fine"):
+        models.append(shutil.copytree(folders / "bert" / name, tmp_path / name))
+        config = models[-1] / "config.json"
+        several = {"problem_type": "multi_label_classification"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | several))
+    (tmp_path / "text").write_text("".join(f"{'abc'[i % 3]}{i % 7} some words\n" for i in range(40)))
+    report = darex("recommend", *models, "--size", "3x", "--text", tmp_path / "text", "--steps", 3)
+    assert report["measure"] is None and all(t["loss"] is None for t in report["tried"])
+    assert "without a head of one class or score" in report["because"][0]
 
 
 def test_the_sentences_match_the_numbers():

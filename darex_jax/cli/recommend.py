@@ -159,7 +159,7 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
     sentences = []
     dare = next((t for t in advice.tried if t.method == "dare" and not t.options), None)
     if advice.measure is None:
-        why = "Without texts" if not has_texts else "For a model without a head"
+        why = "Without texts" if not has_texts else "For a model without a head of one class or score"
         sentences.append(
             f"{why} the loss of predictions cannot be measured, only the error of the stored delta: "
             f"{chosen.name} leaves out {chosen.error:.0%} of its squared norm."

@@ -107,9 +107,8 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(
-        Text(plain(as_given(title))), style="bold", soft_wrap=True, highlight=False
-    )  # Text: no markup
+    heading = Text(plain(as_given(title)))  # Text: no markup
+    console.print(heading, style="bold", soft_wrap=True, highlight=False)
     table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -6,9 +6,10 @@ Hugging Face state dict; a tied head is absent from it.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -259,21 +260,16 @@ def attend(q: Array, k: Array, v: Array, mask: Array, scale: float | None = None
     Scores are multiplied by `scale`; None is H ** -0.5. The kernel is cuDNN's on NVIDIA hardware for half
     precision (all it supports) and XLA's elsewhere.
     """
-
-    def by(implementation: Literal["cudnn", "xla"]) -> Callable[..., Array]:
-        def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-            return jax.nn.dot_product_attention(
-                q, k, v, mask=mask[:, None], scale=scale, implementation=implementation
-            )
-
-        return attention
-
+    attention = partial(jax.nn.dot_product_attention, scale=scale)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = half and jax.default_backend() == "gpu" and q.shape[1] > 1 and q.shape[-1] in (64, 128)
+    inputs, elsewhere = (q, k, v, None, mask[:, None]), partial(attention, implementation="xla")
     if not fused:
-        return by("xla")(q, k, v, mask)
+        return elsewhere(*inputs)
     # A process that has a GPU may still compute this on its CPU: that is known when it is lowered.
-    return jax.lax.platform_dependent(q, k, v, mask, cuda=by("cudnn"), default=by("xla"))
+    return jax.lax.platform_dependent(
+        *inputs, cuda=partial(attention, implementation="cudnn"), default=elsewhere
+    )
 
 
 class FeedForward(nnx.Module):

@@ -33,7 +33,7 @@ from darex_jax.tasks.source import Material, Source, hold_out, read_material
 from darex_jax.tasks.table import share_of_right
 from darex_jax.training.causal_lm import answer_scores
 from darex_jax.training.checkpoints import own_place
-from darex_jax.training.distill import STEPS, Look, distill, look_at
+from darex_jax.training.distill import STEPS, Look, distill, look_at, unsupported_outputs
 
 CURVATURE_ROWS = 8  # per gradient: smaller batches give a better estimate, and take longer
 SCORED = 1000  # maximum number of labelled texts for a metric
@@ -76,11 +76,11 @@ class Trainer:
 
     @property
     def measure(self) -> str | None:
-        """The meaning of an evaluation's `agreement`; None for a model without a head."""
+        """The meaning of an evaluation's `agreement`; None without a head of one class or score."""
         config = self.model.config
         if isinstance(config, DecoderConfig):
             return "agreement of next tokens"
-        if "ForSequenceClassification" not in config.architectures[0]:
+        if "ForSequenceClassification" not in config.architectures[0] or unsupported_outputs(self.model):
             return None
         return "correlation of scores" if config.num_labels == 1 else "agreement of predictions"
 

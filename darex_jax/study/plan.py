@@ -138,7 +138,7 @@ def read_plan(folder: Path, name: str, scale: str) -> Plan:
             raise FileError(f"{path}: {head} is a text, got {study[head]!r}.")
     _check_list(path, "claims are tables, [[claims]]", study.get("claims", []), dict)
     own = study[scale]
-    if study["measure"] not in list(MEASURES):
+    if study["measure"] not in list(MEASURES):  # a list: TOML has values without a hash
         raise FileError(f"{path}: measure is one of {', '.join(MEASURES)}, got {study['measure']!r}.")
     _check_settings(path, own, study["measure"])
     for claim in study.get("claims", ()):
@@ -182,7 +182,7 @@ def read_fine_tunes(folder: Path, scale: str) -> Any:
                 raise FileError(f"{study}: {path} declares no {scale}.{kind}.{name}; it has {known}.")
         options = dict(own["train"][training]) | own["optimizers"][optimizer]
         model, task = options.pop("model", None), options.pop("task", None)
-        if model not in list(own.get("models", {})) or task is None:
+        if model not in list(own.get("models", {})) or task is None:  # a list, as for measures
             raise FileError(
                 f"{path}: {scale}.train.{training} needs a task, and a model of [{scale}.models]."
             )

@@ -52,8 +52,8 @@ def accuracy_and_f1(logits: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(logits: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1 for two classes, macro-averaged for more over those that labels or
-    predictions have; 0.0 for a class that only one of the two has."""
+    """F1 of class 1 for two classes, macro-averaged for more over those that labels or predictions have; 0.0
+    for a class that only one of the two has."""
     from sklearn.metrics import f1_score
 
     predicted, gold = _classes(logits, labels)

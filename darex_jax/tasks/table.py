@@ -45,8 +45,7 @@ class Table:
       data: a file of parquet, CSV, TSV (without quoting), JSON (lines) or Arrow; a folder of such files,
         whose names begin with the word train, validation (valid, val, dev) or test, also as testing or
         testset, or with none of these, to be split; or a data set of the hub. Without a training split
-        nothing is held out: a validation split is tested on too, a test split
-        is for tests alone.
+        nothing is held out: a validation split is tested on too, a test split is for tests alone.
       text, pair: columns of an encoder's texts; pair is the second text.
       label: column to predict: strings or integers for classes, other numbers for a score.
       prompt, completion: columns of a decoder's texts; the completion is trained and scored.

@@ -164,13 +164,18 @@ class _Reference(NamedTuple):
 Seen = Iterable[tuple[Batch, _Reference]]
 
 
-def _check_outputs(model: Model) -> None:
-    """Raises: DarexError for an encoder that gives neither one class nor one score."""
+def unsupported_outputs(model: Model) -> str | None:
+    """What an encoder gives that is neither one class nor one score; None of all other models."""
     kind = getattr(model.config, "problem_type", None)
     if kind == "multi_label_classification":
-        raise DarexError("distillation does not support multi-label classification.")
-    if kind == "regression" and getattr(model.config, "num_labels", 1) > 1:
-        raise DarexError("distillation does not support a regression of several scores.")
+        return "multi-label classification"
+    several = kind == "regression" and getattr(model.config, "num_labels", 1) > 1
+    return "a regression of several scores" if several else None
+
+
+def _check_outputs(model: Model) -> None:
+    if what := unsupported_outputs(model):
+        raise DarexError(f"distillation does not support {what}.")
 
 
 def look_at(model: Model, fine: Params, params: Params, held_out: Sequence[Batch]) -> Look:
