@@ -67,9 +67,11 @@ def experiment(
         _say_missing(missing_cells(plan, rows, only), rows, as_json)
         return
     if not table:
+        from darex_jax.core.memory import keep_freed_memory
         from darex_jax.study.fine_tunes import Place
         from darex_jax.study.run import run_study
 
+        keep_freed_memory()
         with _bars(as_json) as (say, on_step, on_row):
             place = Place(runs, models, data_dir, say, on_step)
             rows = run_study(plan, place, only=only, on_row=on_row)

@@ -413,9 +413,11 @@ def demo(
     Fine-tunes an encoder, prunes its delta with DARE and DAREx-q, stores it, restores
     the model from it and evaluates.
     """
+    from darex_jax.core.memory import keep_freed_memory
     from darex_jax.runs.demo import demo_weights, run_demo
 
     check_data_dir(task_name, data_dir)
+    keep_freed_memory()
     base = base or demo_weights()
     with step_bar("fine-tuning", steps, as_json) as on_step:
         results = run_demo(

@@ -333,10 +333,13 @@ def _by_method(
       budget: a `Budget`, bytes, or a float: the largest loss.
       evidence: digests of what q was, or will be, chosen from: `choose` adds them.
     """
+    from darex_jax.core.memory import keep_freed_memory
     from darex_jax.methods.evidence import Evidence
     from darex_jax.runs.evidence import gather
     from darex_jax.runs.prune import prune_by, prune_within
 
+    if training:
+        keep_freed_memory()
     if block_wise:
         from darex_jax.runs.blockwise import prune_blockwise
 

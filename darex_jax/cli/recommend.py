@@ -82,6 +82,7 @@ def recommend(
     for them: each writes a temporary file of that size; with --text, --task or --data each is measured by its
     agreement with the fine-tuned model on held-out texts.
     """
+    from darex_jax.core.memory import keep_freed_memory
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.prune import Job
@@ -100,6 +101,7 @@ def recommend(
     if not has_texts and limit is not None:
         raise click.UsageError("--limit is for texts: pass --task, --text or --data.")
     if has_texts:
+        keep_freed_memory()
         source = Source(
             task=task, data_dir=data_dir, difficulty=difficulty, text=options["text"], table=table,
             limit=limit or TRAINING_TEXTS, seed=seed,

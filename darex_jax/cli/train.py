@@ -116,6 +116,7 @@ def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> No
     of the run; metrics, curves and checkpoints are in OUT.run. After an interruption the same command resumes
     from the last checkpoint, and gives the same bits.
     """
+    from darex_jax.core.memory import keep_freed_memory
     from darex_jax.runs.train import train_run
     from darex_jax.training.loop import Recipe
 
@@ -132,6 +133,7 @@ def train(base: Path, out: Path, task: str, as_json: bool, **options: Any) -> No
         raise click.UsageError(f"--{min(stray).replace('_', '-')} needs --lora-rank.")
     recipe = Recipe(**{field.name: options.pop(field.name) for field in dataclasses.fields(Recipe)})
     table = take_only_table(options, "task")
+    keep_freed_memory()
     with training_bar("fine-tuning", as_json) as on_step:
         report = train_run(
             base, out, recipe, task=task, table=table, **options,
@@ -172,8 +174,10 @@ def repeat(manifest: Path, base: Path | None, data_dir: Path | None, out: Path |
     MANIFEST is a darex_manifest.json, or its directory. Reports whether the repeat has the same bits, and if
     not, what differs: base, data, versions, platform. Exit code 1 if it differs.
     """
+    from darex_jax.core.memory import keep_freed_memory
     from darex_jax.runs.repeat import repeat_run
 
+    keep_freed_memory()
     with training_bar("repeating", as_json) as on_step:
         report = repeat_run(
             manifest, base=base, data_dir=data_dir, out=out,

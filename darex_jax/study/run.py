@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from darex_jax.core.errors import FileError
-from darex_jax.core.programs import release_programs
+from darex_jax.core.memory import release_programs
 from darex_jax.files.atomic import only_one
 from darex_jax.files.manifest import run_manifest
 from darex_jax.study.fine_tunes import Place

@@ -22,7 +22,7 @@ import optax
 
 from darex_jax.core.delta import apply_delta
 from darex_jax.core.errors import DarexError
-from darex_jax.core.programs import release_programs
+from darex_jax.core.memory import release_programs
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.models import DecoderConfig
 from darex_jax.models import Model as WholeModel
