@@ -35,6 +35,9 @@ def test_the_least_loss_is_taken_and_its_command_works(folders, tmp_path):
     command = shlex.split(report["command"])
     assert command[:2] == ["darex", "prune"] and "--size" in command
     assert command[command.index("--seed") + 1] == "5" and "--difficulty" not in command
+    statistics = report["chosen"]["method"] in ("wanda", "allocated")
+    assert report["calibration"] == 20 and statistics == ("--limit" in command)
+    assert not statistics or command[command.index("--limit") + 1] == "20"
     out = tmp_path / "d"
     steps = ["--steps", "3"] if report["chosen"]["steps"] else []
     made = darex(*[str(out) if word == "OUT" else word for word in command[1:]], *steps)

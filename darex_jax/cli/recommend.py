@@ -86,6 +86,7 @@ def recommend(
     from darex_jax.core.scope import choose_scope
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.prune import Job
+    from darex_jax.methods.table import METHODS
     from darex_jax.runs.prune import wanted_bytes
     from darex_jax.runs.recommend import recommend as advise
     from darex_jax.tasks.source import Source
@@ -122,6 +123,8 @@ def recommend(
     always = _options({**budget, **scope, "seed": seed or None})
     texts = {"task": task, "data-dir": data_dir, "text": text, "limit": limit, **own}
     texts["difficulty"] = difficulty if typed("difficulty") else None
+    if METHODS[advice.chosen.method].needs and not advice.chosen.steps:
+        texts["limit"] = advice.calibration
     command = _command(advice.chosen, base, fine, always, _options(texts))
     command = as_given(command)
     sentences = _sentences(advice, file_bytes, source is not None, can_retrain)

@@ -20,7 +20,7 @@ from darex_jax.files.artifact import load_delta
 from darex_jax.files.prune import Job
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
-from darex_jax.runs.evidence import Trainer, gather
+from darex_jax.runs.evidence import HELD_OUT, Trainer, gather
 from darex_jax.runs.prune import prune_by
 from darex_jax.tasks.source import Source
 
@@ -97,6 +97,7 @@ class Advice:
       chosen: the one of `tried` with the least loss, or without texts the least error.
       without_delta: the base's loss; None without texts.
       measure: the agreement that losses are one minus of; held_out: number of texts.
+      calibration: number of texts of which methods without a training take statistics.
     """
 
     facts: Facts
@@ -105,6 +106,7 @@ class Advice:
     without_delta: float | None = None
     measure: str | None = None
     held_out: int = 0
+    calibration: int = 0
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -131,7 +133,7 @@ def recommend(
     """
     on_try("the delta")
     deltas, facts = _facts(job)
-    evidence, trainer = Evidence(), None
+    evidence, trainer, calibration = Evidence(), None, 0
     digests: dict[str, str] = {}
     if source is not None:
         evidence, digests = gather(
@@ -139,6 +141,8 @@ def recommend(
             ignore_config_fields=ignore_config_fields, steps=steps,
         )  # fmt: skip
         trainer = evidence.train if isinstance(evidence.train, Trainer) else None
+        if trainer is not None:
+            calibration = min(HELD_OUT, len(trainer.texts.encoded))
         if trainer is not None and trainer.measure is None:
             trainer, evidence = None, replace(evidence, train=None)
     total = sum(map(_square, deltas.values()))
@@ -173,11 +177,11 @@ def recommend(
         raise DarexError(next(iter(failed.values())))
     chosen = min(tried, key=lambda t: (t.error if t.loss is None else t.loss, t.error))
     if trainer is None:
-        return Advice(facts=facts, tried=tried, chosen=chosen, failed=failed)
+        return Advice(facts=facts, tried=tried, chosen=chosen, failed=failed, calibration=calibration)
     return Advice(
         facts=facts, tried=tried, chosen=chosen, measure=trainer.measure,
         without_delta=1.0 - trainer.look({}).agreement, held_out=len(trainer.held_out.encoded),
-        failed=failed,
+        failed=failed, calibration=calibration,
     )  # fmt: skip
 
 
