@@ -9,11 +9,18 @@ import darex_jax as dx
 from darex_jax.core.bound import phi
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.3, 0.4949, 0.4951, 0.499999, 0.5, 0.5049, 0.7, 0.99, 0.999])
+@pytest.mark.parametrize(
+    "p", [1e-12, 1e-7, 0.001, 0.1, 0.3, 0.4949, 0.4951, 0.499999, 0.5, 0.5049, 0.7, 0.99, 0.999, 1 - 2**-24]
+)
 def test_phi(p):
+    p = float(np.float32(p))
     exact = 0.5 if p == 0.5 else (1 - 2 * p) / np.log((1 - p) / p)
-    assert float(phi(p)) == pytest.approx(exact, rel=1e-4)
+    assert float(phi(p)) == pytest.approx(exact, rel=1e-6)
     assert np.isfinite(jax.grad(phi)(p))
+
+
+def test_phi_is_0_without_and_with_all_of_the_dropping():
+    assert float(phi(0.0)) == float(phi(1.0)) == 0.0
 
 
 @pytest.mark.parametrize("drop_rate", [0.5, 0.9, 0.99])

@@ -7,17 +7,18 @@ from jax.typing import ArrayLike
 
 @jax.jit
 def phi(drop_rate: ArrayLike) -> jax.Array:
-    """Phi(p) = (1 - 2p) / log((1 - p) / p), the Kearns-Saul constant; 1/2 at p = 1/2, 0 at 0. Float32.
+    """Phi(p) = (1 - 2p) / log((1 - p) / p), the Kearns-Saul constant; 1/2 at p = 1/2, 0 at 0 and 1. Float32.
 
     Source: Berend and Kontorovich, arXiv:1210.3248, Theorem 4; DAREx, arXiv:2410.09344, Theorem 3.1.
     """
     p = jnp.asarray(drop_rate, jnp.float32)
     # With x = 1 - 2p this is x / (2 artanh(x)): smooth at 0, where the series avoids 0/0.
     x = 1.0 - 2.0 * p
-    near = jnp.abs(x) < 1e-2
+    near, ends = jnp.abs(x) < 1e-2, (p <= 0.0) | (p >= 1.0)
     series = 0.5 * (1.0 - x * x / 3.0 - 4.0 * x**4 / 45.0)
-    safe = jnp.where(near | (p <= 0.0), 0.5, x)
-    return jnp.where(p <= 0.0, 0.0, jnp.where(near, series, safe / (2.0 * jnp.arctanh(safe))))
+    safe = jnp.where(near | ends, 0.25, p)
+    exact = (1.0 - 2.0 * safe) / (jnp.log1p(-safe) - jnp.log(safe))
+    return jnp.where(ends, 0.0, jnp.where(near, series, exact))
 
 
 def output_error_bound(
