@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 from pathlib import Path
 
 import jax
@@ -43,5 +44,6 @@ def release_programs(share: float = 0.5) -> bool:
 
 def _of_c(name: str, *numbers: int) -> None:
     """Calls a function of the C library where it has one of this name."""
-    if function := getattr(ctypes.CDLL(None), name, None):
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if function := getattr(library, name, None):
         function(*numbers)
