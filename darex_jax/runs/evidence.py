@@ -84,6 +84,11 @@ class Trainer:
             return None
         return "correlation of scores" if config.num_labels == 1 else "agreement of predictions"
 
+    @property
+    def calibration(self) -> Material:
+        """The texts of which methods without a training take statistics."""
+        return self.texts.first(HELD_OUT)
+
     def look(self, parts: Mapping[str, Any]) -> Look:
         """Evaluates the model with these parts, by dotted name, on the held-out texts."""
         computed = flatten_names(self.start)
@@ -159,11 +164,9 @@ def gather(
         made_from["from_base"] = ", ".join(sorted(flatten_names(base_params)))
     train = Trainer(model, params, combine(params, base_params), texts, held_out, made_from, **training)
     if with_metric:
-        others = read_material(fine, source, "validation")
-        some = others.select(np.arange(min(SCORED, len(others.encoded))))
+        some = read_material(fine, source, "validation").first(SCORED)
         train.metric = _metric(model, params, some, source)
-    first = texts.select(np.arange(min(HELD_OUT, len(texts.encoded))))
-    return replace(_statistics(model, params, first, needs), train=train), digests
+    return replace(_statistics(model, params, train.calibration, needs), train=train), digests
 
 
 def _metric(model: Model, fine: Any, material: Material, source: Source) -> Metric:

@@ -20,7 +20,7 @@ from darex_jax.files.artifact import load_delta
 from darex_jax.files.prune import Job
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.table import METHODS
-from darex_jax.runs.evidence import HELD_OUT, Trainer, gather
+from darex_jax.runs.evidence import Trainer, gather
 from darex_jax.runs.prune import prune_by
 from darex_jax.tasks.source import Source
 
@@ -141,8 +141,7 @@ def recommend(
             ignore_config_fields=ignore_config_fields, steps=steps,
         )  # fmt: skip
         trainer = evidence.train if isinstance(evidence.train, Trainer) else None
-        if trainer is not None:
-            calibration = min(HELD_OUT, len(trainer.texts.encoded))
+        calibration = 0 if trainer is None else len(trainer.calibration.encoded)
         if trainer is not None and trainer.measure is None:
             trainer, evidence = None, replace(evidence, train=None)
     total = sum(map(_square, deltas.values()))
@@ -186,7 +185,7 @@ def recommend(
 
 
 def _two_point(trainer: Trainer, deltas: Mapping[str, np.ndarray]) -> Callable[[float], float]:
-    batches = trainer.texts.select(np.arange(min(CALIBRATION, len(trainer.texts.encoded)))).batches()
+    batches = trainer.texts.first(CALIBRATION).batches()
     start = flatten_names(trainer.start)
     in_scope = unflatten_names({name: start[name] for name in deltas if name in start})
     _, delta = split_in_scope(trainer.fine, in_scope)

@@ -103,6 +103,10 @@ class Material(NamedTuple):
     def select(self, rows: NDArray[Any]) -> Material:
         return self._replace(encoded=self.encoded.select(rows))
 
+    def first(self, most: int) -> Material:
+        """The first rows, at most this many."""
+        return self.select(np.arange(min(most, len(self.encoded))))
+
 
 def hold_out(count: int, held: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Row indices for training, and `held` held-out ones drawn with the seed; both ascending."""
