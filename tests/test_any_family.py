@@ -125,6 +125,47 @@ def test_a_family_without_code_here_is_pruned_and_restored(tmp_path, family):
     np.testing.assert_array_equal(seen, wanted)
 
 
+def quantised(seed, kind):
+    """Weights of two blocks, in eight bits with scales beside them."""
+    rng, tensors = np.random.default_rng(seed), {"model.norm.weight": np.ones(8, np.float32)}
+    for layer in (f"model.layers.{i}.mlp.up_proj" for i in range(2)):
+        codes, scales = rng.normal(size=(16, 8)).astype(np.float32), rng.random((4, 8)).astype(np.float32)
+        if kind == "fp8":
+            tensors[f"{layer}.weight"] = codes.astype(ml_dtypes.float8_e4m3fn)
+            tensors[f"{layer}.weight_scale_inv"] = scales
+        elif kind == "gptq":
+            tensors[f"{layer}.qweight"] = (1000 * codes).astype(np.int32)
+            tensors[f"{layer}.scales"] = scales.astype(np.float16)
+        else:
+            tensors[f"{layer}.weight"] = (100 * codes).astype(np.uint8)
+            tensors[f"{layer}.weight.absmax"] = scales
+        attention = np.random.default_rng(0).normal(size=(8, 8)) + 0.01 * seed * rng.normal(size=(8, 8))
+        plain = f"{layer.replace('mlp.up_proj', 'self_attn.q_proj')}.weight"
+        tensors[plain] = attention.astype(ml_dtypes.bfloat16)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gptq", "bitsandbytes"])
+def test_scales_of_quantised_weights_are_kept_with_them(tmp_path, kind):
+    config = {"model_type": "qwen3", "torch_dtype": "bfloat16"}
+    models = {name: quantised(seed, kind) for name, seed in (("base", 0), ("fine", 1))}
+    for name, tensors in models.items():
+        dx.save_params(tmp_path / name, tensors, config)
+    base, fine, delta = (tmp_path / name for name in ("base", "fine", "delta"))
+    said = darex("prune", base, fine, delta, "-p", 0.5).output
+    assert "it is quantised: 2 parameters" in said
+    darex("apply", base, delta, tmp_path / "out")
+    with Checkpoint(tmp_path / "out") as out:
+        for name, array in models["fine"].items():
+            same = out.tensors[name].read().tobytes() == array.tobytes()
+            assert same == ("q_proj" not in name), name
+        assert out.config == config
+    for given in (fine, delta):  # whole numbers have no deltas to merge
+        line = ("merge", base, given, tmp_path / "merged", "--method", "linear")
+        assert "give models that are not quantised" in darex(*line, code=1).output
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_scope_found_is_printed_before_the_work(tmp_path):
     rng = np.random.default_rng(0)
     for model in ("base", "fine"):

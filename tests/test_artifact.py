@@ -278,7 +278,6 @@ def test_load_delta_of_a_checkpoint_pair(tmp_path, pair):
         ("config.json", FILES["config.json"].replace("1e-12", "1e-5"), "was different"),
         ("vocab.txt", "[UNK]\nb\n", "was different"),
         ("vocab.txt", None, "is missing; it existed"),
-        ("tokenizer.json", "{}", "did not exist"),
     ],
 )
 def test_a_base_whose_files_changed_is_refused(tmp_path, pair, name, content, what):
@@ -287,13 +286,12 @@ def test_a_base_whose_files_changed_is_refused(tmp_path, pair, name, content, wh
     darex("prune", base, fine, delta, "-p", 0.9)
     assert darex("verify", delta, "--base", base).stderr == ""
     (base / name).unlink() if content is None else (base / name).write_text(content)
-    (base / "chat_template.jinja").touch()  # named second
     fault = f"{base / name}, which the restored model inherits, {what} when {delta} was made"
     for command in (("apply", base, delta, out), ("verify", delta, "--base", base)):
         assert fault in darex(*command, code=1).stderr
         allowed = darex(*command, "--allow-changed-files", "--json")
         assert f"warning: {fault}: allowed." in allowed.stderr
-        assert len(json.loads(allowed.stdout)["warnings"]) == 2
+        assert len(json.loads(allowed.stdout)["warnings"]) == 1
     assert {file.name for file in out.iterdir()} == {CARD, *(file.name for file in base.iterdir())}
     with pytest.raises(FileError, match="which the restored model inherits"):
         dx.load_model(base, delta=delta)
@@ -309,6 +307,32 @@ def test_files_of_the_delta_may_change_in_the_base(tmp_path, pair):
     assert darex("apply", base, tmp_path / "d", tmp_path / "out").stderr == ""
     assert (tmp_path / "out/config.json").read_bytes() == (fine / "config.json").read_bytes()
     assert (tmp_path / "out/vocab.txt").read_text() == FILES["vocab.txt"]
+
+
+def test_a_restored_model_has_no_file_that_the_fine_tune_lacks(tmp_path, pair):
+    """A chat template in a file of its own, for one, takes precedence over the tokenizer's."""
+    own = {"tokenizer_config.json": '{"chat_template": "mine"}', "spm.model": "pieces"}
+    base, fine = with_files(pair[0]), with_files(pair[1], FILES | own)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (base / name).write_text("{}")
+    darex("prune", base, fine, tmp_path / "d", "-p", 0.9)
+    (base / "added_tokens.json").write_text("{}")  # later, and of no importance to the restored model
+    for more in ((), ("--allow-changed-files",)):
+        assert darex("apply", base, tmp_path / "d", tmp_path / "out", *more, "--overwrite").stderr == ""
+        found = {file.name for file in (tmp_path / "out").iterdir()}
+        assert found == {CARD, *(file.name for file in fine.iterdir())}
+    assert (tmp_path / "out/spm.model").read_text() == "pieces"
+    run = darex("merge", base, tmp_path / "d", tmp_path / "m", "--method", "linear", "--json")
+    assert json.loads(run.stdout) and not (tmp_path / "m/chat_template.jinja").exists()
+
+
+def test_files_of_a_kind_that_neither_model_had_are_not_taken_unasked(tmp_path, pair):
+    darex("prune", *pair, tmp_path / "d", "-p", 0.9)
+    (pair[0] / "tokenizer.json").write_text("{}")
+    fault = darex("apply", pair[0], tmp_path / "d", tmp_path / "out", code=1).stderr
+    assert "tokenizer.json, which the restored model inherits, did not exist" in fault
+    allowed = darex("apply", pair[0], tmp_path / "d", tmp_path / "out", "--allow-changed-files").stderr
+    assert "did not exist" in allowed and (tmp_path / "out/tokenizer.json").exists()
 
 
 def test_probable_mistakes_give_warnings(tmp_path, pair):

@@ -76,6 +76,28 @@ def test_peft_computes_the_restored_model_with_it(tmp_path, encoders, method):  
     np.testing.assert_allclose(model(params, ids).logits, logits, atol=1e-5)
 
 
+def test_families_with_transposed_layers_are_refused(tmp_path):
+    for i, name in enumerate(("base", "fine")):
+        layers = {f"h.{n}.attn.c_proj.weight": np.eye(4, dtype=np.float32) + i for n in range(2)}
+        dx.save_params(tmp_path / name, layers, {"model_type": "gpt2"})
+    delta = pruned(tmp_path / "base", tmp_path / "fine", tmp_path / "delta", "--method", "svd", "-p", "0")
+    line = ("export", delta, tmp_path / "out", "--to", "peft", "--base", tmp_path / "base")
+    assert "stored [in, out]" in darex(*line, code=1).output and not (tmp_path / "out").exists()
+
+
+def test_a_head_is_tied_by_default_in_gemma(tmp_path):
+    table = {"model.embed_tokens.weight": np.eye(6, 4, dtype=np.float32)}
+    config = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    for i, name in enumerate(("base", "fine")):
+        layers = {f"model.layers.{n}.mlp.w.weight": np.eye(4, dtype=np.float32) + i for n in range(2)}
+        dx.save_params(tmp_path / name, layers | {n: x + i for n, x in table.items()}, config)
+    line = (tmp_path / "base", tmp_path / "fine", tmp_path / "delta", "--method", "svd", "-p", "0")
+    pruned(*line, "--include", ".")
+    darex("export", tmp_path / "delta", tmp_path / "out", "--to", "peft", "--base", tmp_path / "base")
+    _, whole = exported_deltas(tmp_path / "out")
+    assert "lm_head.weight" in whole
+
+
 @pytest.mark.parametrize("scope", [(), ("--include", ".")])
 def test_peft_computes_a_decoder_with_a_tied_head(tmp_path, folders, scope):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

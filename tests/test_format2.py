@@ -242,6 +242,8 @@ def part(table):
         lambda t: t.update(blocks=[1]),
         lambda t: t.update(blocks=1),
         lambda t: t.update(base_blake3="0"),
+        lambda t: t.update(options={"a": [[]]}),
+        lambda t: t.update(budget={"a": {"b": {}}}),
     ],
 )
 def test_forged_recipes_are_refused(tmp_path, pair, change):

@@ -119,6 +119,15 @@ def test_tensor_names_have_a_maximum_length(tmp_path):
         SafetensorsFile(tmp_path / "501")
 
 
+def test_names_that_no_reader_takes_are_not_written(tmp_path):
+    name = "layers.0." + "n" * (MAX_NAME - 12)
+    for i, model in enumerate(("base", "fine")):
+        dx.save_params(tmp_path / model, {name: np.full((4, 4), i, np.float32)}, {"model_type": "x"})
+    line = ("prune", tmp_path / "base", tmp_path / "fine", tmp_path / "d", "-p", 0.5)
+    assert "is not a valid tensor name in a file" in darex(*line, code=1).output
+    assert not (tmp_path / "d").exists()
+
+
 def forge(path, source, change_recipe=None, change_tensors=None):
     """The artifact `source` with another recipe or other tensors, and updated digests."""
     with DeltaFile(source) as d:

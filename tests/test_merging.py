@@ -1,6 +1,7 @@
 """Merging deltas, against the published algorithms in NumPy and against peft's functions."""
 
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -382,12 +383,41 @@ def test_tied_heads_stay_tied_and_scalars_and_float64_are_merged(tmp_path):
     plain = {"a": np.float64(1) + np.arange(6.0).reshape(2, 3) / 3, "b": np.asarray(0.1, np.float32)}
     write_tensors(tmp_path / "plain.safetensors", plain, {})
     (tmp_path / "wide").mkdir()
-    write_tensors(tmp_path / "wide/model.safetensors", changed(plain, 1e-12), {})
+    moved = changed(plain, 1e-12) | {"b": np.asarray(0.2, np.float32)}
+    write_tensors(tmp_path / "wide/model.safetensors", moved, {})
     run("merge", tmp_path / "plain.safetensors", tmp_path / "wide", tmp_path / "w", "--method", "linear")
     with Checkpoint(tmp_path / "w") as found, Checkpoint(tmp_path / "wide") as wide:
         a, b = (found.tensors[name].read() for name in "ab")
-        assert a.dtype == np.float64 and b.shape == ()
+        assert a.dtype == np.float64 and b.shape == () and abs(b - 0.2) < 1e-7
         np.testing.assert_allclose(a, wide.tensors["a"].read(), rtol=1e-15)
+
+
+def test_a_head_of_its_own_is_kept_bit_for_bit(tmp_path):
+    """Also where the base has one of the same shape, and another fine-tune has not."""
+    layers = {f"layers.{i}.w": np.full((3, 4), i, np.float32) for i in range(2)}
+    rng = np.random.default_rng(0)
+    heads = {"base": 10 * rng.normal(size=(2, 4)), "a": 0.001 * rng.normal(size=(2, 4)), "b": np.ones((3, 4))}
+    for name, head in heads.items():
+        leaves = layers | {"classifier.weight": head.astype(np.float32)}
+        dx.save_params(tmp_path / name, leaves, {"model_type": "bert"})
+    run("merge", *(tmp_path / name for name in ("base", "a", "b", "m")), "--method", "linear")
+    for name in "ab":
+        found = flatten_names(dx.load_params(tmp_path / "m" / name))["classifier.weight"]
+        np.testing.assert_array_equal(found, heads[name].astype(np.float32))
+
+
+def test_an_adapters_tokenizer_comes_with_it(files, tmp_path):
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/tokenizer_config.json").write_text("{}")
+    shutil.copytree(files / "base", tmp_path / "base")
+    for name in ("vocab.txt", "generation_config.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    line = (tmp_path / "base", tmp_path / "adapter")
+    run("merge", *line, tmp_path / "m", "--method", "linear")
+    run("merge-adapter", *line, tmp_path / "n")
+    for out in (tmp_path / "m", tmp_path / "n"):
+        found = {file.name for file in out.iterdir()}
+        assert {"tokenizer_config.json", "generation_config.json"} < found and "vocab.txt" not in found
 
 
 @pytest.mark.parametrize("order", [("tied", "untied"), ("untied", "tied")])

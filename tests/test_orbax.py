@@ -18,6 +18,7 @@ from darex_jax.core.errors import FileError
 from darex_jax.core.sharding import make_mesh
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.orbax import OrbaxFile
 from darex_jax.files.safetensors import CHUNK
 from tests.test_bank import darex
 from tests.test_resume import save_bert
@@ -203,6 +204,17 @@ def test_long_arrays_are_read_in_pieces(tmp_path, sharded):
             checkpoint.tensors["b"].info, (slice(1, 3), slice(2, 9))
         )
         np.testing.assert_array_equal(part, long["b"][1:3, 2:9])
+
+
+def test_what_is_stored_as_one_chunk_is_decoded_once(tmp_path, monkeypatch):
+    base = {"layers": [{"w": np.zeros((3 * CHUNK // 4, 4), np.float32)} for _ in range(2)]}
+    fine = {"layers": [{"w": np.ones((3 * CHUNK // 4, 4), np.float32)} for _ in range(2)]}
+    paths = save(tmp_path / "base", base), save(tmp_path / "fine", fine)
+    reads = []
+    whole = OrbaxFile._read
+    monkeypatch.setattr(OrbaxFile, "_read", lambda *given: reads.append(given) or whole(*given))
+    darex("prune", *paths, tmp_path / "delta", "-p", 0.999)
+    assert len(reads) == 4
 
 
 def test_damage_is_reported_in_one_line(tmp_path):

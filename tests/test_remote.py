@@ -11,7 +11,7 @@ import pytest
 import darex_jax as dx
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.tree import unflatten_names
-from darex_jax.files.remote import fetch, send
+from darex_jax.files.remote import _put, fetch, send
 from tests.test_bank import darex
 from tests.test_orbax import named, save, tree
 
@@ -134,8 +134,31 @@ def test_an_incomplete_directory_is_not_a_model(tmp_path, memory, monkeypatch):
 
     monkeypatch.setattr(type(memory), "put_file", watched)
     put("memory://b/m", tmp_path / "m")
-    assert [name for name, _ in order][-1] == "config.json" and not any(there for _, there in order)
+    assert {name for name, _ in order[-2:]} == {"config.json", "model.safetensors"}
+    assert not any(there for name, there in order[:-2])
     assert json.loads(memory.cat_file("/b/m/config.json")) == {"model_type": "x"}
+
+
+def test_a_lost_connection_leaves_the_older_file(tmp_path):
+    """On a store that is neither an object store nor this machine's files."""
+    from fsspec.implementations.dirfs import DirFileSystem
+
+    class Lost(DirFileSystem):
+        protocol = "lost"
+
+        def put_file(self, local, place, **kwargs):
+            self.pipe_file(place, b"half")
+            raise OSError("connection lost")
+
+    fsspec.register_implementation("lost", Lost, clobber=True)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/d").write_bytes(b"older")
+    (tmp_path / "new").write_bytes(b"newer")
+    Lost.clear_instance_cache()
+    store = Lost(path=str(tmp_path / "store"), fs=fsspec.filesystem("file"))
+    with pytest.raises(OSError, match="connection lost"):
+        _put(store, tmp_path / "new", "d")
+    assert (tmp_path / "store/d").read_bytes() == b"older"
 
 
 def test_inputs_and_other_directories_are_not_replaced(tmp_path, root):

@@ -16,6 +16,7 @@ HEAD = re.compile(r"^(classifier|cls|head|lm_head|qa_outputs|score)(\.|$)")
 OPTIONAL = re.compile(r"(^|\.)pooler\.|^decoder\.(weight|bias)$")
 TIED, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # one parameter, if config.json ties them
 UNUSED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old Llamas, read by no model
+TIED_BY_DEFAULT = ("gemma3_text",)  # families whose config.json need not say so
 DECODER_LAYER = re.compile(r"(^|\.)(mlp|self_attn)\.")
 NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.)")  # of a block or an expert, in a parameter's name
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
@@ -93,6 +94,11 @@ def repeated_matrices(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
 def starred(name: str) -> str:
     """A parameter's name with `*` for the numbers of blocks and experts."""
     return NUMBER.sub("*", name)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json ties the head to the embeddings."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED_BY_DEFAULT))
 
 
 def known_family(model_type: str | None) -> bool:

@@ -6,7 +6,7 @@ Needs neither transformers nor any deep-learning library.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,28 +24,36 @@ from darex_jax.files.safetensors import SafetensorsFile, TensorFile, TensorInfo,
 MANIFEST = "darex_manifest.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
+CONFIGURATION = ("config.json", "generation_config.json")
+PROCESSING = (  # of a tokenizer, and of what reads images, sounds or videos
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
+    "bpe.codes",
     "normalizer.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
+    "vocab.bpe",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
+COMPANIONS = CONFIGURATION + PROCESSING
 
 
 def takes_deltas(dtype: np.dtype) -> bool:
-    """Whether numbers of this dtype are weights: floating, but not float8, whose scales are stored beside."""
+    """Whether numbers of this dtype are weights: floating, but not float8, which are codes with scales."""
     return dtype.kind in "fV" and dtype.itemsize > 1  # bfloat16 is of kind V
 
 
@@ -215,6 +223,23 @@ def companion_contents(path: str | os.PathLike[str]) -> dict[str, bytes]:
     return {file.name: read_bytes(file) for file in companion_files(path)}
 
 
+def inherited(own: Collection[str]) -> set[str]:
+    """The names of companion files that a model takes from its base: those of a kind of which it has none.
+
+    One kind is the configuration, the other all that turns inputs into tokens. A mixture would be neither
+    model's: a chat template in a file of its own takes precedence over one in tokenizer_config.json.
+    """
+    configuration = () if "config.json" in own else CONFIGURATION
+    processing = PROCESSING if set(PROCESSING).isdisjoint(own) else ()
+    return {*configuration, *processing}
+
+
+def inheriting_contents(path: str | os.PathLike[str], base: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The contents of a model's companion files, by name, and of those that it takes from its base."""
+    own, ours = companion_contents(path), companion_contents(base)
+    return {name: ours[name] for name in ours.keys() & inherited(own)} | own
+
+
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:
     """Loads a Hugging Face directory, or an orbax checkpoint, as a nested dict of arrays.
 
@@ -282,7 +307,7 @@ def save_params(
     path: str | os.PathLike[str],
     params: Any,
     config: Mapping[str, Any] | None = None,
-    companions_from: str | os.PathLike[str] | None = None,
+    companions_from: str | os.PathLike[str] | Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
@@ -295,15 +320,17 @@ def save_params(
       params: nested dict of arrays, Hugging Face names and layouts; sharded arrays must be on this process's
         devices only.
       config: written as config.json.
-      companions_from: directory whose tokenizer and other companion files are copied.
+      companions_from: directory whose tokenizer and other companion files are copied, or their contents.
       overwrite: replace `path` if it exists.
       manifest: of the run that made the weights; written as darex_manifest.json.
     Raises: FileError if `path` exists and `overwrite` is not set.
     """
     from darex_jax.core.tree import flatten_names
 
+    if companions_from is not None and not isinstance(companions_from, Mapping):
+        companions_from = companion_contents(companions_from)
     with atomic_directory(path, overwrite) as folder:
-        for name, content in companion_contents(companions_from).items() if companions_from else ():
+        for name, content in (companions_from or {}).items():
             (folder / name).write_bytes(content)
         if config is not None:
             (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")

@@ -8,7 +8,7 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError, FileError
 from darex_jax.core.lora import LoraConfig
-from darex_jax.core.scope import HEAD
+from darex_jax.core.scope import HEAD, is_tied
 from darex_jax.core.tree import unflatten_names
 from darex_jax.files.adapter import save_adapter
 from darex_jax.files.artifact import MOST_VERIFIED_ENTRIES, DeltaFile
@@ -27,6 +27,7 @@ from darex_jax.parts.values import reciprocal
 TRIED = (8, 32, 128)  # ranks whose loss an error reports
 SAMPLED = 8  # matrices used for that estimate
 TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM"}
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # families with Conv1D layers
 WHOLE, INDICES, VALUES = "tensors/", "indices/", "values/"  # name prefixes in a patch
 
 
@@ -61,7 +62,8 @@ def export_adapter(
       base: the delta's base; needed for norms and biases, for which PEFT stores base plus delta.
       rank: reduce every matrix to at most this rank by SVD, whatever its parts.
     Raises: DarexError for parts that are not low-rank if no rank is given (with the loss at some ranks); for
-      norms or biases without a base; FileError for a damaged file or another base.
+      norms or biases without a base, or of a family with transposed layers; FileError for a damaged file or
+      another base.
     """
     keep_inputs(out, delta, *([] if base is None else [base]))
     if rows := delta.names("rows"):
@@ -70,6 +72,11 @@ def export_adapter(
         raise DarexError(f"rank must be at least 1, got {rank}.")
     shapes = {name: entry["shape"] for name, entry in delta.recipe.parameters.items()}
     config = delta.config() or (base.config if base is not None else {})
+    if config.get("model_type") in TRANSPOSED:
+        raise DarexError(
+            f"{delta.path}: is of a {config['model_type']}, whose linear layers are stored [in, out], unlike "
+            "those that an adapter is exported for: darex export --to patch."
+        )
     stated = config.get("architectures")
     architecture = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
     matrices = [
@@ -81,7 +88,7 @@ def export_adapter(
     tied = [
         name
         for name in (*matrices, *delta.names("dense"))
-        if config.get("tie_word_embeddings") and name.endswith("embed_tokens.weight")
+        if is_tied(config) and name.endswith("embed_tokens.weight")
     ]
     if tied and "ForCausalLM" in architecture and base is None and tied[0] in matrices:
         raise DarexError(f"{delta.path}: its head is tied to its embedding: pass the base (--base BASE).")

@@ -16,15 +16,15 @@ import numpy as np
 
 from darex_jax.core.errors import DarexWarning, FileError
 from darex_jax.core.lora import FACTORS, adapter_delta, adapter_factors
-from darex_jax.core.scope import HEAD, OPTIONAL, TIED, UNUSED
+from darex_jax.core.scope import HEAD, OPTIONAL, TIED, UNUSED, is_tied
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import CONFIG, load_adapter
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, companion_contents
+from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, takes_deltas
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.restore import check_base_tensors, check_digest, check_fingerprint, read_companions
 from darex_jax.files.safetensors import DTYPES, as_bytes
-from darex_jax.files.stream import difference
+from darex_jax.files.stream import difference, tensor_digest
 
 
 def _nothing(*_: Any) -> None:
@@ -39,6 +39,7 @@ class Given:
       path: its path.
       names: base name -> fine-tuned name, for every base parameter that it has in the base's shape.
       read: (base name, base values) -> the delta, [shape], or None if nothing changes.
+      whole: base name -> the fine-tuned values, where they are stored; None where only a delta is.
       dtype: base name -> the dtype in the fine-tuned model.
       companions: configuration and tokenizer files of the fine-tuned model, by name; config: its config.json.
       head: parameters that the base lacks or has in another shape, by their own names.
@@ -49,6 +50,7 @@ class Given:
     path: Path
     names: Mapping[str, str]
     read: Callable[[str, np.ndarray], np.ndarray | None]
+    whole: Callable[[str], np.ndarray | None]
     dtype: Callable[[str], np.dtype]
     companions: Mapping[str, bytes]
     config: Mapping[str, Any]
@@ -84,14 +86,20 @@ def _directory(path: Path, base: Checkpoint, fine: Checkpoint) -> Given:
         warnings.warn(f"{path}: {text}", DarexWarning, stacklevel=4)
     if match.extra_rows:
         raise _larger(path, next(iter(match.extra_rows)))
+    for name in match.buffers:
+        if name in match.base_names and len(fine.tensors[name].info.shape) > 1:
+            pair = fine.tensors[name], base.tensors[match.base_names[name]]
+            if len({tensor_digest(tensor, _nothing) for tensor in pair}) > 1:
+                raise _whole_numbers(path, name)
     own = {match.base_names[name]: name for name in match.pruned if not _is_idle(name, fine.config)}
     apart = [name for name in match.dense if not _is_idle(name, fine.config)]
     return Given(
         path=path,
         names=own,
         read=lambda name, values: _moved(fine.tensors[own[name]].read(), values),
+        whole=lambda name: fine.tensors[own[name]].read(),
         dtype=lambda name: fine.tensors[own[name]].info.dtype,
-        companions=companion_contents(path),
+        companions=inheriting_contents(path, base.path),
         config=fine.config,
         head={name: fine.tensors[name].read() for name in apart if name not in own.values()},
     )
@@ -106,6 +114,9 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
     renamed = {b: name for name, b in file.recipe.base_names.items()}
     whole = [name for name in file.names("dense") if not _is_idle(name, config)]
     stored = {name: file.tensors[f"dense/{name}"] for name in whole}
+    for name, info in stored.items():
+        if not takes_deltas(info.dtype) and len(info.shape) > 1 and file.base_name(name) in base.tensors:
+            raise _whole_numbers(path, name)
     for name, tensor in base.tensors.items():
         if tensor.floating and name not in file.recipe.base_only and not _is_idle(name, config):
             own[name] = renamed.get(name, name)
@@ -124,6 +135,9 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
             return file.dense(own[name])
         return _moved(file.read(f"dense/{own[name]}"), values) if own[name] in stored else None
 
+    def own_values(name: str) -> np.ndarray | None:
+        return file.read(f"dense/{own[name]}") if own[name] in stored else None
+
     def dtype(name: str) -> np.dtype:
         if own[name] in stored:
             return stored[own[name]].dtype
@@ -135,8 +149,8 @@ def _artifact(path: Path, base: Checkpoint, file: DeltaFile, companions: Mapping
         file.check_data()
 
     return Given(
-        path=path, names=own, read=read, dtype=dtype, companions=companions, config=config, head=head,
-        see=lambda name, digest: check_digest(file, name, digest), finish=finish,
+        path=path, names=own, read=read, whole=own_values, dtype=dtype, companions=companions, config=config,
+        head=head, see=lambda name, digest: check_digest(file, name, digest), finish=finish,
     )  # fmt: skip
 
 
@@ -170,15 +184,16 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
         path=path,
         names={n: n for n, t in base.tensors.items() if t.floating and not _is_idle(n, base.config)},
         read=read,
+        whole=lambda name: whole.get(name) if name not in layers else None,
         dtype=lambda name: base.tensors[name].info.dtype,
-        companions=companion_contents(base.path),
+        companions=inheriting_contents(path, base.path),
         config=base.config,
     )
 
 
 def _is_idle(name: str, config: Mapping[str, Any]) -> bool:
     """Whether it is the stored copy of a tied head, or what no model reads."""
-    return (name == TIED and bool(config.get("tie_word_embeddings"))) or bool(UNUSED.search(name))
+    return (name == TIED and is_tied(config)) or bool(UNUSED.search(name))
 
 
 def _moved(fine: np.ndarray, base: np.ndarray) -> np.ndarray | None:
@@ -190,4 +205,11 @@ def _moved(fine: np.ndarray, base: np.ndarray) -> np.ndarray | None:
 def _larger(path: Path, name: str) -> FileError:
     return FileError(
         f"{path}: '{name}' has another shape than in the base and is not a head, so it cannot be merged."
+    )
+
+
+def _whole_numbers(path: Path, name: str) -> FileError:
+    return FileError(
+        f"{path}: '{name}' holds other whole numbers (or float8 codes) than the base, for which there are no "
+        "deltas to merge: give models that are not quantised."
     )

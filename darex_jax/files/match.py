@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from darex_jax.core.errors import FileError
 from darex_jax.core.scope import (
     DECODERS,
@@ -16,6 +18,7 @@ from darex_jax.core.scope import (
     TIED,
     UNUSED,
     Scope,
+    is_tied,
     known_family,
 )
 from darex_jax.files.checkpoint import Checkpoint
@@ -62,6 +65,12 @@ def match_checkpoints(
     rename = rename or _base_name(base, fine)
     known = known_family(fine.config.get("model_type") or base.config.get("model_type"))
     copy = _pruned_copy(fine, scope)
+    scales = _beside_codes(fine)
+    if scales:
+        match.warnings.append(
+            f"it is quantised: {len(scales)} parameters beside whole numbers, such as '{min(scales)}', are "
+            "kept as they are in the fine-tuned model."
+        )
     for name, tensor in fine.tensors.items():
         if name == copy:
             continue
@@ -80,9 +89,8 @@ def match_checkpoints(
             elif not UNUSED.search(name):
                 match.faults.append(f"'{name}' is in the fine-tuned model only.")
         else:
-            _match_shapes(
-                match, name, stored.info.shape, tensor.info.shape, scope(name), _of_head(name, known)
-            )
+            pruned = scope(name) and name not in scales
+            _match_shapes(match, name, stored.info.shape, tensor.info.shape, pruned, _of_head(name, known))
     paired = Counter(match.base_names.values())
     for base_name, count in paired.items():
         if count > 1:
@@ -99,6 +107,30 @@ def match_checkpoints(
     return match
 
 
+def _beside_codes(checkpoint: Checkpoint) -> set[str]:
+    """The floating parameters that belong to quantised weights (FP8, GPTQ, bitsandbytes): scales and zeros,
+    which have a meaning with the fine-tuned model's codes only.
+
+    Codes are matrices of float8 or of integers of 8 or 32 bits. What is quantised with them has their module
+    in its name, or their own name.
+    """
+    codes = {
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if not tensor.floating and len(tensor.info.shape) > 1 and _is_code(tensor.info.dtype)
+    }
+    owners = codes | {name.rpartition(".")[0] for name in codes if "." in name}
+    return {
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.floating and name.rpartition(".")[0] in owners
+    }
+
+
+def _is_code(dtype: np.dtype) -> bool:
+    return dtype.kind != "b" and (dtype.itemsize == 1 or dtype == np.int32)
+
+
 def _of_head(name: str, known: bool) -> bool:
     """Whether a parameter may belong to a head; in unknown families, anything outside of numbered blocks."""
     return bool(HEAD.search(name)) or not (known or NUMBER.search(name))
@@ -111,7 +143,7 @@ def _may_lack(name: str, known: bool) -> bool:
 
 def _pruned_copy(fine: Checkpoint, scope: Scope) -> str | None:
     """The name of a head that is stored although it is tied to embeddings that are pruned: one parameter."""
-    tied = fine.config.get("tie_word_embeddings") and fine.config.get("model_type") in DECODERS
+    tied = is_tied(fine.config) and fine.config.get("model_type") in DECODERS
     return TIED if tied and scope(TABLE) and {TIED, TABLE} <= fine.tensors.keys() else None
 
 
@@ -154,7 +186,7 @@ def _match_configs(match: Match, base: Checkpoint, fine: Checkpoint) -> None:
         match.faults.append(
             f"the base is a {kinds[0]!s:.80} model and the fine-tuned one a {kinds[1]!s:.80} model."
         )
-    if fine.config.get("tie_word_embeddings") and TIED in fine.tensors:
+    if is_tied(fine.config) and TIED in fine.tensors:
         kept = "both copies are kept" if TIED in (*match.dense, *match.pruned) else "the copy is left out"
         match.warnings.append(f"the head is tied to the embeddings but also stored: {kept}.")
     for key in ("hidden_act", "layer_norm_eps", "rms_norm_eps", "rope_theta", "num_attention_heads"):

@@ -15,7 +15,7 @@ from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_fact
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
-from darex_jax.files.checkpoint import Checkpoint, save_params
+from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
@@ -49,7 +49,8 @@ def merge_adapter(
       base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also matches the
         body of the classifier: the head is then the adapter's, with labels LABEL_0 and so on.
       adapter: directory in PEFT's format.
-      out: the new Hugging Face directory, with the base's dtypes and companion files, written atomically.
+      out: the new Hugging Face directory, with the base's dtypes, and the adapter's tokenizer if it has one,
+        else the base's; written atomically.
       overwrite: replace what `out` holds.
       ignore_config_fields: see `read_model_config`.
     Raises: ValueError that names every parameter of the adapter which the base lacks or has in another shape,
@@ -96,7 +97,8 @@ def _merge(
         named |= apply_delta({name: named[name]}, adapter_delta(pieces, scales))
         if not bool(jnp.isfinite(named[name]).all()):
             raise DarexError(f"{adapter}: '{name}' of {base} would hold infinity or NaN.")
-    save_params(out, named, model.config.to_hf(), companions_from=base, overwrite=overwrite)
+    companions = inheriting_contents(adapter, base)
+    save_params(out, named, model.config.to_hf(), companions_from=companions, overwrite=overwrite)
     return MergeSummary(len(factors), sorted(dense), sum(x.nbytes for x in named.values()))
 
 

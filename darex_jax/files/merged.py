@@ -126,8 +126,11 @@ def _head(
     head = dict(each.head)
     for name in each.names.keys() - set(shared):
         values = base.tensors[name].read()
-        delta = each.read(name, values)
-        head[each.names[name]] = _sum(values, delta).astype(each.dtype(name)) if delta is not None else values
+        own = each.whole(name)
+        if own is None:
+            delta = each.read(name, values)
+            own = values if delta is None else _sum(values, delta).astype(each.dtype(name))
+        head[each.names[name]] = own
     return {own: _cast(own, x, requested or x.dtype) for own, x in sorted(head.items())}
 
 
@@ -200,13 +203,13 @@ def _merged(
 def _sum(values: np.ndarray, delta: np.ndarray) -> np.ndarray:
     dtype = working_dtype(values.dtype, delta.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(dtype) + delta.astype(dtype)
+        return np.asarray(values.astype(dtype) + delta.astype(dtype))  # of scalars too
 
 
 def _cast(name: str, values: np.ndarray, dtype: np.dtype, moved: bool = False) -> np.ndarray:
     """Casts a parameter. Raises: ValueError if a delta or the cast made an entry infinite or NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(dtype)
+        cast = np.asarray(values.astype(dtype))
     before = 0 if moved or values.dtype.kind not in "fV" else count_nonfinite(values.reshape(-1))
     if dtype.kind in "fV" and count_nonfinite(cast.reshape(-1)) > before:
         raise DarexError(f"'{name}' would hold infinity or NaN in {dtype}; merge with smaller weights.")

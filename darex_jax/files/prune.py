@@ -19,25 +19,27 @@ import numpy as np
 
 from darex_jax.core.divisor import resolve_q
 from darex_jax.core.errors import DarexWarning, FileError
-from darex_jax.core.mask import STREAM_CHUNKS, stream_mask
+from darex_jax.core.mask import stream_mask
 from darex_jax.core.scope import Scope
 from darex_jax.core.threefry import keep_threshold, numpy_leaf_key
 from darex_jax.core.tree import name_words, working_dtype
 from darex_jax.files.artifact import PARTS, RECIPE
 from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_contents
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_contents, inheriting_contents
 from darex_jax.files.coding import coder_versions, compress
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.recipe import (
     CUT,
     Recipe,
     fingerprint,
+    is_name,
     tensor_line,
     versions,
     warn_of_little,
 )
 from darex_jax.files.safetensors import (
+    CHUNK,
     DTYPE_NAMES,
     MAX_HEADER,
     as_bytes,
@@ -48,7 +50,6 @@ from darex_jax.files.safetensors import (
 from darex_jax.files.stream import Progress, count_nonfinite, difference, in_order, keep_inputs, tensor_digest
 from darex_jax.parts.total import Parts
 
-CHUNK = STREAM_CHUNKS[0]
 READ_BACK = 1 << 22  # bytes
 
 
@@ -289,8 +290,10 @@ def _write(
     longest |= {f"file/{name}": (np.dtype(np.uint8), (len(content),)) for name, content in files.items()}
     if pruned_kind == PARTS:
         longest |= {name: (np.dtype(np.uint8), (2**48,)) for name in (PARTS, RECIPE)}
+    if invalid := next((name for name in longest if not is_name(name)), None):
+        raise FileError(f"{invalid[:80]!a} is not a valid tensor name in a file.")
     most = replace(recipe(), inexact=2**62, nonfinite=2**62)
-    header_bytes = len(encode_header(longest, most.to_metadata()))
+    header_bytes = len(_checked(encode_header(longest, most.to_metadata())))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, atomic_file(job.out) as file:
         position, data_digest = header_bytes, blake3.blake3()
@@ -365,13 +368,13 @@ def _write(
     return final, written, position
 
 
-def _checked(recipe: bytes) -> bytes:
-    """Raises: FileError for a recipe longer than readers take."""
-    if len(recipe) > MAX_HEADER:
+def _checked(text: bytes) -> bytes:
+    """Raises: FileError for a header or a recipe longer than readers take."""
+    if len(text) > MAX_HEADER:
         raise FileError(
-            f"the models have too many tensors for one artifact: a recipe of {len(recipe):,} bytes."
+            f"the models have too many tensors for one artifact: its list of them has {len(text):,} bytes."
         )
-    return recipe
+    return text
 
 
 class _Pair:
@@ -383,18 +386,15 @@ class _Pair:
 
     def stretches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """`(start, base entries, fine-tuned entries)` per chunk; the arrays are reused."""
-        base, fine, size = self._base, self._fine, self._base.info.size
-        base_buffer = np.empty(min(size, CHUNK), base.info.dtype)
-        fine_buffer = np.empty(min(size, CHUNK), fine.info.dtype)
-        for start in range(0, size, CHUNK):
-            length = min(CHUNK, size - start)
-            b, f = base_buffer[:length], fine_buffer[:length]
-            base.file.read_into(base.info, start, b)
-            fine.file.read_into(fine.info, start, f)
+        start = 0
+        # Both are cut at the same entries; the fine-tuned model may have more rows.
+        for b, longer in zip(self._base.chunks(), self._fine.chunks(), strict=False):
+            f = longer[: len(b)]
             self._digest.update(as_bytes(b))
             self._nonfinite += count_nonfinite(b) + count_nonfinite(f)
             self._changed = self._changed or not _same_numbers(b, f)
             yield start, b, f
+            start += len(b)
             self._progress(b.nbytes + f.nbytes)
 
     def statistics(self, inexact: int = 0) -> _Statistics:
@@ -474,12 +474,11 @@ def _dense_values(
 
 
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The companion files of the fine-tuned model that differ from the base's, and digests of the base's
-    other
-    ones, which the restored model inherits."""
-    ours, theirs = companion_contents(base), companion_contents(fine)
-    changed = {name: content for name, content in theirs.items() if ours.get(name) != content}
+    """The companion files of the fine-tuned model that differ from the base's, and digests of those that the
+    restored model takes from the base."""
+    ours, whole = companion_contents(base), inheriting_contents(fine, base)
+    changed = {name: content for name, content in whole.items() if ours.get(name) != content}
     taken = {
-        name: blake3.blake3(content).hexdigest() for name, content in ours.items() if name not in changed
+        name: blake3.blake3(whole[name]).hexdigest() for name in ours if name in whole.keys() - changed.keys()
     }
     return changed, taken

@@ -143,8 +143,8 @@ def recipe_from(table: Any) -> Recipe:
     }
     if not first:
         checks |= {
-            "budget": _is_table,
-            "options": _is_table,
+            "budget": _is_table_of(_is_flat),
+            "options": _is_table_of(_is_flat),
             "evidence": _is_table_of(_is_text),
             "blocks": lambda blocks: isinstance(blocks, list) and all(map(_is_block, blocks)),
             "base_blake3": _is_digest,
@@ -181,6 +181,14 @@ def recipe_from(table: Any) -> Recipe:
         # Other entries were not checked and are dropped.
         recipe[part] = {n: {k: entry[k] for k in known if k in entry} for n, entry in table[part].items()}
     return Recipe(**recipe)
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether an option is a number, a text, nothing, or a list or table of those."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return not any(isinstance(each, list | dict) for each in inner)
+    return True
 
 
 def _is_natural(value: Any, end: int) -> bool:

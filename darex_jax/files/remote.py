@@ -9,7 +9,10 @@ from typing import Any
 from darex_jax.core.errors import DarexError, FileError, first_line
 from darex_jax.files.atomic import is_model
 
-LAST = ("config.json", "_METADATA")  # uploaded last: a directory without them is not a model
+# Removed first and uploaded last: a directory without them is not a model.
+LAST = ("config.json", "model.safetensors", "model.safetensors.index.json", "_METADATA")
+# Stores that put whole objects: until one is complete, the older one is there.
+WHOLE = frozenset({"abfs", "abfss", "adl", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a"})
 
 
 def is_url(path: str) -> bool:
@@ -53,8 +56,9 @@ def check_target(url: str, read: Iterable[str], *, overwrite: bool | None) -> No
     store, place = _open(url)
     try:
         for other in read:
-            source = _open(other)[1]
-            if place == source or _inside(place, source) or _inside(source, place):
+            store_of, source = _open(other)
+            same = set(_protocols(store)) & set(_protocols(store_of))
+            if same and (place == source or _inside(place, source) or _inside(source, place)):
                 raise FileError(f"{url}: writing this would replace {other}; choose another path.")
         folder = store.isdir(place)
         before = [PurePosixPath(found).relative_to(place) for found in store.find(place)] if folder else []
@@ -77,9 +81,9 @@ def _inside(place: str, folder: str) -> bool:
 def send(local: Path, url: str) -> None:
     """Uploads a file or directory to a URL, replacing what is there: see `check_target`.
 
-    A file is replaced atomically: object stores (gs, s3) put whole objects, elsewhere it is renamed. A
-    directory in an object store cannot be replaced atomically: its config.json is removed first and uploaded
-    last, so that a partial upload is not mistaken for a model.
+    A file is replaced atomically: object stores (`WHOLE`) put whole objects, elsewhere it is renamed. A
+    directory cannot be replaced atomically: what makes it a model (`LAST`) is removed first and uploaded
+    last, so that a partial upload is not mistaken for one.
 
     Raises: FileError if it cannot be written.
     """
@@ -108,11 +112,11 @@ def send(local: Path, url: str) -> None:
 
 def _put(store: Any, local: Path, place: str) -> None:
     store.makedirs(store._parent(place), exist_ok=True)
-    if {"file", "local"} & set(_protocols(store)):
+    if WHOLE & set(_protocols(store)):
+        store.put_file(str(local), place)
+    else:
         store.put_file(str(local), f"{place}.part")
         store.mv(f"{place}.part", place)
-    else:
-        store.put_file(str(local), place)
 
 
 def _protocols(store: Any) -> tuple[str, ...]:

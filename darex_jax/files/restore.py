@@ -27,6 +27,7 @@ from darex_jax.files.checkpoint import (
     Checkpoint,
     StoredTensor,
     companion_files,
+    inherited,
     takes_deltas,
 )
 from darex_jax.files.contents import contents
@@ -230,7 +231,11 @@ def read_companions(base: Path, delta: DeltaFile, *, allow_changed_files: bool =
 
 
 def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str, bytes]:
-    """The files inherited from the base, by name; checked as in `check_companions`."""
+    """The files taken from the base, by name; checked as in `check_companions`.
+
+    A file that the base has and the fine-tuned model did not is not among them, unless it is of a kind that
+    neither had when the delta was made: the base is then another directory than it was.
+    """
     own, stated = set(delta.names("file")), delta.recipe.base_files
     found = {file.name: read_bytes(file) for file in companion_files(base) if file.name not in own}
     if stated is None:
@@ -241,6 +246,8 @@ def _taken(base: Path, delta: DeltaFile, allow_changed_files: bool) -> dict[str,
             )
             warnings.warn(text, DarexWarning, stacklevel=4)
         return found
+    missed = inherited(own | stated.keys())  # a kind of file that neither model had
+    found = {name: content for name, content in found.items() if name in stated or name in missed}
     for name in COMPANIONS:
         digest = blake3.blake3(found[name]).hexdigest() if name in found else None
         if name in own or digest == stated.get(name):
@@ -280,7 +287,7 @@ def name_dtype(folder: Path, config: Mapping[str, Any], layout: Layout, source: 
     entries: Counter[str] = Counter()
     for tensors in layout.values():
         for dtype, shape in tensors.values():
-            entries[dtype.name] += element_count(shape) if dtype.kind in "fV" else 0
+            entries[dtype.name] += element_count(shape) if takes_deltas(dtype) else 0
     [(name, count)] = entries.most_common(1) or [("", 0)]
     stale = [k for k in ("dtype", "torch_dtype") if config.get(k) in FLOATS and config[k] != name]
     if count and stale:
