@@ -358,6 +358,26 @@ def test_each_group_of_a_partition_pulls_what_has_a_pretrained_value():
         transform.update(grads, transform.init(params), params, pretrained={"model": pretrained})
 
 
+@pytest.mark.parametrize("wrap", ["partition", "masked"])
+def test_the_norm_of_all_gradients_is_not_taken_for_that_of_a_group(wrap):
+    params, pretrained, grads = random_tree(0), without_head(random_tree(1)), random_tree(2)
+    inner = dx.adamr(1e-3, weight_decay=1e-2)
+    transform = {
+        "partition": optax.partition({"a": inner, "b": inner}, {"body": "a", "frozen": "a", "head": "b"}),
+        "masked": optax.masked(inner, {"body": True, "frozen": True, "head": False}),
+    }[wrap]
+    state = transform.init(params)
+    expected, _ = transform.update(grads, state, params, pretrained=pretrained)
+    norm = 1e3 * optax.tree.norm(grads)
+    found, _ = transform.update(grads, state, params, pretrained=pretrained, gradient_norm=norm)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(dx.DarexError, match="'w' is complex"):
+        dx.adamr(1e-3).init({"w": jnp.ones(2, jnp.complex64)})
+
+
 def test_shardings_are_kept_and_buffers_can_be_donated():
     mesh = dx.make_mesh(data=1)
     shapes = {"a": (16, 8), "b": (24,)}

@@ -66,6 +66,38 @@ def test_a_q_on_the_device_is_checked_like_any_other(q):
 def test_complex_leaves_are_refused():
     with pytest.raises(dx.DarexError, match="'w' is complex"):
         dx.compute_delta({"w": np.array([3 + 0j])}, {"w": np.array([1 + 0j])})
+    one, imaginary = {"w": np.ones(2, np.float32)}, {"w": np.array([1j, 2j])}
+    for base, delta in ((one, imaginary), (imaginary, one)):
+        with pytest.raises(dx.DarexError, match="'w' is complex"):
+            dx.apply_delta(base, delta)
+    with pytest.raises(dx.DarexError, match="'w' holds complex64"):
+        dx.magnitude_mask(imaginary, 0.5)
+
+
+def test_leaves_that_are_floating_in_one_tree_only_have_no_delta():
+    whole, half = {"w": np.array([1, 2])}, {"w": np.array([0.5, 0.5], np.float32)}
+    for fine, base in ((whole, half), (half, whole)):
+        with pytest.raises(dx.DarexError, match=r"'w' is .* one of them is floating"):
+            dx.compute_delta(fine, base)
+    assert not np.any(dx.compute_delta(whole, whole)["w"])
+
+
+@pytest.mark.parametrize("leaf", [jnp.tanh, "x", jax.random.key(0), np.array([1, 2]), True])
+def test_what_cannot_be_pruned_is_named(leaf):
+    for function in (
+        lambda tree: dx.prune(jax.random.key(0), tree, 0.5),
+        lambda tree: dx.rescale(tree, 0.5),
+        lambda tree: dx.magnitude_mask(tree, 0.5),
+    ):
+        with pytest.raises(dx.DarexError, match=r"'layer\.w'"):
+            function({"layer": {"w": leaf}})
+
+
+def test_parts_are_pruned_as_their_sum():
+    delta = {"w": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)}
+    parts = dx.svd(delta, dx.Budget(drop_rate=0.5))
+    dense = {"w": parts["w"].to_dense()}
+    assert_bits(dx.prune(jax.random.key(0), parts, 0.5), dx.prune(jax.random.key(0), dense, 0.5))
 
 
 @pytest.mark.parametrize("size", [1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (1 << 19) + 12345])

@@ -217,6 +217,24 @@ def test_wrong_arguments_are_explained():
             distill(many, params, params, largest(pair("bert")[3]), texts, make_batches(), steps=9)
 
 
+def test_texts_that_end_are_reported_and_do_not_wait_for_ever():
+    model, fine, start, delta = pair("bert")
+    once = iter(make_batches())
+    for batches in (lambda epoch: [], lambda epoch: once):
+        with pytest.raises(dx.DarexError, match=r"batches\([01]\) has no batch"):
+            distill(model, fine, start, largest(delta), batches, make_batches(seed=1), steps=30)
+
+
+def test_parts_may_be_nested_as_a_method_returns_them():
+    model, fine, start, delta = pair("bert")
+    line = (texts, make_batches(seed=1))
+    flat, nested = (
+        distill(model, fine, start, largest(tree), *line, steps=3).parts
+        for tree in (delta, unflatten_names(delta))
+    )
+    assert flat.keys() == nested.keys() == delta.keys()
+
+
 def test_no_training_is_worse_than_its_start_and_without_a_head_nothing_agrees():
     found, _ = distilled("bert", largest, steps=9, learning_rate=3.0)  # far too large a rate
     assert found.looks[-1].loss <= found.looks[0].loss + 1e-3  # up to rounding to bfloat16

@@ -125,6 +125,8 @@ def test_a_sparse_product_by_entries_and_by_blocks(rows, dtype):
     np.testing.assert_allclose(part.matmul(jnp.asarray(x)), x @ dense.reshape(23, 37).T, rtol=2e-5, atol=2e-5)
     stack = stack_parts([Parts((part,), (23, 37))])
     np.testing.assert_allclose(stack.delta(jnp.int32(0)), dense.reshape(23, 37), rtol=1e-6)
+    with jax.enable_x64(True):
+        assert part.matmul(jnp.asarray(x, np.float64)).dtype == np.float64
 
 
 def test_positions_that_32_bits_do_not_hold_are_not_cut():
@@ -461,6 +463,28 @@ def test_what_a_method_cannot_prune_is_refused_not_dropped():
         )
     with pytest.raises(DarexError, match="per is one of matrix, row, column, got 'rows'"):
         dx.sign({"a": DELTA}, Budget(drop_rate=0.9), per="rows")
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_leaves_that_are_not_floating_are_named(name):
+    for leaf in (DELTA.astype(np.complex64), DELTA.astype(np.int32)):
+        with pytest.raises(DarexError, match=r"'layer.weight' holds .*: only floating"):
+            run(name, Budget(drop_rate=0.5), {"layer": {"weight": leaf}})
+
+
+@pytest.mark.parametrize("name", ["dare", "magnitude", "wanda", "resolved", "structured"])
+def test_without_a_dtype_values_keep_the_leaves(name):
+    """And a budget of bytes is counted in it."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        tree = {"layer": {"weight": TREE["layer"]["weight"].astype(dtype)}}
+        counts = []
+        for given in (None, dtype):
+            method, key = METHODS[name], {"key": jax.random.key(0)} if METHODS[name].random else {}
+            budget = Budget(bytes_per_parameter=0.5)
+            (part,) = method.prune(tree, budget, EVIDENCE, dtype=given, **key)["layer"]["weight"].parts
+            assert part.values.numbers.dtype == dtype
+            counts.append(part.values.numbers.size)
+        assert counts[0] == counts[1] > 100
 
 
 def test_evidence_names_layers_of_nested_norms():

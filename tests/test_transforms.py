@@ -1,7 +1,9 @@
 """Every public function of the algebra under all JAX transformations and on every kind of tree."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -9,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, struct
-from jax.sharding import PartitionSpec
+from flax import linen, nnx, struct
+from jax.sharding import NamedSharding, PartitionSpec
 
 import darex_jax as dx
 from darex_jax.core.tree import flatten_names, unflatten_names
@@ -115,6 +117,57 @@ def test_every_kind_of_tree(kind):
             assert jax.tree.structure(out) == jax.tree.structure(fine), name
         plain = [unflatten_names(flatten_names(tree)) for tree in (fine, base)]
         assert_same(out, function(*plain))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "linen boxes"])
+@pytest.mark.parametrize("name", ["dare", "magnitude", "structured", "sign", "svd", "allocated", "wanda"])
+def test_what_a_method_keeps_of_every_kind_of_tree_is_added_back(name, kind):
+    if kind == "linen boxes":
+        base, delta = (
+            {n: linen.LogicallyPartitioned(x, ("a",) * x.ndim) for n, x in tree.items()} for tree in pair()
+        )
+    else:
+        base, delta = pair(kind)
+    norms = {n: abs(np.asarray(x)[0]) for n, x in flatten_names(delta).items() if jnp.ndim(x) == 2}
+    options = {"key": KEY} if name in ("dare", "structured") else {}
+    evidence = dx.Evidence(input_norms=norms)
+
+    def kept(base, delta):
+        return dx.apply_delta(base, getattr(dx, name)(delta, dx.Budget(drop_rate=0.4), evidence, **options))
+
+    found = kept(base, delta)
+    assert jax.tree.structure(found) == jax.tree.structure(base)
+    assert_same(found, kept(*(unflatten_names(flatten_names(tree)) for tree in (base, delta))))
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec()])
+@pytest.mark.parametrize("within", [False, True])
+def test_on_a_mesh_with_explicit_axes(spec, within):
+    """As `jax.make_mesh` makes it: an array's sharding is part of its type."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    base, delta = ({"w": rng.standard_normal((16, 8)).astype(np.float32)} for _ in range(2))
+    norms = {"w": abs(rng.standard_normal(8).astype(np.float32))}
+    budget, evidence = dx.Budget(drop_rate=0.4), dx.Evidence(input_norms=norms)
+    functions = {
+        "magnitude_mask": lambda base, delta: dx.magnitude_mask(delta, 0.5),
+        "wanda_mask": lambda base, delta: dx.wanda_mask(delta, norms, 0.5),
+        "wanda_mask of the matrix": lambda base, delta: dx.wanda_mask(delta, norms, 0.5, "matrix"),
+        "prune": lambda base, delta: dx.prune(KEY, delta, 0.5),
+        "apply_delta": lambda base, delta: dx.apply_delta(base, delta),
+        "magnitude": lambda base, delta: dx.apply_delta(base, dx.magnitude(delta, budget)),
+        "sign": lambda base, delta: dx.apply_delta(base, dx.sign(delta, budget)),
+        "svd": lambda base, delta: dx.apply_delta(base, dx.svd(delta, budget)),
+        "wanda": lambda base, delta: dx.apply_delta(base, dx.wanda(delta, budget, evidence)),
+        "dare": lambda base, delta: dx.apply_delta(base, dx.dare(delta, budget, key=KEY)),
+    }
+    place = partial(jax.device_put, device=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh) if within else nullcontext():
+        sharded = [{"w": place(tree["w"])} for tree in (base, delta)]
+        found = {name: function(*sharded)["w"] for name, function in functions.items()}
+    for name, function in functions.items():
+        np.testing.assert_array_equal(found[name], function(base, delta)["w"], name)
+        assert found[name].sharding.is_equivalent_to(sharded[0]["w"].sharding, 2), name
 
 
 def total(tree):

@@ -20,10 +20,13 @@ from jax.typing import ArrayLike
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.mask import compiler_options, survivors, traced_threshold
+from darex_jax.core.sharding import placed_like
 from darex_jax.core.tree import (
     PyTree,
     as_array,
     flatten_names,
+    floating,
+    is_part,
     leaf_keys,
     map_named,
     shape_of,
@@ -36,21 +39,23 @@ Q = float | jax.Array | Mapping[str, Any] | None
 def compute_delta(fine: PyTree, base: PyTree) -> PyTree:
     """`fine - base` in float32 (float64 if either is), leaf by leaf.
 
-    Zero for integer leaves, which are never changed.
+    Zero for leaves that are not floating in either, such as integers, which are never changed.
 
     Args: fine, base: trees with the same names and shapes, any floating dtypes.
     Returns: a tree like `fine`.
     Raises: ValueError naming every leaf that is in one tree only, differs in shape, or is not an array, and
-      for complex leaves.
+      for leaves that are complex, or floating in one of the trees only.
     """
     bases = flatten_names(base)
     check_same(flatten_names(fine), bases, "fine", "base")
 
     def subtract(name: str, leaf: Any) -> jax.Array:
         f, b = as_array(name, leaf), as_array(name, bases[name])
-        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (f, b)):
-            raise DarexError(f"'{name}' is complex: take deltas of its real and imaginary parts.")
-        if not jnp.issubdtype(f.dtype, jnp.floating):
+        _check_real(name, f, b)
+        kinds = [jnp.issubdtype(x.dtype, jnp.floating) for x in (f, b)]
+        if kinds[0] != kinds[1]:
+            raise DarexError(f"'{name}' is {f.dtype} in fine and {b.dtype} in base: one of them is floating.")
+        if not kinds[0]:
             return jnp.zeros(f.shape, jnp.float32)
         dtype = working_dtype(f.dtype, b.dtype)
         return f.astype(dtype) - b.astype(dtype)
@@ -66,7 +71,7 @@ def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
 
     Args: delta: arrays or parts (`darex_jax.parts`) under the base's leaf names.
     Returns: a tree like `base`.
-    Raises: ValueError naming every leaf that is in the delta only or differs in shape.
+    Raises: ValueError naming every leaf that is in the delta only or differs in shape, and for a complex one.
     """
     deltas = flatten_names(delta)
     in_delta = {name: leaf for name, leaf in flatten_names(base).items() if name in deltas}
@@ -75,10 +80,18 @@ def apply_delta(base: PyTree, delta: PyTree) -> PyTree:
     def add(name: str, leaf: Any) -> Any:
         if name not in deltas:
             return leaf
-        b = as_array(name, leaf)
-        return _add(b, as_array(name, deltas[name])) if jnp.issubdtype(b.dtype, jnp.floating) else b
+        b, d = as_array(name, leaf), as_array(name, deltas[name])
+        _check_real(name, b, d)
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            return b
+        return _add(b, placed_like(d, b))
 
     return map_named(add, base)
+
+
+def _check_real(name: str, *arrays: jax.Array) -> None:
+    if any(jnp.issubdtype(array.dtype, jnp.complexfloating) for array in arrays):
+        raise DarexError(f"'{name}' is complex: take deltas of its real and imaginary parts.")
 
 
 @jax.custom_jvp
@@ -126,7 +139,7 @@ def rescale(delta: PyTree, q: Q) -> PyTree:
       leaves that are not floating.
     """
     scales = _scale_of(q, delta)
-    return map_named(lambda name, leaf: _rescale(_floating(name, leaf), scales[name]), delta)
+    return map_named(lambda name, leaf: _rescale(floating(name, leaf), scales[name]), delta)
 
 
 def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donate: bool = False) -> PyTree:
@@ -153,20 +166,13 @@ def prune(key: jax.Array, delta: PyTree, drop_rate: float, q: Q = None, *, donat
     scales = _scale_of(1.0 - drop_rate if q is None else q, delta)
 
     def prune_leaf(name: str, leaf: Any) -> jax.Array:
-        arguments = (_floating(name, leaf), keys[name], *threshold, scales[name])
+        arguments = (floating(name, leaf), keys[name], *threshold, scales[name])
         if any(isinstance(argument, jax.core.Tracer) for argument in arguments):
             return _traced_prune(*arguments)  # traced into the caller's program, whose compiler options apply
         platform = next(iter(arguments[0].devices())).platform
         return _compiled_prune(platform, donate and uses[id(leaf)] == 1)(*arguments)
 
     return map_named(prune_leaf, delta)
-
-
-def _floating(name: str, leaf: Any) -> jax.Array:
-    array = as_array(name, leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise DarexError(f"'{name}' holds {array.dtype}: only floating parameters are pruned.")
-    return array
 
 
 def _prune(
@@ -221,7 +227,7 @@ def _compiled_prune(platform: str, donate: bool) -> Callable[..., jax.Array]:
 
 def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
     """`{name: 1/q}` for every leaf of `tree`, in the dtype of the leaf's arithmetic."""
-    dtypes = {name: working_dtype(jnp.result_type(leaf)) for name, leaf in flatten_names(tree).items()}
+    dtypes = {name: _arithmetic(name, leaf) for name, leaf in flatten_names(tree).items()}
     if q is None:
         raise DarexError("q is missing; DARE is q = 1 - drop_rate.")
     by_name = flatten_names(q)
@@ -232,6 +238,12 @@ def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
     if missing or unknown:
         raise DarexError(f"q by name does not match the tree: no q for {missing}; no leaf for {unknown}.")
     return {name: _reciprocal(by_name[name], dtype) for name, dtype in dtypes.items()}
+
+
+def _arithmetic(name: str, leaf: Any) -> Any:
+    if is_part(leaf):
+        return np.float32
+    return working_dtype(leaf.dtype if hasattr(leaf, "dtype") else as_array(name, leaf).dtype)
 
 
 @partial(jax.jit, static_argnums=1, inline=True)

@@ -1,5 +1,6 @@
 """Masks other than the elementwise random one: by magnitude, by WANDA score, by whole input features."""
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -8,11 +9,12 @@ import numpy as np
 from jax import lax
 
 from darex_jax.core.errors import DarexError
+from darex_jax.core.sharding import sharded_like
 from darex_jax.core.threefry import keep_threshold
 from darex_jax.core.tree import (
     PyTree,
-    as_array,
     flatten_names,
+    floating,
     leaf_keys,
     map_named,
     shape_of,
@@ -32,7 +34,7 @@ def magnitude_mask(delta: PyTree, drop_rate: float) -> PyTree:
 
     def leaf_mask(name: str, leaf: Any) -> jax.Array:
         scores = _magnitudes(name, leaf)
-        return _largest(scores.reshape(-1), kept_count(drop_rate, scores.size)).reshape(scores.shape)
+        return sharded_like(scores, partial(_largest_of_all, drop_rate=drop_rate))
 
     return map_named(leaf_mask, delta)
 
@@ -71,8 +73,8 @@ def wanda_mask(
         if name in norms:
             scores = scores * jnp.broadcast_to(jnp.asarray(norms[name], scores.dtype), scores.shape)
         if name not in norms or group == "matrix":
-            return _largest(scores.reshape(-1), kept_count(drop_rate, scores.size)).reshape(scores.shape)
-        return _largest(scores, kept_count(drop_rate, scores.shape[-1]))
+            return sharded_like(scores, partial(_largest_of_all, drop_rate=drop_rate))
+        return sharded_like(scores, partial(_largest, count=kept_count(drop_rate, scores.shape[-1])))
 
     return map_named(leaf_mask, delta)
 
@@ -108,8 +110,12 @@ def kept_count(drop_rate: float, size: int) -> int:
 
 
 def _magnitudes(name: str, leaf: Any) -> jax.Array:
-    array = as_array(name, leaf)
+    array = floating(name, leaf)
     return jnp.abs(array.astype(working_dtype(array.dtype)))
+
+
+def _largest_of_all(scores: jax.Array, drop_rate: float) -> jax.Array:
+    return _largest(scores.reshape(-1), kept_count(drop_rate, scores.size)).reshape(scores.shape)
 
 
 def _largest(scores: jax.Array, count: int) -> jax.Array:

@@ -6,7 +6,7 @@ needs no communication under these rules or any other.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -69,6 +69,30 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     Returns: a tree of `NamedSharding`s with the same names.
     """
     return map_named(lambda name, leaf: param_sharding(mesh, name, shape_of(name, leaf)), params)
+
+
+def explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """The sharding that is part of an array's type, as on a mesh with the default axes of `jax.make_mesh`, on
+    which not every operation is allowed; None on any other."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def placed_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """The array with the sharding of another of its shape, if that is part of the other's type."""
+    sharding = explicit_sharding(other)
+    if sharding is None:
+        return array
+    traced = isinstance(array, jax.core.Tracer) or isinstance(other, jax.core.Tracer)
+    return jax.sharding.reshard(array, sharding) if traced else jax.device_put(array, other.sharding)
+
+
+def sharded_like(array: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`function(array)`, of the array's shape, sharded as the array is; the compiler partitions it."""
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return function(array)
+    return jax.sharding.auto_axes(function, out_sharding=sharding)(array)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -72,7 +72,8 @@ def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTr
 
 def is_part(node: Any) -> bool:
     """Whether the node is a part or a sum of parts (`darex_jax.parts`), which counts as one leaf."""
-    return hasattr(node, "to_dense") and hasattr(node, "matmul")
+    # A Flax box has the attributes of what is in it.
+    return hasattr(node, "to_dense") and hasattr(node, "matmul") and not _is_box(node)
 
 
 def as_array(name: str, leaf: Any) -> jax.Array:
@@ -89,6 +90,24 @@ def as_array(name: str, leaf: Any) -> jax.Array:
             f"'{name}' is a {type(leaf).__name__}, not an array; of an Equinox module pass the arrays alone, "
             "equinox.filter(module, equinox.is_array)."
         ) from error
+
+
+def floating(name: str, leaf: Any) -> jax.Array:
+    """`as_array` of a leaf that can be pruned. Raises: ValueError for one that is not floating."""
+    array = as_array(name, leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise DarexError(f"'{name}' holds {array.dtype}: only floating parameters are pruned.")
+    return array
+
+
+def check_floating(tree: PyTree) -> None:
+    """Raises: ValueError that names a leaf which is not an array of floating numbers."""
+    for name, leaf in flatten_names(tree).items():
+        if is_part(leaf):
+            raise DarexError(f"'{name}' is no array; take to_dense() of parts.")
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else as_array(name, leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise DarexError(f"'{name}' holds {dtype}: only floating parameters are pruned.")
 
 
 def shape_of(name: str, leaf: Any) -> tuple[int, ...]:
@@ -112,7 +131,8 @@ def _paths(tree: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
         tree, is_leaf=lambda node: _is_box(node) or is_part(node)
     ):
         if _is_box(leaf):
-            found += [(path + inner[1:], x) for inner, x in jax.tree_util.tree_leaves_with_path(leaf)]
+            inside = jax.tree_util.tree_leaves_with_path(leaf, is_leaf=is_part)
+            found += [(path + inner[1:], x) for inner, x in inside]
         else:
             found.append((path, leaf))
     return found

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.core.tree import PyTree, check_floating, flatten_names, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget, entropy
 from darex_jax.methods.evidence import Evidence
 from darex_jax.methods.magnitude import kept_parts, largest
@@ -40,6 +40,7 @@ def allocated(delta: PyTree, budget: Budget, evidence: Evidence, *, bits: int | 
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: spec 13; bit allocation at equal slope, as in Shoham and Gersho, 1988.
     """
+    check_floating(delta)
     leaves = flatten_names(delta)
     width = bits or RAW_BITS
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), width)

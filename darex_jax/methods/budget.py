@@ -63,7 +63,7 @@ class Budget:
             low, high = (middle, high) if cost(middle) <= room else (low, middle)
         return low
 
-    def numbers(self, size: int, bits: int = RAW_BITS) -> float:
+    def numbers(self, size: int, bits: float = RAW_BITS) -> float:
         """How many values of `bits` bits may be stored, without indices, for `size` entries."""
         if self.bytes_per_parameter is None:
             assert self.drop_rate is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from darex_jax.core.divisor import resolve_q
 from darex_jax.core.mask import survivor_indices
 from darex_jax.core.threefry import keep_threshold
-from darex_jax.core.tree import PyTree, flatten_names, leaf_keys, map_named
+from darex_jax.core.tree import PyTree, check_floating, flatten_names, leaf_keys, map_named
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.parts.random import Random
 from darex_jax.parts.total import Parts
@@ -46,11 +46,11 @@ def dare(
     Raises: DarexError for a q that is missing for a parameter, or not a positive float32 number.
     Source: DARE, arXiv:2311.03099; DAREx, arXiv:2410.09344; quantised survivors: arXiv:2504.13237.
     """
+    check_floating(delta)
     names = flatten_names(delta)
-    stored = bits or _bits_of(names.values(), dtype)
     drop_rate = budget.drop_rate
     if drop_rate is None:
-        drop_rate = 1.0 - budget.density(stored, places=False)
+        drop_rate = 1.0 - budget.density(value_bits(delta, bits, dtype), places=False)
     by_name = flatten_names(q) if isinstance(q, Mapping) else q
     divisors = resolve_q(by_name, drop_rate, list(names), by_name if isinstance(by_name, Mapping) else ())
     keys = {name: jax.random.key_data(k) for name, k in leaf_keys(key, names).items()}
@@ -67,13 +67,13 @@ def dare(
     return map_named(prune_leaf, delta)
 
 
-def _bits_of(leaves: Iterable[Any], dtype: Any) -> float:
-    """Bits per value as floats: of `dtype`, or on average of the leaves' own."""
-    if dtype is not None:
-        return 8 * np.dtype(dtype).itemsize
+def value_bits(delta: PyTree, bits: int | None, dtype: Any) -> float:
+    """Bits per stored value: `bits`, those of `dtype`, or on average of the leaves' own dtypes."""
+    if bits is not None or dtype is not None:
+        return bits or 8 * np.dtype(dtype).itemsize
     sizes = [
         (int(np.size(leaf)), np.dtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf)).itemsize)
-        for leaf in leaves
+        for leaf in flatten_names(delta).values()
     ]
     entries = sum(size for size, _ in sizes)
     return 8 * sum(size * width for size, width in sizes) / entries if entries else RAW_BITS

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from darex_jax.core.errors import DarexError
-from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.core.tree import PyTree, check_floating, flatten_names, map_named
 from darex_jax.methods.allocated import affordable_vectors, divide
 from darex_jax.methods.budget import RAW_BITS, Budget
 from darex_jax.methods.dare import dare
@@ -55,6 +55,7 @@ def distilled(
     """
     if support not in get_args(Support):
         raise DarexError(f"support is one of {', '.join(get_args(Support))}, got {support!r}.")
+    check_floating(delta)
     leaves = flatten_names(delta)
     room = budget.numbers(sum(int(np.size(leaf)) for leaf in leaves.values()), bits or RAW_BITS)
     chosen = affordable_vectors(leaves, room)

@@ -7,11 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import kept_count
-from darex_jax.core.tree import PyTree, map_named
+from darex_jax.core.tree import PyTree, check_floating, map_named
 from darex_jax.methods.budget import Budget
-from darex_jax.methods.dare import survivors_values
+from darex_jax.methods.dare import survivors_values, value_bits
 from darex_jax.parts.sparse import Sparse
 from darex_jax.parts.total import Parts
 
@@ -28,12 +27,11 @@ def magnitude(
     Returns: a tree like `delta` with a `Parts` for each leaf.
     Source: the baseline MP of DAREx, arXiv:2410.09344.
     """
-    density = budget.density(value_bits(bits, dtype), places=True)
+    check_floating(delta)
+    density = budget.density(value_bits(delta, bits, dtype), places=True)
 
     def prune_leaf(name: str, leaf: Any) -> Parts:
         flat = np.asarray(leaf)
-        if flat.dtype == object:
-            raise DarexError(f"'{name}' is no array; take to_dense() of parts.")
         return kept_parts(flat, largest(flat, kept_count(1.0 - density, flat.size)), bits, dtype)
 
     return map_named(prune_leaf, delta)
@@ -49,10 +47,6 @@ def largest(leaf: np.ndarray, count: int) -> np.ndarray:
         kept[scores > least] = True
         kept[np.flatnonzero(scores == least)[: count - np.count_nonzero(kept)]] = True
     return kept.reshape(leaf.shape)
-
-
-def value_bits(bits: int | None, dtype: Any) -> int:
-    return 8 * np.dtype(dtype).itemsize if bits is None else bits
 
 
 def kept_parts(leaf: Any, mask: Any, bits: int | None, dtype: Any) -> Parts:

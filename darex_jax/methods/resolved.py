@@ -10,10 +10,11 @@ import numpy as np
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import kept_count, wanda_mask
-from darex_jax.core.tree import PyTree, flatten_names, map_named
+from darex_jax.core.tree import PyTree, check_floating, flatten_names, map_named
 from darex_jax.methods.budget import Budget
+from darex_jax.methods.dare import value_bits
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.magnitude import kept_parts, largest, value_bits
+from darex_jax.methods.magnitude import kept_parts, largest
 from darex_jax.parts.total import Parts
 
 DAMPING = 0.01  # of the mean diagonal of the second moments
@@ -41,7 +42,8 @@ def resolved(
     Raises: DarexError without second moments.
     Source: spec 13; ridge regression on a fixed support as in SparseGPT, arXiv:2301.00774.
     """
-    density = budget.density(value_bits(bits, dtype), places=True)
+    check_floating(delta)
+    density = budget.density(value_bits(delta, bits, dtype), places=True)
     moments, counts = flatten_names(evidence.second_moments), flatten_names(evidence.token_counts)
     if not moments:
         raise DarexError("resolved needs evidence with second_moments, by parameter name.")
@@ -57,7 +59,7 @@ def resolved(
             matrix = solved(matrix, kept, h) if kept.any() else matrix
         else:
             kept = largest(matrix, kept_count(1.0 - density, matrix.size))
-        return kept_parts(matrix, kept, bits, dtype)
+        return kept_parts(matrix, kept, bits, np.asarray(leaf).dtype if dtype is None else dtype)
 
     return map_named(solve, delta)
 

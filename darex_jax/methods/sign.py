@@ -20,7 +20,7 @@ BYTES = 1 / 8  # per parameter
 def sign(delta: PyTree, budget: Budget, evidence: Any = None, *, per: SignPer = "matrix") -> PyTree:
     """`sign(delta) * mean |delta|` of each matrix; vectors as in `vector_parts`.
 
-    The mean is the least-squares optimal scale.
+    The mean is the least-squares optimal scale. Vectors come on top of one bit per entry.
 
     Args: per: one scale per "matrix", "row" or "column".
     Returns: a tree like `delta` with a `Parts` for each leaf.
@@ -48,7 +48,7 @@ def sign_part(leaf: Any, per: SignPer) -> Sign:
     """Signs of a matrix and their mean magnitudes in bfloat16."""
     if per not in get_args(SignPer):
         raise DarexError(f"per is one of {', '.join(get_args(SignPer))}, got {per!r}.")
-    matrix = jnp.asarray(leaf, jnp.float32)
+    matrix = jnp.asarray(np.asarray(leaf), jnp.float32)  # on one device, wherever the leaf is
     axis = {"matrix": None, "row": 1, "column": 0}[per]
     scales = jnp.mean(jnp.abs(matrix), axis=axis).reshape(-1).astype(jnp.bfloat16)
     one = np.asarray(np.float32(1))

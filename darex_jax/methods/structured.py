@@ -14,7 +14,7 @@ from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import structured_mask
 from darex_jax.core.tree import PyTree, flatten_names, map_named
 from darex_jax.methods.budget import Budget, TooSmall
-from darex_jax.methods.magnitude import value_bits
+from darex_jax.methods.dare import value_bits
 from darex_jax.methods.vectors import vector_parts
 from darex_jax.parts.columns import Columns
 from darex_jax.parts.total import Parts
@@ -43,7 +43,7 @@ def structured(
     """
     if isinstance(q, Mapping):
         raise DarexError("structured divides all columns by one q, not by one for each parameter.")
-    small, room = vector_parts(delta, budget, value_bits(bits, dtype))
+    small, room = vector_parts(delta, budget, value_bits(delta, bits, dtype))
     leaves = {name: leaf for name, leaf in flatten_names(delta).items() if name not in small}
     resolve_q(q, 0.0, list(leaves))
     density = min(1.0, room / max(1, sum(int(np.size(leaf)) for leaf in leaves.values())))

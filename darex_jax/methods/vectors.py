@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from darex_jax.core.tree import PyTree, flatten_names
+from darex_jax.core.tree import PyTree, check_floating, flatten_names
 from darex_jax.methods.budget import RAW_BITS, WHOLE, Budget
 from darex_jax.methods.magnitude import magnitude
 from darex_jax.parts.dense import Dense
@@ -20,11 +20,13 @@ def is_matrix(leaf: Any) -> bool:
     return np.ndim(leaf) == 2 and np.size(leaf) > 0
 
 
-def vector_parts(delta: PyTree, budget: Budget, bits: int = RAW_BITS) -> tuple[dict[str, Parts], float]:
+def vector_parts(delta: PyTree, budget: Budget, bits: float = RAW_BITS) -> tuple[dict[str, Parts], float]:
     """Parts for every leaf that is not a matrix, by name, and what is left of the budget's numbers of `bits`.
 
     Whole in bfloat16 if together they take at most a tenth of the budget, else the largest entries of each.
+    Raises: DarexError for a leaf that is not floating.
     """
+    check_floating(delta)
     leaves = flatten_names(delta)
     vectors = {name: leaf for name, leaf in leaves.items() if not is_matrix(leaf)}
     entries, own = (sum(int(np.size(leaf)) for leaf in some.values()) for some in (leaves, vectors))

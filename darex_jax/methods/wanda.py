@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from darex_jax.core.errors import DarexError
 from darex_jax.core.importance import wanda_mask
-from darex_jax.core.tree import PyTree, flatten_names
+from darex_jax.core.tree import PyTree, check_floating, flatten_names
 from darex_jax.methods.budget import Budget
+from darex_jax.methods.dare import value_bits
 from darex_jax.methods.evidence import Evidence
-from darex_jax.methods.magnitude import kept_parts, value_bits
+from darex_jax.methods.magnitude import kept_parts
 
 
 def wanda(
@@ -35,7 +36,8 @@ def wanda(
     Raises: DarexError without input norms.
     Source: WANDA, arXiv:2306.11695, applied to deltas as in DAREx (arXiv:2410.09344).
     """
-    density = budget.density(value_bits(bits, dtype), places=True)
+    check_floating(delta)
+    density = budget.density(value_bits(delta, bits, dtype), places=True)
     names = flatten_names(delta).keys()
     known = flatten_names(evidence.input_norms)
     if not known:

@@ -115,7 +115,7 @@ def _by_entries(positions: jax.Array, numbers: jax.Array, x: jax.Array, out: int
     rows, columns = cell(positions, (out, x.shape[1]))
 
     def one(row: jax.Array) -> jax.Array:
-        products = row[columns].astype(jnp.float32) * numbers
+        products = row[columns] * numbers
         return jax.ops.segment_sum(products, rows, out, indices_are_sorted=True)
 
     together = max(1, min(len(x), PRODUCTS // max(1, len(numbers))))

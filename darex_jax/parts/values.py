@@ -130,10 +130,10 @@ def quantise(
 
     Args:
       numbers: floats, any shape.
-      bits: None casts to `dtype` only.
+      bits: None casts to `dtype` only, or not at all if that is None.
       per, rows, columns: as in `Values`; rows and columns broadcast against `numbers`.
       shape: [rows, columns] of the parameter, for scales per row or per column.
-      dtype: of the scales.
+      dtype: of the scales; None is bfloat16.
       least: with two bits or more, integers are nearest for scales of at least this many root mean squares
         of their group; fewer different integers take fewer bits once they are entropy-coded.
     Raises: DarexError for other bits.
@@ -143,7 +143,7 @@ def quantise(
     xp: Any = jnp if traced else np
     x = xp.asarray(numbers)
     if bits is None:
-        return Values(x.astype(dtype))
+        return Values(x if dtype is None else x.astype(dtype))
     if bits not in BITS:
         raise DarexError(f"values have {', '.join(map(str, BITS))} bits, got {bits}.")
     if per == "matrix":
@@ -160,7 +160,9 @@ def quantise(
     integers, scales = _fit(filled, of, _padded(groups + 1, GROUPS), bits, least)
     if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
-    return Values(integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype), bits, per)
+    return Values(
+        integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype or jnp.bfloat16), bits, per
+    )
 
 
 def _padded(size: int, least: int) -> int:

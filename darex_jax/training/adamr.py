@@ -50,7 +50,8 @@ def adamr(
     Args:
       learning_rate: a number or an optax schedule.
       b1, b2, eps: as for Adam.
-      weight_decay: strength of the pull; 0 is `optax.adam`, bit for bit.
+      weight_decay: strength of the pull; 0 is `optax.adam`, bit for bit where parameters have the moments'
+        dtype.
       norm: "l2" pulls each entry in proportion to its delta, "l1" by the same amount whatever its delta;
         use "l1" with importance-based pruning.
       amsgrad: divide by the running maximum of the second moment (before the bias correction, as PyTorch).
@@ -59,15 +60,17 @@ def adamr(
     Returns: a transformation whose `update` accepts, beside gradients, state and parameters:
       pretrained: the pretrained values by name, a tree like the parameters; parameters that are missing (a
         new head) are not pulled, additional ones are ignored. Any floating dtype, any sharding; never copied.
-      gradient_norm: the global norm of the gradients, if already known (from clipping), which saves a pass
-        over the gradients.
+      gradient_norm: the global norm of the gradients that this transformation gets, if already known (from
+        clipping), which saves a pass over them. Not to be passed through `optax.MultiSteps`, which gives it
+        other gradients; ignored within `optax.partition` and `optax.masked`, which give it some.
       Moments and arithmetic are float32 (float64 for float64 parameters); updates are rounded once, to the
       parameter's dtype. A bfloat16 parameter loses updates smaller than 2**-9 of its value, a float16 one
       those below 2**-12: keep float32 parameters for the optimizer and cast a copy for the model, see
       `docs/adamr.md`.
     Raises: ValueError for an unknown norm; from `update`, without `params` or `pretrained`, or if their
-      shapes differ or they have no name in common. Within `optax.partition` or `optax.masked` a group of
-      parameters without pretrained values is not pulled.
+      shapes differ or they have no name in common; for complex parameters. Within `optax.partition` or
+      `optax.masked` a group of parameters without pretrained values is not pulled, and the mean of the second
+      moment is that of the group.
     Source: DAREx, arXiv:2410.09344, Algorithm 1, with the decay of arXiv:2011.11152. Unlike the authors'
       code, the mean of the second moment is tracked as one number, and the pretrained weights are not copied.
     """
@@ -103,6 +106,10 @@ def scale_by_adamr(
     pulls = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def init(params: PyTree) -> ScaleByAdamRState:
+        for name, leaf in flatten_names(params).items():
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+                raise DarexError(f"'{name}' is complex: train its real and imaginary parts.")
+
         def zeros() -> PyTree:
             return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _moment_dtype(leaf)), params)
 
@@ -135,7 +142,7 @@ def scale_by_adamr(
 
         # nu decays linearly, so its mean follows from the mean square of the gradients, without another pass.
         # The barrier keeps the compiler from sharing the squared gradients with nu, which would store them.
-        if gradient_norm is None:
+        if gradient_norm is None or _hidden(grads):
             square = optax.tree.norm(jax.lax.optimization_barrier(grads), squared=True)
         else:
             square = jnp.square(jnp.asarray(gradient_norm, state.nu_mean.dtype))
@@ -198,10 +205,14 @@ def _references(params: PyTree, pretrained: PyTree, mask: Any) -> dict[str, Any]
 
 def _elsewhere(params: PyTree, values: dict[str, Any]) -> bool:
     """Whether pretrained values belong to parameters that optax masks out for this transformation."""
+    return any(value == name or value.startswith(f"{name}.") for value in values for name in _hidden(params))
+
+
+def _hidden(tree: PyTree) -> list[str]:
+    """The names of the branches that optax masks out."""
     masked = jax.tree.map(
         lambda leaf: isinstance(leaf, optax.MaskedNode),
-        params,
+        tree,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
-    hidden = tuple(name for name, is_hidden in flatten_names(masked).items() if is_hidden)
-    return any(value == name or value.startswith(f"{name}.") for value in values for name in hidden)
+    return [name for name, is_hidden in flatten_names(masked).items() if is_hidden]

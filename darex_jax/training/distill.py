@@ -8,7 +8,7 @@ are fixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
@@ -74,7 +74,7 @@ def distill(
     model: Model,
     fine: Params,
     start: Params,
-    parts: Mapping[str, Parts],
+    parts: Any,
     batches: Callable[[int], Iterable[Batch]],
     held_out: Sequence[Batch],
     *,
@@ -94,8 +94,9 @@ def distill(
     Args:
       fine, start: the fine-tuned model's parameters, and the same with the base's values for parameters with
         parts.
-      parts: with float values, by dotted name. Divisors are multiplied in (q is 1 afterwards); sparse and
-        random ones start at the multiple of their values, possibly 0, with the lowest loss on held-out text.
+      parts: with float values, a tree as a method returns it. Divisors are multiplied in (q is 1 afterwards);
+        sparse and random ones start at the multiple of their values, possibly 0, with the lowest loss on
+        held-out text.
       batches: of an epoch, counted from 0; held_out: other texts, used to select the result.
       learning_rate: for a dense delta; it is divided by each part's density.
       factor_rate: for the factors of a low rank, relative to the size of each rank's own values, and divided
@@ -108,6 +109,7 @@ def distill(
     Source: trained survivors of a random mask, arXiv:2510.14444; straight-through gradients,
       arXiv:1308.3432, with scales as in arXiv:1902.08153.
     """
+    parts = flatten_names(parts)
     if not parts or not held_out or steps < 3:
         raise DarexError("distillation needs at least one part, held-out text, and three steps.")
     placed = {name: each.map(_placed) for name, each in parts.items()}
@@ -214,7 +216,18 @@ def _with_values(start: Params, trained: Trained, fixed: Any) -> Params:
 
 
 def _stream(batches: Callable[[int], Iterable[Batch]], first: int, stop: int) -> Iterable[Batch]:
-    return islice(chain.from_iterable(map(batches, count())), first, stop)
+    return islice(chain.from_iterable(map(partial(_epoch, batches), count())), first, stop)
+
+
+def _epoch(batches: Callable[[int], Iterable[Batch]], epoch: int) -> Iterable[Batch]:
+    """The batches of one epoch. Raises: DarexError if there is none: all later epochs would be as empty."""
+    own = iter(batches(epoch))
+    first = next(own, None)
+    if first is None:
+        raise DarexError(
+            f"batches({epoch}) has no batch; it is called once an epoch and returns a new iterable each time."
+        )
+    return chain([first], own)
 
 
 def _train(
