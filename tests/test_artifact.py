@@ -14,10 +14,12 @@ import pytest
 
 import darex_jax as dx
 from darex_jax.core.errors import DarexError, DarexWarning
+from darex_jax.core.scope import choose_scope
 from darex_jax.core.tree import flatten_names, unflatten_names
 from darex_jax.files.artifact import DeltaFile
 from darex_jax.files.card import CARD
 from darex_jax.files.checkpoint import Checkpoint
+from darex_jax.files.prune import Job
 from darex_jax.files.restore import apply_artifact, restored_params
 from darex_jax.files.safetensors import FileError, SafetensorsFile, write_tensors
 from darex_jax.tasks.batching import load_tokenizer
@@ -333,6 +335,49 @@ def test_files_of_a_kind_that_neither_model_had_are_not_taken_unasked(tmp_path, 
     assert "tokenizer.json, which the restored model inherits, did not exist" in fault
     allowed = darex("apply", pair[0], tmp_path / "d", tmp_path / "out", "--allow-changed-files").stderr
     assert "did not exist" in allowed and (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_patterns_that_match_nothing_are_reported(tmp_path, pair):
+    for option, value in (("--exclude", "embedings"), ("--rename", "zzz=y")):
+        found = darex("prune", *pair, tmp_path / "d", "-p", 0.9, option, value, "--json")
+        assert f"{option} '{value.partition('=')[0]}' matches no parameter" in found.stderr
+        assert len(json.loads(found.stdout)["warnings"]) == 1
+        assert "matches no parameter" in darex("check", *pair, option, value, "--json").stdout
+    assert darex("prune", *pair, tmp_path / "d", "-p", 0.9, "--exclude", "embeddings").stderr == ""
+
+
+@pytest.mark.parametrize("method", ["dare", "svd", "allocated"])
+def test_entries_that_are_not_finite_are_named_whatever_the_method(tmp_path, pair, method):
+    fine = encoder(1)
+    fine["bert.pooler.dense.weight"][1, 2] = np.nan
+    write(tmp_path / "nan", fine)
+    budget = ("-p", 0.5) if method == "dare" else ("--bytes-per-parameter", 3)
+    line = ("prune", pair[0], tmp_path / "nan", tmp_path / "d", "--method", method, *budget)
+    assert "'bert.pooler.dense.weight' has 1 NaN" in darex(*line, code=1).stderr
+    said = darex("merge", pair[0], tmp_path / "nan", tmp_path / "m", "--method", "linear", code=1).stderr
+    assert f"{tmp_path / 'nan'}: 'bert.pooler.dense.weight' differs from the base by NaN" in said
+
+
+def test_an_adapter_is_no_model_and_the_error_says_what_makes_one(tmp_path, pair):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    said = darex("prune", pair[0], tmp_path / "lora", tmp_path / "d", "-p", 0.5, code=1).stderr
+    assert "darex merge-adapter BASE ADAPTER" in said
+
+
+def test_a_file_of_a_size_counts_what_it_reads_once(tmp_path, pair):
+    """However many sizes are tried."""
+    from darex_jax.methods.evidence import Evidence
+    from darex_jax.runs.prune import prune_by
+
+    counted, progress = [], []
+    for budget in (dx.Budget(drop_rate=0.5), 4000):
+        with Checkpoint(pair[0]) as b, Checkpoint(pair[1]) as f:
+            job = Job(b, f, tmp_path / "d", choose_scope("bert"), progress=progress.append)
+            prune_by(job, "dare", budget, gathered=(Evidence(), {}), options={"bits": 4})
+        counted.append(sum(progress))
+        progress.clear()
+    assert counted[0] == counted[1] > 0
 
 
 def test_probable_mistakes_give_warnings(tmp_path, pair):

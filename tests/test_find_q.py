@@ -396,6 +396,7 @@ def test_prune_chooses_q_by_the_inputs_given(folders, tmp_path, family, monkeypa
     nothing = darex(*prune)
     assert nothing["q_chosen_by"].startswith("default: ")
     assert darex("inspect", tmp_path / "delta")["q"] == [pytest.approx(0.1)]
+    assert nothing["q"] == pytest.approx(0.1)
     texts = darex(*prune, "--text", folders / "text")
     assert "predictions: agreement" in texts["q_chosen_by"] and "on 3 examples" in texts["q_chosen_by"]
     assert darex("inspect", tmp_path / "delta")["q"] == [texts["q"]]
@@ -453,6 +454,18 @@ def test_mistakes_are_explained(folders, tmp_path):
     )
     assert "is a directory; a regular file is needed" in fails(*find[:-1], tmp_path)
     assert "it is a picture" in fails(*find[:-1], tmp_path / "q.png")
+    (tmp_path / "mine.txt").write_text("some words\n")
+    (tmp_path / "mine.json").write_text('{"q": 0.5}')
+    own = ("--objective", "two-point", "--text", tmp_path / "mine.txt")
+    for command, kept in (
+        ((*find[:-1], tmp_path / "mine.txt", *own), tmp_path / "mine.txt"),
+        ((*find[:-1], fine / "config.json", *own), fine / "config.json"),
+        (("prune", base, fine, tmp_path / "mine.txt", "-p", 0.9, "--q", *own[1:]), tmp_path / "mine.txt"),
+        (("prune", base, fine, tmp_path / "mine.json", "-p", 0.9, "--q", tmp_path / "mine.json"),
+         tmp_path / "mine.json"),
+    ):  # fmt: skip
+        before = kept.read_bytes()
+        assert "writing this would replace" in fails(*command) and kept.read_bytes() == before
     for command in (find, ("train", base, tmp_path / "out"), ("eval", fine), ("demo", "--base", base)):
         assert "pass the task as well" in fails(*command, "--data-dir", tmp_path)
     assert "of generated problems" in fails(*find, "--task", "opinions", "--difficulty", 2)
@@ -475,6 +488,7 @@ def test_mistakes_are_explained(folders, tmp_path):
         assert told in fails(*prune, "--method", method, "-p", 0.9, "--bits", 4, "--q", q)
     for stray, told in (
         (("-p", 0.9, "--steps", 5), "dare does not train; leave out --steps"),
+        (("--size", "3x", "--steps", 5), "It is the default because there are no texts"),
         (("-p", 0.9, "--limit", 5), "and --limit are for"),
         (("-p", 0.9, "--q", "auto", "--data-dir", tmp_path), "pass the task as well"),
         (("-p", 0.9, "--method", "sign"), "keeps the sign of every entry"),

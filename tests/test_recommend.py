@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 from click.testing import CliRunner
@@ -118,6 +119,10 @@ def test_the_sentences_match_the_numbers():
         return " ".join(_sentences(advice(*numbers), 900, True, False))
 
     assert "svd, 4 bits loses least: 2.0%" in said(0.1, 0.2, 100.0)
+    assert "another method loses as little" in said(0.02, 0.2, 100.0)
+    assert "as little" not in said(0.1, 0.2, 100.0) and "take others" not in said(0.1, 0.2, 100.0)
+    same = replace(advice(0.1, 0.2, 100.0), without_delta=0.02)
+    assert "do not tell the two models apart" in " ".join(_sentences(same, 900, True, False))
     assert "too large for random dropping" in said(0.3, 0.2, 100.0)
     assert "too large" not in said(0.1, 0.2, 100.0)
     assert "keeping the largest" in said(0.1, 0.6, 5.0) and "low-rank" not in said(0.1, 0.6, 5.0)

@@ -95,6 +95,15 @@ def test_a_branch_and_a_table_on_remote_paths(tmp_path, memory):
     assert "--data memory://runs/none.csv must be a local path" in table.output
 
 
+def test_errors_name_the_url_that_was_given(tmp_path, memory):
+    for i, name in enumerate(("base", "fine")):
+        dx.save_params(tmp_path / name, {"a": np.full((2, 2), i, np.float32)})
+        put(f"memory://named/{name}", tmp_path / name)
+    darex("prune", "memory://named/base", "memory://named/fine", "memory://named/d", "-p", 0)
+    wrong = darex("verify", "memory://named/d", "--base", "memory://named/fine", code=1)
+    assert "base that memory://named/d was made from" in wrong.output
+
+
 def test_failures_are_one_line_and_leave_nothing(tmp_path, memory, monkeypatch):
     nothing = darex("inspect", "memory://nowhere/d", code=1)
     assert "memory://nowhere/d: does not exist" in nothing.output

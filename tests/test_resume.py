@@ -422,6 +422,29 @@ def test_a_config_file_gives_defaults_and_the_command_line_takes_precedence(bert
     assert done.exit_code == 2 and "is not TOML" in done.output
 
 
+def test_a_merged_adapter_has_the_class_names_it_was_trained_on(bert, tmp_path):
+    """Also where the base is a classifier with as many classes of other names."""
+    rows = "text,kind\n" + "".join(f"{'purr' if i % 2 else 'bark'} {i},{'cat' if i % 2 else 'dog'}\n"
+                                   for i in range(40))  # fmt: skip
+    (tmp_path / "pets.csv").write_text(rows)
+    own = ["--data", str(tmp_path / "pets.csv"), "--text", "text", "--label", "kind"]
+
+    def darex(*line):
+        done = CliRunner().invoke(main, [*map(str, line)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    short = ("--steps", 1, "--batch-size", 4)
+    darex("train", bert, tmp_path / "opinions", "--task", "opinions", *short)
+    for i, base in enumerate((bert, tmp_path / "opinions")):
+        lora, merged = tmp_path / f"lora-{i}", tmp_path / f"merged-{i}"
+        darex("train", base, lora, *own, *short, "--lora-rank", 2)
+        darex("merge-adapter", base, lora, merged)
+        config = json.loads((merged / "config.json").read_text())
+        assert config["id2label"] == {"0": "cat", "1": "dog"}
+        assert json.loads(darex("eval", merged, *own, "--json"))["n"] > 0
+
+
 def test_an_adapter_is_trained_saved_and_merged(bert, tmp_path):
     out = tmp_path / "adapter"
     report = train_run(bert, out, RECIPE, **SHORT, lora_rank=2)

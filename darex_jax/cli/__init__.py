@@ -13,7 +13,7 @@ import click
 from darex_jax.cli import choose, experiment, files, hub, learn, merge, prune, recommend, report, text, train
 from darex_jax.cli.show import plain, warnings_shown
 from darex_jax.cli.signals import unwinding
-from darex_jax.cli.stores import with_stores
+from darex_jax.cli.stores import as_given, with_stores
 from darex_jax.core.errors import DarexError
 
 # Options that save memory, and what to say of them.
@@ -76,9 +76,10 @@ def _show_traceback(ctx: click.Context) -> None:
 
 
 def _one_message(error: Exception) -> str:
+    said = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return plain(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
-    return plain(str(error))
+        said = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return plain(as_given(said))
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -22,11 +22,12 @@ from darex_jax.cli.options import (
     TEXT,
     check_data_dir,
     check_difficulty,
+    given_files,
     own_examples,
     take_table,
 )
 from darex_jax.cli.show import point_bar, print_table, q_text, say_if_large
-from darex_jax.cli.stores import HERE, PATH
+from darex_jax.cli.stores import HERE, PATH, as_given
 
 
 @click.command("find-q")
@@ -78,13 +79,16 @@ def find_q(
     from darex_jax.choosing.choose import choose_q
     from darex_jax.files.atomic import write_whole
     from darex_jax.files.paths import check_output
+    from darex_jax.files.stream import keep_inputs
     from darex_jax.runs.figures import plot_curve
     from darex_jax.tasks.source import Source
 
     if out.suffix == ".png":
         raise click.BadParameter(f"{out} cannot be the q file: it is a picture.", param_hint="--out")
-    check_output(out)
-    check_output(out.with_suffix(".png"))
+    picture = out.with_suffix(".png")
+    for written in (out, picture):
+        check_output(written)
+        keep_inputs(written, base, fine, *given_files(options["text"], options["data"]))
     check_data_dir(options["task"], options["data_dir"])
     options["table"] = take_table(options)
     generated = all(options[name] is None for name in ("task", "text", "table"))
@@ -96,7 +100,6 @@ def find_q(
     with point_bar(objective, as_json) as on_value:
         report = choose_q(base, fine, drop_rate, choice, source, on_value)
     write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    picture = out.with_suffix(".png")
     drawn = plot_curve(report, picture)
     if as_json:
         click.echo(json.dumps(report, allow_nan=False))
@@ -106,7 +109,7 @@ def find_q(
     for name, patterns in (("include", choice.include), ("exclude", choice.exclude)):
         again += [part for pattern in patterns for part in (f"--{name}", pattern)]
     use = ["darex", "prune", base, fine, "OUT", "--drop-rate", drop_rate, "--q", out, *again]
-    click.echo(f"Use it: {shlex.join(map(str, use))}")
+    click.echo(f"Use it: {as_given(shlex.join(map(str, use)))}")
 
 
 def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> None:
@@ -145,8 +148,8 @@ def _print_report(report: dict[str, Any], out: Path, picture: Path | None) -> No
             rows.append(("by layer", q_text(known)))
         if len(known) < len(report["layers"]):
             rows.append(("no output", f"{len(report['layers']) - len(known)} layers without any output"))
-        if not isinstance(report["q"], dict) and report["q"] > 1:
-            rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
+    if not isinstance(report["q"], dict) and report["q"] > 1:
+        rows.append(("note", "q is above 1: survivors are shrunk, not enlarged"))
     if "warning" in report:
         rows.append(("warning", report["warning"]))
     used = f"{report['labels']} labels" if report["labels"] else "no labels"

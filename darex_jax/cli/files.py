@@ -19,6 +19,7 @@ from darex_jax.cli.options import (
     PARAMS,
     RENAME,
     renaming,
+    warn_of_idle_patterns,
     with_params,
 )
 from darex_jax.cli.show import (
@@ -64,6 +65,7 @@ def check(
     base, fine = with_params(params, base, fine)
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         scope = choose_scope(family_of(f, b), include, exclude, f.shapes)
+        warn_of_idle_patterns(f.tensors, include, exclude, rename)
         match = match_checkpoints(b, f, scope, renaming(rename))
         found = not (include or known_family(family_of(f, b)))
         sizes = {name: tensor.info.size for name, tensor in f.tensors.items()}
@@ -71,10 +73,11 @@ def check(
     report = {
         "pruned": {"parameters": len(match.pruned), "entries": sum(sizes[n] for n in match.pruned)},
         "dense": {"parameters": len(match.dense), "entries": sum(sizes[n] for n in match.dense)},
+        "found": found_scope(match.pruned) if found else None,
         "dtypes": dtypes,
         "extra_rows": match.extra_rows,
         "base_only": match.base_only,
-        "warnings": match.warnings,
+        "warnings": [*match.warnings, *warned()],
         "faults": match.faults,
     }
     if as_json:

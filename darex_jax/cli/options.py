@@ -1,13 +1,14 @@
 """Options that several commands share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from darex_jax.cli.show import warn
 from darex_jax.cli.stores import HERE, PATH
 
 
@@ -114,6 +115,24 @@ def check_difficulty(task: str | None) -> None:
     """Raises: UsageError if --difficulty is given and the task is another than word-problems."""
     if typed("difficulty") and task != "word-problems":
         raise click.UsageError("--difficulty is of generated problems: pass --task word-problems.")
+
+
+def given_files(*given: Any) -> list[Path]:
+    """Those of the values given as inputs that are paths of this machine."""
+    return [Path(value) for value in given if value is not None and Path(value).exists()]
+
+
+def warn_of_idle_patterns(
+    names: Collection[str], include: Sequence[str], exclude: Sequence[str], rename: str | None
+) -> None:
+    """Warns about patterns that match no parameter of the fine-tuned model."""
+    from darex_jax.core.scope import compile_pattern
+
+    given = [("--include", pattern) for pattern in include] + [("--exclude", pattern) for pattern in exclude]
+    given += [] if rename is None else [("--rename", rename.partition("=")[0])]
+    for option, pattern in given:
+        if not any(map(compile_pattern(pattern).search, names)):
+            warn(f"{option} {pattern!r:.80} matches no parameter, such as {min(names, default='none'):.80}.")
 
 
 def renaming(rename: str | None) -> Callable[[str], str] | None:

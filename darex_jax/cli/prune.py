@@ -30,10 +30,12 @@ from darex_jax.cli.options import (
     Ratio,
     check_data_dir,
     check_difficulty,
+    given_files,
     own_examples,
     renaming,
     take_table,
     typed,
+    warn_of_idle_patterns,
     with_params,
 )
 from darex_jax.cli.show import (
@@ -150,8 +152,11 @@ def prune(
     from darex_jax.files.checkpoint import Checkpoint
     from darex_jax.files.paths import check_output
     from darex_jax.files.prune import Job, prune_checkpoints
+    from darex_jax.files.stream import keep_inputs
 
     check_output(out)
+    for read in given_files(text, own["data"], q):
+        keep_inputs(out, read)
     base, fine = with_params(params, base, fine)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(
@@ -180,7 +185,7 @@ def prune(
         "--block-wise": block_wise or None, "--drop-rate": drop_rate,
         "--steps": steps if typed("steps") else None,
     }  # fmt: skip
-    _refuse_stray(method, {name: value for name, value in stray.items() if value is not None})
+    _refuse_stray(method, {name: value for name, value in stray.items() if value is not None}, why)
     if (has_texts or data_dir or limit) and not (chooses or METHODS[method].needs):
         raise click.UsageError(
             "--task, --data-dir, --text, --data and --limit are for --q auto or an objective of find-q, and "
@@ -228,6 +233,7 @@ def prune(
             warn(f"{q} was chosen with masks of entries, structured drops columns.")
     with Checkpoint(base) as b, Checkpoint(fine) as f:
         family, fine_bytes = family_of(f, b), f.nbytes
+        warn_of_idle_patterns(f.tensors, include, exclude, rename)
         scope = choose_scope(family, include, exclude, f.shapes)
         scope_text = _scope_text(family, include, exclude)
         if not (include or known_family(family)):
@@ -258,7 +264,8 @@ def prune(
         report = {"out": as_given(str(out)), "method": summary.recipe.method, "drop_rate": drop_rate}
         report |= {"seed": seed, **_figures(done, fine_bytes), "warnings": warned()}
         report |= {} if why is None else {"method_chosen_by": why}
-        report |= {} if q_by is None else {"q": divisor, "q_chosen_by": q_by}
+        report |= _divisors(summary.recipe)
+        report |= {} if q_by is None else {"q_chosen_by": q_by}
         click.echo(json.dumps(report | _looks(done), indent=2))
         return
     print_table(str(out), _rows(done, fine_bytes, why, divisor, q_by, METHODS[method].what))
@@ -280,14 +287,18 @@ class _Done(NamedTuple):
         return None if self.trainer is None else self.trainer.result
 
 
-def _refuse_stray(method: str, given: Mapping[str, Any]) -> None:
-    """Raises: UsageError for an option that the method does not have. Args: given: by option, those given."""
+def _refuse_stray(method: str, given: Mapping[str, Any], why: str | None) -> None:
+    """Raises: UsageError for an option that the method does not have.
+
+    Args: given: by option, those given; why: the reason for the method, if it is not the user's choice.
+    """
+    reason = "" if why is None else f" It is the default because {why}; --method chooses another."
     chosen = METHODS[method]
     if "--max-loss" in given and not chosen.trains:
         raise click.UsageError(f"--max-loss needs a method that trains (distilled), not {method}.")
     for option in ("--checkpoints", "--steps"):
         if option in given and not chosen.trains:
-            raise click.UsageError(f"{method} does not train; leave out {option}.")
+            raise click.UsageError(f"{method} does not train; leave out {option}.{reason}")
     if "--drop-rate" in given and method in ("sign", "sign-svd"):
         raise click.UsageError(f"{method} keeps the sign of every entry: pass a size instead of --drop-rate.")
     if given.get("--support") == "sign" and "--drop-rate" in given:
@@ -385,6 +396,17 @@ def _figures(done: _Done, fine_bytes: int) -> dict[str, Any]:
         "nonfinite": summary.recipe.nonfinite,
         "digest": summary.recipe.digest(),
     }
+
+
+def _divisors(recipe: Any) -> dict[str, Any]:
+    """The q of the survivors that a file holds, one or by parameter; {} where none are divided."""
+    parts = [each for block in recipe.blocks or () for each in block["parameters"].items()]
+    by_name = {
+        name: part["q"] for name, own in parts for part in own if part["kind"] in ("random", "columns")
+    }
+    by_name |= {name: entry["q"] for name, entry in recipe.parameters.items() if "q" in entry}
+    values = set(by_name.values())
+    return {"q": values.pop() if len(values) == 1 else by_name} if values else {}
 
 
 def _looks(done: _Done) -> dict[str, Any]:

@@ -180,6 +180,20 @@ def _sentences(advice: "Advice", file_bytes: int, has_texts: bool, can_retrain: 
             f"the fine-tuned model, on {advice.held_out} held-out texts (the base alone loses "
             f"{advice.without_delta:.1%})."
         )
+        told_apart = 1 / max(advice.held_out, 1)
+        equal = [
+            t for t in advice.tried
+            if t is not chosen and t.loss is not None and t.loss - (chosen.loss or 0.0) < told_apart
+        ]  # fmt: skip
+        if equal:
+            also = "another method loses" if len(equal) == 1 else f"{len(equal)} other methods lose"
+            sentences.append(
+                f"As far as so many texts can tell, {also} as little; of these the stored delta decides."
+            )
+        if chosen.loss is not None and (advice.without_delta or 0.0) - chosen.loss < told_apart:
+            sentences.append(
+                "The base alone loses no more: these texts do not tell the two models apart, so take others."
+            )
         if chosen.steps:
             sentences.append(
                 f"This is after {chosen.steps} steps of training; the command trains for longer."

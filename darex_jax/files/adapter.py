@@ -89,6 +89,7 @@ def save_adapter(
     overwrite: bool = False,
     manifest: Mapping[str, Any] | None = None,
     card: str | None = None,
+    model_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a directory that `PeftModel.from_pretrained` loads, atomically.
 
@@ -100,6 +101,8 @@ def save_adapter(
       base: path or name of the base, for information.
       overwrite: replace `path` if it exists.
       manifest: of the run that made the adapter; written as darex_manifest.json. card: written as README.md.
+      model_config: config.json of the model with the adapter, whose classes may have other names than the
+        base's; `merge_adapter` reads it.
     Raises: ValueError if a layer of the adapter is not in the config's targets, has another rank, or is in a
       module that is saved whole; FileError if `path` exists and `overwrite` is not set.
     """
@@ -127,6 +130,8 @@ def save_adapter(
         tensors |= {f"{PREFIX}{name}.lora_embedding_{w}": x for w, x in zip("AB", factors, strict=True)}
     with atomic_directory(path, overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if model_config is not None:
+            (folder / "config.json").write_text(json.dumps(dict(model_config), indent=2) + "\n")
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
         if manifest is not None:

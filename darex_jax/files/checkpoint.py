@@ -175,6 +175,8 @@ def _files_and_tensors(path: Path) -> tuple[list[str], list[str]]:
     if not (path / INDEX).exists():
         pickled = sorted(p.name for p in path.glob("pytorch_model*.bin"))
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it." if pickled else ""
+        if (path / "adapter_config.json").exists():
+            hint = " It is an adapter: darex merge-adapter BASE ADAPTER makes a model of it."
         raise FileError(f"{path}: has neither {SINGLE} nor {INDEX}, and is not an orbax checkpoint.{hint}")
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")

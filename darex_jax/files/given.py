@@ -20,7 +20,7 @@ from darex_jax.core.scope import HEAD, OPTIONAL, TIED, UNUSED, is_tied
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import CONFIG, load_adapter
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, takes_deltas
+from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, read_config, takes_deltas
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.restore import check_base_tensors, check_digest, check_fingerprint, read_companions
 from darex_jax.files.safetensors import DTYPES, as_bytes
@@ -187,7 +187,7 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
         whole=lambda name: whole.get(name) if name not in layers else None,
         dtype=lambda name: base.tensors[name].info.dtype,
         companions=inheriting_contents(path, base.path),
-        config=base.config,
+        config=read_config(path) or base.config,
     )
 
 

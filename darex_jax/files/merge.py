@@ -1,6 +1,6 @@
 """Merges an adapter into its base: writes an ordinary fine-tuned Hugging Face directory."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_fact
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
-from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, save_params
+from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, read_config, save_params
 from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
@@ -47,7 +47,8 @@ def merge_adapter(
 
     Args:
       base: Hugging Face directory of a BERT, RoBERTa, Llama or Qwen2. A classifier's adapter also matches the
-        body of the classifier: the head is then the adapter's, with labels LABEL_0 and so on.
+        body of the classifier: the head is then the adapter's, with the names of its classes if it has a
+        config.json, as `darex train` writes it, else LABEL_0 and so on.
       adapter: directory in PEFT's format.
       out: the new Hugging Face directory, with the base's dtypes, and the adapter's tokenizer if it has one,
         else the base's; written atomically.
@@ -71,14 +72,15 @@ def merge_adapter(
 def _merge(
     base: str | PathLike[str],
     adapter: str | PathLike[str],
-    loaded: tuple[LoraConfig, dict[str, Any], dict[str, Any]],
+    read: tuple[LoraConfig, dict[str, Any], dict[str, Any]],
     out: str | PathLike[str],
     overwrite: bool,
     ignore_config_fields: Collection[str],
 ) -> MergeSummary:
-    config, factors_tree, dense_tree = loaded
+    config, factors_tree, dense_tree = read
     factors, dense = adapter_factors(factors_tree), flatten_names(dense_tree)
-    model, named = _with_head(*load_model(base, ignore_config_fields=ignore_config_fields), dense)
+    loaded = load_model(base, ignore_config_fields=ignore_config_fields)
+    model, named = _with_head(*loaded, dense, read_config(adapter))
     shapes = {f"{layer}.weight": (b.shape[0], a.shape[1]) for layer, (a, b) in factors.items()}
     shapes |= {name: x.shape for name, x in dense.items()}
     wrong = [f"{name} is not in the base" for name in shapes if name not in named]
@@ -102,18 +104,20 @@ def _merge(
     return MergeSummary(len(factors), sorted(dense), sum(x.nbytes for x in named.values()))
 
 
-def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The model with a head of the adapter's size, and its parameters, by name.
+def _with_head(
+    model: Model, params: dict[str, Any], dense: dict[str, Any], stated: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any]]:
+    """The model with a head of the adapter's size and class names, and its parameters, by name.
 
+    Args: stated: the adapter's own config.json, {} if it has none.
     Raises: ValueError if the adapter does not have all that the base lacks for it.
     """
     rows = next((dense[name].shape[0] for name in HEAD_ROWS if name in dense and dense[name].ndim), None)
     config = model.config
-    if (
-        not isinstance(config, EncoderConfig)
-        or rows is None
-        or (not config.headless and config.num_labels == rows)
-    ):
+    if not isinstance(config, EncoderConfig) or rows is None:
+        return model, flatten_names(params)
+    names, problem = _names_of(stated, rows), stated.get("problem_type")
+    if not config.headless and config.num_labels == rows and not (names or problem):
         return model, flatten_names(params)
     old = flatten_names(params)
     shapes = build_model(config.as_classifier(rows))[1]
@@ -123,5 +127,13 @@ def _with_head(model: Model, params: dict[str, Any], dense: dict[str, Any]) -> t
     if missing:
         raise DarexError(f"a classifier also needs {', '.join(missing)}, which neither base nor adapter has.")
     # The adapter replaces the new weights, so the key does not matter.
-    model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0))
+    model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0), problem, names)
     return model, flatten_names(params)
+
+
+def _names_of(stated: Mapping[str, Any], rows: int) -> tuple[str, ...]:
+    """The names of the classes in a config.json, () if it does not name so many."""
+    names = stated.get("id2label")
+    if not isinstance(names, dict) or names.keys() != set(map(str, range(rows))):
+        return ()
+    return tuple(str(names[str(i)]) for i in range(rows))

@@ -192,6 +192,9 @@ def _merged(
     found = [each.read(name, values) for each in given]
     if all(delta is None for delta in found):
         return values, False
+    for each, delta in zip(given, found, strict=True):
+        if delta is not None and count_nonfinite(delta.reshape(-1)):
+            raise DarexError(f"{each.path}: '{name}' differs from the base by NaN or infinity.")
     nothing = np.zeros(values.shape, np.float32)
     own = given[0].names[name]
     trees = [{own: nothing if delta is None else delta} for delta in found]

@@ -179,7 +179,9 @@ def prune_parts(
     match = job.match()
 
     def delta_of(name: str) -> tuple[np.ndarray, _Statistics]:
-        return _delta(job.base.tensors[match.base_names[name]], job.fine.tensors[name], job.progress)
+        found = _delta(job.base.tensors[match.base_names[name]], job.fine.tensors[name], job.progress)
+        _check_finite(job, name, found[1])
+        return found
 
     together: dict[str, Parts] = {}
     noticed: dict[str, _Statistics] = {}
@@ -330,11 +332,7 @@ def _write(
                 written.nonfinite += statistics.nonfinite
                 if statistics.base_digest is not None:
                     written.digests[match.base_names[name]] = statistics.base_digest
-                if statistics.nonfinite and not job.allow_nonfinite:
-                    raise FileError(
-                        f"'{name}' has {statistics.nonfinite} NaN or infinite entries in one of the models; "
-                        "--allow-nonfinite keeps them."
-                    )
+                _check_finite(job, name, statistics)
                 if kind == PARTS:
                     written.survivors += numbers_in(block[name])
                     written.changed |= statistics.changed
@@ -366,6 +364,14 @@ def _write(
             position = write_at(file, data, position)
         write_at(file, encode_header(written.tensors, final.to_metadata(), header_bytes), 0)
     return final, written, position
+
+
+def _check_finite(job: Job, name: str, statistics: _Statistics) -> None:
+    if statistics.nonfinite and not job.allow_nonfinite:
+        raise FileError(
+            f"'{name}' has {statistics.nonfinite} NaN or infinite entries in one of the models; "
+            "darex prune --allow-nonfinite keeps them."
+        )
 
 
 def _checked(text: bytes) -> bytes:

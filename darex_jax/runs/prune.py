@@ -75,9 +75,15 @@ def prune_by(
     # Training is slow and hardly changes the size: sizes are tried without it, with a small margin.
     quick = replace(known, train=None)
     target = round(CLOSE * budget) if chosen.trains else budget
+    silent = replace(job, progress=lambda _: None)  # each attempt reads the same bytes again
+    attempts = iter([job])
 
     def of_size(part_bytes: float, path: Path) -> PruneSummary:
-        return write(replace(job, out=path), Budget(bytes_per_parameter=part_bytes / entries), quick)
+        return write(
+            replace(next(attempts, silent), out=path),
+            Budget(bytes_per_parameter=part_bytes / entries),
+            quick,
+        )
 
     keep_inputs(job.out, job.base, job.fine)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +93,7 @@ def prune_by(
             summary, path = fit_to_size(of_size, target, Path(folder))
         while chosen.trains:
             spent = summary.recipe.budget or {}
-            summary = write(replace(job, out=path), Budget(**spent), known)
+            summary = write(replace(silent, out=path), Budget(**spent), known)
             if summary.file_bytes <= budget:
                 break
             over = summary.file_bytes - budget

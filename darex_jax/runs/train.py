@@ -223,7 +223,10 @@ def train_run(
         else:
             kind = "CAUSAL_LM" if decoding else "SEQ_CLS"
             adapter, dense = _split(params, is_factor)
-            save_adapter(out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest)
+            save_adapter(
+                out, lora, adapter, dense, task_type=kind, base=str(base), manifest=manifest,
+                model_config=None if decoding else start.model.config.to_hf(),
+            )  # fmt: skip
     taken = lines[-1]
     if best:
         kept = set(checkpoints.steps())
