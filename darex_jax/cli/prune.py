@@ -264,7 +264,7 @@ def prune(
         report = {"out": as_given(str(out)), "method": summary.recipe.method, "drop_rate": drop_rate}
         report |= {"seed": seed, **_figures(done, fine_bytes), "warnings": warned()}
         report |= {} if why is None else {"method_chosen_by": why}
-        report |= _divisors(summary.recipe)
+        report |= _divisors(summary.recipe) if divisor is None else {"q": divisor}
         report |= {} if q_by is None else {"q_chosen_by": q_by}
         click.echo(json.dumps(report | _looks(done), indent=2))
         return
