@@ -10,7 +10,8 @@ import darex_jax as dx
 from darex_jax.cli import show
 from darex_jax.core.errors import DarexError
 from darex_jax.files.checkpoint import read_config
-from darex_jax.tasks.source import Source, class_names, read_material
+from darex_jax.models.encoder import class_names
+from darex_jax.tasks.source import Source, read_material
 from darex_jax.tasks.table import Table, read_completions, read_task, read_texts
 from tests.test_bank import darex
 from tests.test_resume import save_bert, save_llama

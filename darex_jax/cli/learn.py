@@ -339,7 +339,7 @@ def _classify_table(
     opened: "Opened", table: Any, split: str, limit: int | None, batch_size: int | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """As `_classify_examples`; classes are the model's, by name."""
-    from darex_jax.tasks.source import class_names
+    from darex_jax.models.encoder import class_names
     from darex_jax.tasks.table import read_task
 
     names = class_names(opened.model.config.to_hf())

@@ -155,8 +155,7 @@ def prune(
     from darex_jax.files.stream import keep_inputs
 
     check_output(out)
-    for read in given_files(text, own["data"], q):
-        keep_inputs(out, read)
+    keep_inputs(out, *given_files(text, own["data"], q))
     base, fine = with_params(params, base, fine)
     if sum(given is not None for given in (drop_rate, size, bytes_per_parameter, max_loss)) != 1:
         raise click.UsageError(

@@ -24,9 +24,9 @@ from darex_jax.core.sharding import placed_like
 from darex_jax.core.tree import (
     PyTree,
     as_array,
+    dtype_of,
     flatten_names,
     floating,
-    is_part,
     leaf_keys,
     map_named,
     shape_of,
@@ -227,7 +227,7 @@ def _compiled_prune(platform: str, donate: bool) -> Callable[..., jax.Array]:
 
 def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
     """`{name: 1/q}` for every leaf of `tree`, in the dtype of the leaf's arithmetic."""
-    dtypes = {name: _arithmetic(name, leaf) for name, leaf in flatten_names(tree).items()}
+    dtypes = {name: working_dtype(dtype_of(name, leaf)) for name, leaf in flatten_names(tree).items()}
     if q is None:
         raise DarexError("q is missing; DARE is q = 1 - drop_rate.")
     by_name = flatten_names(q)
@@ -238,12 +238,6 @@ def _scale_of(q: Any, tree: PyTree) -> dict[str, Any]:
     if missing or unknown:
         raise DarexError(f"q by name does not match the tree: no q for {missing}; no leaf for {unknown}.")
     return {name: _reciprocal(by_name[name], dtype) for name, dtype in dtypes.items()}
-
-
-def _arithmetic(name: str, leaf: Any) -> Any:
-    if is_part(leaf):
-        return np.float32
-    return working_dtype(leaf.dtype if hasattr(leaf, "dtype") else as_array(name, leaf).dtype)
 
 
 @partial(jax.jit, static_argnums=1, inline=True)

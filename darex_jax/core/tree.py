@@ -95,8 +95,7 @@ def as_array(name: str, leaf: Any) -> jax.Array:
 def floating(name: str, leaf: Any) -> jax.Array:
     """`as_array` of a leaf that can be pruned. Raises: ValueError for one that is not floating."""
     array = as_array(name, leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise DarexError(f"'{name}' holds {array.dtype}: only floating parameters are pruned.")
+    _check_floating(name, array.dtype)
     return array
 
 
@@ -105,9 +104,19 @@ def check_floating(tree: PyTree) -> None:
     for name, leaf in flatten_names(tree).items():
         if is_part(leaf):
             raise DarexError(f"'{name}' is no array; take to_dense() of parts.")
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else as_array(name, leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise DarexError(f"'{name}' holds {dtype}: only floating parameters are pruned.")
+        _check_floating(name, dtype_of(name, leaf))
+
+
+def _check_floating(name: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise DarexError(f"'{name}' holds {dtype}: only floating parameters are pruned.")
+
+
+def dtype_of(name: str, leaf: Any) -> Any:
+    """The dtype of an array, or of the dense sum of parts. Raises: as `as_array`."""
+    if is_part(leaf):
+        return np.dtype(np.float32)
+    return leaf.dtype if hasattr(leaf, "dtype") else as_array(name, leaf).dtype
 
 
 def shape_of(name: str, leaf: Any) -> tuple[int, ...]:

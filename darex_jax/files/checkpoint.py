@@ -236,10 +236,9 @@ def inherited(own: Collection[str]) -> set[str]:
     return {*configuration, *processing}
 
 
-def inheriting_contents(path: str | os.PathLike[str], base: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The contents of a model's companion files, by name, and of those that it takes from its base."""
-    own, ours = companion_contents(path), companion_contents(base)
-    return {name: ours[name] for name in ours.keys() & inherited(own)} | own
+def with_inherited(own: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The contents of a model's companion files, by name, and of those of its base that it takes."""
+    return {name: base[name] for name in base.keys() & inherited(own)} | dict(own)
 
 
 def load_params(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from darex_jax.core.scope import HEAD, OPTIONAL, TIED, UNUSED, is_tied
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import CONFIG, load_adapter
 from darex_jax.files.artifact import DeltaFile
-from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, read_config, takes_deltas
+from darex_jax.files.checkpoint import (
+    Checkpoint,
+    companion_contents,
+    read_config,
+    takes_deltas,
+    with_inherited,
+)
 from darex_jax.files.match import match_checkpoints
 from darex_jax.files.restore import check_base_tensors, check_digest, check_fingerprint, read_companions
 from darex_jax.files.safetensors import DTYPES, as_bytes
@@ -99,7 +105,7 @@ def _directory(path: Path, base: Checkpoint, fine: Checkpoint) -> Given:
         read=lambda name, values: _moved(fine.tensors[own[name]].read(), values),
         whole=lambda name: fine.tensors[own[name]].read(),
         dtype=lambda name: fine.tensors[own[name]].info.dtype,
-        companions=inheriting_contents(path, base.path),
+        companions=with_inherited(companion_contents(path), companion_contents(base.path)),
         config=fine.config,
         head={name: fine.tensors[name].read() for name in apart if name not in own.values()},
     )
@@ -186,7 +192,7 @@ def _adapter(path: Path, base: Checkpoint) -> Given:
         read=read,
         whole=lambda name: whole.get(name) if name not in layers else None,
         dtype=lambda name: base.tensors[name].info.dtype,
-        companions=inheriting_contents(path, base.path),
+        companions=with_inherited(companion_contents(path), companion_contents(base.path)),
         config=read_config(path) or base.config,
     )
 

@@ -15,11 +15,18 @@ from darex_jax.core.lora import FACTORS, LoraConfig, adapter_delta, adapter_fact
 from darex_jax.core.tree import flatten_names
 from darex_jax.files.adapter import WEIGHTS, load_adapter
 from darex_jax.files.atomic import check_replaceable
-from darex_jax.files.checkpoint import Checkpoint, inheriting_contents, read_config, save_params
+from darex_jax.files.checkpoint import (
+    Checkpoint,
+    companion_contents,
+    read_config,
+    save_params,
+    with_inherited,
+)
 from darex_jax.files.model import load_model
 from darex_jax.files.safetensors import SafetensorsFile
 from darex_jax.files.stream import keep_inputs
 from darex_jax.models import EncoderConfig, Model, build_model, classifier_from_pretrained
+from darex_jax.models.encoder import class_names
 
 HEAD_ROWS = ("classifier.weight", "classifier.out_proj.weight")  # BERT's and RoBERTa's: [labels, D]
 
@@ -99,7 +106,7 @@ def _merge(
         named |= apply_delta({name: named[name]}, adapter_delta(pieces, scales))
         if not bool(jnp.isfinite(named[name]).all()):
             raise DarexError(f"{adapter}: '{name}' of {base} would hold infinity or NaN.")
-    companions = inheriting_contents(adapter, base)
+    companions = with_inherited(companion_contents(adapter), companion_contents(base))
     save_params(out, named, model.config.to_hf(), companions_from=companions, overwrite=overwrite)
     return MergeSummary(len(factors), sorted(dense), sum(x.nbytes for x in named.values()))
 
@@ -116,7 +123,8 @@ def _with_head(
     config = model.config
     if not isinstance(config, EncoderConfig) or rows is None:
         return model, flatten_names(params)
-    names, problem = _names_of(stated, rows), stated.get("problem_type")
+    names, problem = class_names(stated), stated.get("problem_type")
+    names = names if len(names) == rows else ()
     if not config.headless and config.num_labels == rows and not (names or problem):
         return model, flatten_names(params)
     old = flatten_names(params)
@@ -129,11 +137,3 @@ def _with_head(
     # The adapter replaces the new weights, so the key does not matter.
     model, params = classifier_from_pretrained(model, params, rows, jax.random.key(0), problem, names)
     return model, flatten_names(params)
-
-
-def _names_of(stated: Mapping[str, Any], rows: int) -> tuple[str, ...]:
-    """The names of the classes in a config.json, () if it does not name so many."""
-    names = stated.get("id2label")
-    if not isinstance(names, dict) or names.keys() != set(map(str, range(rows))):
-        return ()
-    return tuple(str(names[str(i)]) for i in range(rows))

@@ -26,7 +26,7 @@ from darex_jax.core.tree import name_words, working_dtype
 from darex_jax.files.artifact import PARTS, RECIPE
 from darex_jax.files.atomic import atomic_file
 from darex_jax.files.blocks import BLOCK_NUMBERS, numbers_in, pack
-from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_contents, inheriting_contents
+from darex_jax.files.checkpoint import Checkpoint, StoredTensor, companion_contents, with_inherited
 from darex_jax.files.coding import coder_versions, compress
 from darex_jax.files.match import Match, match_checkpoints
 from darex_jax.files.recipe import (
@@ -482,7 +482,8 @@ def _dense_values(
 def _companions(base: Path, fine: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     """The companion files of the fine-tuned model that differ from the base's, and digests of those that the
     restored model takes from the base."""
-    ours, whole = companion_contents(base), inheriting_contents(fine, base)
+    ours = companion_contents(base)
+    whole = with_inherited(companion_contents(fine), ours)
     changed = {name: content for name, content in whole.items() if ours.get(name) != content}
     taken = {
         name: blake3.blake3(whole[name]).hexdigest() for name in ours if name in whole.keys() - changed.keys()

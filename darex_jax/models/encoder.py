@@ -172,6 +172,17 @@ def label_notes(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The class names of a model in order, () if config.json has none."""
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        return ()
+    try:
+        return tuple(str(names[number]) for number in sorted(names, key=int))
+    except (TypeError, ValueError):
+        return ()
+
+
 class EncoderOutput(NamedTuple):
     """The outputs of an encoder.
 

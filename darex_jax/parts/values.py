@@ -160,9 +160,8 @@ def quantise(
     integers, scales = _fit(filled, of, _padded(groups + 1, GROUPS), bits, least)
     if not isinstance(integers, jax.core.Tracer):
         integers, scales = np.asarray(integers), np.asarray(scales)
-    return Values(
-        integers[: x.size].reshape(x.shape), scales[:groups].astype(dtype or jnp.bfloat16), bits, per
-    )
+    scales = scales[:groups].astype(jnp.bfloat16 if dtype is None else dtype)
+    return Values(integers[: x.size].reshape(x.shape), scales, bits, per)
 
 
 def _padded(size: int, least: int) -> int:

@@ -24,6 +24,7 @@ from darex_jax.files.checkpoint import read_config, read_json, save_params
 from darex_jax.files.manifest import params_digest, run_manifest
 from darex_jax.files.model import load_model
 from darex_jax.models import DecoderConfig, Model
+from darex_jax.models.encoder import class_names
 from darex_jax.models.lora import add_adapters
 from darex_jax.tasks import TASKS, Task, load_task
 from darex_jax.tasks.answers import (
@@ -35,7 +36,6 @@ from darex_jax.tasks.answers import (
     load_problems,
 )
 from darex_jax.tasks.batching import encode, evaluation_batches, load_tokenizer
-from darex_jax.tasks.source import class_names
 from darex_jax.tasks.table import Table, is_unnamed, read_completions, read_task, share_of_right
 from darex_jax.training.causal_lm import answer_scores, train_answers
 from darex_jax.training.checkpoints import Checkpoints

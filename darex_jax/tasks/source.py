@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from darex_jax.core.errors import DarexError
 from darex_jax.core.scope import DECODERS
 from darex_jax.files.checkpoint import read_config
+from darex_jax.models.encoder import class_names
 from darex_jax.tasks import Examples, Task, load_task
 from darex_jax.tasks.answers import (
     PROBLEM_TASKS,
@@ -182,14 +183,3 @@ def _of_table(fine: Path, table: Table, decoder: bool, split: str, limit: int | 
     task = read_task(table, (split,), class_names(read_config(fine)))
     chosen = getattr(task, split).select(slice(limit))
     return Material(encode(tokenizer, chosen), task, table.data)
-
-
-def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The class names of a model in order, () if config.json has none."""
-    names = config.get("id2label")
-    if not isinstance(names, dict):
-        return ()
-    try:
-        return tuple(str(names[number]) for number in sorted(names, key=int))
-    except (TypeError, ValueError):
-        return ()
